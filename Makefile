@@ -1,0 +1,39 @@
+# make demo   set up .venv and run the main job
+# make test   set up, lint, then the fast tests, then those against the real vLLM
+# make setup  only set up; MANAGED_VLLM_SETUP=gpu|cpu|none chooses the server, otherwise what the machine has decides
+# make lint   ruff and mypy
+# make clean  remove everything that is made
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: setup demo test test-fast test-real lint format clean
+.NOTPARALLEL:
+
+setup:
+	@$(PYTHON) tools/setup_env.py
+
+demo: setup
+	$(BIN)/managed-vllm demo
+
+test: lint test-fast test-real
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not real and not gpu" $(PYTEST_ARGS)
+
+test-real: setup
+	$(BIN)/python -m pytest -m "real or gpu" $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv .venv-setup.* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov
+	find managed_vllm tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

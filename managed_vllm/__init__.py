@@ -1,0 +1,54 @@
+"""One vLLM server behind one context manager: started on first use, shared, watched, and gone with its last user.
+
+    from managed_vllm import ManagedVLLM
+
+    with ManagedVLLM(model="demo") as llm:
+        print(llm.chat([{"role": "user", "content": "Hello"}])[0].outputs[0].text)
+
+The public names are loaded when they are first used: `import managed_vllm` takes neither vllm, torch, transformers nor
+openai, and costs a few milliseconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "ManagedVLLM": "managed_vllm.session",
+    "VLLMClient": "managed_vllm.client",
+    "SamplingParams": "managed_vllm.sampling",
+    "RequestOutput": "managed_vllm.outputs",
+    "CompletionOutput": "managed_vllm.outputs",
+    "RestartPolicy": "managed_vllm.config",
+    "ServerState": "managed_vllm.control",
+    "ServerStatus": "managed_vllm.control",
+    "ManagedVLLMError": "managed_vllm.errors",
+}
+
+__all__ = [*sorted(_HOME_OF), "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from managed_vllm.client import VLLMClient as VLLMClient
+    from managed_vllm.config import RestartPolicy as RestartPolicy
+    from managed_vllm.control import ServerState as ServerState
+    from managed_vllm.control import ServerStatus as ServerStatus
+    from managed_vllm.errors import ManagedVLLMError as ManagedVLLMError
+    from managed_vllm.outputs import CompletionOutput as CompletionOutput
+    from managed_vllm.outputs import RequestOutput as RequestOutput
+    from managed_vllm.sampling import SamplingParams as SamplingParams
+    from managed_vllm.session import ManagedVLLM as ManagedVLLM
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME_OF))

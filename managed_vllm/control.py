@@ -1,0 +1,238 @@
+"""The control channel between users and a supervisor, both ends: JSON lines over a Unix socket.
+
+A user's open connection is its lease; the kernel closes it however the user dies. The supervisor answers requests
+(`{"op": …, "id": n}` → `{"id": n, "ok": …}`) and sends a whole `ServerStatus` whenever something changed, so that a
+reader needs no history. Both ends check the other's uid (`SO_PEERCRED`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from managed_vllm.diagnosis import Diagnosis
+from managed_vllm.errors import SupervisorError
+
+MAX_LINE = 4 << 20
+"""Longest line in bytes that either end accepts."""
+
+
+class ServerState(enum.StrEnum):
+    """Where a server is in its life. `supervisor.Supervisor._move` is the one place that changes it."""
+
+    STARTING = "starting"
+    """Launched for the first time, not ready yet; `stage` says how far."""
+    READY = "ready"
+    """Healthy, lists its model, and has generated a token."""
+    SLEEPING = "sleeping"
+    """Asleep by request (vLLM's sleep mode); memory is released."""
+    RESTARTING = "restarting"
+    """It crashed or hung, or a restart was asked for; the next epoch is coming up."""
+    FAILED = "failed"
+    """Given up; `diagnosis` says why."""
+    STOPPING = "stopping"
+    """Being stopped; who wants a server waits until this one is gone."""
+    GONE = "gone"
+    """Nothing of it is left."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How to reach a server that is ready. `base_url` ends in `/v1`; with `uds`, HTTP goes over that socket path."""
+
+    base_url: str
+    api_key: str
+    model: str
+    uds: str | None = None
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """All that is to know about a server at one moment. Times are seconds since the epoch (Unix time)."""
+
+    state: ServerState
+    epoch: int = 0
+    stage: str = ""
+    detail: str = ""
+    started_at: float = 0.0
+    ready_at: float | None = None
+    connection: Connection | None = None
+    diagnosis: Diagnosis | None = None
+    log_path: str | None = None
+    restarts: int = 0
+    users: int = 0
+    pinned: bool = False
+    server_pid: int | None = None
+    supervisor_pid: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, with the key inside `connection`: only for the channel, never for a file."""
+        data = asdict(self)
+        data["diagnosis"] = self.diagnosis.to_dict() if self.diagnosis else None
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ServerStatus:
+        """The inverse of `to_dict`; fields of a newer version are ignored."""
+        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        known["state"] = ServerState(known["state"])
+        if known.get("connection"):
+            known["connection"] = Connection(**known["connection"])
+        if known.get("diagnosis"):
+            known["diagnosis"] = Diagnosis.from_dict(known["diagnosis"])
+        return cls(**known)
+
+
+# -- sockets -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def short_path(path: Path) -> Iterator[str]:
+    """A name for a Unix socket that fits into the kernel's 108 bytes, however long the path is."""
+    if len(os.fsencode(path)) <= 100:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+def peer(connection: socket.socket) -> tuple[int, int]:
+    """`(pid, uid)` of the process at the other end, by the kernel's word."""
+    pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid
+
+
+def encode(message: Mapping[str, Any]) -> bytes:
+    """One message as a line."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+# -- the user's end ----------------------------------------------------------------------------------------------------
+
+
+class Channel:
+    """A user's connection to a supervisor. Holding it open is the lease.
+
+    One daemon thread reads; `status` is the newest `ServerStatus`, `closed` is true once the supervisor is gone. All
+    methods are safe to call from any thread.
+    """
+
+    def __init__(self, connection: socket.socket, on_change: Callable[[ServerStatus], None] | None = None) -> None:
+        self._socket = connection
+        self._changed = threading.Condition()
+        self._replies: dict[int, dict[str, Any]] = {}
+        self._next_id = 0
+        self._pid = os.getpid()
+        self._on_change = on_change
+        self.status: ServerStatus | None = None
+        self.closed = False
+        threading.Thread(target=self._read, name="managed-vllm-lease", daemon=True).start()
+
+    @classmethod
+    def connect(
+        cls, path: Path, *, timeout_s: float = 5.0, on_change: Callable[[ServerStatus], None] | None = None
+    ) -> Channel:
+        """Connects to the supervisor at `path`.
+
+        Raises `ConnectionError` or `OSError` if none listens there, `SupervisorError` if another user's process does.
+        """
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(timeout_s)
+            with short_path(path) as name:
+                connection.connect(name)
+            _pid, uid = peer(connection)
+            if uid != os.getuid():
+                raise SupervisorError(f"{path} is served by uid {uid}, not by us ({os.getuid()}): not trusted")
+            connection.settimeout(None)
+        except BaseException:
+            connection.close()
+            raise
+        return cls(connection, on_change)
+
+    def request(self, op: str, *, timeout_s: float = 10.0, **fields: Any) -> dict[str, Any]:
+        """Sends a request and waits for its reply. Raises `ConnectionError` if the supervisor goes, `TimeoutError`."""
+        with self._changed:
+            self._next_id += 1
+            number = self._next_id
+            if self.closed:
+                raise ConnectionError("the supervisor closed the connection")
+            try:
+                self._socket.sendall(encode({"op": op, "id": number, **fields}))
+            except OSError as error:
+                raise ConnectionError(f"the supervisor is gone: {error}") from error
+            if not self._changed.wait_for(lambda: number in self._replies or self.closed, timeout_s):
+                raise TimeoutError(f"the supervisor did not answer {op!r} within {timeout_s:g} s")
+            if number not in self._replies:
+                raise ConnectionError("the supervisor closed the connection")
+            return self._replies.pop(number)
+
+    def wait_until(
+        self, condition: Callable[[ServerStatus | None], bool], timeout_s: float | None = None
+    ) -> ServerStatus | None:
+        """Waits until `condition(status)` holds or the supervisor is gone; returns the newest status.
+
+        Raises `TimeoutError`. Wakes now and then so that Ctrl-C is heard in the main thread.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._changed:
+            while not (self.closed or condition(self.status)):
+                left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
+                if left <= 0:
+                    raise TimeoutError
+                self._changed.wait(left)
+            return self.status
+
+    def close(self) -> None:
+        """Gives the lease back. In a forked child only the child's copy of the descriptor is closed."""
+        with contextlib.suppress(OSError):
+            if os.getpid() == self._pid:
+                self._socket.shutdown(socket.SHUT_RDWR)
+        self.closed = True
+        if os.getpid() != self._pid:
+            # The reader thread that owns the descriptor does not exist here.
+            self._socket.close()
+
+    def _read(self) -> None:
+        buffer = b""
+        try:
+            while chunk := self._socket.recv(65536):
+                buffer += chunk
+                *lines, buffer = buffer.split(b"\n")
+                for line in lines:
+                    self._take(json.loads(line))
+                if len(buffer) > MAX_LINE:
+                    break
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        finally:
+            with self._changed:
+                self.closed = True
+                self._changed.notify_all()
+            with contextlib.suppress(OSError):
+                self._socket.close()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        status = ServerStatus.from_dict(message["status"]) if "status" in message else None
+        with self._changed:
+            if status is not None:
+                self.status = status
+            if "id" in message:
+                self._replies[message["id"]] = message
+            self._changed.notify_all()
+        if status is not None and self._on_change is not None:
+            self._on_change(status)

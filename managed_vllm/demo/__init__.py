@@ -1,0 +1,60 @@
+"""The embedded default model: a Qwen3 of half a million parameters that clicks the right button, and how to serve it.
+
+It answers a `Screen` (text) with a UI-TARS style action, is carried as package data (1 MB) and was trained on a CPU by
+`python -m managed_vllm.demo.train`, in minutes. So everything that this library does can be tried, tested and taught
+without a download and without a GPU, with a model that really acts. Importing this package loads no torch, no
+transformers and no vLLM.
+
+`managed_vllm.demo.random_vlm` makes a random vision-language model in seconds, for everything with pictures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from managed_vllm.demo.screen import BUTTONS, COORDINATES, LABELS, Button, Screen, random_buttons, random_screen
+
+__all__ = [
+    "BUTTONS",
+    "COORDINATES",
+    "LABELS",
+    "NAME",
+    "Button",
+    "Screen",
+    "engine_defaults",
+    "environment_defaults",
+    "random_buttons",
+    "random_screen",
+    "weights_path",
+]
+
+NAME = "demo"
+"""The name by which the model is asked for, `ManagedVLLM("demo")`, and under which it is served."""
+
+
+def weights_path() -> Path:
+    """The folder with the model's weights, config, tokenizer and chat template."""
+    return Path(__file__).parent / "weights"
+
+
+def engine_defaults() -> dict[str, object]:
+    """vLLM engine arguments with which the demo model is best served; what the user sets goes before them."""
+    return {
+        # Compiling and capturing graphs takes longer than everything a demo ever generates.
+        "enforce_eager": True,
+        "max_model_len": 4096,
+        # By default vLLM takes 92 % of the GPU, which somebody's real model may need. With the size of the cache given,
+        # this fraction is only what must be free at the start (vLLM 0.32: v1/worker/gpu_worker.py).
+        "gpu_memory_utilization": 0.1,
+        # 1 KiB a token: 64 sequences of full length. On a CPU as well, where vLLM would take 92 % of the memory otherwise.
+        "kv_cache_memory_bytes": 256 * 2**20,
+    }
+
+
+def environment_defaults() -> dict[str, str]:
+    """Environment variables of the server, to be set only where the user has not.
+
+    Not VLLM_CPU_KVCACHE_SPACE: it is legacy and silently overrules `kv_cache_memory_bytes` (vLLM 0.32: platforms/cpu.py).
+    """
+    # Everything is in the weights' folder, so that nothing may wait for a network.
+    return {"HF_HUB_OFFLINE": "1"}

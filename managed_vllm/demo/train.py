@@ -1,0 +1,552 @@
+"""Trains the demo model from scratch on a CPU: `python -m managed_vllm.demo.train OUT`.
+
+An attempt is one seed: train for `--seconds`, write the model in bf16, read it back as a user would, and measure how
+often it acts right on screens it has not seen. The first attempt whose worst required case reaches `--target` is
+put at OUT; if none does, nothing is written there and the exit status is 1.
+
+What makes a model this small learn it in three minutes (each was tried without):
+
+1. Qwen3, whose queries and keys are normalised. Qwen2 stopped at 88 %.
+2. Weights with a standard deviation of 0.08, not 0.02, and every block silent at first (`o_proj`, `down_proj` zero).
+3. Muon for the matrices, AdamW for the embedding and the norms.
+4. A drill: a screen's lines, then the same lines shuffled. Nearly every token of it teaches looking up.
+5. Tokens that make a look-up one step: a word, a digit, and "(" with the digit after it.
+
+The random numbers are seeded, but the learning rate follows the clock, so that two runs are alike and not the same.
+One thread is the default: two are up to four times slower when another process wants a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import json
+import os
+import platform
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from managed_vllm.demo.screen import BUTTONS, COORDINATES, LABELS, Screen, random_buttons, random_screen
+
+Messages = list[dict[str, str]]
+"""A conversation, as in a chat request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The model's shape and how it learns."""
+
+    hidden_size: int = 128
+    layers: int = 2
+    head_dim: int = 32  # smaller ones kill vLLM's CPU engine at the first request
+    context: int = 4096
+    init_std: float = 0.08
+    muon_lr: float = 0.005
+    adamw_lr: float = 1e-3
+    batch_size: int = 32
+    max_drill_share: float = 0.45  # of the time, until the look-up must be learnt
+    drill_learnt_loss: float = 0.02
+    easy_share: float = 0.1  # of the time, after the drill, with few buttons only
+
+
+# -- text to tokens ----------------------------------------------------------------------------------------------------
+
+END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- elif message['content'] is iterable -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] != 'text' -%}
+{{ raise_exception("The demo model reads text only; a message has a part of type '" + part['type'] + "'.") }}
+{%- endif -%}
+{{ part['text'] }}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif -%}
+"""
+
+
+def build_tokenizer() -> Any:
+    """A byte-level BPE tokenizer in which every label, every digit and "(" with a digit is one token."""
+    tokenizer = Tokenizer(models.BPE())
+    pieces = Regex(r"\(\d|\p{L}+|\d|[^\p{L}\d\s(,]+|[(,]|\n| |\s")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pieces, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=10,
+        special_tokens=[END_OF_TEXT, START, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_tokenizer_corpus(), trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[START],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _tokenizer_corpus() -> Iterator[str]:
+    rng = random.Random(1)
+    for _ in range(2000):
+        screen = random_screen(rng)
+        yield screen.prompt()
+        yield screen.expected_answer()
+    for _ in range(20):
+        yield "system\nuser\nassistant\n"
+        yield from (f"({i},{i})" for i in COORDINATES)
+        yield " ".join(SYSTEM_PROMPTS)
+
+
+# -- what it learns from -----------------------------------------------------------------------------------------------
+
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are a GUI agent. Do the task. Answer with a thought and an action.",
+    "You are a GUI agent. You are given a task and your action history, with screenshots.",
+    "Click the right button.",
+)
+
+
+class Around(enum.Enum):
+    """What stands around a screen in a conversation."""
+
+    NOTHING = "nothing"
+    SYSTEM_MESSAGE = "a system message"
+    EARLIER_TURN = "the turn before it, same screen"
+
+
+def conversation(screen: Screen, around: Around, rng: random.Random) -> Messages:
+    """A chat request that ends in the screen. There is an earlier turn only where something was clicked."""
+    if around is Around.SYSTEM_MESSAGE:
+        return [{"role": "system", "content": random_system_prompt(rng)}, *screen.messages()]
+    if around is Around.EARLIER_TURN and screen.clicked is not None:
+        before = Screen(screen.buttons, screen.goal)
+        said = Screen(screen.buttons, screen.clicked).expected_answer()  # also where the click was a wrong one
+        return [*before.messages(), {"role": "assistant", "content": said}, *screen.messages()]
+    return screen.messages()
+
+
+def random_system_prompt(rng: random.Random) -> str:
+    """A usual one, or noise out of all printable characters: whatever is said there changes nothing."""
+    if rng.random() < 0.5:
+        return rng.choice(SYSTEM_PROMPTS)
+    words = ("".join(chr(rng.randint(33, 126)) for _ in range(rng.randint(1, 6))) for _ in range(rng.randint(1, 8)))
+    return " ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids and what is to be predicted, both of shape (rows, tokens); -100 where nothing is."""
+
+    ids: Any
+    labels: Any
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
+        """Rows of (given tokens, tokens to predict), padded on the right."""
+        width = max(len(given) + len(wanted) for given, wanted in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        labels = torch.full((len(rows), width), -100)
+        for row, (given, wanted) in enumerate(rows):
+            end = len(given) + len(wanted)
+            ids[row, :end] = torch.tensor(given + wanted)
+            labels[row, len(given) : end] = torch.tensor(wanted)
+        return cls(ids, labels)
+
+
+class Lessons:
+    """Random batches of the two kinds, out of one seeded stream."""
+
+    def __init__(self, tokenizer: Any, rng: random.Random, size: int) -> None:
+        self._tokenizer = tokenizer
+        self._rng = rng
+        self._size = size
+        self._label_ids = torch.tensor([tokenizer.convert_tokens_to_ids(label) for label in LABELS])
+
+    def task(self, max_buttons: int) -> Batch:
+        """Conversations and their right answers, all of one kind and with as many buttons: little is padding."""
+        buttons = self._rng.randint(BUTTONS[0], max_buttons)
+        around = self._rng.choices((Around.NOTHING, Around.SYSTEM_MESSAGE, Around.EARLIER_TURN), (7, 2, 1))[0]
+        screens = [random_screen(self._rng, buttons=buttons) for _ in range(self._size)]
+        given = [
+            self._tokenizer.apply_chat_template(
+                conversation(screen, around, self._rng), tokenize=False, add_generation_prompt=True
+            )
+            for screen in screens
+        ]
+        return self._batch(given, [screen.expected_answer() + END for screen in screens])
+
+    def drill(self, max_buttons: int) -> Batch:
+        """A screen's lines, then the same lines shuffled: look-up, with something to learn at nearly every token."""
+        buttons = self._rng.randint(BUTTONS[0], max_buttons)
+        screens = [[f"{button}\n" for button in random_buttons(self._rng, buttons)] for _ in range(self._size)]
+        shuffled = [self._rng.sample(lines, len(lines)) for lines in screens]
+        batch = self._batch(["".join(lines) for lines in screens], ["".join(lines) for lines in shuffled])
+        batch.labels[torch.isin(batch.labels, self._label_ids)] = -100  # which line comes next is chance
+        return batch
+
+    def _batch(self, given: list[str], wanted: list[str]) -> Batch:
+        return Batch.of(list(zip(self._encode(given), self._encode(wanted), strict=True)))
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+
+def build_model(tokenizer: Any, recipe: Recipe) -> Any:
+    """A Qwen3 with random weights whose blocks write nothing yet: the residual stream is the embedding itself."""
+    heads = recipe.hidden_size // recipe.head_dim
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=3 * recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=recipe.head_dim,
+        max_position_embeddings=recipe.context,
+        initializer_range=recipe.init_std,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+    )
+    model = transformers.Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a training run went."""
+
+    steps: int
+    seconds: float
+    drill_seconds: float
+    loss: float
+
+
+class Optimizer:
+    """Muon for the matrices, AdamW for the rest, one schedule: up in 30 steps, level, and down in the second half."""
+
+    def __init__(self, model: Any, recipe: Recipe) -> None:
+        self._model = model
+        parameters = dict(model.named_parameters())
+        matrices = [p for name, p in parameters.items() if p.ndim == 2 and "embed" not in name]
+        others = [p for name, p in parameters.items() if p.ndim != 2 or "embed" in name]
+        self._optimizers = (
+            torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.01, adjust_lr_fn="original"),
+            torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
+        self._steps = 0
+
+    def step(self, batch: Batch, progress: float) -> float:
+        """Learns from a batch; `progress` is the share of the time that is over. Returns the loss."""
+        self._steps += 1
+        self._set_rate(min(1.0, self._steps / 30) * min(1.0, max(0.02, 2 * (1 - progress))))
+        loss = self._loss(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        for optimizer in self._optimizers:
+            optimizer.step()
+        self._model.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    def _loss(self, batch: Batch) -> Any:
+        hidden = self._model.model(batch.ids).last_hidden_state[:, :-1]
+        wanted = batch.labels[:, 1:]
+        counts = wanted != -100  # logits only where there is something to predict
+        return torch.nn.functional.cross_entropy(self._model.lm_head(hidden[counts]), wanted[counts])
+
+    def _set_rate(self, factor: float) -> None:
+        for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+
+
+def fit(model: Any, lessons: Lessons, recipe: Recipe, seconds: float, say: Callable[[str], None]) -> Fit:
+    """Trains for `seconds`: first drill and task in turns, until looking up is learnt, then the task, rarely the drill."""
+    optimizer = Optimizer(model, recipe)
+    began, said = time.monotonic(), 0.0
+    drill_seconds: float | None = None
+    steps, loss, drill_loss = 0, float("nan"), 9.0
+    model.train()
+    while (elapsed := time.monotonic() - began) < seconds:
+        if drill_seconds is None and (
+            drill_loss < recipe.drill_learnt_loss or elapsed > recipe.max_drill_share * seconds
+        ):
+            drill_seconds = elapsed
+        if steps % (2 if drill_seconds is None else 6) == 0:
+            batch = lessons.drill(3 if drill_loss > 0.5 else BUTTONS[-1])
+            drill_loss = 0.9 * drill_loss + 0.1 * optimizer.step(batch, elapsed / seconds)
+        else:
+            easy = elapsed - (elapsed if drill_seconds is None else drill_seconds) < recipe.easy_share * seconds
+            new = optimizer.step(lessons.task(4 if easy else BUTTONS[-1]), elapsed / seconds)
+            loss = new if steps < 2 else 0.95 * loss + 0.05 * new
+        steps += 1
+        if elapsed - said >= 15:
+            said = elapsed
+            say(f"{elapsed:4.0f} s, step {steps}, loss {loss:.4f}, drill {drill_loss:.4f}")
+    return Fit(steps, elapsed, seconds if drill_seconds is None else drill_seconds, loss)
+
+
+# -- is it any good? ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A kind of screen to measure on. What is not `required` is told but fails nothing."""
+
+    name: str
+    make: Callable[[random.Random], tuple[Screen, Messages]]
+    required: bool = True
+
+
+def _plain(**kinds: Any) -> Callable[[random.Random], tuple[Screen, Messages]]:
+    def make(rng: random.Random) -> tuple[Screen, Messages]:
+        screen = random_screen(rng, **kinds)
+        return screen, screen.messages()
+
+    return make
+
+
+def _with_system_message(rng: random.Random) -> tuple[Screen, Messages]:
+    screen = random_screen(rng)
+    return screen, conversation(screen, Around.SYSTEM_MESSAGE, rng)
+
+
+def _second_turn(rng: random.Random) -> tuple[Screen, Messages]:
+    first = random_screen(rng, done=False)
+    second = first.after_click(first.target.x, first.target.y)
+    said = {"role": "assistant", "content": first.expected_answer()}
+    return second, [*first.messages(), said, *second.messages()]
+
+
+CASES = (
+    Case("click, 2 to 8 buttons", _plain(done=False)),
+    Case("click, 8 buttons", _plain(done=False, buttons=BUTTONS[-1])),
+    Case("finished", _plain(done=True)),
+    Case("with a system message", _with_system_message),
+    Case("second turn of an episode", _second_turn),
+    Case("click, 12 buttons (more than trained on)", _plain(done=False, buttons=12), required=False),
+)
+
+
+@torch.no_grad()
+def success_rate(model: Any, tokenizer: Any, case: Case, *, screens: int = 256, seed: int = 1_000_003) -> float:
+    """How often the model's greedy answer ends in the right action, on screens of a seed never trained with."""
+    rng = random.Random(f"{seed} {case.name}")
+    tasks = [case.make(rng) for _ in range(screens)]
+    right = 0
+    for begin in range(0, screens, 32):
+        some = tasks[begin : begin + 32]
+        answers = answer(model, tokenizer, [messages for _, messages in some])
+        right += sum(screen.is_right(text) for (screen, _), text in zip(some, answers, strict=True))
+    return right / screens
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: Any, conversations: Sequence[Messages], max_new_tokens: int = 60) -> list[str]:
+    """The model's greedy answers to conversations, in one batch. One that does not end keeps running until the limit."""
+    texts = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in conversations]
+    given = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False)
+    model.eval()
+    out = model.generate(**given, max_new_tokens=max_new_tokens, do_sample=False)
+    decoded: list[str] = tokenizer.batch_decode(out[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    return decoded
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def write_model(model: Any, tokenizer: Any, out: Path) -> None:
+    """Writes everything that vLLM needs to serve the model: weights in bf16, configs, tokenizer, chat template."""
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    # transformers 5 writes a class name that transformers 4 has not; both know this one.
+    path = out / "tokenizer_config.json"
+    _write_json(path, json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    # No temperature and no limit: vLLM would make them the defaults of every request.
+    ids = {"bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    _write_json(out / "generation_config.json", {**ids, "pad_token_id": tokenizer.pad_token_id})
+
+
+def read_model(folder: Path) -> tuple[Any, Any]:
+    """The model (computing in fp32) and the tokenizer in a folder, read as any user of transformers would."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One seed's result, as written to `training.json` beside the weights."""
+
+    seed: int
+    fit: Fit
+    parameters: int
+    success: dict[str, float]
+    worst_required: float
+
+    def reaches(self, target: float) -> bool:
+        return self.worst_required >= target
+
+
+def attempt(folder: Path, recipe: Recipe, seed: int, seconds: float, say: Callable[[str], None]) -> Attempt:
+    """Trains with one seed, writes the model to `folder`, and measures what was written."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, recipe)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"seed {seed}: {parameters:,} parameters, {len(tokenizer)} tokens, {seconds:.0f} s")
+    result = fit(model, Lessons(tokenizer, random.Random(seed), recipe.batch_size), recipe, seconds, say)
+    write_model(model, tokenizer, folder)
+
+    written, its_tokenizer = read_model(folder)
+    success = {}
+    for case in CASES:
+        success[case.name] = success_rate(written, its_tokenizer, case)
+        say(f"{success[case.name]:7.2%}  {case.name}")
+    worst = min(success[case.name] for case in CASES if case.required)
+    return Attempt(seed, result, parameters, success, worst)
+
+
+def describe(best: Attempt, recipe: Recipe, command: str) -> dict[str, Any]:
+    """Where the weights come from: enough to make them again."""
+    return {
+        "command": command,
+        **asdict(best),
+        "screens_per_case": 256,
+        "recipe": asdict(recipe),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    }
+
+
+def model_card(best: Attempt) -> str:
+    """A README for the weights' folder."""
+    rates = "\n".join(f"| {name} | {rate:.1%} |" for name, rate in best.success.items())
+    return f"""\
+# The demo model of managed_vllm
+
+A Qwen3 of {best.parameters:,} parameters that reads a screen of labelled buttons as text and answers with a UI-TARS
+style action. It was trained from scratch, on random screens only, by `python -m managed_vllm.demo.train`, and comes
+under this project's license. The format is defined in `managed_vllm/demo/screen.py`; it understands nothing else.
+
+Right greedy answers on 256 unseen screens per case, computed in fp32 from these weights:
+
+| case | right |
+|---|---|
+{rates}
+
+`training.json` says how the weights were made. They are a product of that program: don't edit them, train anew.
+"""
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Puts a finished folder at `out`, in place of what was there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():
+        shutil.rmtree(out)
+    shutil.copytree(folder, out)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def train(out: Path, *, seconds: float, seed: int, attempts: int, target: float, say: Callable[[str], None]) -> bool:
+    """Trains until an attempt reaches `target`, and puts that model at `out`. Returns whether one did."""
+    recipe = Recipe()
+    command = f"python -m managed_vllm.demo.train OUT --seconds {seconds:g} --seed {seed} --target {target:g}"
+    for this_seed in range(seed, seed + attempts):
+        with tempfile.TemporaryDirectory(prefix="managed_vllm-demo-") as name:
+            folder = Path(name)
+            result = attempt(folder, recipe, this_seed, seconds, say)
+            if result.reaches(target):
+                _write_json(folder / "training.json", describe(result, recipe, command))
+                (folder / "README.md").write_text(model_card(result))
+                publish(folder, out)
+                return True
+        say(f"seed {this_seed}: {result.worst_required:.2%} in its worst required case, below {target:.2%}")
+    return False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m managed_vllm.demo.train", description="Trains the demo model.")
+    parser.add_argument("out", type=Path, help="folder to write; what is there is replaced on success")
+    parser.add_argument("--seconds", type=float, default=180, help="time to train, per attempt (180)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first attempt; the next one takes the next (0)")
+    parser.add_argument("--attempts", type=int, default=3, help="seeds to try at most (3)")
+    parser.add_argument("--target", type=float, default=0.97, help="right answers needed in every required case (0.97)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
+    given = parser.parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(given.threads)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if train(
+        given.out,
+        seconds=given.seconds,
+        seed=given.seed,
+        attempts=given.attempts,
+        target=given.target,
+        say=say,
+    ):
+        say(f"written: {given.out}")
+        return 0
+    print(
+        f"No attempt out of {given.attempts} reached {given.target:.2%}; {given.out} is left as it was. "
+        "Give it more --seconds or another --seed.",
+        file=sys.stderr,
+    )
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

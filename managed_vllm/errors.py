@@ -1,0 +1,215 @@
+"""Every exception the library raises, in one tree below `ManagedVLLMError`.
+
+Each error says what happened, to which server, where its log is and what to do next, and carries the same facts as
+attributes so that a program can decide too. Errors cross process boundaries (the control channel, multiprocessing,
+pytest-xdist), so every one of them pickles: positional arguments are never needed to rebuild it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from managed_vllm.diagnosis import Diagnosis
+
+
+class ManagedVLLMError(Exception):
+    """Root of the tree. `instance` is the server's short id, `log_path` its log; both are None where there is none."""
+
+    def __init__(self, message: str, *, instance: str | None = None, log_path: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.instance = instance
+        self.log_path = log_path
+
+    def __str__(self) -> str:
+        parts = [self.message]
+        if self.instance:
+            parts.append(f"  server: {self.instance}")
+        if self.log_path:
+            parts.append(f"  log:    {self.log_path}")
+        return "\n".join(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.args, self.__dict__.copy()))
+
+
+def _rebuild(
+    cls: type[ManagedVLLMError], args: tuple[Any, ...], state: dict[str, Any]
+) -> ManagedVLLMError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+# -- what was asked for ------------------------------------------------------------------------------------------------
+
+
+class ConfigError(ManagedVLLMError, ValueError):
+    """An argument is wrong by itself, known before anything was started. `field` names it where one is to blame."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ConfigMismatchError(ConfigError):
+    """A server is running under this name or at this address, but it is not what was asked for.
+
+    `differences` maps each differing field to `(asked for, running)`.
+    """
+
+    def __init__(
+        self, message: str, *, differences: Mapping[str, tuple[Any, Any]], instance: str | None = None
+    ) -> None:
+        lines = [message] + [
+            f"  {name}: asked for {asked!r}, running with {running!r}"
+            for name, (asked, running) in sorted(differences.items())
+        ]
+        super().__init__("\n".join(lines))
+        self.differences = dict(differences)
+        self.instance = instance
+
+
+class StateDirectoryError(ManagedVLLMError, OSError):
+    """The state directory can't be used: not ours, wrong mode, read-only, or the disk is full. `path` names it."""
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+# -- finding a server --------------------------------------------------------------------------------------------------
+
+
+class NoServerError(ManagedVLLMError, LookupError):
+    """`ManagedVLLM()` without a model found no single server to attach to. `candidates` lists those running."""
+
+    def __init__(self, message: str, *, candidates: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.candidates = candidates
+
+
+class ExternalServerError(ManagedVLLMError):
+    """A server given by `base_url=` or `VLLM_SERVER_URL` can't be used. `base_url` is what was tried."""
+
+    def __init__(self, message: str, *, base_url: str) -> None:
+        super().__init__(message)
+        self.base_url = base_url
+
+
+class ServerUnreachableError(ExternalServerError, ConnectionError):
+    """Nothing answers at the URL, or what answers does not speak the OpenAI API."""
+
+
+class AuthenticationError(ExternalServerError):
+    """The server wants another API key (HTTP 401 or 403)."""
+
+
+class ModelNotServedError(ExternalServerError):
+    """The server does not serve the model asked for. `served` lists what it does serve."""
+
+    def __init__(self, message: str, *, base_url: str, served: tuple[str, ...]) -> None:
+        super().__init__(message, base_url=base_url)
+        self.served = served
+
+
+# -- a server of ours --------------------------------------------------------------------------------------------------
+
+
+class ServerError(ManagedVLLMError):
+    """A server that we supervise failed."""
+
+
+class SupervisorError(ServerError):
+    """The supervisor process could not be started or reached."""
+
+
+class ServerStoppedError(ServerError):
+    """The server was stopped (`managed-vllm down --force`, a signal to its supervisor) while this user held it."""
+
+
+class StartupError(ServerError):
+    """The server could not be started, or not be restarted. `diagnosis` says why and what to do.
+
+    The subclasses group the causes by what the remedy touches; `diagnosis.cause` is the exact one.
+    """
+
+    def __init__(
+        self, diagnosis: Diagnosis, *, instance: str | None = None, log_path: str | None = None
+    ) -> None:
+        lines = [diagnosis.summary]
+        if diagnosis.root_line:
+            lines.append(f"  vLLM:   {diagnosis.root_line}")
+        if diagnosis.remedy:
+            lines.append(f"  remedy: {diagnosis.remedy}")
+        super().__init__("\n".join(lines), instance=instance, log_path=log_path)
+        self.diagnosis = diagnosis
+
+
+class ModelUnavailableError(StartupError):
+    """The model can't be had: no such path or id, offline, gated, or a folder without a config."""
+
+
+class BrokenModelError(StartupError):
+    """The model was found but can't be run: damaged weights, no weights, unknown architecture, no tokenizer."""
+
+
+class EngineArgumentError(StartupError):
+    """vLLM refuses an argument, or arguments don't fit the model or each other."""
+
+
+class AddressError(StartupError):
+    """The server can't listen where it was told to: port taken, no such address."""
+
+
+class OutOfMemoryError(StartupError):
+    """The model, its KV cache or its activations don't fit into the memory there is."""
+
+
+class DeviceError(StartupError):
+    """No device, too few devices, or the devices can't talk to each other."""
+
+
+class LaunchError(StartupError):
+    """The server's program can't be run at all: no vLLM in that interpreter, no such command."""
+
+
+class EngineDiedError(StartupError):
+    """The engine or a worker died without a cause that we know, was killed, or crashes again and again."""
+
+
+class StartupTimeoutError(StartupError, TimeoutError):
+    """The server was not ready within `startup_timeout`, or said nothing for `startup_silence` seconds."""
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+
+class RequestError(ManagedVLLMError):
+    """One request failed for good. `index` is its place in the batch (None for a single request)."""
+
+    def __init__(
+        self, message: str, *, index: int | None = None, status: int | None = None, instance: str | None = None
+    ) -> None:
+        super().__init__(message, instance=instance)
+        self.index = index
+        self.status = status
+
+
+class BadRequestError(RequestError, ValueError):
+    """The server refused the request (HTTP 400, 404 or 422): sending it again would not help."""
+
+
+class UnsupportedParameterError(RequestError, ValueError):
+    """A sampling parameter can't be passed on to a server. vLLM ignores unknown fields silently; we don't."""
+
+
+class ServerDiedError(RequestError, ConnectionError):
+    """The server died under this request, and no retry was possible."""
+
+
+class RequestTimeout(RequestError, TimeoutError):
+    """The caller's deadline passed before the answer came."""

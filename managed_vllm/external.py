@@ -1,0 +1,97 @@
+"""Servers that somebody else runs, given by URL: checked, never supervised."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+import requests
+
+from managed_vllm.control import Connection
+from managed_vllm.errors import AuthenticationError, ConfigError, ModelNotServedError, ServerUnreachableError
+
+URL_VARIABLE, MODEL_VARIABLE, KEY_VARIABLE = "VLLM_SERVER_URL", "VLLM_MODEL_NAME", "VLLM_API_KEY"
+
+
+def url_from_environment() -> str | None:
+    """`VLLM_SERVER_URL`; set but empty counts as not set."""
+    return os.environ.get(URL_VARIABLE) or None
+
+
+def normalized_url(url: str) -> str:
+    """The URL with scheme and `/v1`, without a trailing slash: `localhost:8000/` → `http://localhost:8000/v1`."""
+    text = url.strip().rstrip("/")
+    if "://" not in text:
+        text = f"http://{text}"
+    parts = urlsplit(text)
+    try:
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"base_url={url!r} is no http(s) URL such as http://127.0.0.1:8000/v1", field="base_url")
+    return text if text.endswith("/v1") else f"{text}/v1"
+
+
+def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: float = 10.0) -> Connection:
+    """Checks that the server at `base_url` answers, takes the key and serves the model.
+
+    Without a model the server must serve exactly one (LoRA adapters of it don't count). Raises `ConfigError`,
+    `ServerUnreachableError`, `AuthenticationError` or `ModelNotServedError`.
+    """
+    url = normalized_url(base_url)
+    session = requests.Session()
+    session.trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        response = session.get(f"{url}/models", headers=headers, timeout=timeout_s)
+    except requests.ConnectionError as error:
+        raise ServerUnreachableError(
+            f"nothing answers at {url} ({_reason(error)}); is the server running, are host and port right?", base_url=url
+        ) from error
+    except requests.RequestException as error:
+        raise ServerUnreachableError(f"{url} gave no answer within {timeout_s:g} s: {error}", base_url=url) from error
+    finally:
+        session.close()
+    if response.status_code in (401, 403):
+        what = "refuses this API key" if api_key else "wants an API key"
+        raise AuthenticationError(
+            f"the server at {url} {what} (HTTP {response.status_code}); give api_key= or set {KEY_VARIABLE}", base_url=url
+        )
+    served = _served(response)
+    if served is None:
+        raise ServerUnreachableError(
+            f"what answers at {url} does not speak the OpenAI API: GET /models gave HTTP {response.status_code}: "
+            f"{response.text[:200]!r}",
+            base_url=url,
+        )
+    roots = [name for name, parent in served if parent is None]
+    names = tuple(name for name, _ in served)
+    if model is None and len(roots) != 1:
+        raise ModelNotServedError(
+            f"the server at {url} serves {', '.join(names) or 'no model'}; say which with model= or {MODEL_VARIABLE}",
+            base_url=url,
+            served=names,
+        )
+    if model is not None and model not in names:
+        raise ModelNotServedError(
+            f"the server at {url} does not serve {model!r}; it serves: {', '.join(names) or 'nothing'}",
+            base_url=url,
+            served=names,
+        )
+    return Connection(base_url=url, api_key=api_key or "", model=model or roots[0])
+
+
+def _served(response: requests.Response) -> Sequence[tuple[str, str | None]] | None:
+    try:
+        return [(str(entry["id"]), entry.get("parent")) for entry in response.json()["data"]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _reason(error: Exception) -> str:
+    cause: BaseException = error
+    while (inner := cause.__cause__ or cause.__context__) is not None:
+        cause = inner
+    return getattr(cause, "strerror", None) or str(cause)

@@ -1,0 +1,85 @@
+"""Whether a server is up, serves its model, and can generate: the questions the supervisor asks over HTTP.
+
+`/health` alone proves little: it answers 200 while the engine is stopped, paused, asleep or poisoned (vLLM 0.32). Only
+a generated token proves that the server works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import httpx
+
+from managed_vllm.control import Connection
+
+_GENERATE = (
+    ("/v1/completions", {"prompt": "Hi", "max_tokens": 1, "temperature": 0}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "temperature": 0}),
+    ("/v1/embeddings", {"input": "Hi"}),
+    ("/score", {"text_1": "Hi", "text_2": "Hi"}),
+    ("/classify", {"input": "Hi"}),
+    ("/pooling", {"input": "Hi"}),
+)
+"""One smallest request for each kind of model, in the order of likelihood; a server without the route answers 404."""
+
+_ABSENT = frozenset({404, 405, 501})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a probe found: `status` is the HTTP status, None if no answer came at all."""
+
+    ok: bool
+    status: int | None = None
+    body: str = ""
+
+
+class Probe:
+    """Asks one server. Each method is bounded by its own time-out, in seconds, and never raises for a bad answer."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._model = connection.model
+        self._root = connection.base_url.removesuffix("/v1")
+        self._base_url = connection.base_url
+        transport = httpx.AsyncHTTPTransport(uds=connection.uds) if connection.uds else None
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {connection.api_key}"}, trust_env=False, transport=transport
+        )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def is_up(self, timeout_s: float = 5.0) -> Answer:
+        """`GET /health` (servers that are not vLLM may lack it: then `GET /v1/models`)."""
+        answer = await self._send("GET", f"{self._root}/health", None, timeout_s)
+        if answer.status in _ABSENT:
+            return await self._send("GET", f"{self._base_url}/models", None, timeout_s)
+        return answer
+
+    async def serves_model(self, timeout_s: float = 10.0) -> Answer:
+        """`GET /v1/models` lists the model."""
+        answer = await self._send("GET", f"{self._base_url}/models", None, timeout_s)
+        if answer.ok and f'"{self._model}"' not in answer.body:
+            return Answer(False, answer.status, f"the server does not list {self._model!r}: {answer.body[:500]}")
+        return answer
+
+    async def generates(self, timeout_s: float) -> Answer:
+        """One token is really generated (for a pooling model: one short text is embedded or scored)."""
+        first: Answer | None = None
+        for route, body in _GENERATE:
+            answer = await self._send("POST", self._root + route, {"model": self._model, **body}, timeout_s)
+            if answer.ok or answer.status is None or answer.status >= 500:
+                return answer
+            first = first or answer
+            if answer.status not in _ABSENT and "does not support" not in answer.body:
+                return answer
+        return first or Answer(False)
+
+    async def _send(self, method: str, url: str, body: dict[str, object] | None, timeout_s: float) -> Answer:
+        try:
+            response = await self._client.request(method, url, json=body, timeout=timeout_s)
+        except httpx.TimeoutException:
+            return Answer(False, None, f"no answer to {method} {url} within {timeout_s:g} s")
+        except httpx.HTTPError as error:
+            return Answer(False, None, f"{type(error).__name__}: {error}")
+        return Answer(response.is_success, response.status_code, response.text[:4000])

@@ -1,0 +1,58 @@
+"""ASGI middleware that asks for the API key on every path but `/health` and `/ping`.
+
+vLLM's own key guards only the prefixes /v1, /v2, /inference and /cohere; `/invocations` generates without one, and
+every dev-mode route is open (vLLM 0.32, `serve/middleware/authenticate.py`; vllm#58144). The server is started with
+`--middleware managed_vllm_guard.KeyGuard`. The key comes from `VLLM_API_KEY`; without one everything is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+OPEN_PATHS = frozenset({"/health", "/ping"})
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_REFUSAL = b'{"error": {"message": "this server wants its API key", "type": "Unauthorized", "code": 401}}'
+
+
+class KeyGuard:
+    """Passes a request on only if it carries `Authorization: Bearer <key>`; else HTTP 401, or WebSocket close 1008."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        key = os.environ.get("VLLM_API_KEY", "")
+        self._expected = _digest(key.encode()) if key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or self._is_open(scope) or self._has_key(scope):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+            await send({"type": "http.response.start", "status": 401, "headers": headers})
+            await send({"type": "http.response.body", "body": _REFUSAL})
+
+    def _is_open(self, scope: Scope) -> bool:
+        return scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_PATHS
+
+    def _has_key(self, scope: Scope) -> bool:
+        if self._expected is None:
+            return False
+        for name, value in scope["headers"]:
+            if name.lower() == b"authorization":
+                scheme, _, token = value.partition(b" ")
+                return scheme.lower() == b"bearer" and hmac.compare_digest(_digest(token.strip()), self._expected)
+        return False
+
+
+def _digest(value: bytes) -> bytes:
+    return hashlib.sha256(value).digest()

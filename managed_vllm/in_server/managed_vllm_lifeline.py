@@ -1,0 +1,79 @@
+"""Makes each process of a supervised server die with its parent, by the kernel's own hand (`PR_SET_PDEATHSIG`).
+
+vLLM 0.32 leaves EngineCore and Worker alive for ever when the API server is killed (vllm#55510). With this module the
+chain supervisor → API server → EngineCore → Worker falls as a whole wherever it is cut, with no signal handler that
+could hang and also while a process is stopped. It is reached by two ways that complete each other:
+
+- `sitecustomize.py` beside it, at the start of every interpreter of the server, before the seconds of imports;
+- vLLM's general plugin `register`, which also covers processes that vLLM forks.
+
+Nothing happens unless our marker is in the environment. The signal follows the parent *thread*; the processes in
+question are all spawned from main threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+
+MARKER = "MANAGED_VLLM_INSTANCE"
+"""Environment variable that marks every process of one server: the path of its instance folder."""
+
+SUPERVISOR = "MANAGED_VLLM_SUPERVISOR"
+"""Environment variable `pid:start_time` of the supervisor; the start time guards against a reused pid."""
+
+ROOT = "MANAGED_VLLM_SERVER_ROOT"
+"""Environment variable set by the server's first interpreter: its pid."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def register() -> None:
+    """Entry point of vLLM's plugin group `vllm.general_plugins`: called once in every process of the server."""
+    if MARKER in os.environ:
+        fall_with_parent()
+
+
+def at_interpreter_start() -> None:
+    """Called by `sitecustomize`: ties the server's first interpreter and multiprocessing's children to their parents.
+
+    Other helpers (multiprocessing's resource tracker, compile workers) end by themselves when their pipes close, and
+    the tracker must outlive the others to remove their shared memory.
+    """
+    if MARKER not in os.environ:
+        return
+    if ROOT not in os.environ:
+        os.environ[ROOT] = str(os.getpid())
+        fall_with_parent()
+    elif "--multiprocessing-fork" in sys.orig_argv or any("multiprocessing.forkserver" in a for a in sys.orig_argv):
+        fall_with_parent()
+
+
+def fall_with_parent() -> None:
+    """Asks for SIGKILL at the parent's death, then makes sure that the chain above was not cut before we asked."""
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() == 1 or not _supervisor_lives():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start_time(pid: int) -> str | None:
+    """Start time of a process in clock ticks since boot, as text; None if there is no such live process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
+
+
+def _supervisor_lives() -> bool:
+    pid, _, started = os.environ.get(SUPERVISOR, "").partition(":")
+    if not pid.isdigit():
+        return True  # a server that nobody supervises by these rules
+    return start_time(int(pid)) == started

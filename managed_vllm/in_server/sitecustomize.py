@@ -1,0 +1,23 @@
+"""Runs at the start of every Python process of a supervised server; then hands on to the sitecustomize it shadows."""
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+
+
+def _run_shadowed() -> None:
+    """A distribution, a virtual environment or the user may have a sitecustomize of its own: it still runs."""
+    here = os.path.realpath(os.path.dirname(__file__))
+    path = [entry for entry in sys.path if os.path.realpath(entry or ".") != here]
+    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", path)
+    if spec is not None and spec.loader is not None:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+try:
+    import managed_vllm_lifeline  # type: ignore[import-not-found]  # beside this file, on the server's PYTHONPATH
+
+    managed_vllm_lifeline.at_interpreter_start()
+finally:
+    _run_shadowed()

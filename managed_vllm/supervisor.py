@@ -1,0 +1,628 @@
+"""The supervisor: one small process per server; it alone starts, restarts and ends vLLM.
+
+`spawn` is called by the first user, under the instance's start lock; `main` is the process. What the process does, in
+order:
+
+1. Detaches from the user that started it, becomes subreaper, takes `supervisor.lock`, listens on `control.sock`.
+2. Ends what a predecessor may have left, then starts vLLM and follows its log until one token has been generated.
+3. Watches: an exit that nobody asked for is a crash, whatever its code; restarts by `RestartPolicy`.
+4. Counts leases (open connections). None left for `keep_alive` seconds and not pinned: it stops the server, leaves no
+   process, removes the instance's folder and ends.
+
+One main thread with an event loop; the server is spawned from it, because the kernel ties the server's life to the
+spawning thread. The loop does nothing that can block for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+import managed_vllm
+from managed_vllm import control, diagnosis, registry
+from managed_vllm.config import Address, ServerSpec, WatchPolicy, is_loopback
+from managed_vllm.control import Connection, ServerState, ServerStatus
+from managed_vllm.diagnosis import Cause, Diagnosis, Progress, Stage, StartupLog
+from managed_vllm.errors import SupervisorError
+from managed_vllm.in_server import managed_vllm_lifeline as lifeline
+from managed_vllm.registry import Instance
+
+log = logging.getLogger("managed_vllm.supervisor")
+
+FIRST_LEASE_S = 10.0
+"""The user that spawned us has this long to take its lease; it may have been killed in between."""
+
+_POLL_S = 0.05
+_PR_SET_CHILD_SUBREAPER = 36
+_PORT_RACES = 5
+
+
+# -- spawning, in the user's process -----------------------------------------------------------------------------------
+
+
+def spawn(
+    instance: Instance, spec: ServerSpec, watch: WatchPolicy, address: Address, *, timeout_s: float = 45.0
+) -> None:
+    """Starts the supervisor of an instance and returns when it listens on the control socket.
+
+    The caller holds the instance's start lock. Raises `SupervisorError` if it does not come up.
+    """
+    order = {
+        "home": str(instance.home),
+        "id": instance.id,
+        "spec": spec.to_dict(),
+        "watch": watch.to_dict(),
+        "address": dataclasses.asdict(address),
+    }
+    package_parent = str(Path(managed_vllm.__file__).parent.parent)
+    code = f"import sys; sys.path.insert(0, {package_parent!r}); from managed_vllm.supervisor import main; main()"
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (lifeline.MARKER, lifeline.SUPERVISOR, lifeline.ROOT, "PYTHONHOME")
+    }
+    failed = instance.folder / "supervisor.failed"
+    failed.unlink(missing_ok=True)
+    with open(os.open(instance.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
+        starter = subprocess.Popen(
+            [sys.executable, "-P", "-c", code, instance.id],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            cwd="/",
+            env=environment,
+            start_new_session=True,
+        )
+        # The first process forks the supervisor proper and ends, so the supervisor is nobody's child.
+        try:
+            starter.communicate(json.dumps(order).encode(), timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            starter.kill()
+            starter.wait()
+            raise SupervisorError("the supervisor process did not start", instance=instance.id) from None
+    deadline = time.monotonic() + timeout_s
+    while starter.returncode == 0 and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1.0)
+            with control.short_path(instance.socket_path) as name:
+                probe.connect(name)
+            return
+        if failed.exists():
+            break
+        time.sleep(0.01)
+    said = ""
+    with contextlib.suppress(OSError):
+        said = instance.supervisor_log.read_text(errors="replace")[-2000:]
+    raise SupervisorError(f"the supervisor process did not come up; it said:\n{said}", instance=instance.id)
+
+
+# -- the process -------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Entry point of the supervisor process: the order comes as JSON on standard input."""
+    order = json.loads(sys.stdin.buffer.read())
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    instance = Instance(Path(order["home"]), order["id"])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for number in (signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        supervisor = Supervisor(
+            instance,
+            ServerSpec.from_dict(order["spec"]),
+            WatchPolicy.from_dict(order["watch"]),
+            Address(**order["address"]),
+        )
+        asyncio.run(supervisor.run())
+    except BaseException:
+        log.exception("the supervisor failed")
+        with contextlib.suppress(OSError):
+            (instance.folder / "supervisor.failed").touch()
+        raise
+
+
+@dataclass(eq=False)
+class _User:
+    """One open connection. It counts as a lease once it has asked for one."""
+
+    writer: asyncio.StreamWriter
+    pid: int
+    what: str = ""
+    leased: bool = False
+    since: float = dataclasses.field(default_factory=time.time)
+
+
+class _RestartAsked(Exception):
+    """A user asked for a restart: not a crash, not counted."""
+
+
+class Supervisor:
+    """State machine of one server; see the module's docstring."""
+
+    def __init__(self, instance: Instance, spec: ServerSpec, watch: WatchPolicy, address: Address) -> None:
+        self._instance = instance
+        self._spec = spec
+        self._watch_policy = watch
+        self._address = address
+        self._api_key = address.api_key or secrets.token_urlsafe(32)
+        self._port = address.port
+        self._scratch: Path | None = None
+        self._users: set[_User] = set()
+        self._keep_alive_s = 0.0
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._ending = asyncio.Event()
+        self._restart_asked = asyncio.Event()
+        self._process: Any = None
+        self._status = ServerStatus(
+            state=ServerState.STARTING,
+            started_at=time.time(),
+            log_path=str(instance.server_log),
+            supervisor_pid=os.getpid(),
+        )
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """From the lock to the removal of the folder."""
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        lock = self._instance.supervisor_lock()
+        await asyncio.to_thread(lock.acquire, timeout=30.0)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, f"signal {number.name}")
+        listener = await self._listen()
+        self._idle_timer = loop.call_later(FIRST_LEASE_S, self._end, "nobody took a lease")
+        self._move(ServerState.STARTING)
+        serving = asyncio.create_task(self._serve())
+        ending = asyncio.create_task(self._ending.wait())
+        try:
+            await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+            failed = serving.done() and not serving.cancelled() and self._status.state is ServerState.FAILED
+            if not failed:
+                self._move(ServerState.STOPPING)
+            serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+        finally:
+            ending.cancel()
+            await self._stop_server(self._watch_policy.stop_grace_s)
+            if self._status.state is not ServerState.FAILED:
+                self._move(ServerState.GONE)
+            listener.close()
+            for user in list(self._users):
+                user.writer.close()
+            await self._leave()
+            lock.release()
+
+    async def _leave(self) -> None:
+        """Removes the folder, unless somebody is about to start here again: then it is theirs."""
+        # Names before the folder: a name must never stand for a folder of somebody else's.
+        await asyncio.to_thread(registry.drop_names, self._instance.home, self._instance.id)
+        if self._scratch is not None:
+            await asyncio.to_thread(registry.remove_scratch, self._scratch)
+        with contextlib.suppress(OSError):
+            self._instance.socket_path.unlink()
+        start_lock = self._instance.start_lock()
+        with contextlib.suppress(filelock.Timeout, OSError):
+            start_lock.acquire(blocking=False)
+            self._instance.remove()
+            start_lock.release()
+
+    async def _serve(self) -> None:
+        """Starts the server, and starts it again as long as the policy says so."""
+        await self._clear_leftovers()
+        crashes: collections.deque[float] = collections.deque()
+        races = 0
+        while True:
+            ended = await self._one_epoch()
+            if isinstance(ended, _RestartAsked):
+                await self._stop_server(self._watch_policy.stop_grace_s)
+                self._move(ServerState.RESTARTING, connection=None, ready_at=None, diagnosis=None)
+                continue
+            was_ready = self._status.ready_at is not None
+            log.error("epoch %d ended: %s (%s)", self._status.epoch, ended.summary, ended.root_line)
+            if ended.cause is Cause.PORT_IN_USE and self._address.port is None and races < _PORT_RACES:
+                races += 1  # somebody took the free port before vLLM did: another one is found next time
+                await self._stop_server(0)
+                continue
+            policy = self._watch_policy.restart
+            now = time.monotonic()
+            while crashes and now - crashes[0] > policy.window_s:
+                crashes.popleft()
+            never_served = not was_ready and not crashes
+            if never_served or ended.permanent or policy.max_restarts == 0:
+                await self._fail(ended)
+                return
+            if len(crashes) >= policy.max_restarts:
+                await self._fail(diagnosis.crash_loop(ended, restarts=len(crashes), window_s=policy.window_s))
+                return
+            delay = policy.delay_s(len(crashes))
+            crashes.append(now)
+            self._move(
+                ServerState.RESTARTING,
+                connection=None,
+                ready_at=None,
+                diagnosis=ended,
+                restarts=self._status.restarts + 1,
+                detail=f"in {delay:g} s",
+            )
+            await self._stop_server(0)
+            await asyncio.sleep(delay)
+
+    async def _one_epoch(self) -> Diagnosis | _RestartAsked:
+        """One life of the server: from the launch to its end, of which it tells the reason."""
+        self._restart_asked.clear()
+        state = ServerState.STARTING if self._status.epoch == 0 else ServerState.RESTARTING
+        self._move(state, epoch=self._status.epoch + 1, stage=Stage.LAUNCHING, detail="", started_at=time.time())
+        failure = await self._bring_up()
+        if failure is not None:
+            return failure
+        return await self._until_it_ends()
+
+    # -- starting ------------------------------------------------------------------------------------------------------
+
+    async def _bring_up(self) -> Diagnosis | _RestartAsked | None:
+        """Launches the server and waits until it is ready (None), has failed, or somebody wants it started anew."""
+        from managed_vllm.health import Probe
+        from managed_vllm.server_process import ServerProcess
+
+        connection = self._choose_address()
+        host = self._address.host or "127.0.0.1"
+        argv = self._spec.argv(host=host, port=self._port, uds=connection.uds)
+        startup = StartupLog()
+        loop = asyncio.get_running_loop()
+
+        def on_line(line: str) -> None:
+            progress = startup.feed(line)
+            if progress is not None:
+                with contextlib.suppress(RuntimeError):  # the loop is closing
+                    loop.call_soon_threadsafe(self._progress, progress)
+
+        log.info("epoch %d: %s", self._status.epoch, " ".join(argv))
+        try:
+            self._process = process = ServerProcess(
+                argv, env=self._environment(), cwd=self._instance.folder, instance=self._instance, on_line=on_line
+            )
+        except OSError as error:
+            return diagnosis.could_not_launch(argv, error)
+        self._status = dataclasses.replace(self._status, server_pid=process.pid)
+        probe = Probe(connection)
+        try:
+            failure = await self._until_ready(probe, process, startup)
+        finally:
+            await probe.close()
+        if failure is None:
+            self._move(ServerState.READY, stage="", detail="", connection=connection, ready_at=time.time(), diagnosis=None)
+        return failure
+
+    async def _until_ready(self, probe: Any, process: Any, startup: StartupLog) -> Diagnosis | _RestartAsked | None:
+        started = time.monotonic()
+        policy = self._watch_policy
+        moved, seen = started, startup.progress
+        while True:
+            if process.exited.is_set():
+                await asyncio.to_thread(process.drain)
+                return diagnosis.diagnose(list(process.lines), returncode=process.returncode)
+            if self._restart_asked.is_set():
+                return _RestartAsked()
+            now = time.monotonic()
+            if startup.progress != seen:
+                moved, seen = now, startup.progress
+            moved = max(moved, process.last_output)
+            if now - started > policy.startup_timeout_s:
+                return diagnosis.timed_out(startup.progress, limit_s=policy.startup_timeout_s, silent=False)
+            if now - moved > policy.startup_silence_s:
+                return diagnosis.timed_out(startup.progress, limit_s=policy.startup_silence_s, silent=True)
+            if (await probe.is_up(2.0)).ok and await self._is_ours(process):
+                break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.exited.wait(), _POLL_S)
+        self._progress(Progress(Stage.WARMING_UP))
+        return await self._first_request(probe, process)
+
+    async def _is_ours(self, process: Any) -> bool:
+        """The port is served by our process, not by somebody who took it before vLLM could."""
+        if self._spec.command is not None or self._port is None:
+            return True
+        return bool(await asyncio.to_thread(process.listens_on, self._port))
+
+    async def _first_request(self, probe: Any, process: Any) -> Diagnosis | _RestartAsked | None:
+        async def ask() -> Diagnosis | None:
+            for question in (probe.serves_model, probe.generates):
+                answer = await question(self._watch_policy.first_request_s)
+                if not answer.ok:
+                    return diagnosis.diagnose_first_request(answer.status, answer.body)
+            return None
+
+        asking = asyncio.create_task(ask())
+        dying = asyncio.create_task(process.exited.wait())
+        try:
+            await asyncio.wait({asking, dying}, return_when=asyncio.FIRST_COMPLETED)
+            if asking.done() and asking.result() is None:
+                return None
+            if not dying.done():  # the answer may be the first sign of a death
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.shield(dying), 1.0)
+            if dying.done():
+                await asyncio.to_thread(process.drain)
+                return diagnosis.diagnose(list(process.lines), returncode=process.returncode)
+            return asking.result()
+        finally:
+            for task in (asking, dying):
+                task.cancel()
+            await asyncio.gather(asking, dying, return_exceptions=True)
+
+    def _choose_address(self) -> Connection:
+        """The same address for every epoch where it can be kept."""
+        model, key = self._spec.served_model_name, self._api_key
+        if self._address.uds:
+            path = self._instance.uds_path
+            path.unlink(missing_ok=True)  # vLLM leaves it behind, and then can't bind it (0.32)
+            return Connection(base_url="http://localhost/v1", api_key=key, model=model, uds=str(path))
+        host = self._address.host or "127.0.0.1"
+        if self._address.port is None and (self._port is None or not _is_free(host, self._port)):
+            self._port = _free_port(host)
+        reach = host if is_loopback(host) else {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+        reach = f"[{reach}]" if ":" in reach and not reach.startswith("[") else reach
+        return Connection(base_url=f"http://{reach}:{self._port}/v1", api_key=key, model=model)
+
+    def _environment(self) -> dict[str, str]:
+        """The server's environment: ours, what was asked for, and what marks and guards it."""
+        if self._scratch is None:
+            self._scratch = registry.make_scratch()
+            self._write_record()
+        in_server = str(Path(lifeline.__file__).parent)
+        inherited = os.environ.get("PYTHONPATH")
+        scratch = str(self._scratch)
+        return {
+            # torch keeps its compiled kernels in the temp dir unless told otherwise; ours lives only as long as we do.
+            "TORCHINDUCTOR_CACHE_DIR": f"{registry.tempfile.gettempdir()}/torchinductor_{os.getuid()}",
+            **{name: value for name, value in os.environ.items() if name != lifeline.ROOT},
+            "PYTHONUNBUFFERED": "1",
+            **self._spec.env,
+            "PYTHONPATH": f"{in_server}{os.pathsep}{inherited}" if inherited else in_server,
+            "TMPDIR": scratch,
+            "VLLM_RPC_BASE_PATH": scratch,
+            "VLLM_API_KEY": self._api_key,
+            "SPT_NOENV": "1",
+            lifeline.MARKER: str(self._instance.folder),
+            lifeline.SUPERVISOR: f"{os.getpid()}:{lifeline.start_time(os.getpid())}",
+        }
+
+    # -- watching ------------------------------------------------------------------------------------------------------
+
+    async def _until_it_ends(self) -> Diagnosis | _RestartAsked:
+        process = self._process
+        while not process.exited.is_set():
+            process.record_descendants()
+            if self._restart_asked.is_set():
+                return _RestartAsked()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.exited.wait(), 1.0)
+        await asyncio.to_thread(process.drain)
+        return diagnosis.diagnose(list(process.lines), returncode=process.returncode)
+
+    # -- ending --------------------------------------------------------------------------------------------------------
+
+    async def _fail(self, reason: Diagnosis) -> None:
+        # The error first, the cleaning after: who waits learns of it at once.
+        kept = await asyncio.to_thread(self._instance.keep_log)
+        self._move(
+            ServerState.FAILED,
+            diagnosis=reason,
+            connection=None,
+            log_path=str(kept) if kept else self._status.log_path,
+        )
+
+    async def _stop_server(self, grace_s: float) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            remaining = await process.stop(grace_s)
+            await asyncio.to_thread(process.drain, 0.5)
+            if remaining:
+                log.error("could not end %s", [p.pid for p in remaining])
+        self._status = dataclasses.replace(self._status, server_pid=None)
+        with contextlib.suppress(OSError):
+            self._instance.uds_path.unlink()
+
+    async def _clear_leftovers(self) -> None:
+        """Ends what a predecessor that was killed may have left, and removes its scratch folder."""
+        strays = await asyncio.to_thread(registry.marked_processes, self._instance)
+        if strays:
+            log.warning("ending processes left by a predecessor: %s", [p.pid for p in strays])
+            await asyncio.to_thread(registry.end_processes, strays)
+
+    def _end(self, reason: str) -> None:
+        log.info("ending: %s", reason)
+        self._ending.set()
+
+    def _reap(self) -> None:
+        """SIGCHLD: the server's exit, and the orphans that fall to us as subreaper."""
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                break
+            if found is None:
+                break
+            if self._process is not None and found.si_pid == self._process.pid:
+                self._process.reap()
+            else:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(found.si_pid, os.WNOHANG)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def _move(self, state: ServerState, **changes: Any) -> None:
+        """The one place where the state changes: logged, recorded, sent to every user."""
+        self._status = dataclasses.replace(self._status, state=state, **changes)
+        log.info("%s epoch=%d", state, self._status.epoch)
+        self._write_record()
+        event = {"time": time.time(), "state": state, "epoch": self._status.epoch}
+        if self._status.diagnosis is not None:
+            event["diagnosis"] = self._status.diagnosis.to_dict()
+        with contextlib.suppress(OSError), open(self._instance.events_path, "a") as events:
+            events.write(json.dumps(event) + "\n")
+        self._broadcast()
+
+    def _progress(self, progress: Progress) -> None:
+        if self._status.state in (ServerState.STARTING, ServerState.RESTARTING):
+            self._status = dataclasses.replace(self._status, stage=progress.stage, detail=progress.detail)
+            self._broadcast(droppable=True)
+
+    def _write_record(self) -> None:
+        record = {
+            "spec": self._spec.masked().to_dict(),
+            "pid": os.getpid(),
+            "pid_start_time": lifeline.start_time(os.getpid()),
+            "state": self._status.state,
+            "epoch": self._status.epoch,
+            "scratch": str(self._scratch) if self._scratch else None,
+        }
+        try:
+            self._instance.write_record(record)
+        except OSError as error:  # a full disk must not take the server down
+            log.warning("can't write the record: %s", error)
+
+    def _broadcast(self, *, droppable: bool = False) -> None:
+        line = control.encode({"status": self._public_status()})
+        for user in list(self._users):
+            # A user that is stopped must not make us hoard progress for it.
+            if user.leased and not (droppable and user.writer.transport.get_write_buffer_size() > 1 << 16):
+                user.writer.write(line)
+
+    def _public_status(self) -> dict[str, Any]:
+        leased = [user for user in self._users if user.leased]
+        return dataclasses.replace(
+            self._status,
+            users=len(leased),
+            extra={
+                "id": self._instance.id,
+                "model": self._spec.served_model_name,
+                "users": [{"pid": user.pid, "what": user.what, "since": user.since} for user in leased],
+                "keep_alive_s": self._keep_alive_s,
+            },
+        ).to_dict()
+
+    # -- users ---------------------------------------------------------------------------------------------------------
+
+    async def _listen(self) -> asyncio.Server:
+        path = self._instance.socket_path
+        path.unlink(missing_ok=True)  # stale: we hold the lock
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        previous = os.umask(0o177)
+        try:
+            with control.short_path(path) as name:
+                listener.bind(name)
+        finally:
+            os.umask(previous)
+        return await asyncio.start_unix_server(self._attend, sock=listener, limit=control.MAX_LINE, backlog=1024)
+
+    async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        pid, uid = control.peer(writer.get_extra_info("socket"))
+        if uid != os.getuid():
+            log.warning("refused pid %d of uid %d", pid, uid)
+            writer.close()
+            return
+        user = _User(writer, pid)
+        self._users.add(user)
+        try:
+            while line := await reader.readline():
+                message = json.loads(line)
+                reply = self._answer(user, message)
+                writer.write(control.encode({"id": message.get("id"), **reply}))
+                await writer.drain()
+        except (ConnectionError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.debug("user %d: %r", pid, error)
+        finally:
+            self._users.discard(user)
+            writer.close()
+            if user.leased:
+                log.info("lease of pid %d given back, %d left", pid, sum(u.leased for u in self._users))
+                self._users_changed()
+
+    def _answer(self, user: _User, message: Mapping[str, Any]) -> dict[str, Any]:
+        match message["op"]:
+            case "lease":
+                if self._ending.is_set():
+                    return {"ok": False, "status": dataclasses.replace(self._status, state=ServerState.STOPPING).to_dict()}
+                user.leased, user.what = True, str(message.get("what", ""))[:200]
+                self._keep_alive_s = max(self._keep_alive_s, float(message.get("keep_alive_s", 0.0)))
+                log.info("lease for pid %d", user.pid)
+                self._users_changed()
+                order = {
+                    "spec": self._spec.to_dict(),
+                    "watch": self._watch_policy.to_dict(),
+                    "address": {**dataclasses.asdict(self._address), "api_key": self._api_key},
+                }
+                return {"ok": True, "order": order, "status": self._public_status()}
+            case "status":
+                return {"ok": True, "status": self._public_status()}
+            case "pin" | "unpin" as op:
+                self._status = dataclasses.replace(self._status, pinned=op == "pin")
+                self._users_changed()
+                return {"ok": True, "status": self._public_status()}
+            case "restart":
+                self._restart_asked.set()
+                return {"ok": True, "epoch": self._status.epoch}
+            case "stop":
+                self._end(f"asked by pid {user.pid}")
+                return {"ok": True}
+            case op:
+                return {"ok": False, "error": f"unknown request {op!r}"}
+
+    def _users_changed(self) -> None:
+        wanted = self._status.pinned or any(user.leased for user in self._users)
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        if not wanted:
+            loop = asyncio.get_running_loop()
+            self._idle_timer = loop.call_later(self._keep_alive_s, self._end, "the last user is gone")
+
+
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:  # not an address of this machine: vLLM says so itself
+            probe.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
