@@ -441,9 +441,10 @@ class Supervisor:
         )
 
     async def _stop_server(self, grace_s: float) -> None:
-        process, self._process = self._process, None
+        process = self._process
         if process is not None:
             remaining = await process.stop(grace_s)
+            self._process = None
             await asyncio.to_thread(process.drain, 0.5)
             if remaining:
                 log.error("could not end %s", [p.pid for p in remaining])
