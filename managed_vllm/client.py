@@ -60,10 +60,12 @@ class VLLMClient:
         self._connection = connection
         self._lock = threading.Lock()
         self._http: tuple[str | None, httpx.Client] | None = None
+        self._closed = False
 
     def close(self) -> None:
-        """Closes the pooled connections."""
+        """Closes the pooled connections; what is in flight fails and is not sent again."""
         with self._lock:
+            self._closed = True
             if self._http is not None:
                 self._http[1].close()
                 self._http = None
@@ -143,6 +145,8 @@ class VLLMClient:
             except Lost as error:
                 lost = epoch
                 reason = str(error)
+                if self._closed:
+                    raise ServerDiedError("the client was closed under this request", index=index) from error
         raise ServerDiedError(f"the server was lost {_ATTEMPTS} times under this request: {reason}", index=index)
 
     def _post(

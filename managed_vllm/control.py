@@ -127,8 +127,8 @@ def encode(message: Mapping[str, Any]) -> bytes:
 class Channel:
     """A user's connection to a supervisor. Holding it open is the lease.
 
-    One daemon thread reads; `status` is the newest `ServerStatus`, `closed` is true once the supervisor is gone. All
-    methods are safe to call from any thread.
+    One daemon thread reads; `status` is the newest `ServerStatus`, `closed` is true once the connection is gone and
+    `given_back` if that was our own doing. All methods are safe to call from any thread.
     """
 
     def __init__(self, connection: socket.socket, on_change: Callable[[ServerStatus], None] | None = None) -> None:
@@ -140,6 +140,7 @@ class Channel:
         self._on_change = on_change
         self.status: ServerStatus | None = None
         self.closed = False
+        self.given_back = False
         threading.Thread(target=self._read, name="managed-vllm-lease", daemon=True).start()
 
     @classmethod
@@ -199,6 +200,7 @@ class Channel:
 
     def close(self) -> None:
         """Gives the lease back. In a forked child only the child's copy of the descriptor is closed."""
+        self.given_back = True
         with contextlib.suppress(OSError):
             if os.getpid() == self._pid:
                 self._socket.shutdown(socket.SHUT_RDWR)

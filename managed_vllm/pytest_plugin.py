@@ -1,1 +1,218 @@
-"""Pytest fixtures; placeholder until they are written."""
+"""Pytest plugin: the session fixture `managed_vllm`, set up by ini file, command line and marker.
+
+What must hold:
+
+1. Loaded into every pytest run of everybody who installed the library: importing it imports nothing but pytest, and it
+   says nothing unless it is used (or `-v` given: one line in the header).
+2. Workers of pytest-xdist and other runs on the machine share a server because they ask for the same one; each session
+   holds a lease of its own until it ends, so nobody's end takes the server from somebody else.
+3. A start that failed fails every test that uses it, briefly, and is not tried again in the session.
+4. Each setting is taken from the nearest place that has it: the test's marker, its class's, its module's, the command
+   line, the ini file. Engine arguments and environment variables are merged name by name; None takes one out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+if TYPE_CHECKING:
+    from managed_vllm.session import ManagedVLLM
+
+NAME: Final = "managed_vllm"
+"""Of the fixture and of the marker."""
+
+DEFAULT_MODEL: Final = "demo"
+
+_MARKER = (
+    "managed_vllm(model=None, **arguments): the server that the fixture of this name gives to the test: "
+    "arguments of ManagedVLLM and vLLM's engine arguments, on top of ini file and command line"
+)
+
+_HIDDEN: Any = getattr(pytest, "HIDDEN_PARAM", NAME)
+"""Leaves the names of marked tests as they are. pytest < 8.4 can't: the name ends in `[managed_vllm]` there."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declares the options and the ini settings."""
+    group = parser.getgroup(NAME, "managed_vllm: a shared vLLM server as a fixture")
+    group.addoption("--managed-vllm-model", metavar="MODEL", help="Hugging Face id, folder, or 'demo' (the default)")
+    group.addoption("--managed-vllm-args", metavar="FLAGS", help="vLLM's flags in one word: '--max-model-len 512'")
+    group.addoption("--managed-vllm-url", metavar="URL", help="use this server, which somebody else runs")
+    group.addoption("--managed-vllm-keep-alive", metavar="SECONDS", help="how long the server outlives its last user")
+    parser.addini("managed_vllm_model", "model of the managed_vllm fixture; default 'demo'")
+    parser.addini("managed_vllm_args", "vLLM's flags, on one line")
+    parser.addini("managed_vllm_env", "environment of the server, a NAME=VALUE a line", type="linelist")
+    parser.addini("managed_vllm_command", "another command that starts an OpenAI-compatible server; see ManagedVLLM")
+    parser.addini("managed_vllm_keep_alive", "seconds that the server outlives its last user")
+    parser.addini("managed_vllm_startup_timeout", "seconds until a start has failed in any case")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the marker known, so that `--strict-markers` takes it."""
+    config.addinivalue_line("markers", _MARKER)
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """With `-v`, one line that says what the fixture would give."""
+    if config.option.verbose <= 0:
+        return None
+    url = config.getoption("--managed-vllm-url") or os.environ.get("VLLM_SERVER_URL")
+    flags = [config.getini("managed_vllm_args"), config.getoption("--managed-vllm-args")]
+    words = [url or _configured_model(config) or DEFAULT_MODEL, *(line for line in flags if line and not url)]
+    return f"managed_vllm: {' '.join(words)}"
+
+
+# -- the marker --------------------------------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Hands a marker's arguments to the session fixture, as its parameter: pytest groups the tests by it."""
+    if NAME not in metafunc.fixturenames:
+        return
+    marks = list(metafunc.definition.iter_markers(NAME))
+    if marks:
+        arguments: dict[str, Any] = {}
+        for mark in reversed(marks):  # the nearest is the last word
+            arguments = _merged(arguments, _marked(mark))
+        metafunc.parametrize(NAME, [arguments], indirect=True, scope="session", ids=[_HIDDEN])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A marker must not be ignored silently where pytest can't parametrize: on the tests of a `unittest.TestCase`."""
+    if item.get_closest_marker(NAME) is None or NAME not in getattr(item, "fixturenames", ()):
+        return
+    if NAME not in getattr(getattr(item, "callspec", None), "params", ()):
+        pytest.fail("the marker managed_vllm works on plain test functions and classes only", pytrace=False)
+
+
+def _marked(mark: pytest.Mark) -> dict[str, Any]:
+    if len(mark.args) > 1 or (mark.args and "model" in mark.kwargs):
+        pytest.fail("the marker managed_vllm takes one model, everything else by keyword", pytrace=False)
+    return {**({"model": mark.args[0]} if mark.args else {}), **mark.kwargs}
+
+
+# -- the fixture -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def managed_vllm(request: pytest.FixtureRequest, _managed_vllm_servers: _Servers) -> ManagedVLLM:
+    """A vLLM server that is ready: an entered `ManagedVLLM`, shared with all workers and runs that ask for the same."""
+    return _managed_vllm_servers.get(getattr(request, "param", {}))
+
+
+@pytest.fixture(scope="session")
+def _managed_vllm_servers(pytestconfig: pytest.Config) -> Iterator[_Servers]:
+    with contextlib.ExitStack() as leases:
+        yield _Servers(pytestconfig, leases)
+
+
+class _Servers:
+    """The servers used in this session, each entered once and held until the end; failures are kept as well.
+
+    Held, because a server that tests come back to should not start twice; what one session uses must fit side by side.
+    """
+
+    def __init__(self, config: pytest.Config, leases: contextlib.ExitStack) -> None:
+        self._config = config
+        self._leases = leases
+        self._known: dict[str, ManagedVLLM | str] = {}
+
+    def get(self, marked: Mapping[str, Any]) -> ManagedVLLM:
+        """The entered handle for a marker's arguments; none of them: the default server."""
+        key = json.dumps(marked, sort_keys=True, default=repr)
+        if key not in self._known:
+            self._known[key] = self._enter(marked)
+        known = self._known[key]
+        if isinstance(known, str):
+            # Only the text: the frames between here and the error are ours, not the test's.
+            pytest.fail(known, pytrace=False)
+        return known
+
+    def _enter(self, marked: Mapping[str, Any]) -> ManagedVLLM | str:
+        from managed_vllm.errors import ManagedVLLMError
+        from managed_vllm.session import ManagedVLLM
+
+        try:
+            return self._leases.enter_context(ManagedVLLM(**_arguments(self._config, marked)))
+        except ManagedVLLMError as error:
+            return f"{type(error).__name__}: {error}"
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def _arguments(config: pytest.Config, marked: Mapping[str, Any]) -> dict[str, Any]:
+    """`ManagedVLLM`'s arguments. Raises `ConfigError` where a setting can't be read."""
+    command = config.getini("managed_vllm_command")
+    ini = {
+        **_flags(config.getini("managed_vllm_args"), "managed_vllm_args"),
+        "env": dict(_variable(line) for line in config.getini("managed_vllm_env")),
+        "command": shlex.split(command) if command else None,
+        "keep_alive": _seconds(config.getini("managed_vllm_keep_alive"), "managed_vllm_keep_alive"),
+        "startup_timeout": _seconds(config.getini("managed_vllm_startup_timeout"), "managed_vllm_startup_timeout"),
+    }
+    line = {
+        **_flags(config.getoption("--managed-vllm-args"), "--managed-vllm-args"),
+        "base_url": config.getoption("--managed-vllm-url"),
+        "keep_alive": _seconds(config.getoption("--managed-vllm-keep-alive"), "--managed-vllm-keep-alive"),
+    }
+    arguments: dict[str, Any] = {"progress": False, "model": _configured_model(config)}
+    for layer in (ini, line):
+        arguments = _merged(arguments, {name: value for name, value in layer.items() if value is not None})
+    arguments = {name: value for name, value in _merged(arguments, marked).items() if value is not None}
+    if "model" not in arguments and not _is_external(arguments):
+        arguments["model"] = DEFAULT_MODEL  # of an external server nobody said that it serves the demo
+    return arguments
+
+
+def _configured_model(config: pytest.Config) -> str | None:
+    return config.getoption("--managed-vllm-model") or config.getini("managed_vllm_model") or None
+
+
+def _is_external(arguments: Mapping[str, Any]) -> bool:
+    return "base_url" in arguments or ("name" not in arguments and bool(os.environ.get("VLLM_SERVER_URL")))
+
+
+def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**lower, **upper}
+    if lower.get("env") and upper.get("env"):
+        merged["env"] = {**lower["env"], **upper["env"]}
+    return merged
+
+
+def _flags(line: str | None, setting: str) -> dict[str, Any]:
+    from managed_vllm import engine_arguments
+    from managed_vllm.errors import ConfigError
+
+    try:
+        return engine_arguments.from_flags(shlex.split(line or ""))
+    except ValueError as error:  # ConfigError is one, too
+        raise ConfigError(f"{setting}: {error}", field=setting) from error
+
+
+def _variable(line: str) -> tuple[str, str]:
+    from managed_vllm.errors import ConfigError
+
+    name, equals, value = line.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError(f"managed_vllm_env: {line!r} is not NAME=VALUE", field="managed_vllm_env")
+    return name.strip(), value.strip()
+
+
+def _seconds(text: str | None, setting: str) -> float | None:
+    from managed_vllm.errors import ConfigError
+
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{setting}: {text!r} is no number of seconds", field=setting) from None

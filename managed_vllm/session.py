@@ -132,6 +132,7 @@ class ManagedVLLM:
         """What is new in every process: nothing attached, no locks held."""
         self._lock = threading.RLock()
         self._depth = 0
+        self._started_it = False
         self._channel: Channel | None = None
         self._external: Connection | None = None
         self._client: VLLMClient | None = None
@@ -145,8 +146,8 @@ class ManagedVLLM:
         """Attaches or starts, and waits until the server is ready (unless `wait=False`). Safe to call again."""
         with self._lock:
             self._attach()
-            if self._wait:
-                self.wait_ready()
+        if self._wait:
+            self.wait_ready()
         return self
 
     def close(self) -> None:
@@ -168,11 +169,11 @@ class ManagedVLLM:
     def __enter__(self) -> Self:
         with self._lock:
             self._depth += 1
-            try:
-                return self.start()
-            except BaseException:
-                self.__exit__(None, None, None)
-                raise
+        try:
+            return self.start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -264,7 +265,17 @@ class ManagedVLLM:
 
     def _knock(self, instance: Instance) -> Channel | None:
         try:
-            return Channel.connect(instance.socket_path, on_change=self._on_change)
+            # Weak, as is the finalizer: a handle that is dropped without `close` gives its lease back.
+            session = weakref.ref(self)
+
+            def on_change(status: ServerStatus) -> None:
+                handle = session()
+                if handle is not None and handle._progress_view is not None:
+                    handle._progress_view.update(status)
+
+            channel = Channel.connect(instance.socket_path, on_change=on_change)
+            weakref.finalize(self, channel.close).atexit = False
+            return channel
         except SupervisorError:
             raise
         except TimeoutError as error:
@@ -284,6 +295,7 @@ class ManagedVLLM:
                     time.sleep(0.01)
                     return
                 supervisor.spawn(instance, spec, self._watch, self._address)
+                self._started_it = True
         except StateDirectoryError:
             raise
         except OSError as error:
@@ -340,11 +352,6 @@ class ManagedVLLM:
         except (KeyError, TypeError):
             return {}
 
-    def _on_change(self, status: ServerStatus) -> None:
-        view = self._progress_view
-        if view is not None:
-            view.update(status)
-
     # -- waiting -------------------------------------------------------------------------------------------------------
 
     def wait_ready(self, timeout: float | None = None, *, after_epoch: int | None = None) -> ServerStatus:
@@ -391,7 +398,7 @@ class ManagedVLLM:
                 raise error_for(status.diagnosis, instance=self._id, log_path=status.log_path)
             if status is not None and status.state in (ServerState.STOPPING, ServerState.GONE):
                 raise ServerStoppedError("the server was stopped", instance=self._id, log_path=status.log_path)
-            if self._channel is not channel:
+            if channel.given_back:
                 raise ServerStoppedError("closed while waiting for the server", instance=self._id)
             # The supervisor was killed: its server falls with it, and one of the users starts the next.
 
@@ -525,13 +532,33 @@ class ManagedVLLM:
 
     def restart(self, timeout: float | None = None) -> ServerStatus:
         """Stops the server and starts it again, for all its users; waits until it is ready."""
+        epoch = self._request("restart")["epoch"]
+        return self.wait_ready(timeout, after_epoch=epoch)
+
+    def pin(self) -> None:
+        """Lets the server run without users, until `unpin` or `managed-vllm down`."""
+        self._request("pin")
+
+    def unpin(self) -> None:
+        """Takes `pin` back: the server goes with its last user again."""
+        self._request("unpin")
+
+    def stop_server(self) -> None:
+        """Stops the server for all its users; they get `ServerStoppedError`. Returns at once."""
+        self._request("stop")
+
+    def _request(self, op: str) -> dict[str, Any]:
         if self._base_url is not None:
-            raise ConfigError("an external server can't be restarted from here", field="base_url")
+            raise ConfigError(f"an external server can't be asked to {op} from here", field="base_url")
         with self._lock:
             self._attach()
             assert self._channel is not None
-            epoch = self._channel.request("restart")["epoch"]
-        return self.wait_ready(timeout, after_epoch=epoch)
+            return self._channel.request(op)
+
+    @property
+    def started_it(self) -> bool:
+        """True if this handle's process was the one that started the server it uses."""
+        return self._started_it
 
     # -- passing it on -------------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ from managed_vllm.registry import Instance
 
 log = logging.getLogger("managed_vllm.supervisor")
 
-FIRST_LEASE_S = 10.0
+FIRST_LEASE_S = 5.0
 """The user that spawned us has this long to take its lease; it may have been killed in between."""
 
 _POLL_S = 0.05
@@ -123,6 +123,7 @@ def main() -> None:
     if os.fork():
         os._exit(0)
     os.setsid()
+    os.umask(0o077)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     instance = Instance(Path(order["home"]), order["id"])
@@ -537,12 +538,8 @@ class Supervisor:
         path = self._instance.socket_path
         path.unlink(missing_ok=True)  # stale: we hold the lock
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        previous = os.umask(0o177)
-        try:
-            with control.short_path(path) as name:
-                listener.bind(name)
-        finally:
-            os.umask(previous)
+        with control.short_path(path) as name:
+            listener.bind(name)  # mode 0700 by our umask
         return await asyncio.start_unix_server(self._attend, sock=listener, limit=control.MAX_LINE, backlog=1024)
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

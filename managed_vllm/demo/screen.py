@@ -124,9 +124,7 @@ class Screen:
 
 def random_buttons(rng: random.Random, count: int) -> tuple[Button, ...]:
     """`count` buttons (at most `len(LABELS)`) with different labels at random places."""
-    return tuple(
-        Button(label, rng.choice(COORDINATES), rng.choice(COORDINATES)) for label in rng.sample(LABELS, count)
-    )
+    return tuple(Button(label, rng.choice(COORDINATES), rng.choice(COORDINATES)) for label in rng.sample(LABELS, count))
 
 
 def random_screen(rng: random.Random, *, buttons: int | None = None, done: bool | None = None) -> Screen:

@@ -1,0 +1,67 @@
+"""What the tests ask about processes: who is left of an instance, and waiting for a condition with a bound."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from managed_vllm import registry
+
+INSTANT = 0.2
+"""A keep_alive for tests that wait for the end."""
+
+
+def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 15.0) -> Any:
+    """Waits until the condition is true and returns its value; fails with `what` after the time-out."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:g} s: {what}")
+        time.sleep(0.02)
+
+
+def left_of(home: Path) -> list[str]:
+    """Everything of the instances below a state directory that still lives: processes and folders (not kept logs)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environ = (entry / "environ").read_bytes()
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            ours = f"MANAGED_VLLM_INSTANCE={home}/".encode() in environ
+            supervisor = "managed_vllm.supervisor" in command and f"MANAGED_VLLM_HOME={home}".encode() in environ.split(b"\0")
+            if (ours or supervisor) and state != "Z":
+                found.append(f"{entry.name} {command[:80]}")
+    if home.exists():
+        found += [str(path) for path in home.iterdir() if path.name != "failed"]
+    return found
+
+
+def assert_nothing_left(home: Path, timeout_s: float = 10.0) -> None:
+    """Waits until no process, socket, lock or folder of the instances below `home` is left."""
+    try:
+        eventually(lambda: not left_of(home), "everything gone", timeout_s)
+    except AssertionError:
+        logs = [path.read_text()[-3000:] for path in home.glob("*/supervisor.log")]
+        raise AssertionError("left behind: " + "; ".join(left_of(home)) + "\n" + "\n".join(logs)) from None
+
+
+def end_everything(home: Path) -> None:
+    """For tear-down: whatever a failed test left is ended."""
+    for instance in registry.instances(home):
+        record = instance.read_record() or {}
+        supervisors = [p for p in registry.marked_processes(instance)]
+        pid = record.get("pid")
+        if isinstance(pid, int) and registry.is_alive(instance):
+            import psutil
+
+            supervisors.append(psutil.Process(pid))
+        registry.end_processes(supervisors)

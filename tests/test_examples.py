@@ -1,0 +1,116 @@
+"""The examples run, unchanged: against the stand-in, given by `VLLM_SERVER_URL`, or against the real demo model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from managed_vllm import demo
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+_OURS = ("VLLM_SERVER_URL", "VLLM_MODEL_NAME", "VLLM_API_KEY", "MANAGED_VLLM_ATTACH", "MANAGED_VLLM_HOME")
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {**{name: value for name, value in os.environ.items() if name not in _OURS}, **more}
+
+
+@pytest.fixture(scope="module")
+def server_url() -> Iterator[str]:
+    """A stand-in that serves the model "demo" without a key."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    words = [sys.executable, ROOT / "tests" / "standin.py", "--port", str(port), "--model", "demo"]
+    process = subprocess.Popen([*words, "--served-model-name", "demo"], env=_environment())
+    try:
+        session = requests.Session()
+        session.trust_env = False
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                session.get(f"{url}/health", timeout=5)
+                break
+            except requests.ConnectionError:
+                assert process.poll() is None, "the stand-in ended"
+                assert time.monotonic() < deadline, "the stand-in does not listen"
+                time.sleep(0.02)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _run(example: str, environment: Mapping[str, str], timeout_s: float = 120) -> str:
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / example], env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    return run.stdout
+
+
+def test_chat(server_url: str, tmp_path: Path) -> None:
+    said = _run("01_chat.py", _environment(VLLM_SERVER_URL=server_url, MANAGED_VLLM_HOME=str(tmp_path)))
+    assert said.count("→ 'echo Screen:") == 4
+
+
+def test_shared_by_processes(server_url: str, tmp_path: Path) -> None:
+    said = _run("02_shared_by_processes.py", _environment(VLLM_SERVER_URL=server_url, MANAGED_VLLM_HOME=str(tmp_path)))
+    assert [f"echo Hello from worker {number} " in said for number in range(4)] == [True] * 4
+
+
+def test_child_process_environ(server_url: str, tmp_path: Path) -> None:
+    environment = _environment(VLLM_SERVER_URL=server_url, MANAGED_VLLM_HOME=str(tmp_path))
+    said = _run("04_child_process_environ.py", environment)
+    assert "child: demo echo Hello" in said
+    assert "any client: echo Hello" in said
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not demo.weights_path().is_dir(), reason="the demo model's weights are not there")
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_with_the_real_model(example: str) -> None:
+    said = _run(example, _environment(), timeout_s=500)
+    assert said.strip()
+    if example.startswith(("01", "03")):
+        assert "click(start_box='(" in said
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_shell_script_explains_itself() -> None:
+    assert subprocess.run(["bash", "-n", EXAMPLES / "service.sh"], timeout=10).returncode == 0
+    run = subprocess.run(["bash", EXAMPLES / "service.sh"], capture_output=True, text=True, timeout=10)
+    assert run.returncode == 2
+    assert "examples/service.sh start" in run.stdout
+
+
+def test_the_benchmark_measures_attaching_and_leaves_nothing(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    words = [sys.executable, ROOT / "benchmarks" / "attach.py", "--skip-start", "--server", "stand-in"]
+    words += ["--entries", "5", "--processes", "1", "--json", report]
+    run = subprocess.run(words, env=_environment(TMPDIR=str(tmp_path)), capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    assert "attach, 5 times in one process" in run.stdout
+    assert report.exists()
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TMPDIR", "").startswith(str(tmp_path)):
+                left.append(process)
+        except psutil.Error:
+            continue
+    assert left == []

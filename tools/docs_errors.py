@@ -1,0 +1,141 @@
+"""Writes the generated parts of docs/errors.md: each cause of a failed start, and the tree of exceptions.
+
+    python tools/docs_errors.py            brings the page up to date
+    python tools/docs_errors.py --check    only says whether it is: exit status 1 if not
+
+The tables come from `managed_vllm.diagnosis` and `managed_vllm.errors`, so that the page can't say anything else than
+the code. What stands outside of the two markers is written by hand and left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from managed_vllm import diagnosis, errors
+from managed_vllm.diagnosis import Cause, Diagnosis, Progress, Stage
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "errors.md"
+
+
+def causes() -> str:
+    """One row per cause: what it means, the error, what to do about it, and whether it is retried."""
+    meanings = _attribute_docstrings(Cause)
+    rows = []
+    for cause in Cause:
+        remedies, retried = [], set()
+        for remedy, is_retried in _remedies(cause):
+            if remedy and remedy not in remedies:
+                remedies.append(remedy)
+            retried.add(is_retried)
+        error = diagnosis.error_for(Diagnosis(cause, ""), instance=None, log_path=None)
+        answer = retried.pop() if len(retried) == 1 else "depends"
+        rows.append((f"`{cause}`", meanings[cause.name], f"`{type(error).__name__}`", "<br>".join(remedies), answer))
+    return _table(("`diagnosis.cause`", "What it means", "Error", "What to do", "Restarted?"), rows)
+
+
+def tree() -> str:
+    """Every exception, indented below the one that it derives from."""
+    found = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, Exception)]
+    ours = [kind for kind in found if kind.__module__ == errors.__name__]
+
+    def below(parent: type[Exception], depth: int) -> Iterator[str]:
+        for kind in ours:
+            if kind.__bases__[0] is parent:
+                others = [f"`{base.__name__}`" for base in kind.__bases__[1:]]
+                also = f" (also {', '.join(others)})" if others else ""
+                first = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+                yield f"{'  ' * depth}- `{kind.__name__}`{also}: {first}"
+                yield from below(kind, depth + 1)
+
+    return "\n".join(below(Exception, 0))
+
+
+def updated(page: str) -> str:
+    """The page with its generated parts made anew. Raises `ValueError` where a marker is missing."""
+    for name, text in (("causes", causes()), ("tree", tree())):
+        begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
+        if page.count(begin) != 1 or page.count(end) != 1:
+            raise ValueError(f"{PAGE.name} must have the markers {begin} and {end} once each")
+        before, _, rest = page.partition(begin)
+        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    return page
+
+
+def _remedies(cause: Cause) -> Iterator[tuple[str, str]]:
+    """(what to do, is it retried) for each way in which the cause is found out."""
+    for rule in (*diagnosis._RULES, *diagnosis._DEATHS, *diagnosis._FIRST_REQUEST):
+        if rule.cause is cause:
+            yield rule.remedy, "depends" if callable(rule.permanent) else _retried(rule.permanent)
+    # These come from functions, not from a table: for each of them an example.
+    stage = Progress(Stage.LOADING)
+    killed = diagnosis.diagnose([], returncode=-9)
+    for example in (
+        killed,
+        diagnosis.diagnose([], returncode=-7),
+        diagnosis.diagnose([], returncode=-11),
+        diagnosis.diagnose([], returncode=1),
+        diagnosis.diagnose([], returncode=127),
+        diagnosis.diagnose_first_request(None, ""),
+        diagnosis.timed_out(stage, limit_s=0, silent=False),
+        diagnosis.timed_out(stage, limit_s=0, silent=True),
+        diagnosis.crash_loop(killed, restarts=0, window_s=0),
+    ):
+        if example.cause is cause:
+            if cause is Cause.CRASH_LOOP:
+                yield "what the last crash asks for: `diagnosis.facts['last_cause']` names it", "no"
+            elif cause in (Cause.STARTUP_TIMEOUT, Cause.STARTUP_SILENCE) and "stage" in example.facts:
+                keyword = cause.value
+                yield (
+                    f"raise {keyword}=, or look into what the stage that it had reached is waiting for",
+                    _retried(example.permanent),
+                )
+            else:
+                yield example.remedy, _retried(example.permanent)
+
+
+def _retried(permanent: bool) -> str:
+    return "no" if permanent else "yes"
+
+
+def _attribute_docstrings(kind: type[object]) -> dict[str, str]:
+    """The string below each member of a class."""
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for member, below in zip(body.body, body.body[1:], strict=False):
+        if isinstance(member, ast.Assign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            assert isinstance(member.targets[0], ast.Name)
+            found[member.targets[0].id] = inspect.cleandoc(str(below.value.value)).replace("\n", " ")
+    return found
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(re.sub(r"\{(\w+)\}", r"‹\1›", cell).replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(head), line(("---",) * len(head)), *map(line, rows)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the page is out of date")
+    check = parser.parse_args().check
+    page = PAGE.read_text(encoding="utf-8")
+    wanted = updated(page)
+    if wanted == page:
+        return 0
+    if check:
+        print(f"docs/{PAGE.name} is out of date; run: python tools/docs_errors.py", file=sys.stderr)
+        return 1
+    PAGE.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
