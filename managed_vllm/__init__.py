@@ -28,7 +28,7 @@ _HOME_OF = {
     "ManagedVLLMError": "managed_vllm.errors",
 }
 
-__all__ = [*sorted(_HOME_OF), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted(_HOME_OF), "__version__"]
 
 if TYPE_CHECKING:
     from managed_vllm.client import VLLMClient as VLLMClient

@@ -104,9 +104,9 @@ class VLLMClient:
         **fields: Any,
     ) -> list[RequestOutput]:
         """Completes one prompt (text or token ids) or many; as `chat` otherwise."""
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
-        return self._send_all("/completions", [{"prompt": p, **fields} for p in prompts], sampling_params, timeout)
+        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        each: Sequence[Any] = [prompts] if single else prompts
+        return self._send_all("/completions", [{"prompt": p, **fields} for p in each], sampling_params, timeout)
 
     # -- one request ---------------------------------------------------------------------------------------------------
 

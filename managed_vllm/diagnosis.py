@@ -1097,9 +1097,7 @@ def _apply(rule: Rule, found: re.Match[str], text: str) -> Diagnosis:
 
 # -- the public functions ----------------------------------------------------------------------------------------------
 
-_READ_THE_LOG = (
-    "read the log; `managed-vllm doctor` checks the installation, and enforce_eager=True rules out compilation"
-)
+_READ_THE_LOG = "read the log, `managed-vllm logs --failed`; enforce_eager=True rules out compilation as the cause"
 
 
 def diagnose(lines: Sequence[str], *, returncode: int | None) -> Diagnosis:

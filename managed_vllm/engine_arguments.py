@@ -136,7 +136,7 @@ def check_known(arguments: Mapping[str, Any], vllm_folder: Path | None) -> None:
 
 
 def known_arguments(vllm_folder: Path) -> frozenset[str]:
-    """All argument names in the source of the vLLM package at `vllm_folder`; empty if its source is not as we know it."""
+    """All argument names in the source of the vLLM at `vllm_folder`; empty if the source is not as we know it."""
     names: set[str] = set()
     for source in _SOURCES:
         try:

@@ -35,9 +35,7 @@ class ManagedVLLMError(Exception):
         return (_rebuild, (type(self), self.args, self.__dict__.copy()))
 
 
-def _rebuild(
-    cls: type[ManagedVLLMError], args: tuple[Any, ...], state: dict[str, Any]
-) -> ManagedVLLMError:
+def _rebuild(cls: type[ManagedVLLMError], args: tuple[Any, ...], state: dict[str, Any]) -> ManagedVLLMError:
     error = cls.__new__(cls, *args)
     error.args = args
     error.__dict__.update(state)
@@ -137,9 +135,7 @@ class StartupError(ServerError):
     The subclasses group the causes by what the remedy touches; `diagnosis.cause` is the exact one.
     """
 
-    def __init__(
-        self, diagnosis: Diagnosis, *, instance: str | None = None, log_path: str | None = None
-    ) -> None:
+    def __init__(self, diagnosis: Diagnosis, *, instance: str | None = None, log_path: str | None = None) -> None:
         lines = [diagnosis.summary]
         if diagnosis.root_line:
             lines.append(f"  vLLM:   {diagnosis.root_line}")

@@ -21,9 +21,8 @@ def url_from_environment() -> str | None:
 
 def normalized_url(url: str) -> str:
     """The URL with scheme and `/v1`, without a trailing slash: `localhost:8000/` → `http://localhost:8000/v1`."""
-    text = url.strip().rstrip("/")
-    if "://" not in text:
-        text = f"http://{text}"
+    text = url.strip()
+    text = (text if "://" in text else f"http://{text}").rstrip("/")
     parts = urlsplit(text)
     try:
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
@@ -48,7 +47,8 @@ def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: 
         response = session.get(f"{url}/models", headers=headers, timeout=timeout_s)
     except requests.ConnectionError as error:
         raise ServerUnreachableError(
-            f"nothing answers at {url} ({_reason(error)}); is the server running, are host and port right?", base_url=url
+            f"nothing answers at {url} ({_reason(error)}); is the server running, are host and port right?",
+            base_url=url,
         ) from error
     except requests.RequestException as error:
         raise ServerUnreachableError(f"{url} gave no answer within {timeout_s:g} s: {error}", base_url=url) from error
@@ -57,7 +57,8 @@ def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: 
     if response.status_code in (401, 403):
         what = "refuses this API key" if api_key else "wants an API key"
         raise AuthenticationError(
-            f"the server at {url} {what} (HTTP {response.status_code}); give api_key= or set {KEY_VARIABLE}", base_url=url
+            f"the server at {url} {what} (HTTP {response.status_code}); give api_key= or set {KEY_VARIABLE}",
+            base_url=url,
         )
     served = _served(response)
     if served is None:

@@ -37,22 +37,26 @@ class Answer:
 class Probe:
     """Asks one server. Each method is bounded by its own time-out, in seconds, and never raises for a bad answer."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, is_vllm: bool = True) -> None:
+        """`is_vllm` is False for a server of some other kind, which may lack `/health`."""
+        self._is_vllm = is_vllm
+        self._key = {"Authorization": f"Bearer {connection.api_key}"}
         self._model = connection.model
         self._root = connection.base_url.removesuffix("/v1")
         self._base_url = connection.base_url
         transport = httpx.AsyncHTTPTransport(uds=connection.uds) if connection.uds else None
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {connection.api_key}"}, trust_env=False, transport=transport
-        )
+        self._client = httpx.AsyncClient(trust_env=False, transport=transport)
 
     async def close(self) -> None:
         await self._client.aclose()
 
     async def is_up(self, timeout_s: float = 5.0) -> Answer:
-        """`GET /health` (servers that are not vLLM may lack it: then `GET /v1/models`)."""
-        answer = await self._send("GET", f"{self._root}/health", None, timeout_s)
-        if answer.status in _ABSENT:
+        """`GET /health`, without the key: who answers may be a stranger that took the port before our server could.
+
+        A server that is not vLLM may lack the route: then `GET /v1/models`.
+        """
+        answer = await self._send("GET", f"{self._root}/health", None, timeout_s, key=False)
+        if answer.status in _ABSENT and not self._is_vllm:
             return await self._send("GET", f"{self._base_url}/models", None, timeout_s)
         return answer
 
@@ -75,9 +79,12 @@ class Probe:
                 return answer
         return first or Answer(False)
 
-    async def _send(self, method: str, url: str, body: dict[str, object] | None, timeout_s: float) -> Answer:
+    async def _send(
+        self, method: str, url: str, body: dict[str, object] | None, timeout_s: float, *, key: bool = True
+    ) -> Answer:
+        headers = self._key if key else {}
         try:
-            response = await self._client.request(method, url, json=body, timeout=timeout_s)
+            response = await self._client.request(method, url, json=body, timeout=timeout_s, headers=headers)
         except httpx.TimeoutException:
             return Answer(False, None, f"no answer to {method} {url} within {timeout_s:g} s")
         except httpx.HTTPError as error:

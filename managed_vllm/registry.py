@@ -145,7 +145,11 @@ class Instance:
                 record = json.loads(file.read())
             except (ValueError, OSError, RecursionError):
                 return None
-        if not isinstance(record, dict) or any(name not in record for name in _RECORD_FIELDS) or record["id"] != self.id:
+        if (
+            not isinstance(record, dict)
+            or any(name not in record for name in _RECORD_FIELDS)
+            or record["id"] != self.id
+        ):
             return None
         return record
 

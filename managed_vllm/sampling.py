@@ -48,7 +48,7 @@ class SamplingParams:
 
     @classmethod
     def of(cls, value: Any) -> SamplingParams:
-        """From None, ours, a dict, or a `vllm.SamplingParams`. Raises `UnsupportedParameterError` naming the culprit."""
+        """From None, ours, a dict or a `vllm.SamplingParams`. `UnsupportedParameterError` names what can't be."""
         if value is None:
             return cls()
         if isinstance(value, cls):
@@ -65,7 +65,8 @@ class SamplingParams:
         for name in given:
             if name not in known:
                 raise UnsupportedParameterError(
-                    f"the sampling parameter {name!r} can't be passed on to a server; known are: {', '.join(sorted(known))}"
+                    f"the sampling parameter {name!r} can't be passed on to a server; "
+                    f"known are: {', '.join(sorted(known))}"
                 )
         return cls(**given)
 

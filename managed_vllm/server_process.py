@@ -67,9 +67,7 @@ class ServerProcess:
             umask=0o077,
         )
         assert self._popen.stdout is not None
-        self._reader = threading.Thread(
-            target=self._pump, args=(self._popen.stdout,), name="server-log", daemon=True
-        )
+        self._reader = threading.Thread(target=self._pump, args=(self._popen.stdout,), name="server-log", daemon=True)
         self._reader.start()
 
     @property

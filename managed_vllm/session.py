@@ -39,7 +39,7 @@ from managed_vllm.progress import StartupProgress
 from managed_vllm.registry import Instance
 
 if TYPE_CHECKING:
-    import openai
+    from openai import AsyncOpenAI, OpenAI
 
     from managed_vllm.client import VLLMClient
     from managed_vllm.outputs import RequestOutput
@@ -231,7 +231,8 @@ class ManagedVLLM:
             holder = registry.named(home, self._name)
             if holder is None or holder.id not in names:
                 raise NoServerError(
-                    f"no server named {self._name!r} is running{_listed(names)}; give model= to start one", candidates=names
+                    f"no server named {self._name!r} is running{_listed(names)}; give model= to start one",
+                    candidates=names,
                 )
             return holder
         passed_on = os.environ.get(ATTACH_VARIABLE)
@@ -300,7 +301,9 @@ class ManagedVLLM:
             raise
         except OSError as error:
             if error.errno != errno.ENOENT:
-                raise StateDirectoryError(f"can't start in {instance.folder}: {error}", path=str(instance.folder)) from error
+                raise StateDirectoryError(
+                    f"can't start in {instance.folder}: {error}", path=str(instance.folder)
+                ) from error
             # The folder was removed by a supervisor that has just left: start over.
 
     def _wait_for_the_end(self, channel: Channel, deadline: float) -> None:
@@ -403,7 +406,7 @@ class ManagedVLLM:
             # The supervisor was killed: its server falls with it, and one of the users starts the next.
 
     def _connection(self, lost_epoch: int | None = None) -> tuple[Connection, int]:
-        """The connection to a ready server; after `lost_epoch` was lost, to a later one or to the same if it is well."""
+        """The connection to a ready server; after `lost_epoch` was lost, a later one, or the same if it is well."""
         with self._lock:
             self._attach()
         if self._external is not None:
@@ -413,7 +416,7 @@ class ManagedVLLM:
             with contextlib.suppress(TimeoutError):
                 assert self._channel is not None
                 self._channel.wait_until(
-                    lambda status: status is None or status.epoch > lost_epoch or status.state is not ServerState.READY, 2.0
+                    lambda now: now is None or now.epoch > lost_epoch or now.state is not ServerState.READY, 2.0
                 )
         status = self.wait_ready()
         assert status.connection is not None
@@ -461,12 +464,12 @@ class ManagedVLLM:
         return self.client.generate_with_messages(messages, sampling_params, processor, use_tqdm)
 
     @property
-    def openai(self) -> openai.OpenAI:
+    def openai(self) -> OpenAI:
         """The OpenAI SDK's client, set up for this server, without a time-out of its own."""
         return self._sdk_client("openai", "OpenAI", "DefaultHttpxClient", "HTTPTransport")  # type: ignore[no-any-return]
 
     @property
-    def async_openai(self) -> openai.AsyncOpenAI:
+    def async_openai(self) -> AsyncOpenAI:
         """The OpenAI SDK's asynchronous client; the same otherwise."""
         return self._sdk_client("async", "AsyncOpenAI", "DefaultAsyncHttpxClient", "AsyncHTTPTransport")  # type: ignore[no-any-return]
 

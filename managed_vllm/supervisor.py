@@ -28,6 +28,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -172,6 +173,7 @@ class Supervisor:
         self._api_key = address.api_key or secrets.token_urlsafe(32)
         self._port = address.port
         self._scratch: Path | None = None
+        self._predecessor: dict[str, Any] | None = None
         self._users: set[_User] = set()
         self._keep_alive_s = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -197,6 +199,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, f"signal {number.name}")
+        self._predecessor = self._instance.read_record()
         listener = await self._listen()
         self._idle_timer = loop.call_later(FIRST_LEASE_S, self._end, "nobody took a lease")
         self._move(ServerState.STARTING)
@@ -313,13 +316,15 @@ class Supervisor:
         except OSError as error:
             return diagnosis.could_not_launch(argv, error)
         self._status = dataclasses.replace(self._status, server_pid=process.pid)
-        probe = Probe(connection)
+        probe = Probe(connection, is_vllm=self._spec.command is None)
         try:
             failure = await self._until_ready(probe, process, startup)
         finally:
             await probe.close()
         if failure is None:
-            self._move(ServerState.READY, stage="", detail="", connection=connection, ready_at=time.time(), diagnosis=None)
+            self._move(
+                ServerState.READY, stage="", detail="", connection=connection, ready_at=time.time(), diagnosis=None
+            )
         return failure
 
     async def _until_ready(self, probe: Any, process: Any, startup: StartupLog) -> Diagnosis | _RestartAsked | None:
@@ -403,7 +408,7 @@ class Supervisor:
         scratch = str(self._scratch)
         return {
             # torch keeps its compiled kernels in the temp dir unless told otherwise; ours lives only as long as we do.
-            "TORCHINDUCTOR_CACHE_DIR": f"{registry.tempfile.gettempdir()}/torchinductor_{os.getuid()}",
+            "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",
             **{name: value for name, value in os.environ.items() if name != lifeline.ROOT},
             "PYTHONUNBUFFERED": "1",
             **self._spec.env,
@@ -459,6 +464,9 @@ class Supervisor:
         if strays:
             log.warning("ending processes left by a predecessor: %s", [p.pid for p in strays])
             await asyncio.to_thread(registry.end_processes, strays)
+        scratch = (self._predecessor or {}).get("scratch")
+        if isinstance(scratch, str):
+            await asyncio.to_thread(registry.remove_scratch, Path(scratch))
 
     def _end(self, reason: str) -> None:
         log.info("ending: %s", reason)
@@ -569,7 +577,8 @@ class Supervisor:
         match message["op"]:
             case "lease":
                 if self._ending.is_set():
-                    return {"ok": False, "status": dataclasses.replace(self._status, state=ServerState.STOPPING).to_dict()}
+                    stopping = dataclasses.replace(self._status, state=ServerState.STOPPING)
+                    return {"ok": False, "status": stopping.to_dict()}
                 user.leased, user.what = True, str(message.get("what", ""))[:200]
                 self._keep_alive_s = max(self._keep_alive_s, float(message.get("keep_alive_s", 0.0)))
                 log.info("lease for pid %d", user.pid)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +12,22 @@ from processes import assert_nothing_left, end_everything
 pytest_plugins = ["pytester"]
 
 
+_REDIRECTING = (
+    "VLLM_SERVER_URL",
+    "VLLM_MODEL_NAME",
+    "VLLM_API_KEY",
+    "MANAGED_VLLM_ATTACH",
+    "MANAGED_VLLM_KEEP_ALIVE",
+)
+
+
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A state directory of the test's own; at the end no process, socket, lock or folder may be left in it."""
     with tempfile.TemporaryDirectory(prefix="mvt-") as folder:
         path = Path(folder) / "home"
         monkeypatch.setenv("MANAGED_VLLM_HOME", str(path))
-        for name in ("VLLM_SERVER_URL", "VLLM_MODEL_NAME", "VLLM_API_KEY", "MANAGED_VLLM_ATTACH", "MANAGED_VLLM_KEEP_ALIVE"):
+        for name in _REDIRECTING:
             monkeypatch.delenv(name, raising=False)
         try:
             yield path
@@ -27,10 +35,3 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         finally:
             if path.exists():
                 end_everything(path)
-
-
-@pytest.fixture(autouse=True)
-def _no_server_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A URL in the developer's environment must not redirect the tests."""
-    if not os.environ.get("MANAGED_VLLM_TEST_KEEP_URL"):
-        monkeypatch.delenv("VLLM_SERVER_URL", raising=False)

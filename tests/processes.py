@@ -37,7 +37,8 @@ def left_of(home: Path) -> list[str]:
             except OSError:
                 continue
             ours = f"MANAGED_VLLM_INSTANCE={home}/".encode() in environ
-            supervisor = "managed_vllm.supervisor" in command and f"MANAGED_VLLM_HOME={home}".encode() in environ.split(b"\0")
+            of_home = f"MANAGED_VLLM_HOME={home}".encode() in environ.split(b"\0")
+            supervisor = "managed_vllm.supervisor" in command and of_home
             if (ours or supervisor) and state != "Z":
                 found.append(f"{entry.name} {command[:80]}")
     if home.exists():

@@ -81,10 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/chat/completions":
             text = f"echo {body['messages'][-1]['content']} from {os.getpid()}"
             message = {"role": "assistant", "content": text}
-            return self._reply(
-                200,
-                {**common, "object": "chat.completion", "prompt_token_ids": [3], "choices": [{**choice, "message": message}]},
-            )
+            answer = {"object": "chat.completion", "prompt_token_ids": [3], "choices": [{**choice, "message": message}]}
+            return self._reply(200, {**common, **answer})
         return self._reply(404, {"error": {"message": "no such route"}})
 
     def _authorized(self) -> bool:

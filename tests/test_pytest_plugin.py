@@ -64,14 +64,17 @@ def models(result: pytest.RunResult) -> list[str]:
 
 
 def test_all_workers_of_xdist_share_one_server(pytester: pytest.Pytester, starts: Path, home: Path) -> None:
-    # Worker after worker runs out of tests; with keep_alive = 0 only the leases of the others hold the server.
+    # Once all have a lease, worker after worker runs out of tests; with keep_alive = 0 only the others' leases hold it.
     configure(pytester, "managed_vllm_keep_alive = 0", start_s=0.5)
     pytester.makepyfile("""
         import os, pathlib, time
         import pytest
 
         @pytest.mark.parametrize("number", range(20))
-        def test_chat(managed_vllm, number):
+        def test_chat(managed_vllm, number, worker_id):
+            pathlib.Path(f"has-lease-{worker_id}").touch()
+            while len(list(pathlib.Path().glob("has-lease-*"))) < 4:
+                time.sleep(0.02)
             time.sleep(0.02 * number)
             answer = managed_vllm.chat([{"role": "user", "content": str(number)}])[0].outputs[0].text
             with open("answers.txt", "a") as file:
@@ -79,7 +82,7 @@ def test_all_workers_of_xdist_share_one_server(pytester: pytest.Pytester, starts
     """)
     inner(pytester, "-n", "4").assert_outcomes(passed=20)
     answers = [line.split() for line in (pytester.path / "answers.txt").read_text().splitlines()]
-    assert len({worker for worker, *_ in answers}) > 1
+    assert len({worker for worker, *_ in answers}) == 4
     assert sorted(int(number) for _, _, number, _, _ in answers) == list(range(20))
     (started,) = pids(starts)
     assert {int(pid) for *_, pid in answers} == {started}

@@ -74,6 +74,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_one_model(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "managed_vllm.demo.random_vlm", str(tmp_path / "model")]
     makers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]

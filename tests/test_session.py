@@ -275,7 +275,8 @@ def test_a_crash_is_restarted_and_the_request_is_answered(home: Path) -> None:
 
 
 def test_exit_code_0_that_nobody_asked_for_is_a_crash(home: Path) -> None:
-    with server(order={"exit": 0, "exit_after": 1.0}, restart=RestartPolicy(max_restarts=1, backoff_initial_s=0)) as llm:
+    once = RestartPolicy(max_restarts=1, backoff_initial_s=0)
+    with server(order={"exit": 0, "exit_after": 1.0}, restart=once) as llm:
         status = llm.wait_ready(20, after_epoch=1)
         assert status.epoch == 2
         eventually(lambda: llm._channel is None or llm._channel.closed, "given up after the second crash")

@@ -46,7 +46,7 @@ def engine_defaults() -> dict[str, object]:
         # By default vLLM takes 92 % of the GPU, which somebody's real model may need. With the size of the cache given,
         # this fraction is only what must be free at the start (vLLM 0.32: v1/worker/gpu_worker.py).
         "gpu_memory_utilization": 0.1,
-        # 1 KiB a token: 64 sequences of full length. On a CPU as well, where vLLM would take 92 % of the memory otherwise.
+        # 1 KiB a token: 64 sequences of full length. On a CPU too, where vLLM would take 92 % of the memory otherwise.
         "kv_cache_memory_bytes": 256 * 2**20,
     }
 
@@ -54,7 +54,8 @@ def engine_defaults() -> dict[str, object]:
 def environment_defaults() -> dict[str, str]:
     """Environment variables of the server, to be set only where the user has not.
 
-    Not VLLM_CPU_KVCACHE_SPACE: it is legacy and silently overrules `kv_cache_memory_bytes` (vLLM 0.32: platforms/cpu.py).
+    VLLM_CPU_KVCACHE_SPACE is not among them: it silently overrules `kv_cache_memory_bytes`, the user's included
+    (vLLM 0.32: platforms/cpu.py, "Legacy setting").
     """
     # Everything is in the weights' folder, so that nothing may wait for a network.
     return {"HF_HUB_OFFLINE": "1"}

@@ -1,8 +1,8 @@
 """Makes a random vision-language model of the Qwen2.5-VL architecture: `python -m managed_vllm.demo.random_vlm OUT`.
 
 UI-TARS 1.5 is of this architecture. The model knows nothing, but vLLM really serves it: pictures are resized, cut into
-patches, encoded and placed into the prompt as with the large one. It is made on the spot in seconds, without a download,
-and the same seed makes the same files. vLLM needs an importable torchvision to serve it.
+patches, encoded and placed into the prompt as with the large one. It is made on the spot in seconds, without a
+download, and the same seed makes the same files. vLLM needs a torchvision that imports to serve it.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ _CHAT_TEMPLATE = """\
 
 _TOKENIZER_CORPUS = (
     "You are a GUI agent. You are given a task and your action history, with screenshots. Output Format",
-    "Thought: I will click the button. Action: click(start_box='(197,525)') left_double right_single drag end_box hotkey",
-    "type(content='') scroll(direction='down') wait() finished(content='done') User Instruction",
+    "Thought: I will click the button. Action: click(start_box='(197,525)') left_double right_single drag end_box",
+    "hotkey(key='') type(content='') scroll(direction='down') wait() finished(content='done') User Instruction",
 )
 
 

@@ -21,12 +21,17 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-LABELS: tuple[str, ...] = tuple(
-    "OK Cancel Save Open Close Next Back Submit Search Login Logout Help Edit Delete Copy Paste Undo Redo Print Send "
-    "Reply Yes No Apply Reset Start Stop Play Pause Buy Cart Home Menu Share Like Post Add Remove Upload Download "
-    "Refresh Sort Filter Export Import Accept Decline Continue Finish Settings Profile Inbox Archive Star Zoom Cut "
-    "Find Replace Rename Move Sync".split()
+# fmt: off
+LABELS: tuple[str, ...] = (
+    "OK", "Cancel", "Save", "Open", "Close", "Next", "Back", "Submit", "Search",
+    "Login", "Logout", "Help", "Edit", "Delete", "Copy", "Paste", "Undo", "Redo",
+    "Print", "Send", "Reply", "Yes", "No", "Apply", "Reset", "Start", "Stop",
+    "Play", "Pause", "Buy", "Cart", "Home", "Menu", "Share", "Like", "Post",
+    "Add", "Remove", "Upload", "Download", "Refresh", "Sort", "Filter", "Export", "Import",
+    "Accept", "Decline", "Continue", "Finish", "Settings", "Profile", "Inbox", "Archive", "Star",
+    "Zoom", "Cut", "Find", "Replace", "Rename", "Move", "Sync",
 )
+# fmt: on
 """Every label the model knows. On others it guesses."""
 
 COORDINATES = range(1000)
@@ -54,7 +59,7 @@ class Button:
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """What the model sees in one turn: the buttons, which was clicked last (None: none yet), and which is to be clicked.
+    """What the model sees in one turn: the buttons, the `goal` to click, and what was clicked last (None: nothing).
 
     Raises:
         ValueError: two buttons share a label, or `goal` or `clicked` is not the label of a button.

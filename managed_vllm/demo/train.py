@@ -304,7 +304,7 @@ class Optimizer:
 
 
 def fit(model: Any, lessons: Lessons, recipe: Recipe, seconds: float, say: Callable[[str], None]) -> Fit:
-    """Trains for `seconds`: first drill and task in turns, until looking up is learnt, then the task, rarely the drill."""
+    """Trains for `seconds`: drill and task in turns until looking up is learnt, then mostly the task."""
     optimizer = Optimizer(model, recipe)
     began, said = time.monotonic(), 0.0
     drill_seconds: float | None = None
@@ -371,7 +371,6 @@ CASES = (
 )
 
 
-@torch.no_grad()
 def success_rate(model: Any, tokenizer: Any, case: Case, *, screens: int = 256, seed: int = 1_000_003) -> float:
     """How often the model's greedy answer ends in the right action, on screens of a seed never trained with."""
     rng = random.Random(f"{seed} {case.name}")
@@ -384,9 +383,8 @@ def success_rate(model: Any, tokenizer: Any, case: Case, *, screens: int = 256, 
     return right / screens
 
 
-@torch.no_grad()
 def answer(model: Any, tokenizer: Any, conversations: Sequence[Messages], max_new_tokens: int = 60) -> list[str]:
-    """The model's greedy answers to conversations, in one batch. One that does not end keeps running until the limit."""
+    """The model's greedy answers to conversations, in one batch."""
     texts = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in conversations]
     given = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False)
     model.eval()

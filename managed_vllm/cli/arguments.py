@@ -1,0 +1,201 @@
+"""The words of the command line: every command, its options and its help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from importlib import import_module
+
+import managed_vllm
+
+_WHICH = "name, id, or the beginning of an id; not needed while one server runs"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser. The result has `run`, the command's function, unless no command was given."""
+    parser = argparse.ArgumentParser(
+        prog="managed-vllm",
+        description="vLLM servers that start on first use, are shared, watched, and gone with their last user.",
+        epilog=_examples(
+            "managed-vllm demo                     # three processes share one server of the embedded model",
+            "managed-vllm up --model Qwen/Qwen3-0.6B --max-model-len 4096",
+            "managed-vllm status",
+            "managed-vllm down",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"managed-vllm {managed_vllm.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(
+        name: str, home: str, about: str, *examples: str, more: str = "", passes_flags: bool = False
+    ) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.{more}",
+            epilog=_examples(*examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        made.set_defaults(run=_lazy(home), parser=made, passes_flags=passes_flags)
+        return made
+
+    flags = "\nEvery other flag goes to vLLM as it is, e.g. --max-model-len 4096 --enforce-eager."
+    serve = command(
+        "serve",
+        "managed_vllm.cli.serve:serve",
+        "run a server in the foreground until Ctrl-C",
+        "managed-vllm serve --model demo",
+        "managed-vllm serve --model Qwen/Qwen3-0.6B --port 8000 --api-key secret --max-model-len 4096",
+        'managed-vllm serve --model my-model --command "my-server --listen {host}:{port}"',
+        more=f" Its log goes to standard output.{flags}",
+        passes_flags=True,
+    )
+    _add_server(serve, keep_alive="0")
+    up = command(
+        "up",
+        "managed_vllm.cli.serve:up",
+        "run a server in the background until `managed-vllm down`",
+        "managed-vllm up --model demo --name mine",
+        "managed-vllm up --model Qwen/Qwen3-0.6B --tensor-parallel-size 2 --no-wait",
+        more=f" Attaches to it if it runs already.\n{flags}",
+        passes_flags=True,
+    )
+    _add_server(up, keep_alive="5")
+    up.add_argument("--no-wait", action="store_true", help="don't wait until it is ready")
+    up.add_argument("--json", action="store_true", help="print the server's status as JSON (without the key)")
+
+    down = command(
+        "down",
+        "managed_vllm.cli.running:down",
+        "stop servers, and remove what dead ones have left",
+        "managed-vllm down",
+        "managed-vllm down mine --force",
+        "managed-vllm down --all",
+        more=" A server that others still use is only unpinned: it ends with its last user.",
+    )
+    down.add_argument("which", nargs="*", metavar="NAME_OR_ID", help=_WHICH)
+    down.add_argument("--all", action="store_true", help="all servers of this user, and all that dead ones have left")
+    down.add_argument("--force", action="store_true", help="stop it for its other users too")
+
+    status = command(
+        "status",
+        "managed_vllm.cli.running:status",
+        "show the servers of this user",
+        "managed-vllm status",
+        "managed-vllm status mine --show-key",
+        "managed-vllm status --json",
+        more=" Looking starts and stops nothing.",
+    )
+    status.add_argument("which", nargs="?", metavar="NAME_OR_ID", help="only this one, with its users")
+    status.add_argument("--json", action="store_true", help="print a list of objects")
+    status.add_argument("--show-key", action="store_true", help="show the API keys too")
+
+    logs = command(
+        "logs",
+        "managed_vllm.cli.logs:logs",
+        "show a server's log",
+        "managed-vllm logs -f",
+        "managed-vllm logs mine -n 500",
+        "managed-vllm logs --failed           # of the last server that failed",
+    )
+    logs.add_argument("which", nargs="?", metavar="NAME_OR_ID", help=_WHICH)
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C or until the server is gone")
+    logs.add_argument("-n", "--lines", type=_count, default=100, metavar="LINES", help="lines to begin with (100)")
+    logs.add_argument("--failed", action="store_true", help="the newest log that was kept of a failed server")
+
+    check = command(
+        "check",
+        "managed_vllm.cli.check:check",
+        "test any OpenAI-compatible server: health, models, one answer",
+        "managed-vllm check",
+        "managed-vllm check http://gpu-box:8000 --api-key secret",
+        more=" Exit code 0 if all is well.",
+    )
+    check.add_argument(
+        "url", nargs="?", metavar="URL", help="with or without /v1 (default: VLLM_SERVER_URL, else the running server)"
+    )
+    check.add_argument("--model", help="the model to ask (default: VLLM_MODEL_NAME, else the only one served)")
+    check.add_argument("--api-key", metavar="KEY", help="default: VLLM_API_KEY, or the running server's own")
+    check.add_argument("--json", action="store_true", help="print one object")
+    check.add_argument("--timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for each request (30)")
+
+    demo = command(
+        "demo",
+        "managed_vllm.demo.show:show",
+        "show the whole thing: several processes share one server of the embedded model",
+        "managed-vllm demo",
+        "managed-vllm demo --workers 5 --screens 20",
+    )
+    demo.add_argument("--workers", type=_count, default=3, metavar="N", help="worker processes, at least 3 (3)")
+    demo.add_argument("--screens", type=_count, default=8, metavar="N", help="screens for each worker (8)")
+    demo.add_argument("--seed", type=int, default=0, help="of the random screens (0)")
+    demo.add_argument("--command", help=argparse.SUPPRESS)
+    demo.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_server(parser: argparse.ArgumentParser, *, keep_alive: str) -> None:
+    model = parser.add_argument_group("what to serve")
+    model.add_argument("--model", help="Hugging Face id, local folder, or demo")
+    model.add_argument("--tensor-parallel-size", "-tp", type=int, metavar="N", help="GPUs for each layer")
+    model.add_argument(
+        "--gpu-memory-utilization", type=float, metavar="SHARE", help="share of the GPU's memory, 0 to 1"
+    )
+    model.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable for it; repeatable"
+    )
+    model.add_argument("--python", metavar="PATH", help="another interpreter whose vLLM to run")
+    model.add_argument(
+        "--command",
+        metavar='"WORDS…"',
+        help="another program to run, with {host}, {port}, {model}, {name}, {uds} or {args}",
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument("--host", help="address to listen on (127.0.0.1); others need --api-key")
+    where.add_argument("--port", type=int, help="TCP port (a free one)")
+    where.add_argument("--uds", action="store_true", help="listen on a Unix socket, no TCP at all")
+    where.add_argument("--api-key", metavar="KEY", help="the key that clients need (a random one)")
+    life = parser.add_argument_group("life")
+    life.add_argument("--name", help="a readable handle")
+    life.add_argument(
+        "--keep-alive",
+        type=float,
+        default=None if keep_alive == "5" else float(keep_alive),
+        metavar="SECONDS",
+        help=f"how long it outlives its last user ({keep_alive})",
+    )
+    life.add_argument(
+        "--startup-timeout", type=_seconds, default=3600.0, metavar="SECONDS", help="until a start has failed (3600)"
+    )
+
+
+def _lazy(home: str) -> Callable[[argparse.Namespace], int]:
+    """The function at `module:name`, imported only when it runs: `--help` is there at once."""
+
+    def run(given: argparse.Namespace) -> int:
+        module, _, name = home.partition(":")
+        code: int = getattr(import_module(module), name)(given)
+        return code
+
+    return run
+
+
+def _examples(*lines: str) -> str:
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _count(word: str) -> int:
+    number = int(word)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{word} is negative")
+    return number
+
+
+def _seconds(word: str) -> float:
+    number = float(word)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{word} is no duration")
+    return number

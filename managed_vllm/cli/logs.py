@@ -1,0 +1,163 @@
+"""`managed-vllm logs`, and the reader that follows a log across its rotation."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import os
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+from managed_vllm import registry
+from managed_vllm.cli import running
+from managed_vllm.control import Channel
+from managed_vllm.errors import NoServerError
+from managed_vllm.registry import Instance
+
+_PATIENCE_S = 3.0
+"""How long a killed supervisor may be missing before the server counts as gone: one of its users starts the next."""
+
+
+class LogReader:
+    """Reads a log that grows, and that is moved away when it is long: `backlog` first, `news` from there on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def backlog(self, lines: int | None) -> str:
+        """The last lines of what is there now (None: all); empty if there is no log yet."""
+        if not self._open():
+            return ""
+        assert self._file is not None
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(0 if lines is None else max(0, size - 400 * lines - 65536))
+        text = self._read()
+        if lines is None:
+            return text
+        return "".join(text.splitlines(keepends=True)[-lines:]) if lines else ""
+
+    def news(self) -> str:
+        """What was written since the last call."""
+        if self._file is None:
+            return self._read() if self._open() else ""
+        text = self._read()
+        if self._is_moved():
+            text += self._read()
+            self._file.close()
+            self._file = None
+            text += self.news()
+        return text
+
+    def _open(self) -> bool:
+        try:
+            self._file = open(self._path, "rb")  # noqa: SIM115 - read for as long as we live
+        except OSError:
+            return False
+        return True
+
+    def _read(self) -> str:
+        assert self._file is not None
+        return self._decoder.decode(self._file.read())
+
+    def _is_moved(self) -> bool:
+        """Another file has the log's name. As long as none has, the old one may still grow."""
+        assert self._file is not None
+        try:
+            now = self._path.stat()
+        except OSError:
+            return False
+        return now.st_ino != os.fstat(self._file.fileno()).st_ino
+
+    def __enter__(self) -> LogReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class _Presence:
+    """Whether a server is still there, without a lease and without touching its locks."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+        self._channel: Channel | None = None
+        self._lost_at: float | None = None
+
+    def is_gone(self) -> bool:
+        if self._channel is not None and not self._channel.closed:
+            return False
+        try:
+            self._channel = Channel.connect(self._instance.socket_path, timeout_s=1.0)
+        except OSError:
+            now = time.monotonic()
+            self._lost_at = self._lost_at or now
+            return not self._instance.folder.exists() or now - self._lost_at > _PATIENCE_S
+        self._lost_at = None
+        return False
+
+    def close(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+
+
+def logs(given: argparse.Namespace) -> int:
+    """`managed-vllm logs`."""
+    home = registry.state_home()
+    if given.failed:
+        return _show_failed(home, given.which or "", given.lines)
+    try:
+        instance = running.find(home, given.which) if given.which else running.the_only_one(home)
+    except NoServerError as error:
+        kept = _failed(home, given.which or "")
+        if kept:
+            hint = f"the log of the last one that failed is kept: managed-vllm logs --failed ({kept[-1]})"
+            raise NoServerError(f"{error.message}; {hint}", candidates=error.candidates) from None
+        raise
+    with LogReader(instance.server_log) as reader:
+        write(reader.backlog(given.lines))
+        if given.follow:
+            _follow(reader, instance)
+    return 0
+
+
+def _follow(reader: LogReader, instance: Instance) -> None:
+    presence = _Presence(instance)
+    try:
+        while True:
+            gone = presence.is_gone()
+            text = reader.news()  # after the look: what a server says last is not lost
+            write(text)
+            if gone:
+                return
+            if not text:
+                time.sleep(0.1)
+    finally:
+        presence.close()
+
+
+def write(text: str) -> None:
+    """To standard output, at once."""
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _failed(home: Path, which: str) -> list[Path]:
+    """The logs kept of failed servers, the newest last."""
+    found = [path for path in (home / "failed").glob("*.log") if path.name.startswith(which)]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def _show_failed(home: Path, which: str, lines: int) -> int:
+    kept = _failed(home, which)
+    if not kept:
+        raise NoServerError("no log of a failed server is kept" + (f" for {which!r}" if which else ""))
+    print(f"{kept[-1]}:", file=sys.stderr)
+    with LogReader(kept[-1]) as reader:
+        write(reader.backlog(lines))
+    return 0

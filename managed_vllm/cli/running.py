@@ -1,0 +1,358 @@
+"""The servers of this user as the command line sees them: finding, `status`, `down`.
+
+Looking takes no lease: a connection that only asks is no user, so that it neither starts nor keeps nor ends anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import psutil
+
+from managed_vllm import external, registry
+from managed_vllm.control import Channel, ServerState, ServerStatus
+from managed_vllm.errors import ConfigError, NoServerError, SupervisorError
+from managed_vllm.in_server import managed_vllm_lifeline as lifeline
+from managed_vllm.progress import describe
+from managed_vllm.registry import Instance
+
+GONE_WITHIN_S = 60.0
+"""How long a server that is being stopped may take; the supervisor itself allows 5 s before SIGKILL."""
+
+_JUST_MADE_S = 60.0
+"""A folder without a record that is younger than this is somebody's start, not a leftover."""
+
+
+# -- finding -----------------------------------------------------------------------------------------------------------
+
+
+def find(home: Path, which: str) -> Instance:
+    """The instance of that name, id, or unique beginning of an id. Raises `NoServerError` with the candidates."""
+    known = registry.instances(home)
+    holder = registry.named(home, which)
+    if holder is not None and holder.folder.is_dir():
+        return holder
+    found = [i for i in known if i.id == which] or [i for i in known if which and i.id.startswith(which)]
+    if len(found) == 1:
+        return found[0]
+    what = f"{which!r} fits several servers" if found else f"there is no server {which!r}"
+    raise NoServerError(f"{what}; {_listed(home, found or known)}", candidates=tuple(i.id for i in found or known))
+
+
+def the_only_one(home: Path) -> Instance:
+    """The one server that runs. Raises `NoServerError` if there are none or several."""
+    known = registry.instances(home)
+    alive = [instance for instance in known if registry.is_alive(instance)]
+    if len(alive) == 1:
+        return alive[0]
+    if alive:
+        message = f"several servers are running, say which; {_listed(home, alive)}"
+    elif known:
+        message = f"no server is running; {_ids(known)} left something when they died: managed-vllm down --all"
+    else:
+        message = "no server is running"
+    raise NoServerError(message, candidates=tuple(i.id for i in alive or known))
+
+
+def _listed(home: Path, instances: Sequence[Instance]) -> str:
+    names = names_by_id(home)
+    shown = [f"{i.id} ({', '.join(names[i.id])})" if i.id in names else i.id for i in instances]
+    return f"there are: {', '.join(shown)}" if shown else "none is running"
+
+
+def _ids(instances: Sequence[Instance]) -> str:
+    return ", ".join(instance.id for instance in instances)
+
+
+def names_by_id(home: Path) -> dict[str, list[str]]:
+    """The names of each instance."""
+    names: dict[str, list[str]] = {}
+    for path in sorted((home / "names").glob("[!.]*.json")):
+        holder = registry.named(home, path.stem)
+        if holder is not None:
+            names.setdefault(holder.id, []).append(path.stem)
+    return names
+
+
+def peek(instance: Instance) -> ServerStatus | None:
+    """What the supervisor says now, None if none answers. Takes no lease."""
+    try:
+        channel = Channel.connect(instance.socket_path, timeout_s=2.0)
+    except OSError:
+        return None
+    try:
+        return ServerStatus.from_dict(channel.request("status", timeout_s=5.0)["status"])
+    except (ConnectionError, TimeoutError):
+        return None
+    finally:
+        channel.close()
+
+
+# -- status ------------------------------------------------------------------------------------------------------------
+
+
+def status(given: argparse.Namespace) -> int:
+    """`managed-vllm status`."""
+    home = registry.state_home()
+    chosen = [find(home, given.which)] if given.which else registry.instances(home)
+    names = names_by_id(home)
+    rows = [to_json(i, names.get(i.id, []), peek(i), show_key=given.show_key) for i in chosen]
+    if given.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    if not rows:
+        print("No server is running. Start one: managed-vllm up --model demo")
+        return 0
+    _print_table(rows)
+    for row in rows:
+        if given.which:
+            for user in row["users"]:
+                print(f"user {user['pid']}: {user['what']}")
+        if row.get("api_key"):
+            print(f"{row['id']}: {export_line(row['base_url'], row['model'], row['api_key'])}")
+    if any(row["state"] == "dead" for row in rows):
+        print("Dead: the supervisor was killed. Remove what is left: managed-vllm down --all")
+    return 0
+
+
+def to_json(instance: Instance, names: Sequence[str], seen: ServerStatus | None, *, show_key: bool) -> dict[str, Any]:
+    """One server as a JSON object; with its key only where that is wished."""
+    record = instance.read_record() or {}
+    spec = record.get("spec") if isinstance(record.get("spec"), dict) else {}
+    row: dict[str, Any] = {"id": instance.id, "names": list(names)}
+    if seen is None:
+        state, detail = _unanswered(instance, bool(record))
+        seen = ServerStatus(
+            state=ServerState.GONE, epoch=int(record.get("epoch") or 0), detail=detail, supervisor_pid=record.get("pid")
+        )
+    else:
+        state = str(seen.state)
+    connection = seen.connection
+    row |= {
+        "state": state,
+        "stage": seen.stage,
+        "detail": seen.detail,
+        "model": seen.extra.get("model") or (spec or {}).get("served_model_name"),
+        "base_url": connection.base_url if connection else None,
+        "uds": connection.uds if connection else None,
+        "epoch": seen.epoch,
+        "restarts": seen.restarts,
+        "users": [dict(user) for user in seen.extra.get("users", ())],
+        "pinned": seen.pinned,
+        "keep_alive_s": seen.extra.get("keep_alive_s"),
+        "server_pid": seen.server_pid,
+        "supervisor_pid": seen.supervisor_pid,
+        "started_at": seen.started_at or None,
+        "ready_at": seen.ready_at,
+        "log_path": seen.log_path or (str(instance.server_log) if instance.server_log.exists() else None),
+        "diagnosis": seen.diagnosis.to_dict() if seen.diagnosis else None,
+    }
+    if show_key:
+        row["api_key"] = connection.api_key if connection else None
+    return row
+
+
+def _unanswered(instance: Instance, has_record: bool) -> tuple[str, str]:
+    """State and detail of an instance whose supervisor does not answer."""
+    if registry.is_alive(instance):
+        return ("unresponsive", "its supervisor does not answer") if has_record else ("starting", "")
+    with contextlib.suppress(OSError):
+        if not has_record and time.time() - instance.folder.stat().st_mtime < _JUST_MADE_S:
+            return "starting", ""
+    return "dead", ""
+
+
+def export_line(base_url: str, model: str, key: str | None = None) -> str:
+    """The shell line with which scripts find the server."""
+    values = {external.URL_VARIABLE: base_url, external.MODEL_VARIABLE: model, external.KEY_VARIABLE: key}
+    return "export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items() if value)
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("id", "name", "state", "model", "URL"):
+        table.add_column(head, overflow="fold")
+    for head in ("epoch", "restarts", "users", "pid", "up"):
+        table.add_column(head, justify="right")
+    colours = {"ready": "green", "dead": "red", "failed": "red", "unresponsive": "red"}
+    for row in rows:
+        users = f"{len(row['users'])}{' + pin' if row['pinned'] else ''}"
+        cells = [
+            row["id"],
+            " ".join(row["names"]),
+            Text(_state(row), style=colours.get(row["state"], "yellow")),
+            row["model"] or "",
+            row["uds"] or row["base_url"] or "",
+            str(row["epoch"]),
+            str(row["restarts"]),
+            users,
+            str(row["server_pid"] or ""),
+            _duration(time.time() - row["ready_at"]) if row["ready_at"] else "",
+        ]
+        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+    console().print(table)
+
+
+def console() -> Any:
+    """Rich's console for standard output: wide enough to cut nothing where that is no terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _state(row: dict[str, Any]) -> str:
+    if row["state"] in ServerState:
+        return describe(ServerStatus(state=ServerState(row["state"]), stage=row["stage"], detail=row["detail"]))
+    return str(row["state"])
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+# -- down --------------------------------------------------------------------------------------------------------------
+
+
+def down(given: argparse.Namespace) -> int:
+    """`managed-vllm down`."""
+    if given.all and given.which:
+        raise ConfigError("--all and names exclude each other")
+    home = registry.state_home()
+    if given.all:
+        chosen = registry.instances(home)
+        if not chosen:
+            print("Nothing is running.")
+    else:
+        chosen = [find(home, which) for which in given.which] or [the_only_one(home)]
+    # One after another: each says what became of it, and none is skipped because of another.
+    return max([_end(instance, force=given.force) for instance in dict.fromkeys(chosen)], default=0)
+
+
+def _end(instance: Instance, *, force: bool) -> int:
+    channel = _reach(instance)
+    if channel is None:
+        if registry.is_alive(instance):
+            if not force:
+                raise SupervisorError(
+                    f"the supervisor does not answer; kill it and its server: managed-vllm down {instance.id} --force",
+                    instance=instance.id,
+                )
+            _kill_supervisor(instance)
+        return _clear(instance)
+    try:
+        seen = ServerStatus.from_dict(channel.request("unpin")["status"])
+        users = seen.extra.get("users", ())
+        if users and not force:
+            print(f"error: {instance.id} is still used by", file=sys.stderr)
+            for user in users:
+                print(f"  pid {user['pid']}: {user['what']}", file=sys.stderr)
+            print(
+                "It is not pinned any more and ends with its last user. For all at once: "
+                f"managed-vllm down {instance.id} --force",
+                file=sys.stderr,
+            )
+            return 1
+        with contextlib.suppress(ConnectionError):  # unpinned without keep-alive, it ends by itself
+            channel.request("stop")
+    except ConnectionError:
+        seen = ServerStatus(state=ServerState.GONE)  # it was on its way out anyway
+    finally:
+        channel.close()
+    if not wait_until_gone(instance, seen.supervisor_pid):
+        raise SupervisorError(
+            f"{instance.id} is not gone after {GONE_WITHIN_S:g} s; its supervisor has pid {seen.supervisor_pid}, "
+            f"its log is {instance.supervisor_log}",
+            instance=instance.id,
+        )
+    if instance.folder.exists() and peek(instance) is None and not registry.is_alive(instance):
+        return _clear(instance)
+    print(f"{instance.id} is stopped.")
+    return 0
+
+
+def _reach(instance: Instance) -> Channel | None:
+    """A channel to the supervisor; one that has just been started is given the time to listen."""
+    deadline = time.monotonic() + 10.0
+    while True:
+        try:
+            return Channel.connect(instance.socket_path, timeout_s=5.0)
+        except TimeoutError:
+            return None
+        except OSError:
+            if time.monotonic() > deadline or not registry.is_alive(instance):
+                return None
+            time.sleep(0.05)
+
+
+def wait_until_gone(instance: Instance, supervisor_pid: int | None, timeout_s: float = GONE_WITHIN_S) -> bool:
+    """Waits until that supervisor is gone: its folder removed, its lock free, or another one in its place."""
+    deadline = time.monotonic() + timeout_s
+    while instance.folder.exists():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        try:
+            channel = Channel.connect(instance.socket_path, timeout_s=min(2.0, left))
+        except OSError:
+            if not registry.is_alive(instance):
+                return True
+            time.sleep(0.05)
+            continue
+        try:
+            now = ServerStatus.from_dict(channel.request("status", timeout_s=min(5.0, left))["status"])
+            if supervisor_pid is not None and now.supervisor_pid != supervisor_pid:
+                return True
+            channel.wait_until(lambda _: False, left)
+        except (ConnectionError, TimeoutError):
+            continue
+        finally:
+            channel.close()
+    return True
+
+
+def _kill_supervisor(instance: Instance) -> None:
+    """SIGKILL for a supervisor that hangs. The kernel takes its server down with it."""
+    record = instance.read_record() or {}
+    pid = record.get("pid")
+    if isinstance(pid, int) and pid > 1 and lifeline.start_time(pid) == record.get("pid_start_time"):
+        with contextlib.suppress(psutil.Error):
+            registry.end_processes([psutil.Process(pid)])
+
+
+def _clear(instance: Instance) -> int:
+    """Removes what a dead instance has left: processes, names, its folder."""
+    try:
+        with instance.start_lock().acquire(timeout=10.0):
+            if registry.is_alive(instance):
+                print(f"error: somebody has just started {instance.id} again", file=sys.stderr)
+                return 1
+            left = registry.end_processes(registry.marked_processes(instance))
+            if left:
+                print(f"error: can't end {', '.join(str(p.pid) for p in left)} of {instance.id}", file=sys.stderr)
+                return 1
+            registry.drop_names(instance.home, instance.id)
+            instance.remove()
+    except FileNotFoundError:
+        pass  # the folder went in the meantime
+    except filelock.Timeout:
+        print(f"error: somebody is just starting {instance.id}", file=sys.stderr)
+        return 1
+    print(f"{instance.id} was dead; what it left is removed.")
+    return 0

@@ -1,0 +1,165 @@
+"""`managed-vllm serve` and `managed-vllm up`: a server in the foreground, and one in the background."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from managed_vllm import ManagedVLLM, engine_arguments, external, registry
+from managed_vllm.cli import Terminated, running
+from managed_vllm.cli.logs import LogReader, write
+from managed_vllm.config import ServerSpec
+from managed_vllm.control import ServerState, ServerStatus
+from managed_vllm.errors import ConfigError
+from managed_vllm.registry import Instance
+
+
+def serve(given: argparse.Namespace) -> int:
+    """`managed-vllm serve`: returns only by an exception, Ctrl-C and SIGTERM included."""
+    llm, instance = _asked(given, progress=True)
+    with terminable():
+        try:
+            with llm:
+                _print_use(instance, llm.status(), started=llm.started_it, stop="Ctrl-C")
+                _follow(llm, instance)
+        except (KeyboardInterrupt, Terminated):
+            _see_off(instance)
+            raise
+    return 0
+
+
+def up(given: argparse.Namespace) -> int:
+    """`managed-vllm up`."""
+    llm, instance = _asked(given, progress=not given.json, wait=not given.no_wait)
+    with llm:
+        llm.pin()
+        seen = llm.status()
+    if given.json:
+        names = running.names_by_id(instance.home).get(instance.id, [])
+        # Our own lease is given back: it is no user any more.
+        row = running.to_json(instance, names, seen, show_key=False)
+        row["users"] = [user for user in row["users"] if user["pid"] != os.getpid()]
+        print(json.dumps(row, indent=2))
+    else:
+        _print_use(instance, seen, started=llm.started_it, stop=f"managed-vllm down {given.name or instance.id}")
+    return 0
+
+
+def _asked(given: argparse.Namespace, *, progress: bool, wait: bool = True) -> tuple[ManagedVLLM, Instance]:
+    """The handle for what the command line asks for, not entered, and the instance it will be."""
+    rest = list(given.rest)
+    model = given.model
+    if rest and not rest[0].startswith("-") and model is None:
+        model = rest.pop(0)  # as `vllm serve MODEL` has it
+    if not model:
+        raise ConfigError("which model? Give --model NAME, a folder, or --model demo", field="model")
+    arguments = engine_arguments.from_flags(rest)
+    for name in ("tensor_parallel_size", "gpu_memory_utilization"):
+        if getattr(given, name) is not None:
+            arguments[name] = getattr(given, name)
+    environment = dict(_variable(word) for word in given.env)
+    command = shlex.split(given.command) if given.command else None
+    # Who says `serve` wants a server here, wherever the scripts of this shell find theirs.
+    os.environ.pop(external.URL_VARIABLE, None)
+    llm = ManagedVLLM(
+        model,
+        name=given.name,
+        api_key=given.api_key,
+        host=given.host,
+        port=given.port,
+        uds=given.uds,
+        keep_alive=given.keep_alive,
+        startup_timeout=given.startup_timeout,
+        env=environment,
+        python=given.python,
+        command=command,
+        wait=wait,
+        progress=progress,
+        **arguments,
+    )
+    spec = ServerSpec.of(model, engine_args=arguments, env=environment, python=given.python, command=command)
+    return llm, Instance(registry.state_home(), spec.key)
+
+
+def _variable(word: str) -> tuple[str, str]:
+    name, equals, value = word.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--env {word!r} must be NAME=VALUE", field="env")
+    return name, value
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` in the block, so that leases are given back and children ended as after Ctrl-C."""
+
+    def on_sigterm(number: int, frame: Any) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _print_use(instance: Instance, seen: ServerStatus, *, started: bool, stop: str) -> None:
+    model = str(seen.extra.get("model"))
+    if seen.connection is None:
+        print(f"{instance.id} is {seen.state}; look: managed-vllm status")
+    else:
+        how = "serves" if started else "was running already and serves"
+        print(f"{instance.id} {how} {model} at {seen.connection.uds or seen.connection.base_url}")
+        if seen.connection.uds is None:
+            print(f"  scripts:  {running.export_line(seen.connection.base_url, model)}")
+    print(f"  its key:  managed-vllm status {instance.id} --show-key")
+    print(f"  log:      managed-vllm logs {instance.id} -f")
+    print(f"  stop:     {stop}", flush=True)
+
+
+def _follow(llm: ManagedVLLM, instance: Instance) -> None:
+    """The server's log on standard output, until the server fails or is stopped by somebody: raises that error."""
+    llm._progress = False  # from here on the log says it
+    ended: list[BaseException] = []
+
+    def watch() -> None:
+        try:
+            while True:
+                llm.wait_ready(after_epoch=sys.maxsize)  # returns only where another supervisor has taken over
+        except BaseException as error:
+            ended.append(error)
+
+    threading.Thread(target=watch, name="managed-vllm-watch", daemon=True).start()
+    with LogReader(instance.server_log) as reader:
+        # Whose server was running already has seen its start.
+        write(reader.backlog(None if llm.started_it else 0))
+        while True:
+            over = bool(ended)
+            text = reader.news()
+            write(text)
+            if over:
+                raise ended[0]
+            if not text:
+                time.sleep(0.1)
+
+
+def _see_off(instance: Instance) -> None:
+    """Our lease is given back. Waits until the server is gone, if we were the last user."""
+    seen = running.peek(instance)
+    if seen is None:
+        running.wait_until_gone(instance, None)
+    elif seen.pinned or seen.users:
+        print(f"{instance.id} has other users and stays: managed-vllm status", file=sys.stderr)
+    elif seen.state is ServerState.STOPPING or not seen.extra.get("keep_alive_s"):
+        print("Stopping the server.", file=sys.stderr)
+        running.wait_until_gone(instance, seen.supervisor_pid)
+    else:
+        print(f"{instance.id} stays for another {seen.extra['keep_alive_s']:g} s.", file=sys.stderr)

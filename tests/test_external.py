@@ -1,0 +1,94 @@
+"""Servers that somebody else runs: found by URL, checked, not supervised."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+import standin
+from processes import eventually
+
+from managed_vllm import ManagedVLLM
+from managed_vllm.errors import (
+    AuthenticationError,
+    ConfigError,
+    ModelNotServedError,
+    ServerUnreachableError,
+)
+from managed_vllm.external import normalized_url
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    port = free_port()
+    with subprocess.Popen(
+        [sys.executable, standin.__file__, "--port", str(port), "--served-model-name", "theirs"],
+        env={**os.environ, "VLLM_API_KEY": "right"},
+        stdout=subprocess.DEVNULL,
+    ) as server:
+
+        def answers() -> bool:
+            try:
+                return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok
+            except requests.ConnectionError:
+                return False
+
+        eventually(answers, "the other server is up")
+        yield port
+        server.kill()
+
+
+@pytest.mark.parametrize(
+    "form", ["http://127.0.0.1:{}", "http://127.0.0.1:{}/v1", "http://127.0.0.1:{}/v1/", "127.0.0.1:{}/"]
+)
+def test_every_form_of_the_url_is_taken(home: Path, port: int, form: str) -> None:
+    with ManagedVLLM(base_url=form.format(port), api_key="right") as llm:
+        assert llm.base_url == f"http://127.0.0.1:{port}/v1"
+        assert llm.model == "theirs"
+        assert not llm.supervised
+        assert llm.chat([{"role": "user", "content": "hi"}])[0].outputs[0].text.startswith("echo hi")
+        assert llm.openai.models.list().data[0].id == "theirs"
+        with pytest.raises(ConfigError):
+            llm.restart()
+
+
+def test_the_service_scripts_variables_are_read(home: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_SERVER_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("VLLM_MODEL_NAME", "theirs")
+    monkeypatch.setenv("VLLM_API_KEY", "right")
+    with ManagedVLLM(model="some/model", max_model_len=5) as llm:
+        assert llm.model == "theirs"
+        assert llm.environ()["VLLM_SERVER_URL"] == llm.base_url
+
+
+def test_a_wrong_key_a_wrong_model_and_nobody_there_are_told_apart(home: Path, port: int) -> None:
+    url = f"http://127.0.0.1:{port}"
+    with pytest.raises(AuthenticationError, match="refuses this API key"):
+        ManagedVLLM(base_url=url, api_key="wrong").start()
+    with pytest.raises(AuthenticationError, match="wants an API key"):
+        ManagedVLLM(base_url=url).start()
+    with pytest.raises(ModelNotServedError, match="it serves: theirs") as caught:
+        ManagedVLLM(base_url=url, api_key="right", model="mine").start()
+    assert caught.value.served == ("theirs",)
+    with pytest.raises(ServerUnreachableError, match="nothing answers"):
+        ManagedVLLM(base_url=f"http://127.0.0.1:{free_port()}").start()
+    with pytest.raises(ServerUnreachableError, match="does not speak"):
+        ManagedVLLM(base_url=f"{url}/elsewhere", api_key="right").start()
+
+
+@pytest.mark.parametrize("url", ["", "ftp://host/", "http://", "http://host:notaport"])
+def test_no_url_at_all(home: Path, url: str) -> None:
+    with pytest.raises(ConfigError):
+        normalized_url(url)

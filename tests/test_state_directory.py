@@ -1,0 +1,200 @@
+"""A full disk, an unwritable directory, garbage records, stale sockets, reused pids: healed, or a clear error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import standin
+from processes import INSTANT, eventually
+
+from managed_vllm import ManagedVLLM, registry
+from managed_vllm.config import ServerSpec
+from managed_vllm.errors import StateDirectoryError
+from managed_vllm.registry import Instance
+
+
+def server() -> ManagedVLLM:
+    return ManagedVLLM("stand-in", command=standin.command(), keep_alive=INSTANT)
+
+
+def instance_of(home: Path) -> Instance:
+    """The folder that `server()` will use."""
+    return Instance(home, ServerSpec.of("stand-in", engine_args={}, command=standin.command()).key)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"garbage", b"[]", b'{"id": "x"', b"\xff\xfe\x00", b"[" * 100_000, b'{"id": 1, "spec": 2}'],
+    ids=["empty", "text", "list", "torn", "binary", "deep", "foreign"],
+)
+def test_a_garbage_record_is_the_same_as_none(home: Path, content: bytes) -> None:
+    registry.state_home()
+    instance = instance_of(home)
+    instance.create()
+    instance.record_path.write_bytes(content)
+    assert instance.read_record() is None
+    with server() as llm:
+        assert llm.generate("hi")
+        assert instance.read_record() is not None
+
+
+def test_a_record_that_is_a_link_or_a_pipe_is_not_read(home: Path) -> None:
+    registry.state_home()
+    instance = instance_of(home)
+    instance.create()
+    target = home / "target.json"
+    target.write_text(json.dumps({"id": instance.id, "spec": {}, "pid": 1, "state": "ready", "epoch": 1}))
+    instance.record_path.symlink_to(target)
+    assert instance.read_record() is None
+    instance.record_path.unlink()
+    os.mkfifo(instance.record_path)
+    assert instance.read_record() is None
+    instance.record_path.unlink()
+    target.unlink()
+    instance.folder.rmdir()
+
+
+def test_a_stale_socket_and_stale_locks_are_no_server(home: Path) -> None:
+    registry.state_home()
+    instance = instance_of(home)
+    instance.create()
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(instance.socket_path))
+    stale.close()
+    (instance.folder / "supervisor.lock").touch()
+    (instance.folder / "start.lock").touch()
+    assert not registry.is_alive(instance)
+    with server() as llm:
+        assert llm.generate("hi")
+
+
+def test_a_reused_pid_is_neither_attached_to_nor_touched(home: Path) -> None:
+    registry.state_home()
+    instance = instance_of(home)
+    instance.create()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+        record = {"spec": {}, "pid": stranger.pid, "state": "ready", "epoch": 1, "scratch": str(Path.home())}
+        instance.write_record(record)
+        with server() as llm:
+            assert llm.status().supervisor_pid != stranger.pid
+        eventually(lambda: not instance.folder.exists(), "the folder is gone")
+        assert psutil.Process(stranger.pid).is_running()
+        assert Path.home().exists()
+        stranger.communicate(b"\n")
+
+
+def test_a_scratch_folder_is_removed_only_if_it_is_one(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    registry.remove_scratch(precious)
+    assert precious.exists()
+    scratch = registry.make_scratch()
+    registry.remove_scratch(scratch)
+    assert not scratch.exists()
+
+
+def test_a_predecessors_scratch_folder_and_processes_are_cleared(home: Path) -> None:
+    with server() as llm:
+        status = llm.status()
+        instance = instance_of(home)
+        record = instance.read_record()
+        assert record is not None
+        scratch = Path(record["scratch"])
+        assert scratch.exists()
+        assert status.supervisor_pid is not None
+        os.kill(status.supervisor_pid, 9)
+        assert llm.generate("hi")
+        assert not scratch.exists()
+
+
+def test_a_directory_open_to_others_is_refused(home: Path) -> None:
+    home.mkdir(mode=0o755)
+    with pytest.raises(StateDirectoryError, match="chmod 700"), server():
+        pass
+    home.rmdir()
+
+
+def test_a_directory_that_is_a_link_or_a_file_is_refused(home: Path, tmp_path: Path) -> None:
+    home.symlink_to(tmp_path)
+    with pytest.raises(StateDirectoryError), server():
+        pass
+    home.unlink()
+    home.write_text("")
+    with pytest.raises(StateDirectoryError), server():
+        pass
+    home.unlink()
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user or mount a file system")
+
+
+@needs_root
+def test_a_directory_of_somebody_else_is_refused(home: Path) -> None:
+    home.mkdir(mode=0o700)
+    os.chown(home, 65534, 65534)
+    with pytest.raises(StateDirectoryError, match="belongs to uid 65534"), server():
+        pass
+    home.rmdir()
+
+
+@pytest.fixture
+def tiny_disk(home: Path) -> Path:
+    """`home` on a file system of its own with 64 KiB."""
+    home.mkdir(mode=0o700)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", str(home)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"can't mount a small file system here: {done.stderr.strip()}")
+    return home
+
+
+@needs_root
+def test_a_disk_without_room_for_a_folder_is_said(tiny_disk: Path) -> None:
+    try:
+        subprocess.run(["mount", "-o", "remount,nr_inodes=1", str(tiny_disk)], check=True)
+        with pytest.raises(StateDirectoryError, match="disk is full"), server():
+            pass
+    finally:
+        subprocess.run(["umount", "-l", str(tiny_disk)], check=True)
+
+
+@needs_root
+def test_a_disk_that_fills_up_does_not_take_the_server_down(tiny_disk: Path) -> None:
+    try:
+        with server() as llm:
+            with contextlib.suppress(OSError), open(tiny_disk / "filler", "wb", buffering=0) as filler:
+                while True:
+                    filler.write(b"x" * 4096)
+            assert llm.generate("hi")
+            assert llm.restart(20).epoch == 2
+            (tiny_disk / "filler").unlink()
+        eventually(lambda: not registry.instances(tiny_disk), "gone")
+    finally:
+        subprocess.run(["umount", "-l", str(tiny_disk)], check=True)
+
+
+@needs_root
+def test_a_read_only_directory_is_said(tiny_disk: Path) -> None:
+    try:
+        subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+        with pytest.raises(StateDirectoryError, match="read-only"), server():
+            pass
+    finally:
+        subprocess.run(["umount", "-l", str(tiny_disk)], check=True)
+
+
+def test_a_long_state_directory_still_has_working_sockets(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    deep = home.parent / ("d" * 100) / "home"
+    monkeypatch.setenv("MANAGED_VLLM_HOME", str(deep))
+    with server() as llm:
+        assert llm.generate("hi")
+    eventually(lambda: not registry.instances(deep), "gone")
