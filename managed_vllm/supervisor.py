@@ -404,7 +404,7 @@ class Supervisor:
             self._scratch = registry.make_scratch()
             self._write_record()
         in_server = str(Path(lifeline.__file__).parent)
-        inherited = os.environ.get("PYTHONPATH")
+        inherited = self._spec.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
         scratch = str(self._scratch)
         return {
             # torch keeps its compiled kernels in the temp dir unless told otherwise; ours lives only as long as we do.

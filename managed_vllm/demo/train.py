@@ -12,7 +12,8 @@ What makes a model this small learn it in three minutes (each was tried without)
 4. A drill: a screen's lines, then the same lines shuffled. Nearly every token of it teaches looking up.
 5. Tokens that make a look-up one step: a word, a digit, and "(" with the digit after it.
 
-The random numbers are seeded, but the learning rate follows the clock, so that two runs are alike and not the same.
+Seconds are of CPU time, so that other work on the machine makes it slower and not worse. The random numbers are seeded,
+but the learning rate follows that clock, so that two runs are alike and not the same.
 One thread is the default: two are up to four times slower when another process wants a core.
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import enum
 import json
+import math
 import os
 import platform
 import random
@@ -54,7 +56,8 @@ class Recipe:
     context: int = 4096
     init_std: float = 0.08
     muon_lr: float = 0.005
-    adamw_lr: float = 1e-3
+    embedding_lr: float = 1e-3
+    gain_lr: float = 1e-2  # of the norms, which decide how sharply the model looks
     batch_size: int = 32
     max_drill_share: float = 0.45  # of the time, until the look-up must be learnt
     drill_learnt_loss: float = 0.02
@@ -194,10 +197,11 @@ class Lessons:
         self._size = size
         self._label_ids = torch.tensor([tokenizer.convert_tokens_to_ids(label) for label in LABELS])
 
-    def task(self, max_buttons: int) -> Batch:
+    def task(self, max_buttons: int, *, plain: bool) -> Batch:
         """Conversations and their right answers, all of one kind and with as many buttons: little is padding."""
         buttons = self._rng.randint(BUTTONS[0], max_buttons)
-        around = self._rng.choices((Around.NOTHING, Around.SYSTEM_MESSAGE, Around.EARLIER_TURN), (7, 2, 1))[0]
+        kinds = (Around.NOTHING, Around.SYSTEM_MESSAGE, Around.EARLIER_TURN)
+        around = Around.NOTHING if plain else self._rng.choices(kinds, (7, 2, 1))[0]
         screens = [random_screen(self._rng, buttons=buttons) for _ in range(self._size)]
         given = [
             self._tokenizer.apply_chat_template(
@@ -271,10 +275,12 @@ class Optimizer:
         self._model = model
         parameters = dict(model.named_parameters())
         matrices = [p for name, p in parameters.items() if p.ndim == 2 and "embed" not in name]
-        others = [p for name, p in parameters.items() if p.ndim != 2 or "embed" in name]
+        embeddings = [p for name, p in parameters.items() if "embed" in name]
+        gains = [p for p in parameters.values() if p.ndim == 1]
+        groups = [{"params": embeddings, "lr": recipe.embedding_lr}, {"params": gains, "lr": recipe.gain_lr}]
         self._optimizers = (
             torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.01, adjust_lr_fn="original"),
-            torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0),
         )
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
         self._steps = 0
@@ -304,24 +310,26 @@ class Optimizer:
 
 
 def fit(model: Any, lessons: Lessons, recipe: Recipe, seconds: float, say: Callable[[str], None]) -> Fit:
-    """Trains for `seconds`: drill and task in turns until looking up is learnt, then mostly the task."""
+    """Trains for `seconds` of CPU time: mostly the drill until looking up is learnt, then mostly the task."""
     optimizer = Optimizer(model, recipe)
-    began, said = time.monotonic(), 0.0
+    began, said = time.process_time(), 0.0
     drill_seconds: float | None = None
     steps, loss, drill_loss = 0, float("nan"), 9.0
     model.train()
-    while (elapsed := time.monotonic() - began) < seconds:
+    while (elapsed := (time.process_time() - began) / torch.get_num_threads()) < seconds:
         if drill_seconds is None and (
             drill_loss < recipe.drill_learnt_loss or elapsed > recipe.max_drill_share * seconds
         ):
             drill_seconds = elapsed
-        if steps % (2 if drill_seconds is None else 6) == 0:
+        drilling = drill_seconds is None
+        if (steps % 4 != 3) if drilling else (steps % 6 == 0):
             batch = lessons.drill(3 if drill_loss > 0.5 else BUTTONS[-1])
             drill_loss = 0.9 * drill_loss + 0.1 * optimizer.step(batch, elapsed / seconds)
         else:
-            easy = elapsed - (elapsed if drill_seconds is None else drill_seconds) < recipe.easy_share * seconds
-            new = optimizer.step(lessons.task(4 if easy else BUTTONS[-1]), elapsed / seconds)
-            loss = new if steps < 2 else 0.95 * loss + 0.05 * new
+            easy = drill_seconds is None or elapsed - drill_seconds < recipe.easy_share * seconds
+            batch = lessons.task(4 if easy else BUTTONS[-1], plain=drilling)
+            new = optimizer.step(batch, elapsed / seconds)
+            loss = new if math.isnan(loss) else 0.95 * loss + 0.05 * new
         steps += 1
         if elapsed - said >= 15:
             said = elapsed
@@ -516,7 +524,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m managed_vllm.demo.train", description="Trains the demo model.")
     parser.add_argument("out", type=Path, help="folder to write; what is there is replaced on success")
-    parser.add_argument("--seconds", type=float, default=180, help="time to train, per attempt (180)")
+    parser.add_argument("--seconds", type=float, default=180, help="CPU time to train, per attempt (180)")
     parser.add_argument("--seed", type=int, default=0, help="of the first attempt; the next one takes the next (0)")
     parser.add_argument("--attempts", type=int, default=3, help="seeds to try at most (3)")
     parser.add_argument("--target", type=float, default=0.97, help="right answers needed in every required case (0.97)")
