@@ -251,8 +251,8 @@ class ManagedVLLM:
             if channel is None and self._spec is None:
                 raise NoServerError(f"the server {instance.id} is not running any more; give model= to start one")
             if channel is not None:
-                reply = channel.request("lease", keep_alive_s=self._keep_alive_s, what=_who())
-                if reply["ok"]:
+                reply = self._ask_for_lease(channel, instance)
+                if reply is not None and reply["ok"]:
                     return self._admitted(channel, reply, instance)
                 self._wait_for_the_end(channel, deadline)
             elif self._spec is not None:
@@ -283,6 +283,20 @@ class ManagedVLLM:
             raise SupervisorError("the supervisor does not accept connections", instance=instance.id) from error
         except OSError:
             return None
+
+    def _ask_for_lease(self, channel: Channel, instance: Instance) -> dict[str, Any] | None:
+        """The supervisor's reply; None if it left in this very moment."""
+        try:
+            return channel.request("lease", keep_alive_s=self._keep_alive_s, what=_who())
+        except ConnectionError:
+            return None
+        except TimeoutError as error:
+            channel.close()
+            pid = (instance.read_record() or {}).get("pid")
+            raise SupervisorError(
+                f"the supervisor (pid {pid}) does not answer; if it is stopped or stuck, end it: kill -9 {pid}",
+                instance=instance.id,
+            ) from error
 
     def _elect(self, instance: Instance, spec: ServerSpec) -> None:
         """Spawns the supervisor, unless another user does or the last one is still on its way out."""

@@ -52,6 +52,7 @@ FIRST_LEASE_S = 5.0
 """The user that spawned us has this long to take its lease; it may have been killed in between."""
 
 _POLL_S = 0.05
+_LOOK_S = 5.0
 _PR_SET_CHILD_SUBREAPER = 36
 _PORT_RACES = 5
 
@@ -425,12 +426,17 @@ class Supervisor:
 
     async def _until_it_ends(self) -> Diagnosis | _RestartAsked:
         process = self._process
-        while not process.exited.is_set():
-            process.record_descendants()
-            if self._restart_asked.is_set():
-                return _RestartAsked()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.exited.wait(), 1.0)
+        exited = asyncio.create_task(process.exited.wait())
+        asked = asyncio.create_task(self._restart_asked.wait())
+        try:
+            while not exited.done():
+                process.record_descendants()
+                if asked.done():
+                    return _RestartAsked()
+                await asyncio.wait({exited, asked}, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            exited.cancel()
+            asked.cancel()
         await asyncio.to_thread(process.drain)
         return diagnosis.diagnose(list(process.lines), returncode=process.returncode)
 
@@ -570,7 +576,7 @@ class Supervisor:
             self._users.discard(user)
             writer.close()
             if user.leased:
-                log.info("lease of pid %d given back, %d left", pid, sum(u.leased for u in self._users))
+                log.debug("lease of pid %d given back, %d left", pid, sum(u.leased for u in self._users))
                 self._users_changed()
 
     def _answer(self, user: _User, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -581,7 +587,7 @@ class Supervisor:
                     return {"ok": False, "status": stopping.to_dict()}
                 user.leased, user.what = True, str(message.get("what", ""))[:200]
                 self._keep_alive_s = max(self._keep_alive_s, float(message.get("keep_alive_s", 0.0)))
-                log.info("lease for pid %d", user.pid)
+                log.debug("lease for pid %d", user.pid)
                 self._users_changed()
                 order = {
                     "spec": self._spec.to_dict(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -341,8 +342,12 @@ def test_what_a_killed_supervisor_left_is_shown_as_dead_and_removed(cli: Cli) ->
 def test_a_supervisor_that_hangs_is_ended_by_force(cli: Cli) -> None:
     row = cli.up()
     os.kill(row["supervisor_pid"], signal.SIGSTOP)
-    done = cli("down", "--force")
-    assert done.returncode == 0, done.stderr
+    try:
+        done = cli("down", "--force")
+        assert done.returncode == 0, done.stderr
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(row["supervisor_pid"], signal.SIGCONT)
     assert not cli.left()
 
 

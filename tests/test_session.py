@@ -33,6 +33,7 @@ from managed_vllm.errors import (
     ServerStoppedError,
     StartupError,
     StartupTimeoutError,
+    SupervisorError,
 )
 from managed_vllm.in_server.managed_vllm_lifeline import start_time
 
@@ -80,16 +81,48 @@ def test_a_server_answers_and_is_gone_with_its_only_user(home: Path) -> None:
     assert_nothing_left(home)
 
 
-def test_sixteen_users_at_once_share_one_server(home: Path, tmp_path: Path) -> None:
-    count = tmp_path / "starts"
-    order = {"count": str(count), "start_s": 0.3}
-    users = [script(HOLDER.format(order=order)) for _ in range(16)]
-    pids = {line(user) for user in users}
+CROWD = """
+for number in range({rounds}):
+    sys.stdin.readline()
+    with s.server(order={order!r}) as llm:
+        print(llm.generate(str(number))[0].outputs[0].text.replace("echo ", ""), flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_sixteen_users_at_once_share_one_server_in_each_of_twenty_rounds(home: Path, tmp_path: Path) -> None:
+    count, rounds = tmp_path / "starts", 20
+    order = {"count": str(count), "start_s": 0.2}
+    users = [script(CROWD.format(order=order, rounds=rounds)) for _ in range(16)]
+
+    def tell_all() -> None:
+        for user in users:
+            assert user.stdin is not None
+            user.stdin.write("\n")
+            user.stdin.flush()
+
+    for number in range(rounds):
+        tell_all()
+        answers = {line(user) for user in users}
+        assert len(answers) == 1, answers
+        assert answers.pop().startswith(f"{number} from ")
+        assert len(count.read_text().splitlines()) == number + 1
+        tell_all()
+        assert_nothing_left(home)
     for user in users:
-        user.communicate("\n")
-    assert len(pids) == 1
+        user.communicate()
     assert [user.returncode for user in users] == [0] * 16
-    assert len(count.read_text().splitlines()) == 1
+
+
+def test_a_stopped_supervisor_is_a_clear_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with server() as llm:
+        supervisor = psutil.Process(llm.status().supervisor_pid)
+        supervisor.suspend()
+        try:
+            with pytest.raises(SupervisorError, match="does not answer"), server():
+                pass
+        finally:
+            supervisor.resume()
 
 
 def test_nesting_and_entering_twice_keep_one_lease(home: Path) -> None:

@@ -214,9 +214,10 @@ def console() -> Any:
 
 
 def _state(row: dict[str, Any]) -> str:
-    if row["state"] in ServerState:
+    try:
         return describe(ServerStatus(state=ServerState(row["state"]), stage=row["stage"], detail=row["detail"]))
-    return str(row["state"])
+    except ValueError:  # "dead" and "unresponsive" are no states of a server, but of what is left of one
+        return str(row["state"])
 
 
 def _duration(seconds: float) -> str:
@@ -248,14 +249,7 @@ def down(given: argparse.Namespace) -> int:
 def _end(instance: Instance, *, force: bool) -> int:
     channel = _reach(instance)
     if channel is None:
-        if registry.is_alive(instance):
-            if not force:
-                raise SupervisorError(
-                    f"the supervisor does not answer; kill it and its server: managed-vllm down {instance.id} --force",
-                    instance=instance.id,
-                )
-            _kill_supervisor(instance)
-        return _clear(instance)
+        return _end_without_supervisor(instance, force=force)
     try:
         seen = ServerStatus.from_dict(channel.request("unpin")["status"])
         users = seen.extra.get("users", ())
@@ -271,6 +265,8 @@ def _end(instance: Instance, *, force: bool) -> int:
             return 1
         with contextlib.suppress(ConnectionError):  # unpinned without keep-alive, it ends by itself
             channel.request("stop")
+    except TimeoutError:
+        return _end_without_supervisor(instance, force=force)
     except ConnectionError:
         seen = ServerStatus(state=ServerState.GONE)  # it was on its way out anyway
     finally:
@@ -285,6 +281,18 @@ def _end(instance: Instance, *, force: bool) -> int:
         return _clear(instance)
     print(f"{instance.id} is stopped.")
     return 0
+
+
+def _end_without_supervisor(instance: Instance, *, force: bool) -> int:
+    """For a supervisor that is dead, or hangs: then only by force."""
+    if registry.is_alive(instance):
+        if not force:
+            raise SupervisorError(
+                f"the supervisor does not answer; kill it and its server: managed-vllm down {instance.id} --force",
+                instance=instance.id,
+            )
+        _kill_supervisor(instance)
+    return _clear(instance)
 
 
 def _reach(instance: Instance) -> Channel | None:
@@ -334,6 +342,10 @@ def _kill_supervisor(instance: Instance) -> None:
     if isinstance(pid, int) and pid > 1 and lifeline.start_time(pid) == record.get("pid_start_time"):
         with contextlib.suppress(psutil.Error):
             registry.end_processes([psutil.Process(pid)])
+        # Its main thread may be a zombie while another one still holds the lock.
+        deadline = time.monotonic() + 5.0
+        while registry.is_alive(instance) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def _clear(instance: Instance) -> int:

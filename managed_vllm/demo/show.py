@@ -113,6 +113,7 @@ def work(given: argparse.Namespace) -> int:
 class _Worker:
     number: int
     process: subprocess.Popen[str]
+    told: set[str] = field(default_factory=set)
     ready: Mapping[str, Any] = field(default_factory=dict)
     answers: Sequence[Mapping[str, Any]] = ()
 
@@ -187,13 +188,12 @@ class _Demo:
 
     def _await(self, event: str) -> None:
         """Waits until every worker has told `event`. Raises `DemoError` if one fails or dies."""
-        missing = set(range(1, len(self._workers) + 1))
         deadline = time.monotonic() + _PATIENCE_S
-        while missing:
+        while missing := [worker.number for worker in self._workers if event not in worker.told]:
             try:
                 worker, told = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise DemoError(f"no {event!r} from workers {sorted(missing)} within {_PATIENCE_S:g} s") from None
+                raise DemoError(f"no {event!r} from workers {missing} within {_PATIENCE_S:g} s") from None
             match told["event"]:
                 case "error":
                     raise DemoError(f"{worker.title} failed: {told['message']}")
@@ -201,10 +201,9 @@ class _Demo:
                     worker.ready = told
                 case "answers":
                     worker.answers = told["answers"]
-                case "end" if worker.number in missing:
+                case "end" if "left" not in worker.told:
                     raise DemoError(f"{worker.title} ended with exit code {worker.process.wait()} before {event!r}")
-            if told["event"] == event:
-                missing.discard(worker.number)
+            worker.told.add(told["event"])
 
     def _give_word(self) -> None:
         for worker in self._workers:
