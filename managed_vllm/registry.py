@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -263,17 +264,17 @@ def drop_names(home: Path, instance_id: str) -> None:
 
 def is_alive(instance: Instance) -> bool:
     """True if a supervisor holds the instance's lock at this moment."""
-    path = instance.folder / "supervisor.lock"
-    if not path.exists():
-        return False
-    lock = filelock.FileLock(path, mode=0o600, thread_local=False)
+    # Not through filelock: it would make the file anew in a folder that is just being removed.
     try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        return True
+        descriptor = os.open(instance.folder / "supervisor.lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
-    lock.release()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
     return False
 
 

@@ -253,12 +253,12 @@ class _Demo:
         table = self._table("process", "task", "answer", "", "ms")
         for worker in self._workers:
             for answer in worker.answers:
-                said = answer["answer"].rpartition("Action:")[2].strip()
+                said = " ".join(answer["answer"].rpartition("Action:")[2].split())[:80]
                 verdict = {None: Text("–"), True: Text("right", "green"), False: Text("wrong", "red")}[answer["right"]]
                 if answer["right"] is False:
                     said += f"   (right: {answer['expected']})"
                 table.add_row(
-                    worker.title, Text(answer["task"]), Text(said[:120]), verdict, f"{1000 * answer['latency_s']:.0f}"
+                    worker.title, Text(answer["task"]), Text(said), verdict, f"{1000 * answer['latency_s']:.0f}"
                 )
         self._console.print(table)
         verdicts = [answer["right"] for worker in self._workers for answer in worker.answers]
