@@ -209,6 +209,7 @@ class ManagedVLLM:
     def _attach(self) -> None:
         if self._external is not None or (self._channel is not None and not self._channel.closed):
             return
+        self._raise_if_over(self._channel)
         if self._base_url is not None:
             model = os.environ.get(external.MODEL_VARIABLE) or self._asked_model
             self._external = external.attach(self._base_url, self._api_key, model)
@@ -411,13 +412,25 @@ class ManagedVLLM:
                     self._progress_view = None
             if status is not None and status.state is ServerState.READY and not channel.closed:
                 return status
-            if status is not None and status.state is ServerState.FAILED and status.diagnosis is not None:
-                raise error_for(status.diagnosis, instance=self._id, log_path=status.log_path)
-            if status is not None and status.state in (ServerState.STOPPING, ServerState.GONE):
-                raise ServerStoppedError("the server was stopped", instance=self._id, log_path=status.log_path)
             if channel.given_back:
                 raise ServerStoppedError("closed while waiting for the server", instance=self._id)
+            self._raise_if_over(channel)
             # The supervisor was killed: its server falls with it, and one of the users starts the next.
+
+    def _raise_if_over(self, channel: Channel | None) -> None:
+        """Raises, once, what a server of ours ended with; the next use starts anew.
+
+        A supervisor that was killed has said nothing, and nothing is raised: somebody starts the next at once.
+        """
+        status = channel.status if channel is not None and not channel.given_back else None
+        if status is None or status.state not in (ServerState.FAILED, ServerState.STOPPING, ServerState.GONE):
+            return
+        with self._lock:
+            if self._channel is channel:
+                self._channel = None
+        if status.state is ServerState.FAILED and status.diagnosis is not None:
+            raise error_for(status.diagnosis, instance=self._id, log_path=status.log_path)
+        raise ServerStoppedError("the server was stopped", instance=self._id, log_path=status.log_path)
 
     def _connection(self, lost_epoch: int | None = None) -> tuple[Connection, int]:
         """The connection to a ready server; after `lost_epoch` was lost, a later one, or the same if it is well."""

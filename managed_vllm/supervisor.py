@@ -604,6 +604,8 @@ class Supervisor:
             case "restart":
                 self._restart_asked.set()
                 return {"ok": True, "epoch": self._status.epoch}
+            case "stop" if message.get("unless_used") and any(user.leased for user in self._users):
+                return {"ok": False, "status": self._public_status()}
             case "stop":
                 self._end(f"asked by pid {user.pid}")
                 return {"ok": True}

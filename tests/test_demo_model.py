@@ -204,3 +204,18 @@ def test_training_that_misses_its_target_fails_and_leaves_what_was_there(tmp_pat
     assert result.returncode == 1
     assert "No attempt out of 1 reached 97.00%" in result.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+
+
+def test_a_finished_model_replaces_the_old_one_and_can_be_read_by_everybody(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from managed_vllm.demo.train import publish
+
+    (tmp_path / "new").mkdir(mode=0o700)
+    (tmp_path / "new" / "config.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    publish(tmp_path / "new", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "out"}

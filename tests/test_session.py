@@ -380,6 +380,22 @@ def test_stopped_under_a_user_is_told_to_it(home: Path) -> None:
             llm.wait_ready(20)
 
 
+def test_a_failure_between_two_uses_is_told_once_and_then_tried_anew(home: Path, tmp_path: Path) -> None:
+    count = tmp_path / "starts"
+    llm = server(order={"count": str(count), "exit": 4}, wait=False)
+    llm.start()
+    channel = llm._channel
+    assert channel is not None
+    eventually(lambda: channel.closed, "failed while nobody waited")
+    assert len(count.read_text().splitlines()) == 1
+    with pytest.raises(EngineDiedError):
+        llm.wait_ready()
+    assert len(count.read_text().splitlines()) == 1
+    with pytest.raises(EngineDiedError):
+        llm.generate("x")
+    assert len(count.read_text().splitlines()) == 2
+
+
 def test_pin_keeps_the_server_without_users(home: Path) -> None:
     with server(keep_alive=0) as llm:
         llm.pin()

@@ -252,8 +252,11 @@ def _end(instance: Instance, *, force: bool) -> int:
         return _end_without_supervisor(instance, force=force)
     try:
         seen = ServerStatus.from_dict(channel.request("unpin")["status"])
-        users = seen.extra.get("users", ())
-        if users and not force:
+        reply: dict[str, Any] = {"ok": True}
+        with contextlib.suppress(ConnectionError):  # unpinned without keep-alive, it ends by itself
+            reply = channel.request("stop", unless_used=not force)
+        if not reply["ok"]:
+            users = ServerStatus.from_dict(reply["status"]).extra.get("users", ())
             print(f"error: {instance.id} is still used by", file=sys.stderr)
             for user in users:
                 print(f"  pid {user['pid']}: {user['what']}", file=sys.stderr)
@@ -263,8 +266,6 @@ def _end(instance: Instance, *, force: bool) -> int:
                 file=sys.stderr,
             )
             return 1
-        with contextlib.suppress(ConnectionError):  # unpinned without keep-alive, it ends by itself
-            channel.request("stop")
     except TimeoutError:
         return _end_without_supervisor(instance, force=force)
     except ConnectionError:

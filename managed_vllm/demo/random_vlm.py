@@ -79,7 +79,6 @@ def make_random_vlm(out: Path, *, seed: int = 0) -> Path:
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         _write_all(draft, seed)
-        draft.chmod(0o755)  # mkdtemp makes it private
         try:
             os.rename(draft, out)
         except OSError:
@@ -110,6 +109,8 @@ def _write_all(folder: Path, seed: int) -> None:
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder)
     _model(tokenizer, seed).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private, as mkdtemp makes the folder
+    folder.chmod(0o755)
     _write_json(folder / "preprocessor_config.json", _image_processor())
     _write_json(folder / MARK, _mark(seed))
 

@@ -137,13 +137,13 @@ def random_screen(rng: random.Random, *, buttons: int | None = None, done: bool 
 
     Args:
         buttons: How many, at least 2; a random number out of `BUTTONS` if None.
-        done: Whether the goal was clicked already; if None, it was in a quarter of the screens. In three tenths of the
-            others a wrong button was clicked last.
+        done: Whether the goal was clicked already; if None, it was in a third of the screens. In half of the others a
+            wrong button was clicked last.
     """
     shown = random_buttons(rng, rng.choice(BUTTONS) if buttons is None else buttons)
     goal, *others = rng.sample([button.label for button in shown], len(shown))
     if done is None:
-        done = rng.random() < 0.25
+        done = rng.random() < 1 / 3
     if done:
         return Screen(shown, goal, clicked=goal)
-    return Screen(shown, goal, clicked=others[0] if rng.random() < 0.3 else None)
+    return Screen(shown, goal, clicked=others[0] if rng.random() < 1 / 2 else None)
