@@ -56,7 +56,9 @@ class Recipe:
     context: int = 4096
     init_std: float = 0.08
     muon_lr: float = 0.005
-    adamw_lr: float = 1e-3
+    embedding_lr: float = 1e-3
+    gain_lr: float = 3e-3  # of the norms, which decide how sharply the model looks
+    decay_from: float = 0.3  # of the time; before it the learning rates are level
     batch_size: int = 32
     max_drill_share: float = 0.45  # of the time, until the look-up must be learnt
     drill_learnt_loss: float = 0.02
@@ -268,16 +270,19 @@ class Fit:
 
 
 class Optimizer:
-    """Muon for the matrices, AdamW for the rest, one schedule: up in 30 steps, level, and down in the second half."""
+    """Muon for the matrices, AdamW for the rest, one schedule: up in 30 steps, level, and down to the end."""
 
     def __init__(self, model: Any, recipe: Recipe) -> None:
         self._model = model
+        self._decay_from = recipe.decay_from
         parameters = dict(model.named_parameters())
         matrices = [p for name, p in parameters.items() if p.ndim == 2 and "embed" not in name]
-        others = [p for name, p in parameters.items() if p.ndim != 2 or "embed" in name]
+        embeddings = [p for name, p in parameters.items() if "embed" in name]
+        gains = [p for p in parameters.values() if p.ndim == 1]
+        groups = [{"params": embeddings, "lr": recipe.embedding_lr}, {"params": gains, "lr": recipe.gain_lr}]
         self._optimizers = (
             torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.01, adjust_lr_fn="original"),
-            torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0),
         )
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
         self._steps = 0
@@ -285,7 +290,8 @@ class Optimizer:
     def step(self, batch: Batch, progress: float) -> float:
         """Learns from a batch; `progress` is the share of the time that is over. Returns the loss."""
         self._steps += 1
-        self._set_rate(min(1.0, self._steps / 30) * min(1.0, max(0.02, 2 * (1 - progress))))
+        decay = (1 - progress) / (1 - self._decay_from)
+        self._set_rate(min(1.0, self._steps / 30, max(0.02, decay)))
         loss = self._loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
@@ -319,7 +325,7 @@ def fit(model: Any, lessons: Lessons, recipe: Recipe, seconds: float, say: Calla
         ):
             drill_seconds = elapsed
         drilling = drill_seconds is None
-        if (steps % 4 != 3) if drilling else (steps % 6 == 0):
+        if (steps % 4 != 3) if drilling else (steps % 3 == 0):
             batch = lessons.drill(3 if drill_loss > 0.5 else BUTTONS[-1])
             drill_loss = 0.9 * drill_loss + 0.1 * optimizer.step(batch, elapsed / seconds)
         else:
