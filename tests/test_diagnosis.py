@@ -728,4 +728,10 @@ def test_importing_it_takes_the_standard_library_only() -> None:
     code = "import sys; import managed_vllm.diagnosis; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
     before = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     ours = {name for name in before if name not in sys.stdlib_module_names and not name.startswith("_")}
-    assert ours <= {"managed_vllm", "sitecustomize", "usercustomize", "distutils-precedence"}
+    assert ours <= {
+        "managed_vllm",
+        "managed_vllm_torchvision_shim",
+        "sitecustomize",
+        "usercustomize",
+        "distutils-precedence",
+    }
