@@ -9,7 +9,9 @@ What makes a model this small learn it in five minutes (each was tried without):
 1. Qwen3, whose queries and keys are normalised. Qwen2 stopped at 88 %.
 2. Weights with a standard deviation of 0.08, not 0.02, and every block silent at first (`o_proj`, `down_proj` zero).
 3. Muon for the matrices, AdamW for the embedding and the norms.
-4. First of all a drill: a screen's lines, then the same lines shuffled. Nearly every token of it teaches looking up.
+4. A drill, half of the time at first: a screen's lines, then the same lines shuffled. Nearly every token of it teaches
+   looking up. Tasks of full size must come early all the same: with small ones until the drill was over, 400 s of CPU
+   time ended at 75 % on eight buttons, with large ones after a tenth of the time 330 s ended at 95 %.
 5. Tokens that make a look-up one step: a word, a digit, and "(" with the digit after it.
 
 Seconds are of CPU time, so that other work on the machine makes it slower and not worse. The random numbers are seeded,
