@@ -45,6 +45,7 @@ from managed_vllm.diagnosis import Cause, Diagnosis, Progress, Stage, StartupLog
 from managed_vllm.errors import SupervisorError
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.registry import Instance
+from managed_vllm.server_process import ServerProcess
 
 log = logging.getLogger("managed_vllm.supervisor")
 
@@ -180,7 +181,7 @@ class Supervisor:
         self._idle_timer: asyncio.TimerHandle | None = None
         self._ending = asyncio.Event()
         self._restart_asked = asyncio.Event()
-        self._process: Any = None
+        self._process: ServerProcess | None = None
         self._status = ServerStatus(
             state=ServerState.STARTING,
             started_at=time.time(),
@@ -294,9 +295,6 @@ class Supervisor:
 
     async def _bring_up(self) -> Diagnosis | _RestartAsked | None:
         """Launches the server and waits until it is ready (None), has failed, or somebody wants it started anew."""
-        from managed_vllm.health import Probe
-        from managed_vllm.server_process import ServerProcess
-
         connection = self._choose_address()
         host = self._address.host or "127.0.0.1"
         argv = self._spec.argv(host=host, port=self._port, uds=connection.uds)
@@ -317,6 +315,9 @@ class Supervisor:
         except OSError as error:
             return diagnosis.could_not_launch(argv, error)
         self._status = dataclasses.replace(self._status, server_pid=process.pid)
+        # Only now, while vLLM imports as well: httpx takes a while.
+        from managed_vllm.health import Probe
+
         probe = Probe(connection, is_vllm=self._spec.command is None)
         try:
             failure = await self._until_ready(probe, process, startup)
@@ -328,7 +329,9 @@ class Supervisor:
             )
         return failure
 
-    async def _until_ready(self, probe: Any, process: Any, startup: StartupLog) -> Diagnosis | _RestartAsked | None:
+    async def _until_ready(
+        self, probe: Any, process: ServerProcess, startup: StartupLog
+    ) -> Diagnosis | _RestartAsked | None:
         started = time.monotonic()
         policy = self._watch_policy
         moved, seen = started, startup.progress
@@ -353,13 +356,13 @@ class Supervisor:
         self._progress(Progress(Stage.WARMING_UP))
         return await self._first_request(probe, process)
 
-    async def _is_ours(self, process: Any) -> bool:
+    async def _is_ours(self, process: ServerProcess) -> bool:
         """The port is served by our process, not by somebody who took it before vLLM could."""
         if self._spec.command is not None or self._port is None:
             return True
-        return bool(await asyncio.to_thread(process.listens_on, self._port))
+        return await asyncio.to_thread(process.listens_on, self._port)
 
-    async def _first_request(self, probe: Any, process: Any) -> Diagnosis | _RestartAsked | None:
+    async def _first_request(self, probe: Any, process: ServerProcess) -> Diagnosis | _RestartAsked | None:
         async def ask() -> Diagnosis | None:
             for question in (probe.serves_model, probe.generates):
                 answer = await question(self._watch_policy.first_request_s)
@@ -426,6 +429,7 @@ class Supervisor:
 
     async def _until_it_ends(self) -> Diagnosis | _RestartAsked:
         process = self._process
+        assert process is not None
         exited = asyncio.create_task(process.exited.wait())
         asked = asyncio.create_task(self._restart_asked.wait())
         try:

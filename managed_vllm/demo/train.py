@@ -4,13 +4,16 @@ An attempt is one seed: train for `--seconds`, write the model in bf16, read it 
 often it acts right on screens it has not seen. The first attempt whose worst required case reaches `--target` is
 put at OUT; if none does, nothing is written there and the exit status is 1.
 
-What makes a model this small learn it in minutes (each was tried without):
+What makes a model this small learn it in minutes:
 
 1. Qwen3, whose queries and keys are normalised. Qwen2 stopped at 88 %.
 2. Weights with a standard deviation of 0.08, not 0.02, and every block silent at first (`o_proj`, `down_proj` zero).
-3. Muon for the matrices, AdamW for the embedding and the norms.
+3. Muon for the matrices, AdamW for the embedding and, ten times faster, for the gains of the norms: they decide how
+   sharply the model looks. With 0.003 instead of 0.01 the same seed ended at 66 % on eight buttons, not at 99.6 %.
 4. First of all a drill: a screen's lines, then the same lines shuffled. Nearly every token of it teaches looking up.
-5. Tokens that make a look-up one step: a word, a digit, and "(" with the digit after it.
+5. As many screens on which the goal was clicked as on which another button was. With fewer of both, a run could still
+   be guessing at its end whether it was done.
+6. Tokens that make a look-up one step: a word, a digit, and "(" with the digit after it.
 
 Seconds are of CPU time, so that other work on the machine makes it slower and not worse. The random numbers are seeded,
 but the learning rate follows that clock, so that two runs are alike and not the same.
