@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from managed_vllm.control import Connection
-from managed_vllm.errors import BadRequestError, RequestError, RequestTimeout, ServerDiedError
+from managed_vllm.errors import BadRequestError, RequestError, RequestTimeout, ServerDiedError, StartupError
 from managed_vllm.external import normalized_url
 from managed_vllm.outputs import CompletionOutput, Logprob, RequestOutput
 from managed_vllm.sampling import SamplingParams
@@ -38,7 +38,8 @@ class VLLMClient:
     """A client of one server.
 
     `base_url` may end in `/v1` or not. `connection` is for servers that may move: it is asked before each attempt for
-    `(Connection, epoch)`, with the epoch that was lost (None at first), and may wait for the server to come back.
+    `(Connection, epoch)`, with the epoch that was lost (None at first) and the seconds that are left (None: no bound).
+    It may wait for the server to come back; it raises `TimeoutError` if that takes longer.
     """
 
     def __init__(
@@ -47,14 +48,14 @@ class VLLMClient:
         api_key: str | None = None,
         model_name: str | None = None,
         *,
-        connection: Callable[[int | None], tuple[Connection, int]] | None = None,
+        connection: Callable[[int | None, float | None], tuple[Connection, int]] | None = None,
     ) -> None:
         if connection is None:
             if base_url is None or model_name is None:
                 raise BadRequestError("VLLMClient needs base_url and model_name")
             fixed = Connection(base_url=normalized_url(base_url), api_key=api_key or "", model=model_name)
 
-            def connection(lost: int | None) -> tuple[Connection, int]:
+            def connection(lost: int | None, timeout_s: float | None) -> tuple[Connection, int]:
                 return fixed, 0
 
         self._connection = connection
@@ -135,7 +136,13 @@ class VLLMClient:
         lost: int | None = None
         started = time.monotonic()
         for attempt in range(1, _ATTEMPTS + 1):
-            connection, epoch = self._connection(lost)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                connection, epoch = self._connection(lost, left)
+            except StartupError:  # a start that timed out is a TimeoutError as well, and says more
+                raise
+            except TimeoutError as error:
+                raise RequestTimeout("the server was not ready before the deadline", index=index) from error
             try:
                 answer = self._post(connection, route, {"model": connection.model, **body}, index, deadline)
                 output = _output(answer, body, chat=route.startswith("/chat"))

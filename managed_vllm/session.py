@@ -22,9 +22,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
 from managed_vllm import external, registry
-from managed_vllm.config import Address, RestartPolicy, ServerSpec, WatchPolicy
+from managed_vllm.config import Address, RestartPolicy, ServerSpec, WatchPolicy, is_loopback
 from managed_vllm.control import Channel, Connection, ServerState, ServerStatus
 from managed_vllm.diagnosis import error_for
 from managed_vllm.errors import (
@@ -432,7 +433,7 @@ class ManagedVLLM:
             raise error_for(status.diagnosis, instance=self._id, log_path=status.log_path)
         raise ServerStoppedError("the server was stopped", instance=self._id, log_path=status.log_path)
 
-    def _connection(self, lost_epoch: int | None = None) -> tuple[Connection, int]:
+    def _connection(self, lost_epoch: int | None = None, timeout_s: float | None = None) -> tuple[Connection, int]:
         """The connection to a ready server; after `lost_epoch` was lost, a later one, or the same if it is well."""
         with self._lock:
             self._attach()
@@ -443,9 +444,10 @@ class ManagedVLLM:
             with contextlib.suppress(TimeoutError):
                 assert self._channel is not None
                 self._channel.wait_until(
-                    lambda now: now is None or now.epoch > lost_epoch or now.state is not ServerState.READY, 2.0
+                    lambda now: now is None or now.epoch > lost_epoch or now.state is not ServerState.READY,
+                    2.0 if timeout_s is None else min(2.0, timeout_s),
                 )
-        status = self.wait_ready()
+        status = self.wait_ready(timeout_s)
         assert status.connection is not None
         return status.connection, status.epoch
 
@@ -510,7 +512,7 @@ class ManagedVLLM:
 
             sdk = importlib.import_module("openai")
             make_http = getattr(sdk, http)
-            options: dict[str, Any] = {"trust_env": self._external is not None}
+            options: dict[str, Any] = {"trust_env": not is_loopback(urlsplit(connection.base_url).hostname or "")}
             if connection.uds:
                 # The SDK moved from httpx to httpx2: the transport must come from the one it uses.
                 module = importlib.import_module(make_http.__mro__[1].__module__.partition(".")[0])

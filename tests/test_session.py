@@ -30,6 +30,7 @@ from managed_vllm.errors import (
     EngineDiedError,
     ManagedVLLMError,
     NoServerError,
+    RequestTimeout,
     ServerStoppedError,
     StartupError,
     StartupTimeoutError,
@@ -394,6 +395,14 @@ def test_a_failure_between_two_uses_is_told_once_and_then_tried_anew(home: Path,
     with pytest.raises(EngineDiedError):
         llm.generate("x")
     assert len(count.read_text().splitlines()) == 2
+
+
+def test_a_deadline_bounds_the_wait_for_a_server_that_is_not_ready(home: Path) -> None:
+    with server(order={"start_s": 60}, wait=False) as llm:
+        started = time.monotonic()
+        with pytest.raises(RequestTimeout, match="not ready before the deadline"):
+            llm.generate("x", timeout=0.3)
+        assert time.monotonic() - started < 10
 
 
 def test_pin_keeps_the_server_without_users(home: Path) -> None:
