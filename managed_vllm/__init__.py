@@ -23,6 +23,7 @@ _HOME_OF = {
     "RequestOutput": "managed_vllm.outputs",
     "CompletionOutput": "managed_vllm.outputs",
     "RestartPolicy": "managed_vllm.config",
+    "HangPolicy": "managed_vllm.config",
     "ServerState": "managed_vllm.control",
     "ServerStatus": "managed_vllm.control",
     "ManagedVLLMError": "managed_vllm.errors",
@@ -32,6 +33,7 @@ __all__ = [*sorted(_HOME_OF), "__version__"]
 
 if TYPE_CHECKING:
     from managed_vllm.client import VLLMClient as VLLMClient
+    from managed_vllm.config import HangPolicy as HangPolicy
     from managed_vllm.config import RestartPolicy as RestartPolicy
     from managed_vllm.control import ServerState as ServerState
     from managed_vllm.control import ServerStatus as ServerStatus

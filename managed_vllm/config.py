@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from managed_vllm import demo, engine_arguments
+from managed_vllm.diagnosis import Cause
 from managed_vllm.errors import ConfigError
 
 PROTOCOL = 1
@@ -42,6 +44,8 @@ class RestartPolicy:
     Before the n-th restart in a row the supervisor waits `backoff_initial_s * backoff_factor**(n-1)`, at most
     `backoff_max_s` seconds. More than `max_restarts` within `window_s` seconds: the server has failed. A cause that
     will not go away by itself (no such model, invalid argument, does not fit) is never retried.
+    `not_retried` names further causes (`managed_vllm.diagnosis.Cause`, as text) after which the server is given up at
+    once, e.g. `{"worker_died"}`.
     """
 
     max_restarts: int = 5
@@ -49,8 +53,16 @@ class RestartPolicy:
     backoff_initial_s: float = 0.5
     backoff_factor: float = 2.0
     backoff_max_s: float = 30.0
+    not_retried: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        causes = frozenset(str(cause) for cause in self.not_retried)
+        if unknown := causes - frozenset(Cause):
+            raise ConfigError(
+                f"not_retried: no such cause: {', '.join(sorted(unknown))}; there are: {', '.join(Cause)}",
+                field="not_retried",
+            )
+        object.__setattr__(self, "not_retried", causes)
         if self.max_restarts < 0:
             raise ConfigError("max_restarts must be 0 (never restart) or more", field="max_restarts")
         for name in ("window_s", "backoff_initial_s", "backoff_max_s"):
@@ -66,19 +78,52 @@ class RestartPolicy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HangPolicy:
+    """When a server that runs, but does nothing, counts as hung and is restarted. All durations in seconds.
+
+    A server whose metrics show any progress of the engine is busy, never hung, however slow it is. Where they have
+    stood still for `stall_s`, it is asked for one token; where that does not come within `answer_s`, and nothing has
+    moved meanwhile, it is hung. An API server that gives no answer at all, not even to `/health`, is hung after
+    `stall_s + answer_s`. A process of the server that is stopped (state T: SIGSTOP), or a port on which nothing listens
+    any more, is given `stopped_s`. `math.inf` switches a rule off.
+
+    The defaults: one step of the engine may take long (compiling: up to a minute, a huge prompt on a CPU: minutes), and
+    vLLM itself gives one step 300 s (0.32, `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`), so 60 + 180 s stays below that and
+    above all that was measured. Nothing stops a process for ten seconds by accident; debuggers use another state.
+    """
+
+    stall_s: float = 60.0
+    answer_s: float = 180.0
+    stopped_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("stall_s", "answer_s", "stopped_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be more than 0 seconds (math.inf: never)", field=name)
+
+    @classmethod
+    def never(cls) -> HangPolicy:
+        """No server is ever taken for hung: for debugging it."""
+        return cls(stall_s=math.inf, answer_s=math.inf, stopped_s=math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
 class WatchPolicy:
     """How the supervisor watches its server. All durations in seconds.
 
     `startup_silence_s` bounds the time without any progress in vLLM's log, `startup_timeout_s` the whole start: a
     40-minute load that moves is fine, a stuck one is found. `first_request_s` bounds the one-token request that proves
-    readiness, `stop_grace_s` the time between SIGTERM and SIGKILL.
+    readiness, `stop_grace_s` the time between SIGTERM and SIGKILL, `release_s` the wait until the GPU driver has given
+    an ended server's memory back.
     """
 
     startup_timeout_s: float = 3600.0
     startup_silence_s: float = 600.0
     first_request_s: float = 300.0
     stop_grace_s: float = 5.0
+    release_s: float = 30.0
     restart: RestartPolicy = field(default_factory=RestartPolicy)
+    hang: HangPolicy = field(default_factory=HangPolicy)
 
     def __post_init__(self) -> None:
         for name in ("startup_timeout_s", "startup_silence_s", "first_request_s"):
@@ -87,12 +132,15 @@ class WatchPolicy:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as the supervisor is given it."""
-        return asdict(self)
+        data = asdict(self)
+        data["restart"]["not_retried"] = sorted(self.restart.not_retried)
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> WatchPolicy:
         """The inverse of `to_dict`."""
-        return cls(**{**data, "restart": RestartPolicy(**data["restart"])})
+        restart = {**data["restart"], "not_retried": frozenset(data["restart"]["not_retried"])}
+        return cls(**{**data, "restart": RestartPolicy(**restart), "hang": HangPolicy(**data["hang"])})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,11 @@ def _split_prefix(line: str) -> tuple[str, str]:
     return who, line[start + (record.end() if record else 0) :]
 
 
+def message_of(line: str) -> str:
+    """What a line says, without the logger's time, process and place."""
+    return _split_prefix(_clean(line))[1]
+
+
 # -- progress ----------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +295,16 @@ class Cause(enum.StrEnum):
     KILLED = "killed"
     """A signal ended the server, or told it to stop."""
     CRASH_LOOP = "crash_loop"
-    """It died too often within the window."""
+    """It died or hung too often within the window."""
+    # it runs, but does not work
+    ENGINE_HUNG = "engine_hung"
+    """Its metrics stood still, and one token that was asked for did not come."""
+    API_SERVER_HUNG = "api_server_hung"
+    """It gave no answer to any HTTP request, or does not listen any more."""
+    PROCESS_STOPPED = "process_stopped"
+    """One of its processes was stopped by a signal (SIGSTOP) and not continued."""
+    ENGINE_BROKEN = "engine_broken"
+    """It answers, but each request with a server error (after a failed weight update, for example)."""
     # it took too long
     STARTUP_TIMEOUT = "startup_timeout"
     """Not ready within the limit."""
@@ -333,6 +347,10 @@ _ERRORS: dict[Cause, type[StartupError]] = {
     Cause.WORKER_DIED: EngineDiedError,
     Cause.KILLED: EngineDiedError,
     Cause.CRASH_LOOP: EngineDiedError,
+    Cause.ENGINE_HUNG: EngineDiedError,
+    Cause.API_SERVER_HUNG: EngineDiedError,
+    Cause.PROCESS_STOPPED: EngineDiedError,
+    Cause.ENGINE_BROKEN: EngineDiedError,
     Cause.STARTUP_TIMEOUT: StartupTimeoutError,
     Cause.STARTUP_SILENCE: StartupTimeoutError,
     Cause.UNKNOWN: EngineDiedError,
@@ -1239,11 +1257,48 @@ _SLOW: dict[Stage, str] = {
 }
 
 
+_UNWELL: dict[Cause, tuple[str, str]] = {
+    Cause.ENGINE_HUNG: (
+        "the engine hung: {detail}",
+        "the stacks of its processes were kept (facts['stacks']); if it was only slow, raise HangPolicy's limits",
+    ),
+    Cause.API_SERVER_HUNG: (
+        "the API server hung: {detail}",
+        "the stacks of its processes were kept (facts['stacks']); if it was only slow, raise HangPolicy's limits",
+    ),
+    Cause.PROCESS_STOPPED: (
+        "a process of the server was stopped: {detail}",
+        "find out who sent SIGSTOP; to stop a server for debugging, start it with hang=HangPolicy.never()",
+    ),
+    Cause.ENGINE_BROKEN: (
+        "the server answers with errors only: {detail}",
+        "look into the log for the first exception; a failed weight update leaves the model broken",
+    ),
+}
+
+
+def unwell(cause: Cause, detail: str) -> Diagnosis:
+    """For a server that runs but does not work; `detail` is what was seen. `cause` is one of `_UNWELL`."""
+    summary, remedy = _UNWELL[cause]
+    return Diagnosis(cause, summary.format(detail=detail), remedy=remedy)
+
+
+def supervisor_failed(error: BaseException) -> Diagnosis:
+    """For a fault of our own: the supervisor could not go on."""
+    return Diagnosis(
+        Cause.UNKNOWN,
+        "the supervisor failed, and with it the server",
+        f"{type(error).__name__}: {error}",
+        "please report it, with the supervisor's log",
+        permanent=True,
+    )
+
+
 def crash_loop(last: Diagnosis, *, restarts: int, window_s: float) -> Diagnosis:
     """For a server that is given up after `restarts` restarts in `window_s` seconds. `last` is its last crash."""
     return Diagnosis(
         Cause.CRASH_LOOP,
-        f"the server died again and again ({restarts} restarts within {window_s:g} s), at last because {last.summary}",
+        f"the server failed again and again ({restarts} restarts within {window_s:g} s), lastly because {last.summary}",
         last.root_line,
         last.remedy or _READ_THE_LOG,
         permanent=True,

@@ -1,4 +1,4 @@
-"""Whether a server is up, serves its model, and can generate: the questions the supervisor asks over HTTP.
+"""Whether a server is up, serves its model, can generate, and moves: the questions the supervisor asks over HTTP.
 
 `/health` alone proves little: it answers 200 while the engine is stopped, paused, asleep or poisoned (vLLM 0.32). Only
 a generated token proves that the server works.
@@ -6,6 +6,8 @@ a generated token proves that the server works.
 
 from __future__ import annotations
 
+import asyncio
+import re
 from dataclasses import dataclass
 
 import httpx
@@ -24,14 +26,23 @@ _GENERATE = (
 
 _ABSENT = frozenset({404, 405, 501})
 
+_SIGNS_OF_LIFE = re.compile(
+    r"^vllm:(?:num_requests_running|num_requests_waiting|kv_cache_usage_perc|generation_tokens|prompt_tokens"
+    r"|num_preemptions|request_success|prefix_cache_queries|iteration_tokens)(?:_total)*(?:_count|_sum)?\{.*$",
+    re.MULTILINE,
+)
+"""Metrics that only a step of the engine changes. The usage of the KV cache is the one that moves with each chunk of a
+long prompt; the number of running requests stays as it was when the engine stops (vLLM 0.32)."""
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What a probe found: `status` is the HTTP status, None if no answer came at all."""
+    """What a probe found: `status` is the HTTP status, None if no answer came at all; `refused`: nobody listens."""
 
     ok: bool
     status: int | None = None
     body: str = ""
+    refused: bool = False
 
 
 class Probe:
@@ -79,14 +90,38 @@ class Probe:
                 return answer
         return first or Answer(False)
 
+    async def signs_of_life(self, timeout_s: float = 5.0) -> str | None:
+        """What `/metrics` says of the engine's progress, as a text to be compared; None if it says nothing."""
+        answer = await self._send("GET", f"{self._root}/metrics", None, timeout_s, whole=True)
+        return "\n".join(_SIGNS_OF_LIFE.findall(answer.body)) or None if answer.ok else None
+
+    async def rests(self, timeout_s: float = 5.0) -> bool:
+        """True if the engine was paused or put to sleep by request (dev-mode routes; absent otherwise)."""
+        for route in ("/is_paused", "/is_sleeping"):
+            answer = await self._send("GET", f"{self._root}{route}", None, timeout_s)
+            if answer.ok and "true" in answer.body:
+                return True
+        return False
+
     async def _send(
-        self, method: str, url: str, body: dict[str, object] | None, timeout_s: float, *, key: bool = True
+        self,
+        method: str,
+        url: str,
+        body: dict[str, object] | None,
+        timeout_s: float,
+        *,
+        key: bool = True,
+        whole: bool = False,
     ) -> Answer:
         headers = self._key if key else {}
         try:
-            response = await self._client.request(method, url, json=body, timeout=timeout_s, headers=headers)
-        except httpx.TimeoutException:
+            async with asyncio.timeout(timeout_s):  # httpx bounds each read only: a body may drip for ever
+                response = await self._client.request(method, url, json=body, timeout=timeout_s, headers=headers)
+        except (httpx.TimeoutException, TimeoutError):
             return Answer(False, None, f"no answer to {method} {url} within {timeout_s:g} s")
-        except httpx.HTTPError as error:
+        except httpx.ConnectError as error:
+            return Answer(False, None, f"{type(error).__name__}: {error}", refused=True)
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             return Answer(False, None, f"{type(error).__name__}: {error}")
-        return Answer(response.is_success, response.status_code, response.text[:4000])
+        text = response.text
+        return Answer(response.is_success, response.status_code, text if whole else text[:4000])

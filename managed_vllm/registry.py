@@ -23,7 +23,7 @@ import signal
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from typing import Any
 import filelock
 import psutil
 
+from managed_vllm import leftovers
 from managed_vllm.errors import ConfigError, ConfigMismatchError, StateDirectoryError
 from managed_vllm.in_server.managed_vllm_lifeline import MARKER
 
@@ -164,8 +165,8 @@ class Instance:
         record = self.read_record()
         with contextlib.suppress(OSError):
             self.socket_path.unlink()
-        if record and isinstance(record.get("scratch"), str):
-            remove_scratch(Path(record["scratch"]))
+        if record:
+            remove_leftovers(record)
         # The locks last: who waits for one must find the rest gone.
         for name in sorted(self._listing(), key=lambda entry: entry.endswith(".lock")):
             path = self.folder / name
@@ -185,12 +186,19 @@ class Instance:
 
     def keep_log(self) -> Path | None:
         """Moves the log of a failed server to where it survives the folder; the newest 20 are kept."""
+        return self._keep(".log", lambda target: os.replace(self.server_log, target))
+
+    def keep_stacks(self, text: str) -> Path | None:
+        """Writes the stacks of a hung server to where they survive the folder; the newest 20 are kept."""
+        return self._keep(".stacks", lambda target: write_atomically(target, text))
+
+    def _keep(self, suffix: str, put: Callable[[Path], None]) -> Path | None:
         kept = self.home / "failed"
-        target = kept / f"{self.id}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+        target = kept / f"{self.id}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{suffix}"
         try:
             kept.mkdir(mode=0o700, exist_ok=True)
-            os.replace(self.server_log, target)
-            for old in sorted(kept.glob("*.log"), key=lambda path: path.stat().st_mtime)[:-_KEPT_LOGS]:
+            put(target)
+            for old in sorted(kept.glob(f"*{suffix}"), key=lambda path: path.stat().st_mtime)[:-_KEPT_LOGS]:
                 old.unlink(missing_ok=True)
         except OSError:
             return None
@@ -335,8 +343,32 @@ def make_scratch() -> Path:
 
 def remove_scratch(folder: Path) -> None:
     """Removes a folder made by `make_scratch`, and nothing else: the path comes from a record."""
-    if folder.parent == Path(_short_temp()) and folder.name.startswith("mvllm-") and _is_own_directory(folder):
+    if _is_scratch(folder):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def empty_scratch(folder: Path) -> None:
+    """Removes what an ended server left in its scratch folder: sockets of ZeroMQ, rendezvous files."""
+    if _is_scratch(folder):
+        for entry in os.scandir(folder):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
+
+
+def remove_leftovers(record: dict[str, Any]) -> None:
+    """Removes what a record says that its server, now ended, had outside of its folder."""
+    if isinstance(record.get("scratch"), str):
+        remove_scratch(Path(record["scratch"]))
+    segments = record.get("shared_memory")
+    if isinstance(segments, list):
+        leftovers.remove_shared_memory(path for path in segments if isinstance(path, str))
+
+
+def _is_scratch(folder: Path) -> bool:
+    return folder.parent == Path(_short_temp()) and folder.name.startswith("mvllm-") and _is_own_directory(folder)
 
 
 def _short_temp() -> str:

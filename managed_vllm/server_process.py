@@ -1,4 +1,4 @@
-"""One server process tree: spawned, its output kept, its descendants recorded, and ended so that nothing is left.
+"""One server process tree: spawned, its output kept, its descendants followed, and ended so that nothing is left.
 
 Must be used from the supervisor's main thread: the kernel ties the server's life to the *thread* that spawned it (see
 `managed_vllm.in_server.managed_vllm_lifeline`).
@@ -16,13 +16,13 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 import psutil
 
-from managed_vllm import registry
+from managed_vllm import diagnosis, leftovers, registry
 from managed_vllm.registry import Instance
 
 log = logging.getLogger(__name__)
@@ -30,12 +30,20 @@ log = logging.getLogger(__name__)
 _LOG_LIMIT = 32 << 20
 """Bytes after which server.log becomes server.log.1."""
 
+_TRACKER_S = 2.0
+"""Seconds in which Python's resource trackers may end by themselves."""
+
 _TAIL_LINES = 2000
 """Lines kept in memory for the diagnosis: a worker's traceback may be followed by hundreds of lines of others."""
 
 
 class ServerProcess:
-    """A running server. `lines` is the newest output; `exited` is set, and `returncode` known, once it has ended."""
+    """A running server. `exited` is set, and `returncode` known, once it has ended.
+
+    `lines` is the newest output, `last_news` the moment of the last line that was not a repetition (monotonic clock).
+    `child_ended` is set when a process below the server ends; who reads it clears it. `pids_ever` are the pids of all
+    its processes, ended ones included.
+    """
 
     def __init__(
         self,
@@ -52,10 +60,16 @@ class ServerProcess:
         """
         self._instance = instance
         self._on_line = on_line
-        self._descendants: set[psutil.Process] = set()
+        self._loop = asyncio.get_running_loop()
+        self._descendants: dict[psutil.Process, int | None] = {}
+        self._shared_memory: set[str] = set()
+        self._said: set[int] = set()
+        self._started = False
+        self.pids_ever: set[int] = set()
         self.lines: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
-        self.last_output = time.monotonic()
+        self.last_news = time.monotonic()
         self.exited = asyncio.Event()
+        self.child_ended = asyncio.Event()
         self._popen = subprocess.Popen(
             list(argv),
             env=dict(env),
@@ -84,26 +98,74 @@ class ServerProcess:
         if self._popen.poll() is not None:
             self.exited.set()
 
+    def started(self) -> None:
+        """The start is over: from now on the output is only kept, not read."""
+        self._started = True
+        self._said.clear()
+
     def drain(self, timeout_s: float = 1.0) -> None:
         """Waits for the rest of the output of a server that has ended."""
         self._reader.join(timeout_s)
 
-    def record_descendants(self) -> set[psutil.Process]:
-        """Adds the processes that now hang below the server to those ever seen; returns the live ones."""
+    def processes(self) -> list[psutil.Process]:
+        """The server and those below it that were last seen, the oldest first; some may have ended since."""
         with contextlib.suppress(psutil.Error):
-            self._descendants.update(psutil.Process(self.pid).children(recursive=True))
-        self._descendants = {process for process in self._descendants if process.is_running()}
-        return set(self._descendants)
+            return [psutil.Process(self.pid), *sorted(self._descendants, key=lambda process: process.pid)]
+        return sorted(self._descendants, key=lambda process: process.pid)
 
-    def listens_on(self, port: int) -> bool:
-        """True if the server or one of its descendants owns the listening TCP socket: nobody has stolen the port."""
+    async def record_descendants(self) -> None:
+        """Looks which processes now hang below the server, and from now on follows each of them to its end."""
+        self._follow(await asyncio.to_thread(self._below))
+
+    async def record_shared_memory(self) -> set[str]:
+        """Adds what the server's processes have mapped below /dev/shm to what it ever had; returns all of it."""
+        pids = [self.pid, *(process.pid for process in self._descendants)]
+        self._shared_memory |= await asyncio.to_thread(leftovers.shared_memory_of, pids)
+        return set(self._shared_memory)
+
+    def _below(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
-            for process in [psutil.Process(self.pid), *self.record_descendants()]:
-                with contextlib.suppress(psutil.Error):
-                    for entry in process.net_connections(kind="tcp"):
-                        if entry.status == psutil.CONN_LISTEN and entry.laddr.port == port:
-                            return True
-        return False
+            return psutil.Process(self.pid).children(recursive=True)
+        return []
+
+    def _follow(self, found: Iterable[psutil.Process]) -> None:
+        """Asks the kernel to tell of the end of each process that is new."""
+        self.pids_ever.add(self.pid)
+        for process in found:
+            if process in self._descendants:
+                continue
+            self.pids_ever.add(process.pid)
+            self._descendants[process] = None
+            with contextlib.suppress(OSError):
+                descriptor = os.pidfd_open(process.pid)
+                self._descendants[process] = descriptor
+                self._loop.add_reader(descriptor, self._descendant_ended, process)
+
+    def _descendant_ended(self, process: psutil.Process) -> None:
+        log.info("process %d of the server has ended", process.pid)
+        self._unfollow(process)
+        self.child_ended.set()
+
+    def _unfollow(self, process: psutil.Process) -> None:
+        descriptor = self._descendants.pop(process, None)
+        if descriptor is not None:
+            self._loop.remove_reader(descriptor)
+            os.close(descriptor)
+
+    def owns_port(self, port: int) -> bool | None:
+        """True if the server or one of its descendants listens on the TCP port, False if a stranger does.
+
+        None if the listener can't be seen: it belongs to another user, or lives in another network namespace.
+        """
+        ours = {self.pid, *(process.pid for process in self._below())}
+        listeners = set()
+        with contextlib.suppress(psutil.Error):
+            for entry in psutil.net_connections(kind="tcp"):
+                if entry.status == psutil.CONN_LISTEN and entry.laddr and entry.laddr.port == port and entry.pid:
+                    listeners.add(entry.pid)
+        if listeners & ours:
+            return True
+        return False if listeners else None
 
     async def stop(self, grace_s: float) -> list[psutil.Process]:
         """SIGTERM, up to `grace_s` seconds, then SIGKILL for the group, every descendant and every marked process.
@@ -111,7 +173,6 @@ class ServerProcess:
         Returns what could not be ended (a process in uninterruptible sleep), normally nothing. vLLM 0.32 hangs after
         SIGTERM in about half the runs in which requests are in flight; that is what the grace bounds.
         """
-        self.record_descendants()
         if grace_s > 0 and self.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
@@ -120,11 +181,26 @@ class ServerProcess:
         return await self.kill()
 
     async def kill(self) -> list[psutil.Process]:
-        """SIGKILL for everything that belongs to the server, again until nothing of it is left (at most 15 s)."""
+        """SIGKILL for everything that belongs to the server, again until nothing of it is left (at most 15 s).
+
+        Python's resource trackers come last: without the others they end by themselves, and remove shared memory and
+        semaphores before. What then is left of the shared memory is removed here.
+        """
         deadline = time.monotonic() + 15.0
+        await self.record_descendants()
+        await self.record_shared_memory()
+        spared_until = time.monotonic() + _TRACKER_S
         while True:
-            processes = {*self.record_descendants(), *registry.marked_processes(self._instance)}
+            processes = {*self._descendants, *await asyncio.to_thread(registry.marked_processes, self._instance)}
             if self.returncode is None:
+                with contextlib.suppress(psutil.Error):
+                    processes.add(psutil.Process(self.pid))
+            self._follow(process for process in processes if process.pid != self.pid)
+            trackers = {process for process in processes if _is_tracker(process)}
+            if time.monotonic() < spared_until:
+                processes -= trackers
+            else:
+                trackers = set()
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self.pid, signal.SIGKILL)
             remaining = await asyncio.to_thread(registry.end_processes, list(processes), timeout_s=2.0)
@@ -133,10 +209,19 @@ class ServerProcess:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.exited.wait(), 0.5)
             # A process that was forked while we killed its parent shows up in the next look.
-            if self.returncode is not None and not remaining and not registry.marked_processes(self._instance):
-                return []
+            left = await asyncio.to_thread(registry.marked_processes, self._instance)
+            if self.returncode is not None and not remaining and not left:
+                break
             if time.monotonic() > deadline:
                 return remaining
+            if trackers:
+                await asyncio.sleep(0.02)
+        for process in list(self._descendants):
+            self._unfollow(process)
+        removed = await asyncio.to_thread(leftovers.remove_shared_memory, self._shared_memory)
+        if removed:
+            log.info("removed shared memory %s", removed)
+        return []
 
     # -- output --------------------------------------------------------------------------------------------------------
 
@@ -145,7 +230,6 @@ class ServerProcess:
         pending = b""
         with stream:
             while chunk := os.read(stream.fileno(), 65536):
-                self.last_output = time.monotonic()
                 sink.write(chunk)
                 # tqdm redraws its line with a carriage return.
                 *whole, pending = re.split(rb"[\r\n]", pending + chunk)
@@ -161,7 +245,20 @@ class ServerProcess:
         line = raw.decode("utf-8", "replace")
         if line.strip():
             self.lines.append(line)
-            self._on_line(line)
+            if not self._started:
+                # vLLM goes on saying that it waits, with a new time each time: that is no sign of life.
+                news = hash(diagnosis.message_of(line))
+                if news not in self._said:
+                    self.last_news = time.monotonic()
+                    self._said.add(news)
+                self._on_line(line)
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    try:
+        return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
 
 
 class _RotatingFile:

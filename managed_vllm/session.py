@@ -14,18 +14,19 @@ import contextlib
 import errno
 import logging
 import os
+import queue
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from managed_vllm import external, registry
-from managed_vllm.config import Address, RestartPolicy, ServerSpec, WatchPolicy, is_loopback
+from managed_vllm.config import Address, HangPolicy, RestartPolicy, ServerSpec, WatchPolicy, is_loopback
 from managed_vllm.control import Channel, Connection, ServerState, ServerStatus
 from managed_vllm.diagnosis import error_for
 from managed_vllm.errors import (
@@ -76,7 +77,10 @@ class ManagedVLLM:
             `{model}`, `{name}`, `{uds}`, or the word `{args}` for all of vLLM's flags. The key is in `VLLM_API_KEY`.
         wait: False: return from entering at once; the first use waits.
         progress: show the start-up; None: only on a terminal.
-        restart: when to start a crashed server again.
+        restart: when to start again a server that crashed or hung.
+        hang: when a server that does nothing counts as hung; `HangPolicy.never()` for debugging it.
+        on_status: called with the new `ServerStatus` at each change of state (ready, restarting, failed, …), one after
+            the other in a thread of its own; it may use this handle. What it raises is logged.
         **engine_args: vLLM's engine arguments by their names in `vllm.LLM` (`tensor_parallel_size=2`, …).
 
     Raises on entering: `ConfigError`, `ConfigMismatchError`, `NoServerError`, `StateDirectoryError`,
@@ -102,6 +106,8 @@ class ManagedVLLM:
         wait: bool = True,
         progress: bool | None = None,
         restart: RestartPolicy | None = None,
+        hang: HangPolicy | None = None,
+        on_status: Callable[[ServerStatus], None] | None = None,
         **engine_args: Any,
     ) -> None:
         if name is not None:
@@ -119,8 +125,12 @@ class ManagedVLLM:
         self._asked_model = None if model is None else str(model)
         self._address = Address(host=host, port=port, api_key=None if self._base_url else api_key, uds=uds)
         self._watch = WatchPolicy(
-            startup_timeout_s=startup_timeout, startup_silence_s=startup_silence, restart=restart or RestartPolicy()
+            startup_timeout_s=startup_timeout,
+            startup_silence_s=startup_silence,
+            restart=restart or RestartPolicy(),
+            hang=hang or HangPolicy(),
         )
+        self._on_status = on_status
         self._spec: ServerSpec | None = None
         self._target: Instance | None = None
         if self._base_url is None and model is not None:
@@ -139,6 +149,9 @@ class ManagedVLLM:
         self._client: VLLMClient | None = None
         self._sdk: dict[str, tuple[Connection, Any]] = {}
         self._progress_view: StartupProgress | None = None
+        self._notifier = None if self._on_status is None else _Notifier(self._on_status)
+        if self._notifier is not None:
+            weakref.finalize(self, self._notifier.close).atexit = False
         _live.add(self)
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -273,8 +286,12 @@ class ManagedVLLM:
 
             def on_change(status: ServerStatus) -> None:
                 handle = session()
-                if handle is not None and handle._progress_view is not None:
+                if handle is None:
+                    return
+                if handle._progress_view is not None:
                     handle._progress_view.update(status)
+                if handle._notifier is not None:
+                    handle._notifier.put(status)
 
             channel = Channel.connect(instance.socket_path, on_change=on_change)
             weakref.finalize(self, channel.close).atexit = False
@@ -433,7 +450,9 @@ class ManagedVLLM:
             raise error_for(status.diagnosis, instance=self._id, log_path=status.log_path)
         raise ServerStoppedError("the server was stopped", instance=self._id, log_path=status.log_path)
 
-    def _connection(self, lost_epoch: int | None = None, timeout_s: float | None = None) -> tuple[Connection, int]:
+    def _connection(
+        self, lost_epoch: int | None = None, timeout_s: float | None = None, pause_s: float = 0.0
+    ) -> tuple[Connection, int]:
         """The connection to a ready server; after `lost_epoch` was lost, a later one, or the same if it is well."""
         with self._lock:
             self._attach()
@@ -621,11 +640,43 @@ class ManagedVLLM:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._on_status = None  # a function of the other process
         self._prepare()
 
     def __repr__(self) -> str:
         where = self._base_url or (self._target.id if self._target else self._name or "not attached")
         return f"<ManagedVLLM {self._asked_model or ''} {where}>"
+
+
+class _Notifier:
+    """Calls the user's function for each change of state, in order, outside of the thread that holds the lease."""
+
+    def __init__(self, function: Callable[[ServerStatus], None]) -> None:
+        self._function = function
+        self._last: tuple[ServerState, int] | None = None
+        self._queue: queue.SimpleQueue[ServerStatus | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def put(self, status: ServerStatus) -> None:
+        """Only called by the one thread that reads the channel."""
+        if (status.state, status.epoch) == self._last:
+            return
+        self._last = (status.state, status.epoch)
+        self._queue.put(status)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="managed-vllm-status", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread after what has been put."""
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        while (status := self._queue.get()) is not None:
+            try:
+                self._function(status)
+            except Exception:
+                log.exception("on_status failed")
 
 
 def _who() -> str:

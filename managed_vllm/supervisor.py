@@ -5,7 +5,9 @@ order:
 
 1. Detaches from the user that started it, becomes subreaper, takes `supervisor.lock`, listens on `control.sock`.
 2. Ends what a predecessor may have left, then starts vLLM and follows its log until one token has been generated.
-3. Watches: an exit that nobody asked for is a crash, whatever its code; restarts by `RestartPolicy`.
+3. Watches: an exit that nobody asked for is a crash, whatever its code; what runs but does not work is found by
+   `managed_vllm.watch`. Before a restart, by `RestartPolicy`, nothing of the old server is left: no process, socket,
+   shared memory, memory of a GPU.
 4. Counts leases (open connections). None left for `keep_alive` seconds and not pinned: it stops the server, leaves no
    process, removes the instance's folder and ends.
 
@@ -33,12 +35,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
 import managed_vllm
-from managed_vllm import control, diagnosis, registry
+from managed_vllm import control, diagnosis, leftovers, registry, stacks
 from managed_vllm.config import Address, ServerSpec, WatchPolicy, is_loopback
 from managed_vllm.control import Connection, ServerState, ServerStatus
 from managed_vllm.diagnosis import Cause, Diagnosis, Progress, Stage, StartupLog
@@ -47,13 +49,18 @@ from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.registry import Instance
 from managed_vllm.server_process import ServerProcess
 
+if TYPE_CHECKING:
+    from managed_vllm.health import Probe
+    from managed_vllm.watch import Stopped, Watch
+
 log = logging.getLogger("managed_vllm.supervisor")
 
 FIRST_LEASE_S = 5.0
 """The user that spawned us has this long to take its lease; it may have been killed in between."""
 
 _POLL_S = 0.05
-_LOOK_S = 5.0
+_LOOK_S = 1.0
+_SHARED_MEMORY_S = 60.0
 _PR_SET_CHILD_SUBREAPER = 36
 _PORT_RACES = 5
 
@@ -160,8 +167,28 @@ class _User:
     since: float = dataclasses.field(default_factory=time.time)
 
 
-class _RestartAsked(Exception):
+class _RestartAsked:
     """A user asked for a restart: not a crash, not counted."""
+
+
+class _NotLaunched(Exception):
+    """The operating system refused to run the server's program."""
+
+    def __init__(self, reason: Diagnosis) -> None:
+        super().__init__(reason.summary)
+        self.reason = reason
+
+
+_HANGS = frozenset(
+    {
+        Cause.ENGINE_HUNG,
+        Cause.API_SERVER_HUNG,
+        Cause.PROCESS_STOPPED,
+        Cause.STARTUP_SILENCE,
+        Cause.STARTUP_TIMEOUT,
+    }
+)
+"""Causes for which it helps to see where the processes are stuck."""
 
 
 class Supervisor:
@@ -176,6 +203,9 @@ class Supervisor:
         self._port = address.port
         self._scratch: Path | None = None
         self._predecessor: dict[str, Any] | None = None
+        self._shared_memory: set[str] = set()
+        self._gpu_before: leftovers.GpuMemory | None = None
+        self._starts = 0
         self._users: set[_User] = set()
         self._keep_alive_s = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -202,6 +232,9 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, f"signal {number.name}")
         self._predecessor = self._instance.read_record()
+        with contextlib.suppress(TypeError, ValueError):
+            # The record of a supervisor that was killed: its epochs go on, so that none ever comes twice.
+            self._status = dataclasses.replace(self._status, epoch=int((self._predecessor or {}).get("epoch", 0)))
         listener = await self._listen()
         self._idle_timer = loop.call_later(FIRST_LEASE_S, self._end, "nobody took a lease")
         self._move(ServerState.STARTING)
@@ -209,12 +242,14 @@ class Supervisor:
         ending = asyncio.create_task(self._ending.wait())
         try:
             await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done() and (error := serving.exception()) is not None:
+                log.error("the supervisor failed", exc_info=error)
+                self._move(ServerState.FAILED, connection=None, diagnosis=diagnosis.supervisor_failed(error))
             failed = serving.done() and not serving.cancelled() and self._status.state is ServerState.FAILED
             if not failed:
                 self._move(ServerState.STOPPING)
             serving.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await serving
+            await asyncio.gather(serving, return_exceptions=True)
         finally:
             ending.cancel()
             await self._stop_server(self._watch_policy.stop_grace_s)
@@ -243,6 +278,8 @@ class Supervisor:
     async def _serve(self) -> None:
         """Starts the server, and starts it again as long as the policy says so."""
         await self._clear_leftovers()
+        # One that served before its supervisor was killed is started again, as after any other crash.
+        served = (self._predecessor or {}).get("state") in (ServerState.READY, ServerState.RESTARTING)
         crashes: collections.deque[float] = collections.deque()
         races = 0
         while True:
@@ -251,7 +288,7 @@ class Supervisor:
                 await self._stop_server(self._watch_policy.stop_grace_s)
                 self._move(ServerState.RESTARTING, connection=None, ready_at=None, diagnosis=None)
                 continue
-            was_ready = self._status.ready_at is not None
+            served = served or self._status.ready_at is not None
             log.error("epoch %d ended: %s (%s)", self._status.epoch, ended.summary, ended.root_line)
             if ended.cause is Cause.PORT_IN_USE and self._address.port is None and races < _PORT_RACES:
                 races += 1  # somebody took the free port before vLLM did: another one is found next time
@@ -261,8 +298,8 @@ class Supervisor:
             now = time.monotonic()
             while crashes and now - crashes[0] > policy.window_s:
                 crashes.popleft()
-            never_served = not was_ready and not crashes
-            if never_served or ended.permanent or policy.max_restarts == 0:
+            given_up = ended.permanent or ended.cause in policy.not_retried or policy.max_restarts == 0
+            if given_up or not served:
                 await self._fail(ended)
                 return
             if len(crashes) >= policy.max_restarts:
@@ -284,21 +321,40 @@ class Supervisor:
     async def _one_epoch(self) -> Diagnosis | _RestartAsked:
         """One life of the server: from the launch to its end, of which it tells the reason."""
         self._restart_asked.clear()
-        state = ServerState.STARTING if self._status.epoch == 0 else ServerState.RESTARTING
+        state = ServerState.STARTING if self._starts == 0 else ServerState.RESTARTING
+        self._starts += 1
         self._move(state, epoch=self._status.epoch + 1, stage=Stage.LAUNCHING, detail="", started_at=time.time())
-        failure = await self._bring_up()
-        if failure is not None:
-            return failure
-        return await self._until_it_ends()
+        connection = self._choose_address()
+        try:
+            process = await self._launch(connection)
+        except _NotLaunched as not_launched:
+            return not_launched.reason
+        # Only now, while vLLM imports as well: httpx takes a while.
+        from managed_vllm.health import Probe
+        from managed_vllm.watch import Stopped, Watch
+
+        probe = Probe(connection, is_vllm=self._spec.command is None)
+        try:
+            ended = await self._until_ready(probe, process, Stopped(process, self._watch_policy.hang))
+            if ended is None:
+                process.started()
+                self._move(
+                    ServerState.READY, stage="", detail="", connection=connection, ready_at=time.time(), diagnosis=None
+                )
+                ended = await self._until_it_ends(process, Watch(probe, process, self._watch_policy.hang))
+        finally:
+            await probe.close()
+        if isinstance(ended, Diagnosis) and ended.cause in _HANGS and process.returncode is None:
+            ended = await self._with_stacks(ended, process)
+        return ended
 
     # -- starting ------------------------------------------------------------------------------------------------------
 
-    async def _bring_up(self) -> Diagnosis | _RestartAsked | None:
-        """Launches the server and waits until it is ready (None), has failed, or somebody wants it started anew."""
-        connection = self._choose_address()
+    async def _launch(self, connection: Connection) -> ServerProcess:
+        """Starts the server's process; its output is read from now on. Raises `_NotLaunched`."""
         host = self._address.host or "127.0.0.1"
         argv = self._spec.argv(host=host, port=self._port, uds=connection.uds)
-        startup = StartupLog()
+        self._startup = startup = StartupLog()
         loop = asyncio.get_running_loop()
 
         def on_line(line: str) -> None:
@@ -307,34 +363,27 @@ class Supervisor:
                 with contextlib.suppress(RuntimeError):  # the loop is closing
                     loop.call_soon_threadsafe(self._progress, progress)
 
+        if self._gpu_before is None:
+            self._gpu_before = await asyncio.to_thread(leftovers.gpu_memory, self._devices)
         log.info("epoch %d: %s", self._status.epoch, " ".join(argv))
         try:
             self._process = process = ServerProcess(
                 argv, env=self._environment(), cwd=self._instance.folder, instance=self._instance, on_line=on_line
             )
         except OSError as error:
-            return diagnosis.could_not_launch(argv, error)
+            raise _NotLaunched(diagnosis.could_not_launch(argv, error)) from error
         self._status = dataclasses.replace(self._status, server_pid=process.pid)
-        # Only now, while vLLM imports as well: httpx takes a while.
-        from managed_vllm.health import Probe
-
-        probe = Probe(connection, is_vllm=self._spec.command is None)
-        try:
-            failure = await self._until_ready(probe, process, startup)
-        finally:
-            await probe.close()
-        if failure is None:
-            self._move(
-                ServerState.READY, stage="", detail="", connection=connection, ready_at=time.time(), diagnosis=None
-            )
-        return failure
+        self._write_record()
+        return process
 
     async def _until_ready(
-        self, probe: Any, process: ServerProcess, startup: StartupLog
+        self, probe: Probe, process: ServerProcess, stopped: Stopped
     ) -> Diagnosis | _RestartAsked | None:
+        """Waits until the server is ready (None), has failed, or somebody wants it started anew."""
         started = time.monotonic()
         policy = self._watch_policy
-        moved, seen = started, startup.progress
+        moved, seen = started, self._startup.progress
+        looked = started
         while True:
             if process.exited.is_set():
                 await asyncio.to_thread(process.drain)
@@ -342,13 +391,19 @@ class Supervisor:
             if self._restart_asked.is_set():
                 return _RestartAsked()
             now = time.monotonic()
-            if startup.progress != seen:
-                moved, seen = now, startup.progress
-            moved = max(moved, process.last_output)
+            if self._startup.progress != seen:
+                moved, seen = now, self._startup.progress
+            moved = max(moved, process.last_news)
             if now - started > policy.startup_timeout_s:
-                return diagnosis.timed_out(startup.progress, limit_s=policy.startup_timeout_s, silent=False)
+                return diagnosis.timed_out(seen, limit_s=policy.startup_timeout_s, silent=False)
             if now - moved > policy.startup_silence_s:
-                return diagnosis.timed_out(startup.progress, limit_s=policy.startup_silence_s, silent=True)
+                return diagnosis.timed_out(seen, limit_s=policy.startup_silence_s, silent=True)
+            if now - looked > _LOOK_S:
+                looked = now
+                await process.record_descendants()
+                await self._record_shared_memory(process)
+                if found := stopped.look():
+                    return found
             if (await probe.is_up(2.0)).ok and await self._is_ours(process):
                 break
             with contextlib.suppress(TimeoutError):
@@ -358,11 +413,13 @@ class Supervisor:
 
     async def _is_ours(self, process: ServerProcess) -> bool:
         """The port is served by our process, not by somebody who took it before vLLM could."""
-        if self._spec.command is not None or self._port is None:
+        if self._port is None:
             return True
-        return await asyncio.to_thread(process.listens_on, self._port)
+        owns = await asyncio.to_thread(process.owns_port, self._port)
+        # The command of `command=` may be a wrapper, with the server in a container of its own.
+        return owns is True or (owns is None and self._spec.command is not None)
 
-    async def _first_request(self, probe: Any, process: ServerProcess) -> Diagnosis | _RestartAsked | None:
+    async def _first_request(self, probe: Probe, process: ServerProcess) -> Diagnosis | _RestartAsked | None:
         async def ask() -> Diagnosis | None:
             for question in (probe.serves_model, probe.generates):
                 answer = await question(self._watch_policy.first_request_s)
@@ -427,22 +484,41 @@ class Supervisor:
 
     # -- watching ------------------------------------------------------------------------------------------------------
 
-    async def _until_it_ends(self) -> Diagnosis | _RestartAsked:
-        process = self._process
-        assert process is not None
+    async def _until_it_ends(self, process: ServerProcess, watch: Watch) -> Diagnosis | _RestartAsked:
+        """Waits until the server that is ready ends, does not work any more, or is to be started anew."""
+        await process.record_descendants()
         exited = asyncio.create_task(process.exited.wait())
         asked = asyncio.create_task(self._restart_asked.wait())
+        watching = asyncio.create_task(watch.until_unwell())
+        tasks: set[asyncio.Task[Any]] = {exited, asked, watching}
         try:
-            while not exited.done():
-                process.record_descendants()
-                if asked.done():
+            while True:
+                await self._record_shared_memory(process)
+                done, _ = await asyncio.wait(tasks, timeout=_SHARED_MEMORY_S, return_when=asyncio.FIRST_COMPLETED)
+                if exited in done:
+                    await asyncio.to_thread(process.drain)
+                    return diagnosis.diagnose(list(process.lines), returncode=process.returncode)
+                if watching in done:
+                    return watching.result()
+                if asked in done:
                     return _RestartAsked()
-                await asyncio.wait({exited, asked}, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            exited.cancel()
-            asked.cancel()
-        await asyncio.to_thread(process.drain)
-        return diagnosis.diagnose(list(process.lines), returncode=process.returncode)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _record_shared_memory(self, process: ServerProcess) -> None:
+        """Into the record, too: who comes after us when we are killed removes what is left of it."""
+        known = await process.record_shared_memory()
+        if known - self._shared_memory:
+            self._shared_memory |= known
+            self._write_record()
+
+    async def _with_stacks(self, reason: Diagnosis, process: ServerProcess) -> Diagnosis:
+        text = await asyncio.to_thread(stacks.dump, process.processes(), reason=reason.summary)
+        kept = await asyncio.to_thread(self._instance.keep_stacks, text)
+        log.error("%s; stacks in %s", reason.summary, kept)
+        return dataclasses.replace(reason, facts={**reason.facts, "stacks": str(kept)}) if kept else reason
 
     # -- ending --------------------------------------------------------------------------------------------------------
 
@@ -464,19 +540,33 @@ class Supervisor:
             await asyncio.to_thread(process.drain, 0.5)
             if remaining:
                 log.error("could not end %s", [p.pid for p in remaining])
+            if self._scratch is not None:
+                await asyncio.to_thread(registry.empty_scratch, self._scratch)
+            await self._wait_for_gpu_memory(process.pids_ever)
         self._status = dataclasses.replace(self._status, server_pid=None)
         with contextlib.suppress(OSError):
             self._instance.uds_path.unlink()
 
+    async def _wait_for_gpu_memory(self, pids: set[int]) -> None:
+        limit = self._watch_policy.release_s
+        holders = await asyncio.to_thread(leftovers.wait_for_gpu_memory, self._gpu_before, pids, self._devices, limit)
+        if holders:
+            log.warning("the GPU memory was not all released: %s", holders)
+
+    @property
+    def _devices(self) -> str | None:
+        return self._spec.devices.get("CUDA_VISIBLE_DEVICES")
+
     async def _clear_leftovers(self) -> None:
-        """Ends what a predecessor that was killed may have left, and removes its scratch folder."""
+        """Ends what a predecessor that was killed may have left, and removes what it had outside of its folder."""
         strays = await asyncio.to_thread(registry.marked_processes, self._instance)
         if strays:
             log.warning("ending processes left by a predecessor: %s", [p.pid for p in strays])
             await asyncio.to_thread(registry.end_processes, strays)
-        scratch = (self._predecessor or {}).get("scratch")
-        if isinstance(scratch, str):
-            await asyncio.to_thread(registry.remove_scratch, Path(scratch))
+        if self._predecessor is not None:
+            await asyncio.to_thread(registry.remove_leftovers, self._predecessor)
+            pid = self._predecessor.get("server_pid")
+            await self._wait_for_gpu_memory({pid} if isinstance(pid, int) else set())
 
     def _end(self, reason: str) -> None:
         log.info("ending: %s", reason)
@@ -523,7 +613,9 @@ class Supervisor:
             "pid_start_time": lifeline.start_time(os.getpid()),
             "state": self._status.state,
             "epoch": self._status.epoch,
+            "server_pid": self._status.server_pid,
             "scratch": str(self._scratch) if self._scratch else None,
+            "shared_memory": sorted(self._shared_memory),
         }
         try:
             self._instance.write_record(record)

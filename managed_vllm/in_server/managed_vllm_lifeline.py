@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -45,11 +46,18 @@ def at_interpreter_start() -> None:
     """
     if MARKER not in os.environ:
         return
+    _show_stacks_on_request()
     if ROOT not in os.environ:
         os.environ[ROOT] = str(os.getpid())
         fall_with_parent()
     elif "--multiprocessing-fork" in sys.orig_argv or any("multiprocessing.forkserver" in a for a in sys.orig_argv):
         fall_with_parent()
+
+
+def _show_stacks_on_request() -> None:
+    """SIGUSR2, which vLLM 0.32 does not use, writes the stacks of all threads to the log, also of a hung process."""
+    with contextlib.suppress(Exception):  # no standard error, or an interpreter without faulthandler
+        faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
 
 
 def fall_with_parent() -> None:
