@@ -24,6 +24,7 @@ _HOME_OF = {
     "CompletionOutput": "managed_vllm.outputs",
     "RestartPolicy": "managed_vllm.config",
     "HangPolicy": "managed_vllm.config",
+    "RetryPolicy": "managed_vllm.resume",
     "ServerState": "managed_vllm.control",
     "ServerStatus": "managed_vllm.control",
     "ManagedVLLMError": "managed_vllm.errors",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from managed_vllm.errors import ManagedVLLMError as ManagedVLLMError
     from managed_vllm.outputs import CompletionOutput as CompletionOutput
     from managed_vllm.outputs import RequestOutput as RequestOutput
+    from managed_vllm.resume import RetryPolicy as RetryPolicy
     from managed_vllm.sampling import SamplingParams as SamplingParams
     from managed_vllm.session import ManagedVLLM as ManagedVLLM
 

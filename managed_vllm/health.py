@@ -66,7 +66,7 @@ class Probe:
 
         A server that is not vLLM may lack the route: then `GET /v1/models`.
         """
-        answer = await self._send("GET", f"{self._root}/health", None, timeout_s, key=False)
+        answer = await self._send("GET", f"{self._root}/health", None, timeout_s, key=False, anew=True)
         if answer.status in _ABSENT and not self._is_vllm:
             return await self._send("GET", f"{self._base_url}/models", None, timeout_s)
         return answer
@@ -112,8 +112,11 @@ class Probe:
         *,
         key: bool = True,
         whole: bool = False,
+        anew: bool = False,
     ) -> Answer:
-        headers = self._key if key else {}
+        headers = dict(self._key) if key else {}
+        if anew:
+            headers["Connection"] = "close"  # one that is kept proves nothing about new ones
         try:
             async with asyncio.timeout(timeout_s):  # httpx bounds each read only: a body may drip for ever
                 response = await self._client.request(method, url, json=body, timeout=timeout_s, headers=headers)

@@ -210,6 +210,7 @@ class Supervisor:
         self._keep_alive_s = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
         self._ending = asyncio.Event()
+        self._first_lease = asyncio.Event()
         self._restart_asked = asyncio.Event()
         self._process: ServerProcess | None = None
         self._status = ServerStatus(
@@ -252,9 +253,12 @@ class Supervisor:
             await asyncio.gather(serving, return_exceptions=True)
         finally:
             ending.cancel()
-            await self._stop_server(self._watch_policy.stop_grace_s)
+            await self._stop_server(0 if self._status.state is ServerState.FAILED else self._watch_policy.stop_grace_s)
             if self._status.state is not ServerState.FAILED:
                 self._move(ServerState.GONE)
+            else:  # who has started us may not have got as far as asking, and must learn of it
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._first_lease.wait(), FIRST_LEASE_S)
             listener.close()
             for user in list(self._users):
                 user.writer.close()
@@ -262,7 +266,10 @@ class Supervisor:
             lock.release()
 
     async def _leave(self) -> None:
-        """Removes the folder, unless somebody is about to start here again: then it is theirs."""
+        """Removes the folder, unless somebody is about to start here again: then it is theirs.
+
+        While we hold `supervisor.lock` nobody keeps `start.lock` for longer than a look.
+        """
         # Names before the folder: a name must never stand for a folder of somebody else's.
         await asyncio.to_thread(registry.drop_names, self._instance.home, self._instance.id)
         if self._scratch is not None:
@@ -271,7 +278,7 @@ class Supervisor:
             self._instance.socket_path.unlink()
         start_lock = self._instance.start_lock()
         with contextlib.suppress(filelock.Timeout, OSError):
-            start_lock.acquire(blocking=False)
+            await asyncio.to_thread(start_lock.acquire, timeout=2.0, poll_interval=0.01)
             self._instance.remove()
             start_lock.release()
 
@@ -681,6 +688,7 @@ class Supervisor:
                 if self._ending.is_set():
                     stopping = dataclasses.replace(self._status, state=ServerState.STOPPING)
                     return {"ok": False, "status": stopping.to_dict()}
+                self._first_lease.set()
                 user.leased, user.what = True, str(message.get("what", ""))[:200]
                 self._keep_alive_s = max(self._keep_alive_s, float(message.get("keep_alive_s", 0.0)))
                 log.debug("lease for pid %d", user.pid)

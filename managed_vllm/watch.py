@@ -73,7 +73,7 @@ class Watch:
         self._look_s = min(_LOOK_S, max(0.05, shortest / 4))
         self._metrics_s = min(_METRICS_S, max(self._look_s, policy.stall_s / 4))
         self._stopped = Stopped(process, policy)
-        self._answered_at = self._moved_at = self._metrics_at = time.monotonic()
+        self._answered_at = self._moved_at = self._metrics_at = self._asked_at = time.monotonic()
         self._refused_since: float | None = None
         self._signs: str | None = None
         self._asking: asyncio.Task[Answer] | None = None
@@ -108,6 +108,7 @@ class Watch:
     def _shift(self, seconds: float) -> None:
         self._answered_at += seconds
         self._moved_at += seconds
+        self._asked_at += seconds
         self._stopped.shift(seconds)
         if self._refused_since is not None:
             self._refused_since += seconds
@@ -140,7 +141,7 @@ class Watch:
             if found := self._dead(await self._probe.is_up(1.0)):
                 return found
         if health.status is not None:
-            if now - self._answered_at > self._policy.answer_s / 4:
+            if now - self._answered_at > max(self._policy.answer_s / 4, 3 * self._look_s, 2.0):
                 # An API server that was blocked has kept the request for itself: ask anew.
                 await self._stop_asking()
             self._answered_at = now
@@ -162,9 +163,9 @@ class Watch:
         now = time.monotonic()
         if now - self._metrics_at >= self._metrics_s:
             self._metrics_at = now
-            if await self._has_moved():
-                await self._stop_asking()
+            await self._has_moved()
         if self._asking is None and now - self._moved_at >= self._policy.stall_s:
+            self._asked_at = now
             self._asking = asyncio.create_task(self._probe.generates(min(self._policy.answer_s, 86_400.0)))
         return None
 
@@ -181,7 +182,10 @@ class Watch:
     async def _judge(self, answer: Answer) -> Diagnosis | None:
         """What the request for one token has shown."""
         answered = answer.ok or (answer.status is not None and answer.status < 500)
-        if answered or await self._has_moved() or await self._probe.rests():
+        await self._has_moved()
+        # Our own request may have been taken in, and be all that has moved.
+        moved = self._moved_at > self._asked_at + min(2.0, self._policy.answer_s / 2)
+        if answered or moved or await self._probe.rests():
             self._failures.clear()
         else:
             self._failures.append(answer)
@@ -190,7 +194,7 @@ class Watch:
                 return None  # it is asked again at once
             if answer.status is not None:
                 return diagnosis.unwell(Cause.ENGINE_BROKEN, f"HTTP {answer.status}: {answer.body[:300]}")
-            waited = time.monotonic() - self._moved_at
+            waited = time.monotonic() - min(self._moved_at, self._asked_at)
             return diagnosis.unwell(
                 Cause.ENGINE_HUNG,
                 f"nothing has moved for {waited:.0f} s, and one token asked for did not come within "

@@ -1,13 +1,16 @@
-"""What the tests ask about processes: who is left of an instance, and waiting for a condition with a bound."""
+"""What the tests ask about processes: a server's tree, who is left of an instance, waiting for a condition."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from managed_vllm import registry
+import psutil
+
+from managed_vllm import ManagedVLLM, registry
 
 INSTANT = 0.2
 """A keep_alive for tests that wait for the end."""
@@ -23,6 +26,37 @@ def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 15.0)
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s:g} s: {what}")
         time.sleep(0.02)
+
+
+def is_live(process: psutil.Process) -> bool:
+    """True unless the process is gone or a zombie; a reused pid does not count, psutil compares start times."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def tree_below(pid: int) -> set[psutil.Process]:
+    """The process and all its descendants, as far as they live."""
+    with contextlib.suppress(psutil.Error):
+        root = psutil.Process(pid)
+        return {root, *root.children(recursive=True)}
+    return set()
+
+
+def tree(llm: ManagedVLLM) -> dict[str, psutil.Process]:
+    """The real server's processes: API server, EngineCore below it, Worker below that.
+
+    Not by their titles: with `SPT_NOENV=1`, which keeps our marker readable, setproctitle leaves them alone.
+    """
+    pid = llm.status().server_pid
+    assert pid is not None
+    named = {"APIServer": psutil.Process(pid)}
+    for parent, name in (("APIServer", "EngineCore"), ("EngineCore", "Worker")):
+        spawned = [p for p in named[parent].children() if "resource_tracker" not in " ".join(p.cmdline())]
+        assert len(spawned) == 1, spawned
+        named[name] = spawned[0]
+    return named
 
 
 def left_of(home: Path) -> list[str]:
@@ -62,7 +96,5 @@ def end_everything(home: Path) -> None:
         supervisors = [p for p in registry.marked_processes(instance)]
         pid = record.get("pid")
         if isinstance(pid, int) and registry.is_alive(instance):
-            import psutil
-
             supervisors.append(psutil.Process(pid))
         registry.end_processes(supervisors)

@@ -5,10 +5,34 @@ orders of the environment variable STANDIN, a JSON object:
 
     start_s      seconds of "loading" before it listens            say        lines to print before anything else
     exit         exit code with which it ends instead of serving   exit_after seconds of serving, then exit with `exit`
-    tree         true: EngineCore and Worker below it              ignore_sigterm  true
-    count        file to which it appends a line at each start     silent     true: never listens, never says anything
+    silent       true: never listens, never says anything          ignore_sigterm  true
+    count        file to which it appends a line at each start     token_s    seconds per token, default 0
+    tree         true: EngineCore and Worker are processes below it, as vLLM's; else threads in it
+    max_seqs     requests that run at once, default 256; the others wait
+    faults       folder in which faults are ordered while it runs, see below
+    crash_at     n: the n-th generation request crashes it         lose_port  true: after a second it listens no more
+    orphans      true: leaves a process in a session of its own, with its environment, deaf to SIGTERM
+    steal_port   true: a stranger takes the port before it, and it ends; a path: only once, after which the path exists
+    chatter      a line with {n}, counted up, that it goes on saying for ever; it never listens
+    paused       true: /is_paused says so
+    shm          true: the Worker maps a segment /dev/shm/psm_… and leaves it behind; a path: it is noted there
 
-`command()` gives the words for `ManagedVLLM(command=…)`.
+A file named `<number>-<kind>` in the folder `faults` is claimed by the next generation request of more than one token
+(renamed to `<name>.claimed`) and acted upon once, where it fits after half of that request's tokens:
+
+    crash crash-engine crash-worker        that process ends at once
+    hang-api hang-engine hang-worker       that process does nothing any more; hang-api: no request is answered
+    500 503                                that status
+    abort                                  HTTP 200, half of the tokens, finish_reason "abort"
+    truncated halfstream                   HTTP 200, the connection is cut in the middle of the answer
+    streamerror                            HTTP 200, an error in the stream, then [DONE]; 500 for one without a stream
+    garbage                                HTTP 200, but no JSON
+    flood                                  100 MB into the log, then the answer
+    slow                                   the answer 2 s later
+
+What is generated follows a rule, so that any answer can be checked: `continuation(prompt_ids(prompt), max_tokens)`;
+see `standin_engine`. Without `max_tokens` the text says "echo <prompt> from <pid>" instead. `command()` gives the words
+for `ManagedVLLM(command=…)`.
 """
 
 from __future__ import annotations
@@ -16,6 +40,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import signal
 import socket
 import socketserver
@@ -23,16 +48,46 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-_CHILD = """
-import subprocess, sys, time, signal
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if sys.argv[1] == "EngineCore":
-    subprocess.Popen([sys.executable, "-c", open(sys.argv[2]).read(), "Worker", sys.argv[2]], start_new_session=True)
-time.sleep(3600)
+from standin_engine import (
+    VOCABULARY,
+    Engine,
+    EngineDead,
+    Fault,
+    content_of,
+    continuation,
+    kv_cache_usage,
+    logprob_of,
+    prompt_ids,
+    text_of,
+)
+
+__all__ = ["command", "continuation", "logprob_of", "orders", "prompt_ids", "text_of"]
+
+DEFAULT_MAX_TOKENS = 16
+_DEATH_S = 0.8
+_SLOW_S = 2.0
+_FLOOD_BYTES = 100 << 20
+
+_hung = threading.Event()
+
+_THIEF = """
+import http.server, os, sys, threading
+if os.fork(): os._exit(0)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
+    do_POST = do_GET
+    def log_message(self, *_): pass
+server = http.server.ThreadingHTTPServer((sys.argv[1], int(sys.argv[2])), Handler)
+threading.Timer(float(sys.argv[3]), os._exit, [0]).start()
+print(flush=True); os.close(1)
+server.serve_forever()
 """
 
 
@@ -46,10 +101,120 @@ def orders(**what: Any) -> dict[str, str]:
     return {"STANDIN": json.dumps(what)}
 
 
+# -- faults at run time ------------------------------------------------------------------------------------------------
+
+
+class Faults:
+    """The folder of ordered faults. Each is claimed by exactly one request, of whichever life of the server."""
+
+    def __init__(self, folder: str | None, crash_at: int | None) -> None:
+        self._folder = folder
+        self._crash_at = crash_at
+        self._requests = 0
+        self._lock = threading.Lock()
+
+    def claim(self) -> str | None:
+        """The kind of fault that the request at hand meets; None for none."""
+        with self._lock:
+            self._requests += 1
+            if self._requests == self._crash_at:
+                return "crash"
+        if self._folder is None:
+            return None
+        try:
+            names = [name for name in os.listdir(self._folder) if not name.endswith(".claimed")]
+        except OSError:
+            return None
+        for name in sorted(names, key=lambda name: int(name.partition("-")[0])):
+            path = os.path.join(self._folder, name)
+            try:
+                os.rename(path, path + ".claimed")
+            except OSError:
+                continue
+            return name.partition("-")[2]
+        return None
+
+
+# -- HTTP --------------------------------------------------------------------------------------------------------------
+
+
+class _Refused(Exception):
+    """HTTP 400 or 404, with vLLM's words."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Gone(Exception):
+    """The client has hung up."""
+
+
+class _Asked:
+    """A generation request, read and checked."""
+
+    def __init__(self, body: dict[str, Any], *, chat: bool) -> None:
+        self.chat = chat
+        self.stream = bool(body.get("stream"))
+        self.choices = int(body.get("n") or 1)
+        self.with_ids = bool(body.get("return_token_ids"))
+        self.with_logprobs = body.get("logprobs") not in (None, False)
+        self.with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        limit = body.get("max_tokens", body.get("max_completion_tokens"))
+        if limit is not None and limit < 1:
+            raise _Refused(f"max_tokens must be at least 1, got {limit}.")
+        if chat:
+            messages = body["messages"]
+            self.ids = prompt_ids(messages, continued=bool(body.get("continue_final_message")))
+            said = content_of(messages[-1])
+        else:
+            prompt = body["prompt"]
+            if isinstance(prompt, list) and not all(isinstance(item, int) for item in prompt):
+                raise _Refused("the stand-in takes one prompt at a time")
+            self.ids = prompt_ids(prompt)
+            said = str(prompt)
+        if any(not 0 <= number < VOCABULARY for number in self.ids):
+            raise _Refused(f"Token id {max(self.ids)} is out of vocabulary")
+        self.echo = None if limit is not None else f"echo {said} from {os.getpid()}".split(" ")
+        self.n_tokens = len(self.echo) if self.echo else int(limit)
+        self.finish_reason = "stop" if self.echo else "length"
+        self.is_probe = self.n_tokens == 1
+
+    def text(self, begin: int, ids: list[int]) -> str:
+        """The text of the tokens from the `begin`-th on."""
+        if self.echo is None:
+            return text_of(ids)
+        words = self.echo[begin : begin + len(ids)]
+        return (" " if begin and words else "") + " ".join(words)
+
+    def logprobs(self, begin: int, ids: list[int], offset: int) -> dict[str, Any] | None:
+        if not self.with_logprobs:
+            return None
+        words = [self.text(begin + index, [token]) for index, token in enumerate(ids)]
+        values = [logprob_of(token) for token in ids]
+        if self.chat:
+            return {
+                "content": [
+                    {"token": word, "logprob": value, "bytes": list(word.encode()), "top_logprobs": []}
+                    for word, value in zip(words, values, strict=True)
+                ]
+            }
+        return {
+            "tokens": words,
+            "token_logprobs": values,
+            "top_logprobs": [{word: value} for word, value in zip(words, values, strict=True)],
+            "text_offset": [offset + sum(map(len, words[:index])) for index in range(len(words))],
+        }
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     model = "stand-in"
     key = ""
+    token_s = 0.0
+    paused = False
+    faults = Faults(None, None)
+    engine: Engine | None = None
 
     def address_string(self) -> str:
         return "local"
@@ -57,47 +222,282 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except (ConnectionError, _Gone):
+            self.close_connection = True
+
+    def _engine(self) -> Engine:
+        if _Handler.engine is None:
+            _Handler.engine = Engine(tree=False)
+        return _Handler.engine
+
+    # -- routes
+
     def do_GET(self) -> None:
-        if self.path == "/health":
-            return self._reply(200, {})
+        if self.path in ("/health", "/ping"):
+            return self._reply(503 if self._engine().dead.is_set() else 200, {})
         if not self._authorized():
             return None
         if self.path == "/v1/models":
             return self._reply(200, {"object": "list", "data": [{"id": self.model, "object": "model"}]})
-        return self._reply(404, {"error": {"message": "no such route"}})
+        if self.path == "/is_paused" and self.paused:
+            print("GET /is_paused", flush=True)
+            return self._reply(200, {"is_paused": True})
+        if self.path == "/metrics":
+            return self._send(200, self._metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
+        return self._error(404, "no such route")
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        raw = self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}"
         if not self._authorized():
             return None
-        if body.get("model") != self.model:
-            return self._reply(404, {"error": {"message": f"The model `{body.get('model')}` does not exist."}})
+        if self.path not in ("/v1/completions", "/v1/chat/completions"):
+            return self._error(404, "no such route")
+        try:
+            body = json.loads(raw)
+            if body.get("model") != self.model:
+                raise _Refused(f"The model `{body.get('model')}` does not exist.", 404)
+            asked = _Asked(body, chat=self.path == "/v1/chat/completions")
+        except _Refused as refused:
+            return self._error(refused.status, str(refused))
+        except (ValueError, KeyError, TypeError) as error:
+            return self._error(400, f"{type(error).__name__}: {error}")
         time.sleep(float(body.get("standin_sleep", 0)))
-        common = {"id": "cmpl-1", "model": self.model, "created": 0, "usage": {"completion_tokens": 1}}
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop", "token_ids": [1, 2]}
-        if self.path == "/v1/completions":
-            text = f"echo {body['prompt']} from {os.getpid()}"
-            return self._reply(200, {**common, "object": "text_completion", "choices": [{**choice, "text": text}]})
-        if self.path == "/v1/chat/completions":
-            text = f"echo {body['messages'][-1]['content']} from {os.getpid()}"
-            message = {"role": "assistant", "content": text}
-            answer = {"object": "chat.completion", "prompt_token_ids": [3], "choices": [{**choice, "message": message}]}
-            return self._reply(200, {**common, **answer})
-        return self._reply(404, {"error": {"message": "no such route"}})
+        kind = None if asked.is_probe else self.faults.claim()
+        try:
+            self._generate(asked, kind, float(body.get("standin_token_s", self.token_s)))
+        except EngineDead:
+            self._error(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
+
+    def _metrics(self) -> str:
+        stats, lines = self._engine().stats, []
+        labels = f'{{engine="0",model_name="{self.model}"}}'
+        for name, kind, value in (
+            ("num_requests_running", "gauge", stats["running"]),
+            ("num_requests_waiting", "gauge", stats["waiting"]),
+            ("kv_cache_usage_perc", "gauge", kv_cache_usage(stats)),
+            ("generation_tokens_total", "counter", stats["generated"]),
+            ("prompt_tokens_total", "counter", stats["prompt"]),
+        ):
+            lines += [f"# HELP vllm:{name} As vLLM's.", f"# TYPE vllm:{name} {kind}"]
+            lines.append(f"vllm:{name}{labels} {float(value)}")
+        name, tokens = "iteration_tokens_total", stats["generated"] + stats["prompt"]
+        lines += [f"# HELP vllm:{name} As vLLM's.", f"# TYPE vllm:{name} histogram"]
+        lines.append(f'vllm:{name}_bucket{labels[:-1]},le="+Inf"}} {float(stats["steps"])}')
+        lines += [f"vllm:{name}_count{labels} {float(stats['steps'])}", f"vllm:{name}_sum{labels} {float(tokens)}"]
+        return "\n".join(lines) + "\n"
+
+    # -- generation
+
+    def _generate(self, asked: _Asked, kind: str | None, token_s: float) -> None:
+        half = asked.n_tokens // 2
+        if kind == "flood":
+            _flood()
+        if kind == "slow":
+            time.sleep(_SLOW_S)
+        if kind in ("500", "503") or (kind == "streamerror" and not asked.stream):
+            return self._error(int(kind) if kind.isdigit() else 500, f"the order was {kind}")
+        if kind == "garbage":
+            content_type = "text/event-stream" if asked.stream else "application/json"
+            data = b"data: <html>Bad\n\n" if asked.stream else b"<html>Bad gateway</html>"
+            return self._send(200, data, content_type)
+        fault = Fault(kind, half) if kind in ("crash-engine", "crash-worker", "hang-engine", "hang-worker") else None
+        generation = self._engine().generate(
+            asked.ids, asked.n_tokens, choices=asked.choices, token_s=token_s, fault=fault
+        )
+        cut = kind if kind in ("crash", "hang-api", "abort", "truncated", "halfstream", "streamerror") else None
+        limit = half * asked.choices if cut else None
+        tokens = self._tokens(generation.tokens(), limit)
+        try:
+            if asked.stream:
+                return self._stream(asked, tokens, cut)
+            return self._whole(asked, tokens, cut)
+        finally:
+            tokens.close()  # type: ignore[attr-defined]
+
+    def _tokens(self, source: Iterator[list[tuple[int, int]]], limit: int | None) -> Iterator[list[tuple[int, int]]]:
+        """The tokens as they come, up to `limit`; ends the request when the client hangs up, as vLLM does."""
+        taken = 0
+        try:
+            for found in source:
+                if limit is not None and taken + len(found) >= limit:
+                    if limit > taken:
+                        yield found[: limit - taken]
+                    return
+                taken += len(found)
+                if found:
+                    yield found
+                elif self._client_is_gone():
+                    raise _Gone
+        finally:
+            source.close()  # type: ignore[attr-defined]
+
+    def _client_is_gone(self) -> bool:
+        if not select.select([self.connection], [], [], 0)[0]:
+            return False
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
+    def _cut(self, cut: str | None) -> None:
+        """The faults that end the API server's part of the answer."""
+        if cut == "crash":
+            os._exit(1)
+        if cut == "hang-api":
+            _hung.set()
+        self._gate()
+
+    def _whole(self, asked: _Asked, tokens: Iterator[list[tuple[int, int]]], cut: str | None) -> None:
+        generated: list[list[int]] = [[] for _ in range(asked.choices)]
+        for found in tokens:
+            for choice, token in found:
+                generated[choice].append(token)
+        self._cut(cut)
+        choices = []
+        for index, ids in enumerate(generated):
+            choice: dict[str, Any] = {"index": index, "stop_reason": None, "token_ids": ids if asked.with_ids else None}
+            choice["finish_reason"] = "abort" if cut == "abort" else asked.finish_reason
+            choice["logprobs"] = asked.logprobs(0, ids, 0)
+            if asked.chat:
+                choice["message"] = {"role": "assistant", "content": asked.text(0, ids)}
+            else:
+                choice["text"] = asked.text(0, ids)
+                choice["prompt_token_ids"] = asked.ids if asked.with_ids else None
+            choices.append(choice)
+        answer = {**self._head(asked, stream=False), "choices": choices, "usage": _usage(asked, generated)}
+        if asked.chat:
+            answer["prompt_token_ids"] = asked.ids if asked.with_ids else None
+        data = json.dumps(answer).encode()
+        if cut in ("truncated", "halfstream"):
+            self._send(200, data, part=len(data) // 2)
+        else:
+            self._send(200, data)
+
+    def _stream(self, asked: _Asked, tokens: Iterator[list[tuple[int, int]]], cut: str | None) -> None:
+        self._begin_stream()
+        head = self._head(asked, stream=True)
+        generated: list[list[int]] = [[] for _ in range(asked.choices)]
+        offsets = [0] * asked.choices
+
+        def event(choice: dict[str, Any], **more: Any) -> None:
+            self._event({**head, "choices": [{"logprobs": None, "finish_reason": None, **choice}], **more})
+
+        if asked.chat:
+            for index in range(asked.choices):
+                more = {"prompt_token_ids": asked.ids if asked.with_ids else None}
+                event({"index": index, "delta": {"role": "assistant", "content": ""}}, **more)
+        try:
+            for found in tokens:
+                for index in range(asked.choices):
+                    ids = [token for choice, token in found if choice == index]
+                    if not ids:
+                        continue
+                    begin = len(generated[index])
+                    generated[index] += ids
+                    text = asked.text(begin, ids)
+                    piece: dict[str, Any] = {"index": index, "logprobs": asked.logprobs(begin, ids, offsets[index])}
+                    offsets[index] += len(text)
+                    if asked.with_ids:
+                        piece["token_ids"] = ids
+                    if len(generated[index]) == asked.n_tokens:
+                        piece |= {"finish_reason": asked.finish_reason, "stop_reason": None}
+                    if asked.chat:
+                        piece["delta"] = {"content": text}
+                    else:
+                        piece["text"] = text
+                        if asked.with_ids and not begin:
+                            piece["prompt_token_ids"] = asked.ids
+                    event(piece)
+        except EngineDead:
+            return self._end_stream_with_error("EngineCore encountered an issue.")
+        self._cut(cut)
+        if cut in ("truncated", "halfstream"):
+            self.wfile.write(b'1000\r\ndata: {"id": "cmpl-1", "choi')
+            self.close_connection = True
+            return None
+        if cut == "streamerror":
+            return self._end_stream_with_error("the order was streamerror")
+        if cut == "abort":
+            for index in range(asked.choices):
+                last = {"delta": {"content": ""}} if asked.chat else {"text": ""}
+                event({"index": index, "finish_reason": "abort", "stop_reason": None, "token_ids": [], **last})
+        if asked.with_usage:
+            self._event({**head, "choices": [], "usage": _usage(asked, generated)})
+        return self._end_stream()
+
+    def _head(self, asked: _Asked, *, stream: bool) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if stream else "chat.completion") if asked.chat else "text_completion"
+        number = f"{'chatcmpl' if asked.chat else 'cmpl'}-{time.monotonic_ns():x}"
+        return {"id": number, "object": kind, "created": int(time.time()), "model": self.model}
+
+    # -- the wire
+
+    def _gate(self) -> None:
+        while _hung.is_set():
+            time.sleep(3600)
 
     def _authorized(self) -> bool:
         if not self.key or self.headers.get("Authorization") == f"Bearer {self.key}":
             return True
-        self._reply(401, {"error": {"message": "wrong key"}})
+        self._error(401, "wrong key")
         return False
 
+    def _error(self, status: int, message: str) -> None:
+        self._reply(status, {"error": {"message": message, "type": "Error", "param": None, "code": status}})
+
     def _reply(self, status: int, body: Any) -> None:
-        data = json.dumps(body).encode()
+        self._send(status, json.dumps(body).encode())
+
+    def _send(self, status: int, data: bytes, content_type: str = "application/json", part: int | None = None) -> None:
+        """An answer of known length; of which only `part` bytes are sent, if that is given, and the connection cut."""
+        self._gate()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(data)))
+        self._headers_buffer += [b"\r\n", data[:part]]  # one write: two would wait for the acknowledgement of the first
+        self.flush_headers()
+        if part is not None:
+            self.close_connection = True
+
+    def _begin_stream(self) -> None:
+        self._gate()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self.wfile.write(data)
+
+    def _event(self, body: Any) -> None:
+        self._chunk(f"data: {json.dumps(body)}\n\n".encode())
+
+    def _chunk(self, data: bytes) -> None:
+        self._gate()
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def _end_stream(self) -> None:
+        self._chunk(b"data: [DONE]\n\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _end_stream_with_error(self, message: str) -> None:
+        self._event({"error": {"message": message, "type": "InternalServerError", "param": None, "code": 500}})
+        self._end_stream()
+
+
+class _TCPHandler(_Handler):
+    disable_nagle_algorithm = True
+
+
+def _usage(asked: _Asked, generated: list[list[int]]) -> dict[str, int]:
+    prompt, answer = len(asked.ids), sum(map(len, generated))
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def _flood() -> None:
+    block = (b"x" * 499 + b"\n") * 2000
+    for _ in range(_FLOOD_BYTES // len(block)):
+        os.write(1, block)
 
 
 class _Server(ThreadingHTTPServer):
@@ -109,6 +509,9 @@ class _Server(ThreadingHTTPServer):
 class _UnixServer(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     request_queue_size = 256
+
+
+# -- the program -------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -123,7 +526,8 @@ def main() -> None:
     if order.get("ignore_sigterm"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        # Its children are left to whoever started it; and who hangs does not hear.
+        signal.signal(signal.SIGTERM, lambda *_: None if _hung.is_set() else os._exit(0))
     if "count" in order:
         with open(order["count"], "a") as count:
             count.write(f"{os.getpid()}\n")
@@ -131,24 +535,72 @@ def main() -> None:
         print(line, flush=True)
     if order.get("silent"):
         time.sleep(3600)
+    if "chatter" in order:
+        for n in range(36_000):
+            print(order["chatter"].format(n=n % 60), flush=True)
+            time.sleep(0.1)
     if "exit" in order and "exit_after" not in order:
         sys.exit(order["exit"])
-    if order.get("tree"):
-        source = Path(os.environ["TMPDIR"]) / "child.py"
-        source.write_text(_CHILD)
-        subprocess.Popen([sys.executable, "-c", _CHILD, "EngineCore", str(source)], start_new_session=True)
+    if order.get("orphans"):
+        subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 3600 & wait; wait"], start_new_session=True)
+    if order.get("steal_port") and _is_first(order["steal_port"]):
+        _let_it_be_stolen(arguments.host, arguments.port)
+    # The children would run this file again, and need nothing of it.
+    del sys.modules["__main__"].__file__
+    engine = Engine(tree=bool(order.get("tree")), max_seqs=order.get("max_seqs", 256), shm=order.get("shm", False))
     time.sleep(order.get("start_s", 0))
+    _Handler.engine = engine
     _Handler.model = arguments.served_model_name or arguments.model
     _Handler.key = os.environ.get("VLLM_API_KEY", "")
+    _Handler.token_s = order.get("token_s", 0)
+    _Handler.paused = bool(order.get("paused"))
+    _Handler.faults = Faults(order.get("faults"), order.get("crash_at"))
     if "exit_after" in order:
         threading.Timer(order["exit_after"], os._exit, [order.get("exit", 1)]).start()
+    threading.Thread(target=_fall_with, args=[engine], daemon=True).start()
     server: Any
-    if arguments.uds:
-        server = _UnixServer(arguments.uds, _Handler)
-    else:
-        server = _Server((arguments.host, arguments.port), _Handler)
+    try:
+        if arguments.uds:
+            server = _UnixServer(arguments.uds, _Handler)
+        else:
+            server = _Server((arguments.host, arguments.port), _TCPHandler)
+    except OSError:
+        traceback.print_exc()
+        os._exit(1)
     print("Application startup complete.", flush=True)
+    if order.get("lose_port"):
+        threading.Timer(1.0, server.shutdown).start()
     server.serve_forever()
+    server.server_close()
+    while True:
+        time.sleep(3600)
+
+
+def _fall_with(engine: Engine) -> None:
+    """vLLM's API server ends with exit code 0 when its engine has died."""
+    engine.dead.wait()
+    time.sleep(_DEATH_S)
+    os._exit(0)
+
+
+def _is_first(where: str | bool) -> bool:
+    if where is True:
+        return True
+    try:
+        os.close(os.open(str(where), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _let_it_be_stolen(host: str, port: int) -> None:
+    """A stranger, neither our descendant nor marked, listens on the port for ten seconds."""
+    words = [sys.executable, "-S", "-E", "-c", _THIEF, host, str(port), "10"]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, env={}
+    ) as thief:
+        assert thief.stdout is not None
+        thief.stdout.readline()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from processes import assert_nothing_left, end_everything, eventually
+from processes import assert_nothing_left, end_everything, eventually, tree
 from startup_failures import STARTUP_FAILURES, StartupFailure
 
 from managed_vllm import ManagedVLLM, demo, registry
@@ -40,21 +40,6 @@ def llm() -> Iterator[ManagedVLLM]:
             assert_nothing_left(home)
         finally:
             end_everything(home)
-
-
-def tree(llm: ManagedVLLM) -> dict[str, psutil.Process]:
-    """The server's processes: API server, EngineCore below it, Worker below that.
-
-    Not by their titles: with `SPT_NOENV=1`, which keeps our marker readable, setproctitle leaves them alone.
-    """
-    pid = llm.status().server_pid
-    assert pid is not None
-    named = {"APIServer": psutil.Process(pid)}
-    for parent, name in (("APIServer", "EngineCore"), ("EngineCore", "Worker")):
-        spawned = [p for p in named[parent].children() if "resource_tracker" not in " ".join(p.cmdline())]
-        assert len(spawned) == 1, spawned
-        named[name] = spawned[0]
-    return named
 
 
 def test_the_embedded_model_clicks_the_right_button(llm: ManagedVLLM) -> None:

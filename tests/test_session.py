@@ -73,7 +73,7 @@ with s.server(order={order!r}) as llm:
 def test_a_server_answers_and_is_gone_with_its_only_user(home: Path) -> None:
     with server(order={"tree": True}) as llm:
         assert llm.chat([{"role": "user", "content": "hi"}])[0].outputs[0].text.startswith("echo hi")
-        outputs = llm.generate(["a", "b", "c"], {"max_tokens": 3})
+        outputs = llm.generate(["a", "b", "c"])
         assert [o.outputs[0].text.split()[1] for o in outputs] == ["a", "b", "c"]
         assert llm.started_it
         assert llm.model == "stand-in"

@@ -1,0 +1,210 @@
+"""A server that runs, but does nothing: found and restarted; one that is only busy or slow: never."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import standin
+from processes import INSTANT, eventually, tree
+
+from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy
+from managed_vllm.config import WatchPolicy
+from managed_vllm.diagnosis import Cause, Diagnosis
+from managed_vllm.errors import ConfigError, EngineDiedError, StartupTimeoutError
+
+PROMPT = "what next?"
+EXPECTED = standin.continuation(standin.prompt_ids(PROMPT), 8)
+
+AT_ONCE = RestartPolicy(max_restarts=100, backoff_initial_s=0.05, backoff_max_s=0.2)
+NEVER = math.inf
+
+
+def server(hang: HangPolicy, **order: Any) -> ManagedVLLM:
+    return ManagedVLLM(
+        "stand-in",
+        command=standin.command(),
+        env=standin.orders(tree=True, **order),
+        keep_alive=INSTANT,
+        hang=hang,
+        restart=AT_ONCE,
+    )
+
+
+def ask(llm: ManagedVLLM, **fields: Any) -> Any:
+    output = llm.generate(PROMPT, {"max_tokens": 8}, timeout=60, **fields)[0]
+    assert list(output.outputs[0].token_ids) == EXPECTED
+    return output
+
+
+def after_the_hang(llm: ManagedVLLM) -> Diagnosis:
+    """Waits for the next life of the server; returns why the first one was ended."""
+    seen: list[Diagnosis] = []
+
+    def restarted() -> bool:
+        assert llm._channel is not None
+        status = llm._channel.status
+        if status is not None and status.diagnosis is not None and not seen:
+            seen.append(status.diagnosis)
+        return bool(seen)
+
+    eventually(restarted, "the hang was found", 30)
+    assert llm.wait_ready(30, after_epoch=1).epoch == 2
+    return seen[0]
+
+
+@pytest.mark.parametrize("victim", ["APIServer", "EngineCore", "Worker"])
+def test_a_process_that_stays_stopped_is_found(home: Path, victim: str) -> None:
+    with server(HangPolicy(stopped_s=0.5)) as llm:
+        processes = tree(llm)
+        processes[victim].suspend()
+        reason = after_the_hang(llm)
+        assert reason.cause is Cause.PROCESS_STOPPED
+        assert str(processes[victim].pid) in reason.summary
+        assert ask(llm).epoch == 2
+        assert not any(process.is_running() for process in processes.values())
+
+
+@pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
+def test_a_frozen_engine_is_found_by_its_metrics_without_any_request(home: Path, victim: str) -> None:
+    with server(HangPolicy(stall_s=0.5, answer_s=0.5, stopped_s=NEVER)) as llm:
+        tree(llm)[victim].suspend()
+        reason = after_the_hang(llm)
+        assert reason.cause is Cause.ENGINE_HUNG, reason
+        assert ask(llm).epoch == 2
+
+
+def test_a_frozen_api_server_is_found_by_its_silence(home: Path) -> None:
+    with server(HangPolicy(stall_s=0.5, answer_s=0.5, stopped_s=NEVER)) as llm:
+        tree(llm)["APIServer"].suspend()
+        assert after_the_hang(llm).cause is Cause.API_SERVER_HUNG
+        assert ask(llm).epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause", "stuck_in"),
+    [
+        ("hang-engine", Cause.ENGINE_HUNG, "_sleep_for_ever"),
+        ("hang-worker", Cause.ENGINE_HUNG, "_sleep_for_ever"),
+        ("hang-api", Cause.API_SERVER_HUNG, "_gate"),
+    ],
+)
+def test_a_hang_under_a_request_is_found_and_the_request_is_answered(
+    home: Path, tmp_path: Path, fault: str, cause: Cause, stuck_in: str
+) -> None:
+    with server(HangPolicy(stall_s=0.5, answer_s=0.5), faults=str(tmp_path)) as llm:
+        (tmp_path / f"1-{fault}").touch()
+        output = ask(llm)
+        assert (output.epoch, output.attempts) == (2, 2)
+        events = [line for line in next(home.glob("*/events.jsonl")).read_text().splitlines() if '"diagnosis"' in line]
+        assert f'"{cause}"' in events[0]
+        # Where it was stuck is kept.
+        assert stuck_in in next((home / "failed").glob("*.stacks")).read_text()
+
+
+def test_stacks_come_from_within_where_py_spy_is_missing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from managed_vllm import stacks
+
+    monkeypatch.setattr(stacks, "_py_spy", lambda: None)
+    with server(HangPolicy.never(), faults=str(tmp_path)) as llm:
+        (tmp_path / "1-hang-worker").touch()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            asking = pool.submit(ask, llm)
+            eventually(lambda: list(tmp_path.glob("*.claimed")), "the fault was claimed")
+            worker = tree(llm)["Worker"]
+            text = stacks.dump([worker], reason="a test")
+            assert f"pid {worker.pid}" in text
+            eventually(lambda: "_sleep_for_ever" in llm.logs(200), "the worker's stacks are in the log")
+            os.kill(worker.pid, signal.SIGKILL)
+            assert asking.result().epoch == 2
+
+
+def test_a_saturated_server_is_never_taken_for_hung(home: Path) -> None:
+    # One token takes 0.15 s and one request runs at a time: a new request waits far longer than answer_s.
+    with server(HangPolicy(stall_s=0.6, answer_s=0.3, stopped_s=0.5), token_s=0.15, max_seqs=1) as llm:
+        outputs = llm.generate([PROMPT] * 12, {"max_tokens": 8}, timeout=120)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == [EXPECTED] * 12
+        assert {(output.epoch, output.attempts) for output in outputs} == {(1, 1)}
+        assert llm.status().epoch == 1
+
+
+def test_a_slow_step_is_no_hang_while_the_token_asked_for_may_still_come(home: Path) -> None:
+    with server(HangPolicy(stall_s=0.3, answer_s=20), token_s=1.5) as llm:
+        output = llm.generate(PROMPT, {"max_tokens": 3}, timeout=60)[0]
+        assert (output.epoch, output.attempts) == (1, 1)
+        assert llm.status().epoch == 1
+
+
+def test_an_idle_server_is_left_alone(home: Path) -> None:
+    with server(HangPolicy(stall_s=0.2, answer_s=5)) as llm:
+        before = _generated(llm)
+        eventually(lambda: _generated(llm) >= before + 3, "it was asked for a token, and again, and again")
+        assert llm.status().epoch == 1
+
+
+def test_a_server_that_listens_no_more_is_restarted(home: Path) -> None:
+    with server(HangPolicy(stopped_s=0.5), lose_port=True) as llm:
+        reason = after_the_hang(llm)
+        assert reason.cause is Cause.API_SERVER_HUNG
+        assert "nothing listens" in reason.summary
+
+
+def test_a_stopped_process_during_the_start_is_found(home: Path) -> None:
+    llm = server(HangPolicy(stopped_s=0.5), start_s=60)
+    llm._wait = False
+    with llm:
+        pid = eventually(lambda: llm.status().server_pid, "launched")
+        psutil.Process(pid).suspend()
+        with pytest.raises(EngineDiedError) as caught:
+            llm.wait_ready(30)
+        assert caught.value.diagnosis.cause is Cause.PROCESS_STOPPED
+
+
+def test_a_start_that_only_repeats_itself_is_silent(home: Path) -> None:
+    llm = ManagedVLLM(
+        "stand-in",
+        command=standin.command(),
+        env=standin.orders(chatter="INFO 11-23 10:00:{n:02d} [core_client.py:1] Waiting for 1 local core engine proc"),
+        keep_alive=0,
+        startup_silence=1.0,
+    )
+    with pytest.raises(StartupTimeoutError) as caught, llm:
+        pass
+    assert caught.value.diagnosis.cause is Cause.STARTUP_SILENCE
+    assert "Waiting" in Path(str(caught.value.log_path)).read_text()
+
+
+def test_paused_by_request_is_not_hung(home: Path, tmp_path: Path) -> None:
+    with server(HangPolicy(stall_s=0.3, answer_s=0.3, stopped_s=NEVER), paused=True, faults=str(tmp_path)) as llm:
+        tree(llm)["Worker"].suspend()  # it looks the same: nothing moves, and what comes waits
+        probed = llm.status().epoch
+        eventually(lambda: llm.logs(500).count("GET /is_paused") >= 3, "asked whether it is paused, again and again")
+        assert llm.status().epoch == probed == 1
+        tree(llm)["Worker"].resume()
+        assert ask(llm).epoch == 1
+
+
+def test_limits_are_checked() -> None:
+    with pytest.raises(ConfigError, match="stall_s must be more than 0"):
+        HangPolicy(stall_s=0)
+    with pytest.raises(ConfigError, match="no such cause: wrker"):
+        RestartPolicy(not_retried=frozenset({"wrker"}))
+    policy = WatchPolicy(hang=HangPolicy.never(), restart=RestartPolicy(not_retried=frozenset({"killed"})))
+    assert WatchPolicy.from_dict(policy.to_dict()) == policy
+
+
+def _generated(llm: ManagedVLLM) -> float:
+    import requests
+
+    answer = requests.get(
+        llm.base_url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {llm.api_key}"}, timeout=5
+    )
+    return next(float(line.split()[-1]) for line in answer.text.splitlines() if "generation_tokens_total{" in line)

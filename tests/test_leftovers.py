@@ -1,0 +1,119 @@
+"""Shared memory and GPU memory of a server that is gone. NVML is a module of the same calls, fed from a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import shared_memory
+from pathlib import Path
+
+import pytest
+
+from managed_vllm import leftovers
+
+_NVML = """
+import json, os
+from types import SimpleNamespace
+def _state(): return json.load(open(os.environ["FAKE_NVML"]))
+def nvmlInit():
+    if _state() is None: raise RuntimeError("driver not loaded")
+def nvmlShutdown(): pass
+def nvmlDeviceGetCount(): return len(_state())
+def nvmlDeviceGetHandleByIndex(index): return index
+def nvmlDeviceGetMemoryInfo(handle): return SimpleNamespace(used=_state()[handle]["used"])
+def nvmlDeviceGetComputeRunningProcesses(handle):
+    return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in _state()[handle]["held"]]
+"""
+MIB = 1 << 20
+
+
+class Gpus:
+    """The state that the NVML of the test tells."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def say(self, *devices: tuple[int, list[tuple[int, int]]]) -> None:
+        """For each device its used bytes, and who holds how many of them."""
+        state = [{"used": used, "held": held} for used, held in devices]
+        temporary = self._path.with_suffix(".new")
+        temporary.write_text(json.dumps(state))
+        os.replace(temporary, self._path)
+
+
+@pytest.fixture
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpus:
+    (tmp_path / "pynvml.py").write_text(_NVML)
+    monkeypatch.setenv("FAKE_NVML", str(tmp_path / "state"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    return Gpus(tmp_path / "state")
+
+
+def test_a_segment_that_nobody_maps_is_removed_and_one_in_use_is_not() -> None:
+    used = shared_memory.SharedMemory(create=True, size=4096)
+    code = (
+        "from multiprocessing import shared_memory, resource_tracker; import os\n"
+        "s = shared_memory.SharedMemory(create=True, size=4096); print(s.name, flush=True)\n"
+        "resource_tracker.unregister(s._name, 'shared_memory'); input(); os._exit(0)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        name = other.stdout.readline().strip()
+        assert f"/dev/shm/{name}" in leftovers.shared_memory_of([other.pid])
+        paths = [f"/dev/shm/{name}", f"/dev/shm/{used.name}"]
+        assert leftovers.remove_shared_memory(paths) == []
+        other.communicate("\n")
+        assert leftovers.remove_shared_memory(paths) == [f"/dev/shm/{name}"]
+        assert Path(f"/dev/shm/{used.name}").exists()
+    finally:
+        other.kill()
+        other.communicate()
+        used.close()
+        used.unlink()
+
+
+def test_nothing_outside_of_shared_memory_is_removed_whatever_a_record_says(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.touch()
+    paths = [str(mine), f"/dev/shm/../..{mine}", "/dev/shm/", "/dev/shm/..", "", "/dev/shm/no-such"]
+    assert leftovers.remove_shared_memory(paths) == []
+    assert mine.exists()
+
+
+def test_without_nvml_there_is_nothing_to_wait_for(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(os.environ["FAKE_NVML"]).write_text("null")
+    assert leftovers.gpu_memory(None) is None
+    assert leftovers.wait_for_gpu_memory(None, {1}, None, 5) == ""
+
+
+def test_waits_until_the_driver_has_let_go_of_the_processes_and_the_memory(gpus: Gpus) -> None:
+    gpus.say((100 * MIB, []), (500 * MIB, [(1, 400 * MIB)]))
+    before = leftovers.gpu_memory("0")
+    assert before == leftovers.GpuMemory({0: 100 * MIB})
+    gpus.say((9000 * MIB, [(77, 8900 * MIB)]), (500 * MIB, [(1, 400 * MIB)]))
+    done: list[str] = []
+    waiting = threading.Thread(target=lambda: done.append(leftovers.wait_for_gpu_memory(before, {77}, "0", 30)))
+    waiting.start()
+    time.sleep(0.3)
+    assert not done
+    gpus.say((9000 * MIB, []), (500 * MIB, [(1, 400 * MIB)]))  # not listed any more, but not released either
+    time.sleep(0.3)
+    assert not done
+    gpus.say((150 * MIB, []), (500 * MIB, [(1, 400 * MIB)]))
+    waiting.join(5)
+    assert done == [""]
+
+
+def test_the_wait_is_bounded_and_names_who_holds_the_memory(gpus: Gpus) -> None:
+    gpus.say((100 * MIB, []))
+    before = leftovers.gpu_memory(None)
+    gpus.say((9000 * MIB, [(os.getpid(), 8900 * MIB)]))
+    text = leftovers.wait_for_gpu_memory(before, {os.getpid()}, None, 0.5)
+    assert f"GPU 0: pid {os.getpid()}" in text
+    assert "8900 MiB" in text

@@ -1,0 +1,254 @@
+"""A server that dies: when it is started again, when it is given up, who is told, and what is left of the old one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import standin
+from processes import INSTANT, assert_nothing_left, eventually, is_live, tree
+
+from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, ServerStatus, registry
+from managed_vllm.diagnosis import Cause
+from managed_vllm.errors import EngineDiedError, ManagedVLLMError
+from managed_vllm.in_server.managed_vllm_lifeline import start_time
+
+TESTS = Path(__file__).parent
+AT_ONCE = RestartPolicy(max_restarts=100, backoff_initial_s=0.05, backoff_max_s=0.2)
+
+
+def server(restart: RestartPolicy = AT_ONCE, *, on_status: Any = None, wait: bool = True, **order: Any) -> ManagedVLLM:
+    return ManagedVLLM(
+        "stand-in",
+        command=standin.command(),
+        env=standin.orders(**order),
+        keep_alive=INSTANT,
+        restart=restart,
+        on_status=on_status,
+        wait=wait,
+    )
+
+
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
+
+
+@pytest.mark.parametrize("victim", ["APIServer", "EngineCore", "Worker"])
+def test_the_end_of_any_process_is_the_end_of_all_and_a_new_epoch(home: Path, victim: str) -> None:
+    seen: list[ServerStatus] = []
+    with server(tree=True, on_status=seen.append) as llm:
+        processes = tree(llm)
+        processes[victim].kill()
+        assert llm.wait_ready(30, after_epoch=1).epoch == 2
+        assert not any(is_live(process) for process in processes.values())
+        eventually(lambda: seen[-1].state is ServerState.READY, "told of the second life")
+        states = [(status.state, status.epoch) for status in seen]
+        assert states[-4:] == [
+            (ServerState.READY, 1),
+            (ServerState.RESTARTING, 1),
+            (ServerState.RESTARTING, 2),
+            (ServerState.READY, 2),
+        ]
+        reason = seen[-3].diagnosis
+        assert reason is not None
+        assert reason.cause in (Cause.KILLED, Cause.ENGINE_DIED, Cause.WORKER_DIED, Cause.ENGINE_BROKEN, Cause.UNKNOWN)
+
+
+def test_what_on_status_raises_is_only_logged(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(status: ServerStatus) -> None:
+        raise RuntimeError("mine")
+
+    with server(on_status=fails) as llm:
+        assert llm.generate("x")[0].outputs[0].text
+        eventually(lambda: "on_status failed" in caplog.text, "logged")
+
+
+WAITER = """
+try:
+    with s.server({policy}, **{order!r}) as llm:
+        while True:
+            llm.generate("x", timeout=60)
+            time.sleep(0.05)
+except s.EngineDiedError as error:
+    d = error.diagnosis
+    print(d.cause, d.facts.get("restarts"), d.facts.get("last_cause"), d.root_line, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("order", "restarts"),
+    [
+        ({"say": ["ValueError: broken"], "exit": 3}, None),  # bad from the start: no restart at all
+        ({"exit_after": 0.7, "exit": 3}, 2),  # bad after a while, each time
+        ({"crash_at": 1}, 2),  # bad at each first request
+    ],
+    ids=["from the start", "after a while", "every time"],
+)
+def test_a_crash_loop_is_given_up_and_every_waiter_gets_the_same_diagnosis(
+    home: Path, tmp_path: Path, order: dict[str, Any], restarts: int | None
+) -> None:
+    count = tmp_path / "starts"
+    order = {**order, "count": str(count)}
+    policy = "s.RestartPolicy(max_restarts=2, backoff_initial_s=0.3)"
+    code = WAITER.format(policy=policy, order=order)
+    users = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"import sys, time; sys.path.insert(0, {str(TESTS)!r}); import test_recovery as s\n{code}",
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    said = [user.communicate(timeout=60)[0].strip() for user in users]
+    if restarts is None:
+        assert all(text == "unknown None None ValueError: broken" for text in said), said
+    else:
+        assert len(set(said)) == 1, said
+        assert said[0].startswith(f"crash_loop {restarts} ")
+        assert len(count.read_text().splitlines()) == restarts + 1
+    assert_nothing_left(home)
+
+
+def test_a_cause_that_is_not_retried_ends_it_at_once(home: Path, tmp_path: Path) -> None:
+    count = tmp_path / "starts"
+    policy = RestartPolicy(not_retried=frozenset({Cause.KILLED}))
+    with server(policy, count=str(count)) as llm:
+        pid = llm.status().server_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: llm._channel is None or llm._channel.closed, "given up")
+        with pytest.raises(EngineDiedError) as caught:
+            llm.wait_ready(20)
+        assert caught.value.diagnosis.cause is Cause.KILLED
+        assert len(count.read_text().splitlines()) == 1
+
+
+def test_the_supervisor_learns_of_an_exit_from_the_kernel(home: Path) -> None:
+    heard: list[float] = []
+
+    def on_status(status: ServerStatus) -> None:
+        if status.state is ServerState.RESTARTING and not heard:
+            heard.append(time.monotonic())
+
+    with server(RestartPolicy(backoff_initial_s=0), on_status=on_status) as llm:
+        pid = llm.status().server_pid
+        assert pid is not None
+        killed = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: heard, "told of the end")
+        assert heard[0] - killed < 1.0  # far below any polling; benchmarks/recovery.py measures it
+
+
+def test_leaked_shared_memory_and_sockets_are_gone_before_the_next_start(home: Path) -> None:
+    before = shared_memory()
+    with server(tree=True, shm=True) as llm:
+        instance = registry.instances(home)[0]
+        leaked = eventually(lambda: shared_memory() - before, "the worker has a segment")
+        eventually(lambda: (instance.read_record() or {}).get("shared_memory"), "recorded")
+        record = instance.read_record()
+        assert record is not None
+        scratch = Path(record["scratch"])
+        (scratch / "a_socket").touch()
+        (scratch / "vllm_dist_x").mkdir()
+        processes = tree(llm)
+        for process in processes.values():
+            process.suspend()
+        for process in psutil.Process(processes["APIServer"].pid).children(recursive=True):
+            process.kill()  # the resource tracker as well: nobody is left to tidy up
+        processes["APIServer"].kill()
+        assert llm.wait_ready(30, after_epoch=1).epoch == 2
+        assert not leaked & shared_memory()
+        assert not (scratch / "a_socket").exists()
+        assert not (scratch / "vllm_dist_x").exists()
+        assert scratch.exists()
+    assert_nothing_left(home)
+    assert shared_memory() <= before
+
+
+def test_shared_memory_of_a_server_whose_supervisor_was_killed_is_removed_by_down(home: Path) -> None:
+    before = shared_memory()
+    llm = server(tree=True, shm=True)
+    with llm:
+        instance = registry.instances(home)[0]
+        eventually(lambda: (instance.read_record() or {}).get("shared_memory"), "recorded")
+        status = llm.status()
+        assert status.server_pid is not None
+        assert status.supervisor_pid is not None
+        family = [psutil.Process(status.server_pid), *psutil.Process(status.server_pid).children(recursive=True)]
+        os.kill(status.supervisor_pid, signal.SIGKILL)
+        for process in family:
+            if is_live(process):
+                process.kill()
+        eventually(lambda: not any(is_live(process) for process in family), "all gone")
+        assert shared_memory() - before
+    done = subprocess.run([sys.executable, "-m", "managed_vllm.cli", "down", "--all"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert shared_memory() <= before
+    assert_nothing_left(home)
+
+
+def test_an_orphan_in_a_session_of_its_own_is_ended_before_the_next_start(home: Path) -> None:
+    with server(orphans=True) as llm:
+        instance = registry.instances(home)[0]
+        pid = llm.status().server_pid
+        orphans = eventually(
+            lambda: [p for p in registry.marked_processes(instance) if p.pid != pid], "it has left an orphan"
+        )
+        llm.restart()
+        assert not any(is_live(process) for process in orphans)
+    assert_nothing_left(home)
+
+
+def test_a_stolen_port_leads_to_another_one(home: Path, tmp_path: Path) -> None:
+    with server(steal_port=str(tmp_path / "stolen")) as llm:
+        assert llm.generate("x")[0].outputs[0].text.startswith("echo x")
+        assert llm.status().epoch == 2
+
+
+def test_epochs_go_on_when_the_supervisor_was_killed(home: Path) -> None:
+    with server() as llm:
+        llm.restart()
+        status = llm.status()
+        assert status.epoch == 2
+        assert status.supervisor_pid is not None
+        os.kill(status.supervisor_pid, signal.SIGKILL)
+        assert llm.generate("next")[0].epoch == 3
+
+
+def test_a_fault_of_the_supervisor_itself_is_told_and_leaves_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # A site module of ours breaks the supervisor from within at its first look at the server.
+    (tmp_path / "usercustomize_fault.pth").touch()
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if any('managed_vllm.supervisor' in word for word in sys.orig_argv):\n"
+        "    import managed_vllm.diagnosis as d\n"
+        "    def broken(*a, **k): raise RuntimeError('a fault of ours')\n"
+        "    d.StartupLog.__init__ = broken\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(registry.__file__).parent.parent}")
+    with pytest.raises(ManagedVLLMError, match="supervisor failed") as caught, server():
+        pass
+    assert "a fault of ours" in str(caught.value)
+    assert_nothing_left(home)
+
+
+def test_a_flooded_log_takes_nothing_down(home: Path, tmp_path: Path) -> None:
+    with server(faults=str(tmp_path)) as llm:
+        (tmp_path / "1-flood").touch()
+        assert llm.generate("x", {"max_tokens": 4}, timeout=60)[0].epoch == 1
+        folder = registry.instances(home)[0].folder
+        assert sum(path.stat().st_size for path in folder.glob("server.log*")) < 80 << 20
+        assert start_time(llm.status().server_pid or 0) is not None
