@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the main job
 # make test   set up, lint, then the fast tests, then those against the real vLLM
+# make soak   what takes hours: 500 chaos runs with the stand-in, 20 with the real vLLM, every matrix in full
 # make setup  only set up; MANAGED_VLLM_SETUP=gpu|cpu|none chooses the server, otherwise what the machine has decides
 # make lint   ruff and mypy
 # make clean  remove everything that is made
@@ -8,7 +9,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: setup demo test test-fast test-real lint format clean
+.PHONY: setup demo test test-fast test-real soak lint format clean
 .NOTPARALLEL:
 
 setup:
@@ -24,6 +25,11 @@ test-fast: setup
 
 test-real: setup
 	$(BIN)/python -m pytest -m "real or gpu" $(PYTEST_ARGS)
+
+soak: setup
+	$(BIN)/python tests/chaos/run.py --runs 500 --jobs 2
+	$(BIN)/python tests/chaos/run.py --real --runs 20
+	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check

@@ -18,7 +18,6 @@ Time in which the supervisor itself did not run (a suspended machine, a frozen c
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 
 import psutil
@@ -72,6 +71,8 @@ class Watch:
         shortest = min(policy.stall_s, policy.answer_s, policy.stopped_s)
         self._look_s = min(_LOOK_S, max(0.05, shortest / 4))
         self._metrics_s = min(_METRICS_S, max(self._look_s, policy.stall_s / 4))
+        # A move is seen up to one look at the metrics late, and asked about one look later; the limit holds all the same.
+        self._quiet_s = max(policy.stall_s - self._metrics_s - self._look_s, policy.stall_s / 4)
         self._stopped = Stopped(process, policy)
         self._answered_at = self._moved_at = self._metrics_at = self._asked_at = time.monotonic()
         self._refused_since: float | None = None
@@ -93,10 +94,18 @@ class Watch:
             await self._stop_asking()
 
     async def _child_ended(self, wait_s: float) -> bool:
+        """Waits for the next look, which comes early when a process has ended or the token asked for has come."""
         planned = time.monotonic() + wait_s
         ended = self._process.child_ended
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(ended.wait(), wait_s)
+        ending = asyncio.create_task(ended.wait())
+        try:
+            await asyncio.wait(
+                {ending, *({self._asking} if self._asking else ())},
+                timeout=wait_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            ending.cancel()
         late = time.monotonic() - planned
         if late > 5.0:
             self._shift(late)
@@ -149,7 +158,7 @@ class Watch:
         if self._refused_since is not None and now - self._refused_since >= self._policy.stopped_s:
             return diagnosis.unwell(Cause.API_SERVER_HUNG, f"nothing listens any more ({health.body})")
         unanswered = now - self._answered_at
-        if unanswered >= self._policy.stall_s + self._policy.answer_s:
+        if unanswered >= self._policy.stall_s + self._policy.answer_s - self._look_s:
             return diagnosis.unwell(Cause.API_SERVER_HUNG, f"no answer to any request for {unanswered:.0f} s")
         if health.status is None:
             return None
@@ -164,7 +173,7 @@ class Watch:
         if now - self._metrics_at >= self._metrics_s:
             self._metrics_at = now
             await self._has_moved()
-        if self._asking is None and now - self._moved_at >= self._policy.stall_s:
+        if self._asking is None and now - self._moved_at >= self._quiet_s:
             self._asked_at = now
             self._asking = asyncio.create_task(self._probe.generates(min(self._policy.answer_s, 86_400.0)))
         return None

@@ -1,0 +1,107 @@
+"""The real vLLM, frozen or saturated: the one is found within the set limit and restarted, the other is left alone."""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import assert_nothing_left, end_everything, eventually, is_live, tree
+
+from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy, ServerState, ServerStatus, demo
+from managed_vllm.diagnosis import Cause
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+
+STALL_S, ANSWER_S = 5.0, 10.0
+LOOKS_S = 2.0
+"""What a busy machine may add: telling of it, two cores, the stacks of all processes."""
+SATURATED_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def heard() -> list[tuple[float, ServerStatus]]:
+    """Each change of the server's state, with its moment."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def llm(heard: list[tuple[float, ServerStatus]]) -> Iterator[ManagedVLLM]:
+    """A server with tight limits. Stopped processes are not looked for: only their silence gives them away."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mvt-") as folder:
+        home = Path(folder) / "home"
+        patch.setenv("MANAGED_VLLM_HOME", str(home))
+        try:
+            with ManagedVLLM(
+                "demo",
+                keep_alive=0,
+                hang=HangPolicy(stall_s=STALL_S, answer_s=ANSWER_S, stopped_s=math.inf),
+                restart=RestartPolicy(max_restarts=20, backoff_initial_s=0.1),
+                on_status=lambda status: heard.append((time.monotonic(), status)),
+            ) as handle:
+                yield handle
+            assert_nothing_left(home)
+        finally:
+            end_everything(home)
+
+
+def test_a_server_saturated_with_long_prompts_is_not_restarted(llm: ManagedVLLM) -> None:
+    rng = random.Random(5)
+    length = 3000  # of the 4,096 that the model takes
+    until = time.monotonic() + SATURATED_S
+    answered: list[int] = []
+
+    def saturate(number: int) -> None:
+        while time.monotonic() < until:
+            # Random ids: no two prompts share a prefix that could be cached.
+            prompts = [[rng.randrange(10, 400) for _ in range(length - 40)] for _ in range(32)]
+            answered.extend(output.attempts for output in llm.generate(prompts, {"max_tokens": 16, "ignore_eos": True}))
+
+    users = [threading.Thread(target=saturate, args=[number], daemon=True) for number in range(4)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join(SATURATED_S + 300)
+    assert not any(user.is_alive() for user in users)
+    print(f"saturated | {len(answered)} requests of {length - 40} + 16 tokens")
+    assert set(answered) == {1}
+    assert llm.status().epoch == 1
+
+
+@pytest.mark.parametrize("victim", ["EngineCore", "Worker", "APIServer"])
+def test_a_frozen_process_is_found_within_the_limit_and_no_request_is_lost(
+    llm: ManagedVLLM, heard: list[tuple[float, ServerStatus]], victim: str
+) -> None:
+    prompts = [demo.random_screen(random.Random(number)).prompt() for number in range(8)]
+    params = {"temperature": 0, "max_tokens": 300, "ignore_eos": True}
+    expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    epoch, processes = llm.status().epoch, tree(llm)
+    answers: list[list[tuple[int, ...]]] = []
+    asking = threading.Thread(
+        target=lambda: answers.append([tuple(o.outputs[0].token_ids) for o in llm.generate(prompts, params)]),
+        daemon=True,
+    )
+    asking.start()
+    processes[victim].suspend()
+    stopped_at = time.monotonic()
+
+    def found() -> list[tuple[float, ServerStatus]]:
+        return [(at, s) for at, s in heard if s.state is ServerState.RESTARTING and at > stopped_at]
+
+    at, status = eventually(found, "the hang was found", 120)[0]
+    print(f"frozen | {victim} | found after {at - stopped_at:.1f} s (limit {STALL_S + ANSWER_S:g} s)")
+    assert at - stopped_at < STALL_S + ANSWER_S + LOOKS_S
+    assert status.diagnosis is not None
+    assert status.diagnosis.cause is (Cause.API_SERVER_HUNG if victim == "APIServer" else Cause.ENGINE_HUNG)
+    stacks = Path(str(status.diagnosis.facts["stacks"])).read_text()
+    assert all(f"pid {process.pid} " in stacks for process in processes.values())
+    asking.join(300)
+    assert answers == [[tuple(ids) for ids in expected]]
+    print(f"frozen | {victim} | all answered after {time.monotonic() - stopped_at:.1f} s")
+    assert llm.status().epoch == epoch + 1
+    assert not any(is_live(process) for process in processes.values())
