@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from managed_vllm.client import VLLMClient
     from managed_vllm.outputs import RequestOutput
+    from managed_vllm.resume import RetryPolicy
 
 log = logging.getLogger("managed_vllm")
 
@@ -55,6 +56,7 @@ KEEP_ALIVE_S = 5.0
 """Default of `keep_alive`: the next test, script or cell often comes at once, and a start costs half a minute."""
 
 _SUPERVISOR_PATIENCE_S = 60.0
+_KILLED_SUPERVISORS = 5
 
 
 class ManagedVLLM:
@@ -77,6 +79,7 @@ class ManagedVLLM:
             `{model}`, `{name}`, `{uds}`, or the word `{args}` for all of vLLM's flags. The key is in `VLLM_API_KEY`.
         wait: False: return from entering at once; the first use waits.
         progress: show the start-up; None: only on a terminal.
+        retry: how often a request whose answer was lost is sent again (`RetryPolicy`).
         restart: when to start again a server that crashed or hung.
         hang: when a server that does nothing counts as hung; `HangPolicy.never()` for debugging it.
         on_status: called with the new `ServerStatus` at each change of state (ready, restarting, failed, …), one after
@@ -106,6 +109,7 @@ class ManagedVLLM:
         wait: bool = True,
         progress: bool | None = None,
         restart: RestartPolicy | None = None,
+        retry: RetryPolicy | None = None,
         hang: HangPolicy | None = None,
         on_status: Callable[[ServerStatus], None] | None = None,
         **engine_args: Any,
@@ -130,6 +134,7 @@ class ManagedVLLM:
             restart=restart or RestartPolicy(),
             hang=hang or HangPolicy(),
         )
+        self._retry = retry
         self._on_status = on_status
         self._spec: ServerSpec | None = None
         self._target: Instance | None = None
@@ -261,6 +266,7 @@ class ManagedVLLM:
     def _lease(self, instance: Instance) -> Channel:
         """Connects to the instance's supervisor, or becomes the one who starts it."""
         deadline = time.monotonic() + _SUPERVISOR_PATIENCE_S
+        killed = 0
         while True:
             channel = self._knock(instance)
             if channel is None and self._spec is None:
@@ -270,8 +276,14 @@ class ManagedVLLM:
                 if reply is not None and reply["ok"]:
                     return self._admitted(channel, reply, instance)
                 self._wait_for_the_end(channel, deadline)
-            elif self._spec is not None:
-                self._elect(instance, self._spec)
+            elif self._spec is not None and not self._elect(instance, self._spec):
+                killed += 1
+                if killed >= _KILLED_SUPERVISORS:
+                    raise SupervisorError(
+                        f"{killed} supervisors in a row were killed while they came up; `dmesg` may know by whom",
+                        instance=instance.id,
+                        log_path=str(instance.supervisor_log),
+                    )
             if time.monotonic() > deadline:
                 raise SupervisorError(
                     f"the supervisor neither answers nor ends within {_SUPERVISOR_PATIENCE_S:g} s; "
@@ -317,8 +329,11 @@ class ManagedVLLM:
                 instance=instance.id,
             ) from error
 
-    def _elect(self, instance: Instance, spec: ServerSpec) -> None:
-        """Spawns the supervisor, unless another user does or the last one is still on its way out."""
+    def _elect(self, instance: Instance, spec: ServerSpec) -> bool:
+        """Spawns the supervisor, unless another user does or the last one is still on its way out.
+
+        False: the one that was spawned was killed at once.
+        """
         from managed_vllm import supervisor
 
         spec.check()
@@ -327,9 +342,9 @@ class ManagedVLLM:
             with instance.start_lock().acquire(timeout=_SUPERVISOR_PATIENCE_S, poll_interval=0.01):
                 if registry.is_alive(instance):
                     time.sleep(0.01)
-                    return
-                supervisor.spawn(instance, spec, self._watch, self._address)
-                self._started_it = True
+                    return True
+                self._started_it = supervisor.spawn(instance, spec, self._watch, self._address)
+                return self._started_it
         except StateDirectoryError:
             raise
         except OSError as error:
@@ -337,7 +352,7 @@ class ManagedVLLM:
                 raise StateDirectoryError(
                     f"can't start in {instance.folder}: {error}", path=str(instance.folder)
                 ) from error
-            # The folder was removed by a supervisor that has just left: start over.
+            return True  # the folder was removed by a supervisor that has just left: start over
 
     def _wait_for_the_end(self, channel: Channel, deadline: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -453,18 +468,21 @@ class ManagedVLLM:
     def _connection(
         self, lost_epoch: int | None = None, timeout_s: float | None = None, pause_s: float = 0.0
     ) -> tuple[Connection, int]:
-        """The connection to a ready server; after `lost_epoch` was lost, a later one, or the same if it is well."""
+        """The connection to a ready server; after `lost_epoch` was lost, a later one, or the same if it is well.
+
+        What was lost may have been one connection only: a later epoch is waited for `pause_s` seconds, unless the
+        supervisor has noticed a death.
+        """
         with self._lock:
             self._attach()
         if self._external is not None:
             return self._external, 0
         if lost_epoch is not None:
-            # What was lost may have been one connection only: give the supervisor a moment to notice a death.
             with contextlib.suppress(TimeoutError):
                 assert self._channel is not None
                 self._channel.wait_until(
                     lambda now: now is None or now.epoch > lost_epoch or now.state is not ServerState.READY,
-                    2.0 if timeout_s is None else min(2.0, timeout_s),
+                    pause_s if timeout_s is None else min(pause_s, timeout_s),
                 )
         status = self.wait_ready(timeout_s)
         assert status.connection is not None
@@ -494,7 +512,7 @@ class ManagedVLLM:
             if self._client is None:
                 from managed_vllm.client import VLLMClient
 
-                self._client = VLLMClient(connection=self._connection)
+                self._client = VLLMClient(connection=self._connection, retry=self._retry, instance=lambda: self._id)
             return self._client
 
     def chat(self, messages: Any, sampling_params: Any = None, **options: Any) -> list[RequestOutput]:
@@ -636,7 +654,7 @@ class ManagedVLLM:
             if self._spec is None and self._base_url is None:
                 self._attach()
         kept = ("_name", "_keep_alive_s", "_wait", "_progress", "_base_url", "_api_key", "_asked_model", "_address")
-        return {name: getattr(self, name) for name in (*kept, "_watch", "_spec", "_target")}
+        return {name: getattr(self, name) for name in (*kept, "_watch", "_retry", "_spec", "_target")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

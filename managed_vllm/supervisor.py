@@ -26,6 +26,7 @@ import json
 import logging
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -70,10 +71,11 @@ _PORT_RACES = 5
 
 def spawn(
     instance: Instance, spec: ServerSpec, watch: WatchPolicy, address: Address, *, timeout_s: float = 45.0
-) -> None:
-    """Starts the supervisor of an instance and returns when it listens on the control socket.
+) -> bool:
+    """Starts the supervisor of an instance; returns True as soon as it listens on the control socket.
 
-    The caller holds the instance's start lock. Raises `SupervisorError` if it does not come up.
+    False: it was killed before it came so far, and another one may be started. The caller holds the instance's start
+    lock. Raises `SupervisorError` if it fails, or does not come up within `timeout_s` seconds.
     """
     order = {
         "home": str(instance.home),
@@ -91,33 +93,37 @@ def spawn(
     }
     failed = instance.folder / "supervisor.failed"
     failed.unlink(missing_ok=True)
-    with open(os.open(instance.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
-        starter = subprocess.Popen(
-            [sys.executable, "-P", "-c", code, instance.id],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            cwd="/",
-            env=environment,
-            start_new_session=True,
-        )
+    # A pipe as its sign of life: it says when it listens, and the kernel closes it when it dies.
+    life, theirs = os.pipe()
+    try:
+        try:
+            with open(os.open(instance.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
+                starter = subprocess.Popen(
+                    [sys.executable, "-P", "-c", code, instance.id],
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=output,
+                    cwd="/",
+                    env=environment,
+                    start_new_session=True,
+                    pass_fds=(theirs,),
+                )
+        finally:
+            os.close(theirs)
         # The first process forks the supervisor proper and ends, so the supervisor is nobody's child.
         try:
-            starter.communicate(json.dumps(order).encode(), timeout=timeout_s)
+            starter.communicate(json.dumps({**order, "life": theirs}).encode(), timeout=timeout_s)
         except subprocess.TimeoutExpired:
             starter.kill()
             starter.wait()
             raise SupervisorError("the supervisor process did not start", instance=instance.id) from None
-    deadline = time.monotonic() + timeout_s
-    while starter.returncode == 0 and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(1.0)
-            with control.short_path(instance.socket_path) as name:
-                probe.connect(name)
-            return
-        if failed.exists():
-            break
-        time.sleep(0.01)
+        came, _, _ = select.select([life], [], [], timeout_s)
+        if came and os.read(life, 1):
+            return True
+        if came and starter.returncode <= 0 and not failed.exists():
+            return False
+    finally:
+        os.close(life)
     said = ""
     with contextlib.suppress(OSError):
         said = instance.supervisor_log.read_text(errors="replace")[-2000:]
@@ -134,6 +140,7 @@ def main() -> None:
         os._exit(0)
     os.setsid()
     os.umask(0o077)
+    os.set_inheritable(order["life"], False)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     instance = Instance(Path(order["home"]), order["id"])
@@ -147,6 +154,7 @@ def main() -> None:
             ServerSpec.from_dict(order["spec"]),
             WatchPolicy.from_dict(order["watch"]),
             Address(**order["address"]),
+            life=order["life"],
         )
         asyncio.run(supervisor.run())
     except BaseException:
@@ -194,7 +202,11 @@ _HANGS = frozenset(
 class Supervisor:
     """State machine of one server; see the module's docstring."""
 
-    def __init__(self, instance: Instance, spec: ServerSpec, watch: WatchPolicy, address: Address) -> None:
+    def __init__(
+        self, instance: Instance, spec: ServerSpec, watch: WatchPolicy, address: Address, *, life: int
+    ) -> None:
+        """`life` is the end of a pipe over which the user who started us learns that we listen, or that we died."""
+        self._life = life
         self._instance = instance
         self._spec = spec
         self._watch_policy = watch
@@ -237,6 +249,9 @@ class Supervisor:
             # The record of a supervisor that was killed: its epochs go on, so that none ever comes twice.
             self._status = dataclasses.replace(self._status, epoch=int((self._predecessor or {}).get("epoch", 0)))
         listener = await self._listen()
+        with contextlib.suppress(OSError):  # whoever started us may be gone
+            os.write(self._life, b"1")
+        os.close(self._life)
         self._idle_timer = loop.call_later(FIRST_LEASE_S, self._end, "nobody took a lease")
         self._move(ServerState.STARTING)
         serving = asyncio.create_task(self._serve())

@@ -71,7 +71,7 @@ class Watch:
         shortest = min(policy.stall_s, policy.answer_s, policy.stopped_s)
         self._look_s = min(_LOOK_S, max(0.05, shortest / 4))
         self._metrics_s = min(_METRICS_S, max(self._look_s, policy.stall_s / 4))
-        # A move is seen up to one look at the metrics late, and asked about one look later; the limit holds all the same.
+        # A move is seen up to one look at the metrics late, and asked about one look later: the limit still holds.
         self._quiet_s = max(policy.stall_s - self._metrics_s - self._look_s, policy.stall_s / 4)
         self._stopped = Stopped(process, policy)
         self._answered_at = self._moved_at = self._metrics_at = self._asked_at = time.monotonic()

@@ -31,6 +31,9 @@ ROOT = "MANAGED_VLLM_SERVER_ROOT"
 
 _PR_SET_PDEATHSIG = 1
 
+_TIED = ("--multiprocessing-fork", "multiprocessing.forkserver", "vllm.model_executor.models.registry")
+"""Parts of the command line of the interpreters, other than the first, that fall with their parents."""
+
 
 def register() -> None:
     """Entry point of vLLM's plugin group `vllm.general_plugins`: called once in every process of the server."""
@@ -41,8 +44,10 @@ def register() -> None:
 def at_interpreter_start() -> None:
     """Called by `sitecustomize`: ties the server's first interpreter and multiprocessing's children to their parents.
 
-    Other helpers (multiprocessing's resource tracker, compile workers) end by themselves when their pipes close, and
-    the tracker must outlive the others to remove their shared memory.
+    So is the interpreter in which vLLM 0.32 looks at a model's class that it has not met before: some ten seconds of
+    imports (`model_executor/models/registry.py`, `_run_in_subprocess`). Other helpers (multiprocessing's resource
+    tracker, compile workers) end by themselves when their pipes close, and the tracker must outlive the others to
+    remove their shared memory.
     """
     if MARKER not in os.environ:
         return
@@ -50,7 +55,7 @@ def at_interpreter_start() -> None:
     if ROOT not in os.environ:
         os.environ[ROOT] = str(os.getpid())
         fall_with_parent()
-    elif "--multiprocessing-fork" in sys.orig_argv or any("multiprocessing.forkserver" in a for a in sys.orig_argv):
+    elif any(part in word for word in sys.orig_argv for part in _TIED):
         fall_with_parent()
 
 
@@ -66,8 +71,19 @@ def fall_with_parent() -> None:
         return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() == 1 or not _supervisor_lives():
+    if _orphaned() or not _supervisor_lives():
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _orphaned() -> bool:
+    """True if our parent died before we asked: who is orphaned falls to init, or to the supervisor, a subreaper.
+
+    Only the server's first interpreter may be the supervisor's own child. Where `ROOT` is not set (`python -I`), the
+    caller is that one.
+    """
+    parent = os.getppid()
+    supervisor = os.environ.get(SUPERVISOR, "").partition(":")[0]
+    return parent == 1 or (str(parent) == supervisor and os.environ.get(ROOT, str(os.getpid())) != str(os.getpid()))
 
 
 def start_time(pid: int) -> str | None:
