@@ -1,25 +1,36 @@
 """`VLLMClient`: `generate` and `chat` in the shape of `vllm.LLM`, against any OpenAI-compatible server.
 
-Requests of one call run side by side and come back in input order. A request that the server lost (it died, was
-restarted, or answered with an "abort" that nobody asked for) is sent again when the server is back.
+Requests of one call run side by side and come back in input order. A request whose answer the server lost (it died, was
+restarted, answered with an "abort" that nobody asked for, or with half an answer) is sent again when the server is
+back; a long generation goes on where it was cut (`resume`). The caller's deadline bounds all of it: waiting for the
+server, connecting, and reading, byte by byte.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import socket
 import threading
 import time
+import urllib.request
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
+import httpcore
 
+from managed_vllm.config import is_loopback
 from managed_vllm.control import Connection
 from managed_vllm.errors import BadRequestError, RequestError, RequestTimeout, ServerDiedError, StartupError
 from managed_vllm.external import normalized_url
 from managed_vllm.outputs import CompletionOutput, Logprob, RequestOutput
+from managed_vllm.resume import Events, Generation, Losses, Lost, RetryPolicy, Step, is_long, obstacle
 from managed_vllm.sampling import SamplingParams
 
 Message = Mapping[str, Any]
@@ -27,19 +38,29 @@ Conversation = Sequence[Message]
 
 _AT_ONCE = 64
 _LOST = (500, 502, 503, 504)
-_ATTEMPTS = 4
-
-
-class Lost(Exception):
-    """The answer was lost with the server: worth another try once it is back."""
+_CONNECT_S = 10.0
+_IDLE_CONNECTION_S = 2.0
+"""vLLM's HTTP server closes a connection after 5 s without a request (uvicorn's default)."""
+_TAIL_S = 0.25
+"""For what follows the last token of a stream: read to its end, the connection can be used again."""
+_LEAVE_S = 2.0
+_KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+)
+"""A host that has vanished is noticed after two minutes, however long a generation may be silent."""
 
 
 class VLLMClient:
     """A client of one server.
 
-    `base_url` may end in `/v1` or not. `connection` is for servers that may move: it is asked before each attempt for
-    `(Connection, epoch)`, with the epoch that was lost (None at first) and the seconds that are left (None: no bound).
-    It may wait for the server to come back; it raises `TimeoutError` if that takes longer.
+    `base_url` may end in `/v1` or not. `retry` says how often a lost request is sent again. `connection` is for servers
+    that may move: it is asked before each attempt for `(Connection, epoch)`, with the epoch that was lost (None at
+    first), the seconds that are left (None: no bound), and the seconds that it may wait for another epoch before it
+    returns the lost one once more. It may wait for the server to come back, and raises `TimeoutError` if that takes
+    longer than is left. `instance` tells the server's short id, for errors.
     """
 
     def __init__(
@@ -48,28 +69,32 @@ class VLLMClient:
         api_key: str | None = None,
         model_name: str | None = None,
         *,
-        connection: Callable[[int | None, float | None], tuple[Connection, int]] | None = None,
+        retry: RetryPolicy | None = None,
+        connection: Callable[[int | None, float | None, float], tuple[Connection, int]] | None = None,
+        instance: Callable[[], str | None] | None = None,
     ) -> None:
         if connection is None:
             if base_url is None or model_name is None:
                 raise BadRequestError("VLLMClient needs base_url and model_name")
             fixed = Connection(base_url=normalized_url(base_url), api_key=api_key or "", model=model_name)
 
-            def connection(lost: int | None, timeout_s: float | None) -> tuple[Connection, int]:
+            def connection(lost: int | None, timeout_s: float | None, pause_s: float) -> tuple[Connection, int]:
                 return fixed, 0
 
         self._connection = connection
+        self._instance = instance or (lambda: None)
+        self._retry = retry or RetryPolicy()
         self._lock = threading.Lock()
-        self._http: tuple[str | None, httpx.Client] | None = None
-        self._closed = False
+        self._wires: dict[tuple[int, str | None, str], _Wire] = {}
+        self._closed = threading.Event()
 
     def close(self) -> None:
-        """Closes the pooled connections; what is in flight fails and is not sent again."""
+        """Closes all connections. What is in flight ends with `ServerDiedError` and is not sent again."""
+        self._closed.set()
         with self._lock:
-            self._closed = True
-            if self._http is not None:
-                self._http[1].close()
-                self._http = None
+            wires, self._wires = self._wires, {}
+        for wire in wires.values():
+            wire.close()
 
     def chat(
         self,
@@ -77,18 +102,36 @@ class VLLMClient:
         sampling_params: Any = None,
         *,
         timeout: float | None = None,
+        resume: bool | None = None,
         **fields: Any,
     ) -> list[RequestOutput]:
         """Answers one conversation (a list of messages) or many (a list of lists); one output each, in input order.
 
-        `sampling_params` is for all, or a list with one each. `timeout` bounds the whole call in seconds. `fields` go
-        into the request body as they are (`tools=…`, `chat_template_kwargs=…`). Raises the first `RequestError`.
+        Args:
+            messages: one conversation, or a list of them.
+            sampling_params: `SamplingParams`, a dict or a `vllm.SamplingParams`, for all or as a list with one each.
+            timeout: seconds for the whole call; None: no bound, but for a server that fails for good.
+            resume: whether tokens are kept when their server is lost, so that only the rest is generated again. None:
+                if that is possible and `max_tokens` is not given or at least `resume.RESUME_FROM`; True: a
+                `BadRequestError` says why where it is not possible; False: never.
+            **fields: go into the request body as they are (`tools=…`, `chat_template_kwargs=…`).
+
+        A generation can't be resumed, and is generated as a whole once more, with several answers (`n`), images,
+        tools, structured outputs, stop strings, `bad_words`, presence or frequency penalty, prompt logprobs, `echo`, a
+        `seed` unless the temperature is 0, a field that this library doesn't know, or a server that parses reasoning or
+        tool calls. With temperature 0 a resumed answer is what it would have been, as far as the server itself gives
+        equal answers to equal requests; candidates of `top_logprobs` behind the cut that have the same text are one.
+        Without `max_tokens` a limit from the model's generation config (`max_new_tokens`) counts anew after a loss.
+
+        Raises the first `RequestError`: `BadRequestError`, `ServerDiedError` (lost more often than `retry` allows),
+        `RequestTimeout`; or the server's own `StartupError` or `ServerStoppedError` when it is given up or stopped.
         """
         if not messages:
             return []
-        conversations: Sequence[Conversation] = [messages] if isinstance(messages[0], Mapping) else messages  # type: ignore[list-item,assignment]
+        single = isinstance(messages[0], Mapping)
+        conversations: Sequence[Conversation] = [messages] if single else messages  # type: ignore[list-item,assignment]
         bodies = [{"messages": [dict(m) for m in conversation], **fields} for conversation in conversations]
-        return self._send_all("/chat/completions", bodies, sampling_params, timeout)
+        return self._send_all("/chat/completions", bodies, sampling_params, timeout, resume, single)
 
     def generate_with_messages(
         self, messages: Any, sampling_params: Any = None, processor: Any = None, use_tqdm: bool = False
@@ -102,17 +145,25 @@ class VLLMClient:
         sampling_params: Any = None,
         *,
         timeout: float | None = None,
+        resume: bool | None = None,
         **fields: Any,
     ) -> list[RequestOutput]:
-        """Completes one prompt (text or token ids) or many; as `chat` otherwise."""
+        """Completes one prompt (text or token ids) or many; as `chat` otherwise. Without `max_tokens`: 16, as vLLM."""
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         each: Sequence[Any] = [prompts] if single else prompts
-        return self._send_all("/completions", [{"prompt": p, **fields} for p in each], sampling_params, timeout)
+        bodies = [{"prompt": p, **fields} for p in each]
+        return self._send_all("/completions", bodies, sampling_params, timeout, resume, single)
 
     # -- one request ---------------------------------------------------------------------------------------------------
 
     def _send_all(
-        self, route: str, bodies: Sequence[dict[str, Any]], sampling_params: Any, timeout: float | None
+        self,
+        route: str,
+        bodies: Sequence[dict[str, Any]],
+        sampling_params: Any,
+        timeout: float | None,
+        resume: bool | None,
+        single: bool,
     ) -> list[RequestOutput]:
         if isinstance(sampling_params, list | tuple):
             if len(sampling_params) != len(bodies):
@@ -124,96 +175,330 @@ class VLLMClient:
         chat = route.startswith("/chat")
 
         def one(index: int) -> RequestOutput:
-            body = {**bodies[index], **params[index].to_request(chat=chat), "return_token_ids": True}
-            return self._send(route, body, index, deadline)
+            try:
+                body = {**bodies[index], **params[index].to_request(chat=chat)}
+                generation = Generation(route, body, stream=_is_streamed(body, resume))
+                return self._send(generation, body, deadline, chat=chat)
+            except RequestError as error:
+                error.index = None if single else index
+                error.instance = error.instance or self._instance()
+                raise
 
         if len(bodies) == 1:
             return [one(0)]
         with ThreadPoolExecutor(min(_AT_ONCE, max(1, len(bodies)))) as pool:
             return list(pool.map(one, range(len(bodies))))
 
-    def _send(self, route: str, body: dict[str, Any], index: int, deadline: float | None) -> RequestOutput:
-        lost: int | None = None
+    def _send(
+        self, generation: Generation, body: Mapping[str, Any], deadline: float | None, *, chat: bool
+    ) -> RequestOutput:
+        losses = Losses(self._retry)
         started = time.monotonic()
-        for attempt in range(1, _ATTEMPTS + 1):
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        attempts = 0
+        lost: int | None = None
+        pause = 0.0
+        while True:
+            connection, epoch = self._connect(lost, deadline, pause)
+            if lost is not None and epoch != lost:
+                pause = losses.new_epoch()
+                self._raise_if_enough(losses)
+                self._sleep(pause, _left(deadline))
+            step = generation.next()
+            attempts += step.stream or not generation.optional
             try:
-                connection, epoch = self._connection(lost, left)
-            except StartupError:  # a start that timed out is a TimeoutError as well, and says more
-                raise
-            except TimeoutError as error:
-                raise RequestTimeout("the server was not ready before the deadline", index=index) from error
-            try:
-                answer = self._post(connection, route, {"model": connection.model, **body}, index, deadline)
-                output = _output(answer, body, chat=route.startswith("/chat"))
-                return replace(
-                    output, epoch=epoch, attempts=attempt, latency=time.monotonic() - started, model=connection.model
-                )
+                self._exchange(connection, generation, step, deadline)
+                lost, pause = None, 0.0
             except Lost as error:
-                lost = epoch
-                reason = str(error)
-                if self._closed:
-                    raise ServerDiedError("the client was closed under this request", index=index) from error
-        raise ServerDiedError(f"the server was lost {_ATTEMPTS} times under this request: {reason}", index=index)
-
-    def _post(
-        self, connection: Connection, route: str, body: dict[str, Any], index: int, deadline: float | None
-    ) -> dict[str, Any]:
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left <= 0:
-            raise RequestTimeout("the deadline passed before the request was sent", index=index)
-        # No read time-out of our own: a long generation is the caller's business.
-        timeout = httpx.Timeout(left, connect=10.0 if left is None else min(10.0, left))
-        headers = {"Authorization": f"Bearer {connection.api_key}"} if connection.api_key else {}
-        try:
-            response = self._client(connection).post(
-                connection.base_url + route, json=body, headers=headers, timeout=timeout
-            )
-        except httpx.ConnectTimeout as error:
-            raise Lost(f"can't connect to {connection.base_url}") from error
-        except httpx.TimeoutException as error:
-            raise RequestTimeout("no answer before the deadline", index=index) from error
-        except httpx.HTTPError as error:
-            raise Lost(f"{type(error).__name__}: {error}") from error
-        if response.status_code in _LOST:
-            raise Lost(f"HTTP {response.status_code}: {response.text[:500]}")
-        if response.status_code >= 400:
-            raise BadRequestError(
-                f"HTTP {response.status_code}: {_message(response)}", index=index, status=response.status_code
-            )
-        try:
-            answer = response.json()
-        except ValueError as error:
-            raise Lost(f"the answer is not JSON: {response.text[:200]!r}") from error
-        if not isinstance(answer, dict) or not answer.get("choices"):
-            raise RequestError(f"the answer has no choices: {response.text[:500]}", index=index)
-        if any(choice.get("finish_reason") == "abort" for choice in answer["choices"]):
-            raise Lost("the server aborted the request")  # vLLM 0.32 says so, with HTTP 200, while it goes down
-        return answer
-
-    def _client(self, connection: Connection) -> httpx.Client:
-        with self._lock:
-            if self._http is None or self._http[0] != connection.uds:
-                transport = httpx.HTTPTransport(uds=connection.uds) if connection.uds else None
-                loopback = connection.base_url.startswith(("http://127.", "http://localhost", "http://[::1]"))
-                limits = httpx.Limits(max_connections=None, max_keepalive_connections=_AT_ONCE, keepalive_expiry=2.0)
-                self._http = (
-                    connection.uds,
-                    httpx.Client(trust_env=not loopback, transport=transport, limits=limits),
+                if self._closed.is_set():
+                    raise ServerDiedError("the client was closed under this request") from error
+                progressed = generation.lost()
+                if not generation.complete:
+                    pause, lost = losses.add(error, progressed=progressed), epoch
+                    self._raise_if_enough(losses, error)
+            if generation.complete:
+                output = _output(generation.answer(), body, chat=chat)
+                return replace(
+                    output,
+                    epoch=epoch,
+                    attempts=attempts,
+                    latency=time.monotonic() - started,
+                    model=connection.model,
+                    resumed_tokens=generation.kept,
                 )
-            return self._http[1]
+
+    def _connect(self, lost: int | None, deadline: float | None, pause: float) -> tuple[Connection, int]:
+        again = time.monotonic() + pause
+        try:
+            connection, epoch = self._connection(lost, _left(deadline), pause)
+        except StartupError:  # a start that timed out is a TimeoutError as well, and says more
+            raise
+        except TimeoutError as error:
+            raise RequestTimeout("the server was not ready before the deadline") from error
+        if epoch == lost:
+            self._sleep(max(0.0, again - time.monotonic()), _left(deadline))
+        if self._closed.is_set():
+            raise ServerDiedError("the client was closed under this request")
+        if deadline is not None and time.monotonic() >= deadline:
+            raise RequestTimeout("the deadline passed before the request was sent")
+        return connection, epoch
+
+    @staticmethod
+    def _raise_if_enough(losses: Losses, cause: Lost | None = None) -> None:
+        if (why := losses.too_many) is not None:
+            error = ServerDiedError(why)
+            error.status = losses.status
+            raise error from cause
+
+    def _sleep(self, seconds: float, left: float | None) -> None:
+        self._closed.wait(seconds if left is None else min(seconds, left))
+
+    def _exchange(self, connection: Connection, generation: Generation, step: Step, deadline: float | None) -> None:
+        """Sends one step and feeds what comes back to the generation. Raises `Lost`, or a `RequestError` for good."""
+        body = None
+        if step.body is not None:
+            try:
+                body = json.dumps({"model": connection.model, **step.body}, separators=(",", ":"), allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise BadRequestError(f"the request can't be written as JSON: {error}") from error
+        wire = self._wire(connection)
+        url = connection.base_url.removesuffix("/v1") + step.path
+        try:
+            with wire.request(step.method, url, connection.api_key, body, deadline) as response:
+                if step.stream and response.status == 200 and _is_event_stream(response):
+                    wire.feed(response, generation)
+                    if not generation.complete:
+                        raise Lost("the stream ended before the answer did")
+                    return
+                data = response.read()
+        except httpcore.ConnectTimeout as error:
+            raise Lost(f"can't connect to {connection.base_url}") from error
+        except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
+            if generation.complete:
+                return
+            if deadline is not None and time.monotonic() >= deadline:
+                raise RequestTimeout("no answer before the deadline") from error
+            raise Lost(f"{type(error).__name__}: {error}") from error
+        except (httpcore.UnsupportedProtocol, httpcore.ProxyError, UnicodeError) as error:
+            raise RequestError(f"{connection.base_url} can't be asked: {error}") from error
+        self._take(generation, response.status, data)
+
+    @staticmethod
+    def _take(generation: Generation, status: int, data: bytes) -> None:
+        """An answer that is no stream."""
+        if status in _LOST:
+            raise Lost(f"HTTP {status}: {_message(data)}", status=status)
+        if status >= 400 and generation.optional:
+            generation.take(None)
+            return
+        if status >= 400:
+            raise BadRequestError(f"HTTP {status}: {_message(data)}", status=status)
+        try:
+            answer = json.loads(data)
+        except ValueError as error:
+            raise Lost(f"the answer is not JSON: {data[:200]!r}", status=status) from error
+        if status != 200 or not isinstance(answer, dict):
+            raise Lost(f"HTTP {status}: {data[:500]!r}", status=status)
+        try:
+            generation.take(answer)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Lost(f"not an answer: {data[:500]!r}", status=status) from error
+
+    def _wire(self, connection: Connection) -> _Wire:
+        parts = urlsplit(connection.base_url)
+        # A forked child must not share its parent's connections.
+        place = (os.getpid(), connection.uds, f"{parts.scheme}://{parts.netloc}")
+        with self._lock:
+            if self._closed.is_set():
+                raise ServerDiedError("the client was closed under this request")
+            wire = self._wires.get(place)
+            if wire is None:
+                wire = self._wires[place] = _Wire(connection)
+            return wire
+
+
+def _is_event_stream(response: httpcore.Response) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in response.headers
+    )
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _is_streamed(body: Mapping[str, Any], resume: bool | None) -> bool:
+    if body.get("stream") or body.get("stream_options"):
+        raise BadRequestError("stream= is not for this client: what comes back is whole; resume=True streams inside")
+    if resume is False or (resume is None and not is_long(body)):
+        return False
+    why = obstacle(body)
+    if why is not None and resume:
+        raise BadRequestError(f"this generation can't be resumed: {why}")
+    return why is None
+
+
+# -- connections -------------------------------------------------------------------------------------------------------
+
+
+class _Wire:
+    """The connections to one address. Each request has one deadline for everything; `close` ends those in flight."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._backend = _Backend()
+        self._inside = 0
+        self._left = threading.Condition()
+        self._pool = httpcore.ConnectionPool(
+            max_connections=None,
+            max_keepalive_connections=_AT_ONCE,
+            keepalive_expiry=_IDLE_CONNECTION_S,
+            uds=connection.uds,
+            proxy=None if connection.uds else _proxy(connection.base_url),
+            socket_options=None if connection.uds else _KEEPALIVE,
+            network_backend=self._backend,
+        )
+
+    @contextlib.contextmanager
+    def request(
+        self, method: str, url: str, api_key: str, body: str | None, deadline: float | None
+    ) -> Iterator[httpcore.Response]:
+        headers = [("Accept", "*/*")]
+        if body is not None:
+            headers.append(("Content-Type", "application/json"))
+        if api_key:
+            headers.append(("Authorization", f"Bearer {api_key}"))
+        with self._left:
+            self._inside += 1
+        self._backend.now.deadline = deadline
+        try:
+            content = None if body is None else body.encode()
+            extensions = {"timeout": {"connect": _CONNECT_S}}
+            with self._pool.stream(method, url, headers=headers, content=content, extensions=extensions) as response:
+                yield response
+        finally:
+            with self._left:
+                self._inside -= 1
+                self._left.notify_all()
+
+    def feed(self, response: httpcore.Response, generation: Generation) -> None:
+        """Reads a stream into the generation, and to its end, if that comes at once: the connection can stay then."""
+        events = Events()
+        ended = False
+        for data in response.iter_stream():
+            if ended:
+                continue
+            for event in events.feed(data):
+                generation.feed(event)
+            ended = generation.complete
+            if ended:
+                tail = time.monotonic() + _TAIL_S
+                deadline = self._backend.now.deadline
+                self._backend.now.deadline = tail if deadline is None else min(deadline, tail)
+
+    def close(self) -> None:
+        self._backend.cut()
+        with self._left:
+            # A descriptor that is closed while another thread reads it may be another file's by then.
+            if self._left.wait_for(lambda: self._inside == 0, _LEAVE_S):
+                self._pool.close()
+
+
+class _Backend(httpcore.SyncBackend):
+    """httpcore bounds each read; here `now.deadline` of the thread that reads bounds all of them together."""
+
+    def __init__(self) -> None:
+        self.now = threading.local()
+        self._lock = threading.Lock()
+        self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
+        self._cut = False
+
+    def connect_tcp(self, host: str, port: int, timeout: float | None = None, *args: Any, **kwargs: Any) -> _Stream:
+        return self._stream(super().connect_tcp(host, port, self.bounded(timeout), *args, **kwargs))
+
+    def connect_unix_socket(self, path: str, timeout: float | None = None, *args: Any, **kwargs: Any) -> _Stream:
+        return self._stream(super().connect_unix_socket(path, self.bounded(timeout), *args, **kwargs))
+
+    def _stream(self, inner: httpcore.NetworkStream) -> _Stream:
+        stream = _Stream(inner, self)
+        self.add(stream)
+        return stream
+
+    def add(self, stream: _Stream) -> None:
+        with self._lock:
+            self._streams.add(stream)
+            cut = self._cut
+        if cut:
+            stream.cut()
+
+    def cut(self) -> None:
+        """Ends every connection: who reads sees its end."""
+        with self._lock:
+            self._cut = True
+            streams = list(self._streams)
+        for stream in streams:
+            stream.cut()
+
+    def bounded(self, timeout: float | None) -> float | None:
+        deadline = getattr(self.now, "deadline", None)
+        if deadline is None:
+            return timeout
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise httpcore.ReadTimeout("the deadline passed")
+        return float(left if timeout is None else min(timeout, left))
+
+
+class _Stream(httpcore.NetworkStream):
+    def __init__(self, inner: httpcore.NetworkStream, backend: _Backend) -> None:
+        self._inner = inner
+        self._backend = backend
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._inner.read(max_bytes, self._backend.bounded(timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._inner.write(buffer, self._backend.bounded(timeout))
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def start_tls(self, *args: Any, **kwargs: Any) -> _Stream:
+        stream = _Stream(self._inner.start_tls(*args, **kwargs), self._backend)
+        self._backend.add(stream)
+        return stream
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
+
+    def cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+
+def _proxy(base_url: str) -> httpcore.Proxy | None:
+    """The proxy that the environment gives for a server elsewhere; there is none for loopback."""
+    parts = urlsplit(base_url)
+    host = parts.hostname or ""
+    if is_loopback(host) or urllib.request.proxy_bypass(host):
+        return None
+    proxies = urllib.request.getproxies()
+    url = proxies.get(parts.scheme) or proxies.get("all")
+    if not url:
+        return None
+    found = urlsplit(url if "://" in url else f"http://{url}")
+    auth = (found.username, found.password or "") if found.username else None
+    return httpcore.Proxy(f"{found.scheme}://{found.hostname}:{found.port or 80}", auth=auth)
 
 
 VLLMClientWrapper = VLLMClient
 """The name under which the service scripts know the client: `VLLMClientWrapper(base_url, api_key, model_name)`."""
 
 
-def _message(response: httpx.Response) -> str:
+def _message(data: bytes) -> str:
     try:
-        error = response.json()["error"]
+        error = json.loads(data)["error"]
         return str(error["message"] if isinstance(error, Mapping) else error)
     except (ValueError, KeyError, TypeError):
-        return response.text[:1000]
+        return data[:1000].decode(errors="replace")
 
 
 def _output(answer: Mapping[str, Any], body: Mapping[str, Any], *, chat: bool) -> RequestOutput:

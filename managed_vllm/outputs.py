@@ -34,7 +34,11 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """The answer to one request. `latency` is in seconds, `attempts` counts sendings, `epoch` the server's life."""
+    """The answer to one request. `latency` is in seconds, `attempts` counts sendings.
+
+    `epoch` is the life of the server that ended the answer; `resumed_tokens` of its tokens came from lives or
+    connections before, and were not generated again.
+    """
 
     request_id: str
     prompt: str | None
@@ -44,5 +48,6 @@ class RequestOutput:
     epoch: int = 0
     latency: float = 0.0
     attempts: int = 1
+    resumed_tokens: int = 0
     finished: bool = True
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -402,36 +402,57 @@ class Supervisor:
         self, probe: Probe, process: ServerProcess, stopped: Stopped
     ) -> Diagnosis | _RestartAsked | None:
         """Waits until the server is ready (None), has failed, or somebody wants it started anew."""
-        started = time.monotonic()
+        started = looked = time.monotonic()
         policy = self._watch_policy
         moved, seen = started, self._startup.progress
-        looked = started
-        while True:
-            if process.exited.is_set():
-                await asyncio.to_thread(process.drain)
-                return diagnosis.diagnose(list(process.lines), returncode=process.returncode)
-            if self._restart_asked.is_set():
-                return _RestartAsked()
-            now = time.monotonic()
-            if self._startup.progress != seen:
-                moved, seen = now, self._startup.progress
-            moved = max(moved, process.last_news)
-            if now - started > policy.startup_timeout_s:
-                return diagnosis.timed_out(seen, limit_s=policy.startup_timeout_s, silent=False)
-            if now - moved > policy.startup_silence_s:
-                return diagnosis.timed_out(seen, limit_s=policy.startup_silence_s, silent=True)
-            if now - looked > _LOOK_S:
-                looked = now
-                await process.record_descendants()
-                await self._record_shared_memory(process)
-                if found := stopped.look():
-                    return found
-            if (await probe.is_up(2.0)).ok and await self._is_ours(process):
-                break
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.exited.wait(), _POLL_S)
-        self._progress(Progress(Stage.WARMING_UP))
-        return await self._first_request(probe, process)
+        asking: asyncio.Task[Diagnosis | None] | None = None
+        exited = asyncio.create_task(process.exited.wait())
+        try:
+            while True:
+                if process.exited.is_set():
+                    await asyncio.to_thread(process.drain)
+                    return diagnosis.diagnose(list(process.lines), returncode=process.returncode)
+                if self._restart_asked.is_set():
+                    return _RestartAsked()
+                now = time.monotonic()
+                if self._startup.progress != seen:
+                    moved, seen = now, self._startup.progress
+                moved = max(moved, process.last_news)
+                if now - started > policy.startup_timeout_s:
+                    return diagnosis.timed_out(seen, limit_s=policy.startup_timeout_s, silent=False)
+                if asking is None and now - moved > policy.startup_silence_s:
+                    return diagnosis.timed_out(seen, limit_s=policy.startup_silence_s, silent=True)
+                if now - looked > _LOOK_S:
+                    looked = now
+                    await process.record_descendants()
+                    await self._record_shared_memory(process)
+                    if found := stopped.look():
+                        return found
+                if asking is None and (await probe.is_up(2.0)).ok and await self._is_ours(process):
+                    self._progress(Progress(Stage.WARMING_UP))
+                    asking = asyncio.create_task(self._first_request(probe))
+                if asking is not None and asking.done():
+                    refused = asking.result()
+                    if refused is None:
+                        return None
+                    await asyncio.wait({exited}, timeout=1.0)  # the answer may be the first sign of a death
+                    if not exited.done():
+                        return refused
+                awaited = {exited} if asking is None else {exited, asking}
+                wait_s = _POLL_S if asking is None else _LOOK_S
+                await asyncio.wait(awaited, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (exited, asking):
+                if task is not None:
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+
+    async def _first_request(self, probe: Probe) -> Diagnosis | None:
+        for question in (probe.serves_model, probe.generates):
+            answer = await question(self._watch_policy.first_request_s)
+            if not answer.ok:
+                return diagnosis.diagnose_first_request(answer.status, answer.body)
+        return None
 
     async def _is_ours(self, process: ServerProcess) -> bool:
         """The port is served by our process, not by somebody who took it before vLLM could."""
@@ -440,32 +461,6 @@ class Supervisor:
         owns = await asyncio.to_thread(process.owns_port, self._port)
         # The command of `command=` may be a wrapper, with the server in a container of its own.
         return owns is True or (owns is None and self._spec.command is not None)
-
-    async def _first_request(self, probe: Probe, process: ServerProcess) -> Diagnosis | _RestartAsked | None:
-        async def ask() -> Diagnosis | None:
-            for question in (probe.serves_model, probe.generates):
-                answer = await question(self._watch_policy.first_request_s)
-                if not answer.ok:
-                    return diagnosis.diagnose_first_request(answer.status, answer.body)
-            return None
-
-        asking = asyncio.create_task(ask())
-        dying = asyncio.create_task(process.exited.wait())
-        try:
-            await asyncio.wait({asking, dying}, return_when=asyncio.FIRST_COMPLETED)
-            if asking.done() and asking.result() is None:
-                return None
-            if not dying.done():  # the answer may be the first sign of a death
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(dying), 1.0)
-            if dying.done():
-                await asyncio.to_thread(process.drain)
-                return diagnosis.diagnose(list(process.lines), returncode=process.returncode)
-            return asking.result()
-        finally:
-            for task in (asking, dying):
-                task.cancel()
-            await asyncio.gather(asking, dying, return_exceptions=True)
 
     def _choose_address(self) -> Connection:
         """The same address for every epoch where it can be kept."""

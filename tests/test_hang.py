@@ -16,7 +16,7 @@ from processes import INSTANT, eventually, tree
 
 from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy
 from managed_vllm.config import WatchPolicy
-from managed_vllm.diagnosis import Cause, Diagnosis
+from managed_vllm.diagnosis import Cause, Diagnosis, Stage
 from managed_vllm.errors import ConfigError, EngineDiedError, StartupTimeoutError
 
 PROMPT = "what next?"
@@ -163,6 +163,17 @@ def test_a_stopped_process_during_the_start_is_found(home: Path) -> None:
     with llm:
         pid = eventually(lambda: llm.status().server_pid, "launched")
         psutil.Process(pid).suspend()
+        with pytest.raises(EngineDiedError) as caught:
+            llm.wait_ready(30)
+        assert caught.value.diagnosis.cause is Cause.PROCESS_STOPPED
+
+
+def test_a_process_stopped_under_the_first_request_is_found(home: Path) -> None:
+    llm = server(HangPolicy(stopped_s=0.5), token_s=3600)
+    llm._wait = False
+    with llm:
+        eventually(lambda: llm.status().stage == Stage.WARMING_UP, "it is asked for its first token")
+        psutil.Process(llm.status().server_pid).suspend()
         with pytest.raises(EngineDiedError) as caught:
             llm.wait_ready(30)
         assert caught.value.diagnosis.cause is Cause.PROCESS_STOPPED

@@ -1,0 +1,384 @@
+"""What a client does with lost answers, against a server that plays a script: retried, bounded, and told in types."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from processes import eventually
+
+from managed_vllm import RetryPolicy, VLLMClient
+from managed_vllm.control import Connection
+from managed_vllm.errors import BadRequestError, RequestTimeout, ServerDiedError
+from managed_vllm.resume import Losses, Lost
+
+Act = Callable[[socket.socket], None]
+QUICK = RetryPolicy(max_lost=4, backoff_initial_s=0.01)
+
+ANSWER = {"id": "1", "choices": [{"index": 0, "text": "fine", "token_ids": [7], "finish_reason": "stop"}]}
+
+
+def http(body: bytes, status: int = 200, kind: str = "application/json", *, length: int | None = None) -> bytes:
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(body) if length is None else length}"
+    return head.encode() + b"\r\n\r\n" + body
+
+
+def says(answer: Any, status: int = 200) -> Act:
+    """Answers with JSON."""
+    return lambda client: client.sendall(http(json.dumps(answer).encode(), status))
+
+
+def sends(data: bytes, *, then_closes: bool = True) -> Act:
+    """Sends these bytes."""
+
+    def act(client: socket.socket) -> None:
+        client.sendall(data)
+        if then_closes:
+            client.shutdown(socket.SHUT_RDWR)
+
+    return act
+
+
+def drips(head: bytes, drop: bytes = b" ") -> Act:
+    """Sends the first bytes, then a little every 20 ms, for ever."""
+
+    def act(client: socket.socket) -> None:
+        client.sendall(head)
+        while True:
+            time.sleep(0.02)
+            client.sendall(drop)
+
+    return act
+
+
+def hangs(client: socket.socket) -> None:
+    """Never answers; returns when the client has hung up."""
+    while client.recv(1024):
+        pass
+
+
+def streams(*events: Any, ends: bool = True) -> Act:
+    """A stream of events, chunked as vLLM does it; `ends`: with its end."""
+
+    def act(client: socket.socket) -> None:
+        client.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n")
+        client.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
+        for event in events:
+            data = b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n"
+            client.sendall(b"%x\r\n%b\r\n" % (len(data), data))
+        if ends:
+            client.sendall(b"0\r\n\r\n")
+        else:
+            hangs(client)
+
+    return act
+
+
+def token(number: int, finish: str | None = None, **more: Any) -> dict[str, Any]:
+    choice = {"index": 0, "text": f"t{number} ", "token_ids": [number], "finish_reason": finish, **more}
+    return {"id": "1", "choices": [choice]}
+
+
+FIRST = token(1, prompt_token_ids=[50, 51])
+
+
+class Script:
+    """A server that does one act of its script for each request; the last one again and again."""
+
+    def __init__(self, *acts: Act) -> None:
+        self._acts = list(acts)
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.connections = 0
+        self.hung_up = 0
+        self._lock = threading.Lock()
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._socket.accept()
+                self.connections += 1
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client, client.makefile("rb") as file:
+            while line := file.readline():
+                size = 0
+                while (header := file.readline()) not in (b"\r\n", b""):
+                    if found := re.match(rb"content-length: (\d+)", header, re.IGNORECASE):
+                        size = int(found[1])
+                body = json.loads(file.read(size) or b"null")
+                with self._lock:
+                    self.requests.append((line.split()[1].decode(), body))
+                    act = self._acts.pop(0) if len(self._acts) > 1 else self._acts[0]
+                act(client)
+        self.hung_up += 1
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def script() -> Iterator[Callable[..., Script]]:
+    made: list[Script] = []
+
+    def make(*acts: Act) -> Script:
+        made.append(Script(*acts))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.close()
+
+
+@contextlib.contextmanager
+def client_of(server: Script, retry: RetryPolicy = QUICK, **options: Any) -> Iterator[VLLMClient]:
+    client = VLLMClient(server.url, "key", "m", retry=retry, **options)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+LOSSES: dict[str, Act] = {
+    **{f"HTTP {status}": says({"error": {"message": "x"}}, status) for status in (500, 502, 503, 504)},
+    "closed at once": sends(b""),
+    "closed in the head": sends(b"HTTP/1.1 200 OK\r\nContent-Ty"),
+    "truncated": sends(http(json.dumps(ANSWER).encode()[:30], length=500)),
+    "garbage": sends(http(b"<html>gateway</html>"), then_closes=False),
+    "not HTTP": sends(b"\x00\x01\x02 nonsense\r\n\r\n"),
+    "no object": says([1, 2]),
+    "no choices": says({"error": {"message": "the engine died", "code": 500}}),
+    "empty choices": says({"choices": []}),
+    "choices of another kind": says({"choices": [5]}),
+    "abort": says({"choices": [{"index": 0, "text": "", "finish_reason": "abort"}]}),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_lost_answer_is_asked_for_again(script: Callable[..., Script], loss: str) -> None:
+    server = script(LOSSES[loss], says(ANSWER))
+    with client_of(server) as client:
+        output = client.generate("x", {"max_tokens": 4})[0]
+    assert output.outputs[0].text == "fine"
+    assert output.attempts == 2
+    assert output.resumed_tokens == 0
+
+
+STREAM_LOSSES: dict[str, Act] = {
+    "error in the stream": streams(FIRST, token(2), {"error": {"message": "engine", "code": 500}}, b"[DONE]"),
+    "abort": streams(FIRST, token(2), token(3, "abort", text="", token_ids=[]), b"[DONE]"),
+    "ended early": streams(FIRST, token(2), b"[DONE]"),
+    "without its end": streams(FIRST, token(2)),
+    "half an event": sends(
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        + b"".join(
+            b"%x\r\ndata: %b\n\n\r\n" % (len(e) + 8, e) for e in [json.dumps(t).encode() for t in (FIRST, token(2))]
+        )
+        + b'1000\r\ndata: {"id": "cmpl'
+    ),
+    "garbage": streams(FIRST, token(2), b"{garbage"),
+    "another shape": streams(FIRST, token(2), {"choices": [{"index": 0}]}),
+}
+
+
+@pytest.mark.parametrize("loss", STREAM_LOSSES)
+def test_a_lost_stream_goes_on_with_the_tokens_so_far(script: Callable[..., Script], loss: str) -> None:
+    server = script(STREAM_LOSSES[loss], streams(token(3), token(4, "length"), b"[DONE]"))
+    with client_of(server) as client:
+        output = client.generate("x", {"max_tokens": 4, "temperature": 0}, resume=True)[0]
+    assert output.outputs[0].token_ids == (1, 2, 3, 4)
+    assert output.outputs[0].text == "t1 t2 t3 t4 "
+    assert output.outputs[0].finish_reason == "length"
+    assert output.prompt_token_ids == (50, 51)
+    assert (output.attempts, output.resumed_tokens) == (2, 2)
+    path, body = server.requests[1]
+    assert path == "/v1/completions"
+    assert body["prompt"] == [50, 51, 1, 2]
+    assert body["max_tokens"] == 2
+    assert output.raw["usage"] == {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6}
+
+
+def test_a_server_that_does_not_stream_is_understood(script: Callable[..., Script]) -> None:
+    with client_of(script(says(ANSWER))) as client:
+        assert client.generate("x", {"max_tokens": 4}, resume=True)[0].outputs[0].text == "fine"
+
+
+def test_a_stream_that_never_ends_after_its_last_token_is_an_answer_and_is_hung_up(
+    script: Callable[..., Script],
+) -> None:
+    server = script(streams(FIRST, token(2, "stop"), ends=False))
+    with client_of(server) as client:
+        started = time.monotonic()
+        assert client.generate("x", {"max_tokens": 9}, resume=True)[0].outputs[0].token_ids == (1, 2)
+        assert time.monotonic() - started < 2
+        eventually(lambda: server.hung_up == 1, "the connection was closed")
+
+
+def test_a_stream_read_to_its_end_leaves_its_connection_for_the_next(script: Callable[..., Script]) -> None:
+    server = script(streams(FIRST, token(2, "stop"), b"[DONE]"))
+    with client_of(server) as client:
+        for _ in range(5):
+            client.generate("x", {"max_tokens": 9}, resume=True)
+    assert server.connections == 1
+
+
+def test_answers_lost_too_often_are_an_error_that_says_so(script: Callable[..., Script]) -> None:
+    server = script(says({"error": {"message": "the wheel came off"}}, 503))
+    with client_of(server, instance=lambda: "demo-1") as client:
+        with pytest.raises(ServerDiedError, match=r"lost 4 times in a row.*the wheel came off") as caught:
+            client.generate(["x", "y"], {"max_tokens": 4})
+        assert caught.value.index in (0, 1)
+        assert caught.value.instance == "demo-1"
+        assert caught.value.status == 503
+    assert len(server.requests) == 8
+
+
+def test_nobody_there_is_an_error_without_any_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    client = VLLMClient(f"http://127.0.0.1:{port}", "", "m", retry=QUICK)
+    with pytest.raises(ServerDiedError, match="lost 4 times in a row"):
+        client.generate("x")
+    patient = VLLMClient(f"http://127.0.0.1:{port}", "", "m", retry=RetryPolicy(max_lost=10_000))
+    started = time.monotonic()
+    with pytest.raises(RequestTimeout):
+        patient.generate("x", timeout=0.5)
+    assert time.monotonic() - started < 1.5
+
+
+STUCK: dict[str, Act] = {
+    "silent": hangs,
+    "a head that drips": drips(b"HTTP/1.1 200 OK\r\n", b"x: y\r\n"),
+    "a body that drips": drips(b'HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n{"a": '),
+    "a stream that drips": drips(
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n", b"2\r\n:\n\r\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("stuck", STUCK)
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_deadline_holds_whatever_the_server_does(script: Callable[..., Script], stuck: str, resume: bool) -> None:
+    with client_of(script(STUCK[stuck])) as client:
+        started = time.monotonic()
+        with pytest.raises(RequestTimeout) as caught:
+            client.generate("x", {"max_tokens": 9}, timeout=0.6, resume=resume)
+        assert 0.5 < time.monotonic() - started < 1.2
+        assert caught.value.index is None
+
+
+@pytest.mark.parametrize("stuck", STUCK)
+def test_close_ends_what_is_in_flight(script: Callable[..., Script], stuck: str) -> None:
+    server = script(STUCK[stuck])
+    client = VLLMClient(server.url, "key", "m", retry=QUICK)
+    raised: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            client.generate(["x", "y"], {"max_tokens": 9})
+        except BaseException as error:
+            raised.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    eventually(lambda: len(server.requests) == 2, "both are in flight")
+    started = time.monotonic()
+    client.close()
+    asking.join(5)
+    assert time.monotonic() - started < 1
+    assert isinstance(raised[0], ServerDiedError)
+    assert "closed" in str(raised[0])
+    with pytest.raises(ServerDiedError, match="closed"):
+        client.generate("x")
+
+
+@pytest.mark.parametrize("status", [400, 404, 422])
+def test_what_the_server_refuses_is_not_sent_again(script: Callable[..., Script], status: int) -> None:
+    server = script(says({"error": {"message": "no"}}, status))
+    with client_of(server) as client, pytest.raises(BadRequestError) as caught:
+        client.generate(["x"], {"max_tokens": 4}, resume=True)
+    assert (caught.value.status, caught.value.index) == (status, 0)
+    assert len(server.requests) == 1
+
+
+def test_what_cannot_be_asked_is_refused_before_anything_is_sent(script: Callable[..., Script]) -> None:
+    server = script(says(ANSWER))
+    with client_of(server) as client:
+        with pytest.raises(BadRequestError, match="can't be resumed: n=2: there are several answers"):
+            client.generate("x", {"n": 2}, resume=True)
+        with pytest.raises(BadRequestError, match="stream= is not for this client"):
+            client.generate("x", stream=True)
+        with pytest.raises(BadRequestError, match="can't be written as JSON"):
+            client.generate("x", user=object())
+    assert server.requests == []
+
+
+# -- deaths ------------------------------------------------------------------------------------------------------------
+
+
+def client_of_epochs(server: Script, retry: RetryPolicy) -> VLLMClient:
+    """A client of a server that is in a new life after each loss."""
+    epochs = iter(range(1, 100))
+    now = [next(epochs)]
+
+    def connection(lost: int | None, timeout_s: float | None, pause_s: float) -> tuple[Connection, int]:
+        if lost == now[0]:
+            now[0] = next(epochs)
+        return Connection(base_url=f"{server.url}/v1", api_key="", model="m"), now[0]
+
+    return VLLMClient(connection=connection, retry=retry)
+
+
+def test_a_request_under_which_the_server_dies_again_and_again_is_given_up(script: Callable[..., Script]) -> None:
+    server = script(sends(b""))
+    client = client_of_epochs(server, RetryPolicy(spread_s=0))
+    with pytest.raises(ServerDiedError, match="the server died 3 times under this request; it may be what kills it"):
+        client.generate("x")
+    client.close()
+    assert len(server.requests) == 3
+
+
+def test_a_generation_that_goes_on_may_lose_its_server_any_number_of_times(script: Callable[..., Script]) -> None:
+    parts = [streams(token(number)) for number in range(2, 30)]
+    server = script(streams(FIRST), *parts, streams(token(30, "stop")))
+    client = client_of_epochs(server, RetryPolicy(spread_s=0))
+    output = client.generate("x", {"max_tokens": 99}, resume=True)[0]
+    client.close()
+    assert output.outputs[0].token_ids == tuple(range(1, 31))
+    assert (output.attempts, output.epoch, output.resumed_tokens) == (30, 30, 29)
+
+
+def test_a_generation_that_kills_its_server_at_the_same_place_is_given_up(script: Callable[..., Script]) -> None:
+    server = script(streams(FIRST, token(2)), sends(b""))
+    client = client_of_epochs(server, RetryPolicy(spread_s=0))
+    with pytest.raises(ServerDiedError, match="died 3 times"):
+        client.generate("x", {"max_tokens": 99}, resume=True)
+    client.close()
+    assert len(server.requests) == 3
+
+
+def test_pauses_double_with_full_jitter_and_who_waited_for_a_new_epoch_is_spread() -> None:
+    policy = RetryPolicy(max_lost=100, max_deaths=100)
+    pauses: list[list[float]] = [[] for _ in range(9)]
+    for _ in range(300):
+        losses = Losses(policy)
+        for each in pauses:
+            each.append(losses.add(Lost("x"), progressed=False))
+    for number, each in enumerate(pauses):
+        longest = min(2.0, 0.05 * 2**number)
+        assert 0.9 * longest < max(each) <= longest
+        assert min(each) < 0.1 * longest
+    spread = [Losses(policy).new_epoch() for _ in range(1000)]
+    assert 0.18 < max(spread) <= 0.2
+    in_one_ms = max(sum(1 for value in spread if int(value * 1000) == ms) for ms in range(200))
+    assert in_one_ms < 30
