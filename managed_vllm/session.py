@@ -19,11 +19,13 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
+
+import filelock
 
 from managed_vllm import external, registry
 from managed_vllm.config import Address, HangPolicy, RestartPolicy, ServerSpec, WatchPolicy, is_loopback
@@ -32,6 +34,7 @@ from managed_vllm.diagnosis import error_for
 from managed_vllm.errors import (
     ConfigError,
     ConfigMismatchError,
+    ManagedVLLMError,
     NoServerError,
     ServerStoppedError,
     StateDirectoryError,
@@ -57,6 +60,7 @@ KEEP_ALIVE_S = 5.0
 
 _SUPERVISOR_PATIENCE_S = 60.0
 _KILLED_SUPERVISORS = 5
+_ANSWER_S = 10.0
 
 
 class ManagedVLLM:
@@ -225,7 +229,18 @@ class ManagedVLLM:
 
     # -- attaching -----------------------------------------------------------------------------------------------------
 
-    def _attach(self) -> None:
+    @contextlib.contextmanager
+    def _locked(self, deadline: float | None) -> Iterator[None]:
+        """The lock; another thread may hold it for as long as it starts a supervisor. Raises `TimeoutError`."""
+        if not self._lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise TimeoutError
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _attach(self, deadline: float | None = None) -> None:
+        """Takes a lease, if there is none. Raises `TimeoutError` where the deadline (monotonic clock) passes before."""
         if self._external is not None or (self._channel is not None and not self._channel.closed):
             return
         self._raise_if_over(self._channel)
@@ -238,7 +253,7 @@ class ManagedVLLM:
         instance = self._target or self._find(home)
         if self._name is not None and self._spec is not None:
             registry.claim_name(home, self._name, instance.id, self._differences)
-        self._channel = self._lease(instance)
+        self._channel = self._lease(instance, deadline)
         self._target = instance
 
     def _find(self, home: Path) -> Instance:
@@ -263,20 +278,21 @@ class ManagedVLLM:
             raise NoServerError(f"{what}{_listed(names)}; say which one with model= or name=", candidates=names)
         return alive[0]
 
-    def _lease(self, instance: Instance) -> Channel:
+    def _lease(self, instance: Instance, deadline: float | None) -> Channel:
         """Connects to the instance's supervisor, or becomes the one who starts it."""
-        deadline = time.monotonic() + _SUPERVISOR_PATIENCE_S
+        patience = time.monotonic() + _SUPERVISOR_PATIENCE_S
+        until = patience if deadline is None else min(patience, deadline)
         killed = 0
         while True:
             channel = self._knock(instance)
             if channel is None and self._spec is None:
                 raise NoServerError(f"the server {instance.id} is not running any more; give model= to start one")
             if channel is not None:
-                reply = self._ask_for_lease(channel, instance)
+                reply = self._ask_for_lease(channel, instance, deadline)
                 if reply is not None and reply["ok"]:
                     return self._admitted(channel, reply, instance)
-                self._wait_for_the_end(channel, deadline)
-            elif self._spec is not None and not self._elect(instance, self._spec):
+                self._wait_for_the_end(channel, until)
+            elif self._spec is not None and not self._elect(instance, self._spec, until):
                 killed += 1
                 if killed >= _KILLED_SUPERVISORS:
                     raise SupervisorError(
@@ -284,7 +300,9 @@ class ManagedVLLM:
                         instance=instance.id,
                         log_path=str(instance.supervisor_log),
                     )
-            if time.monotonic() > deadline:
+            if time.monotonic() > until:
+                if until != patience:
+                    raise TimeoutError
                 raise SupervisorError(
                     f"the supervisor neither answers nor ends within {_SUPERVISOR_PATIENCE_S:g} s; "
                     f"its pid is {(instance.read_record() or {}).get('pid')}, its log {instance.supervisor_log}",
@@ -315,21 +333,24 @@ class ManagedVLLM:
         except OSError:
             return None
 
-    def _ask_for_lease(self, channel: Channel, instance: Instance) -> dict[str, Any] | None:
+    def _ask_for_lease(self, channel: Channel, instance: Instance, deadline: float | None) -> dict[str, Any] | None:
         """The supervisor's reply; None if it left in this very moment."""
+        left = _ANSWER_S if deadline is None else max(0.0, min(_ANSWER_S, deadline - time.monotonic()))
         try:
-            return channel.request("lease", keep_alive_s=self._keep_alive_s, what=_who())
+            return channel.request("lease", timeout_s=left, keep_alive_s=self._keep_alive_s, what=_who())
         except ConnectionError:
             return None
         except TimeoutError as error:
             channel.close()
+            if left < _ANSWER_S:
+                raise
             pid = (instance.read_record() or {}).get("pid")
             raise SupervisorError(
                 f"the supervisor (pid {pid}) does not answer; if it is stopped or stuck, end it: kill -9 {pid}",
                 instance=instance.id,
             ) from error
 
-    def _elect(self, instance: Instance, spec: ServerSpec) -> bool:
+    def _elect(self, instance: Instance, spec: ServerSpec, until: float) -> bool:
         """Spawns the supervisor, unless another user does or the last one is still on its way out.
 
         False: the one that was spawned was killed at once.
@@ -339,14 +360,17 @@ class ManagedVLLM:
         spec.check()
         try:
             instance.create()
-            with instance.start_lock().acquire(timeout=_SUPERVISOR_PATIENCE_S, poll_interval=0.01):
+            left = max(0.0, until - time.monotonic())
+            with instance.start_lock().acquire(timeout=left, poll_interval=0.01):
                 if registry.is_alive(instance):
                     time.sleep(0.01)
                     return True
                 self._started_it = supervisor.spawn(instance, spec, self._watch, self._address)
                 return self._started_it
-        except StateDirectoryError:
+        except (StateDirectoryError, SupervisorError):
             raise
+        except filelock.Timeout:
+            return True  # somebody else has been at it all the time; the caller's patience decides
         except OSError as error:
             if error.errno != errno.ENOENT:
                 raise StateDirectoryError(
@@ -426,8 +450,13 @@ class ManagedVLLM:
         while True:
             channel = self._channel
             if channel is None or channel.closed:
-                with self._lock:
-                    self._attach()
+                try:
+                    with self._locked(deadline):
+                        self._attach(deadline)
+                except TimeoutError as error:
+                    if isinstance(error, ManagedVLLMError):
+                        raise
+                    raise TimeoutError(f"the server was not ready within {timeout:g} s") from None
                 channel = self._channel
                 if channel is None:
                     return self.wait_ready(timeout)
@@ -473,8 +502,9 @@ class ManagedVLLM:
         What was lost may have been one connection only: a later epoch is waited for `pause_s` seconds, unless the
         supervisor has noticed a death.
         """
-        with self._lock:
-            self._attach()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._locked(deadline):
+            self._attach(deadline)
         if self._external is not None:
             return self._external, 0
         if lost_epoch is not None:
@@ -484,7 +514,7 @@ class ManagedVLLM:
                     lambda now: now is None or now.epoch > lost_epoch or now.state is not ServerState.READY,
                     pause_s if timeout_s is None else min(pause_s, timeout_s),
                 )
-        status = self.wait_ready(timeout_s)
+        status = self.wait_ready(None if deadline is None else max(0.0, deadline - time.monotonic()))
         assert status.connection is not None
         return status.connection, status.epoch
 

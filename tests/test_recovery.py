@@ -17,7 +17,7 @@ from processes import INSTANT, assert_nothing_left, eventually, is_live, tree
 
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, ServerStatus, registry
 from managed_vllm.diagnosis import Cause
-from managed_vllm.errors import EngineDiedError, ManagedVLLMError
+from managed_vllm.errors import EngineDiedError, ManagedVLLMError, RequestTimeout
 from managed_vllm.in_server.managed_vllm_lifeline import start_time
 
 TESTS = Path(__file__).parent
@@ -224,6 +224,20 @@ def test_epochs_go_on_when_the_supervisor_was_killed(home: Path) -> None:
         assert status.supervisor_pid is not None
         os.kill(status.supervisor_pid, signal.SIGKILL)
         assert llm.generate("next")[0].epoch == 3
+
+
+def test_a_deadline_bounds_the_wait_for_a_supervisor_that_does_not_answer(home: Path) -> None:
+    with server() as llm:
+        supervisor = psutil.Process(llm.status().supervisor_pid)
+        supervisor.suspend()
+        other = server()
+        try:
+            started = time.monotonic()
+            with pytest.raises(RequestTimeout):
+                other.generate("x", timeout=0.5)
+            assert time.monotonic() - started < 8
+        finally:
+            supervisor.resume()
 
 
 def test_a_fault_of_the_supervisor_itself_is_told_and_leaves_nothing(
