@@ -983,6 +983,9 @@ _FATAL = r"^(?:WorkerProc|EngineCore|Ray\w*Proc) (?:failed|encountered a fatal e
 _CHAINED = r"^(?:The above exception was the direct cause|During handling of the above exception)"
 _PRINTED = r"^(?:INFO:|WARNING:|ERROR:|Process \S+:$|\[[WIE]\d|nanobind|\S+:\d+: \w*Warning: |\s*warnings\.warn)"
 _CHATTER = r"resource_tracker|^nanobind|^\s*warnings\.warn|^ - leaked|\[shutdown\]|^INFO:|Warning: "
+_CUT_SPAWN = (
+    r"load\(from_parent\)|in _launch\n[\s\S]*BrokenPipeError"  # multiprocessing: spawn.py, popen_spawn_posix.py
+)
 _MAX_MESSAGE_LINES = 20
 
 
@@ -1026,8 +1029,13 @@ class _Log:
                     who, text = _split_prefix(_clean(part))
                     self.lines.append(text)
                     self._take(who, text)
+        self.cut_spawn = False
         for chain in self.chains:
             chain.exceptions = [e for e in chain.exceptions if e.message and not re.search(_GENERIC, e.text)]
+            cut = [e for e in chain.exceptions if re.search(_CUT_SPAWN, "\n".join([*e.frames, e.text]))]
+            if cut:  # one process was killed while it spawned the other: what the other says of it is no cause
+                self.cut_spawn = True
+                chain.exceptions = [e for e in chain.exceptions if e not in cut]
         self.chains = [chain for chain in self.chains if chain.exceptions]
         self.text = "\n".join(self.lines)
 
@@ -1136,6 +1144,13 @@ def diagnose(lines: Sequence[str], *, returncode: int | None) -> Diagnosis:
     roots = log.roots()
     if not roots and (found := _first_match(_DEATHS, log)):
         return found
+    if not roots and log.cut_spawn:
+        return Diagnosis(
+            Cause.ENGINE_DIED,
+            "a process of the server was killed while it was being started",
+            _tidy(log.last_line()),
+            "look into `dmesg` (OOM killer)",
+        )
     how = "still runs, but has failed" if returncode is None else f"ended with exit code {returncode}"
     return Diagnosis(
         Cause.UNKNOWN,

@@ -187,6 +187,11 @@ class _NotLaunched(Exception):
         self.reason = reason
 
 
+_WITHOUT_A_WORD = frozenset(
+    {Cause.KILLED, Cause.ENGINE_DIED, Cause.WORKER_DIED, Cause.PROCESS_STOPPED, Cause.API_SERVER_HUNG}
+)
+"""Ends from outside. Where a *first* start ends otherwise, with words of its own, another one would end in the same."""
+
 _HANGS = frozenset(
     {
         Cause.ENGINE_HUNG,
@@ -321,7 +326,7 @@ class Supervisor:
             while crashes and now - crashes[0] > policy.window_s:
                 crashes.popleft()
             given_up = ended.permanent or ended.cause in policy.not_retried or policy.max_restarts == 0
-            if given_up or not served:
+            if given_up or not (served or ended.cause in _WITHOUT_A_WORD):
                 await self._fail(ended)
                 return
             if len(crashes) >= policy.max_restarts:

@@ -4,7 +4,8 @@ Run as a program it takes vLLM's flags (`--host --port --uds --model --served-mo
 orders of the environment variable STANDIN, a JSON object:
 
     start_s      seconds of "loading" before it listens            say        lines to print before anything else
-    exit         exit code with which it ends instead of serving   exit_after seconds of serving, then exit with `exit`
+    exit         exit code (or "SIGKILL") with which it ends instead of serving
+    exit_after seconds of serving, then exit with `exit`
     silent       true: never listens, never says anything          ignore_sigterm  true
     count        file to which it appends a line at each start     token_s    seconds per token, default 0
     tree         true: EngineCore and Worker are processes below it, as vLLM's; else threads in it
@@ -15,7 +16,7 @@ orders of the environment variable STANDIN, a JSON object:
     steal_port   true: a stranger takes the port before it, and it ends; a path: only once, after which the path exists
     chatter      a line with {n}, counted up, that it goes on saying for ever; it never listens
     paused       true: /is_paused says so
-    shm          true: the Worker maps a segment /dev/shm/psm_… and leaves it behind; a path: it is noted there
+    shm          true: the Worker maps a segment /dev/shm/psm_…; a path: it is noted there
 
 A file named `<number>-<kind>` in the folder `faults` is claimed by the next generation request of more than one token
 (renamed to `<name>.claimed`) and acted upon once, where it fits after half of that request's tokens:
@@ -540,6 +541,8 @@ def main() -> None:
             print(order["chatter"].format(n=n % 60), flush=True)
             time.sleep(0.1)
     if "exit" in order and "exit_after" not in order:
+        if order["exit"] == "SIGKILL":
+            os.kill(os.getpid(), signal.SIGKILL)
         sys.exit(order["exit"])
     if order.get("orphans"):
         subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 3600 & wait; wait"], start_new_session=True)

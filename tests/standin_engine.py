@@ -350,23 +350,18 @@ def run_worker(engine: Connection, shm: bool | str) -> None:
             if message == "hang-worker":
                 _sleep_for_ever()
             engine.send([_next(state) for state in message])
-            assert segment is None or len(segment)
+            assert segment is None or segment.size
 
 
 def _shared_memory(noted_in: bool | str) -> Any:
-    """A mapped segment as Python's `shared_memory` makes it, without the tracker that would remove it."""
-    import mmap
-    import secrets
+    """A mapped segment; Python's resource tracker removes it, if that is not killed as well."""
+    from multiprocessing import shared_memory
 
-    path = f"/dev/shm/psm_{secrets.token_hex(4)}"
+    segment = shared_memory.SharedMemory(create=True, size=4096)
     if isinstance(noted_in, str):
         with open(noted_in, "a") as notes:
-            notes.write(f"{path}\n")
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-    os.ftruncate(descriptor, 4096)
-    mapped = mmap.mmap(descriptor, 4096)
-    os.close(descriptor)
-    return mapped
+            notes.write(f"/dev/shm/{segment.name}\n")
+    return segment
 
 
 assert sys.platform.startswith("linux"), "the stand-in reads /proc"

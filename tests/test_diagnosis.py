@@ -29,6 +29,7 @@ from managed_vllm.diagnosis import (
     diagnose_first_request,
     error_for,
     timed_out,
+    unwell,
 )
 from managed_vllm.errors import EngineDiedError, LaunchError, StartupError, StartupTimeoutError
 
@@ -661,6 +662,7 @@ def every_diagnosis() -> list[Diagnosis]:
         *(diagnose(as_worker_failure(line.text), returncode=1) for line in FROM_SOURCE),
         *(timed_out(Progress(stage, "x"), limit_s=600, silent=silent) for stage in Stage for silent in (True, False)),
         crash_loop(last, restarts=5, window_s=300),
+        *(unwell(cause, "x") for cause in diagnosis_module._UNWELL),
         diagnose([], returncode=-9),
         diagnose([], returncode=127),
         diagnose(["OSError: [Errno 28] No space left on device"], returncode=1),
@@ -735,3 +737,31 @@ def test_importing_it_takes_the_standard_library_only() -> None:
         "usercustomize",
         "distutils-precedence",
     }
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [
+            "Traceback (most recent call last):",
+            '  File "<string>", line 1, in <module>',
+            '  File "/usr/lib/python3.11/multiprocessing/spawn.py", line 122, in spawn_main',
+            "    exitcode = _main(fd, parent_sentinel)",
+            '  File "/usr/lib/python3.11/multiprocessing/spawn.py", line 132, in _main',
+            "    self = reduction.pickle.load(from_parent)",
+            "EOFError: Ran out of input",
+        ],
+        [
+            "Traceback (most recent call last):",
+            '  File "/usr/lib/python3.11/multiprocessing/popen_spawn_posix.py", line 62, in _launch',
+            "    f.write(fp.getbuffer())",
+            "BrokenPipeError: [Errno 32] Broken pipe",
+        ],
+    ],
+    ids=["parent", "child"],
+)
+def test_a_process_killed_while_it_spawns_another_is_no_damaged_weight_file(lines: list[str]) -> None:
+    assert diagnose(lines, returncode=-9).cause is Cause.KILLED
+    found = diagnose(lines, returncode=1)
+    assert found.cause is Cause.ENGINE_DIED
+    assert not found.permanent

@@ -36,8 +36,13 @@ def server(restart: RestartPolicy = AT_ONCE, *, on_status: Any = None, wait: boo
     )
 
 
-def shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
+def segments(instance: registry.Instance) -> list[Path]:
+    """The server's segments of shared memory, once they are recorded."""
+    return [
+        Path(path)
+        for path in eventually(lambda: (instance.read_record() or {}).get("shared_memory"), "recorded", 10)
+        if "/psm_" in path
+    ]
 
 
 @pytest.mark.parametrize("victim", ["APIServer", "EngineCore", "Worker"])
@@ -59,6 +64,13 @@ def test_the_end_of_any_process_is_the_end_of_all_and_a_new_epoch(home: Path, vi
         reason = seen[-3].diagnosis
         assert reason is not None
         assert reason.cause in (Cause.KILLED, Cause.ENGINE_DIED, Cause.WORKER_DIED, Cause.ENGINE_BROKEN, Cause.UNKNOWN)
+
+
+def test_a_first_start_that_is_killed_from_outside_is_tried_again(home: Path) -> None:
+    with server(wait=False, start_s=1.0) as llm:
+        pid = eventually(lambda: llm.status().server_pid, "launched")
+        os.kill(pid, signal.SIGKILL)
+        assert llm.generate("x", timeout=60)[0].epoch == 2
 
 
 def test_what_on_status_raises_is_only_logged(home: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -85,11 +97,12 @@ except s.EngineDiedError as error:
 @pytest.mark.parametrize(
     ("order", "restarts"),
     [
-        ({"say": ["ValueError: broken"], "exit": 3}, None),  # bad from the start: no restart at all
+        ({"say": ["ValueError: broken"], "exit": 3}, None),  # bad from the start, and says so: no restart at all
+        ({"say": ["killed"], "exit": "SIGKILL"}, 2),  # bad from the start, without a word
         ({"exit_after": 0.7, "exit": 3}, 2),  # bad after a while, each time
         ({"crash_at": 1}, 2),  # bad at each first request
     ],
-    ids=["from the start", "after a while", "every time"],
+    ids=["from the start", "killed in each start", "after a while", "every time"],
 )
 def test_a_crash_loop_is_given_up_and_every_waiter_gets_the_same_diagnosis(
     home: Path, tmp_path: Path, order: dict[str, Any], restarts: int | None
@@ -151,51 +164,62 @@ def test_the_supervisor_learns_of_an_exit_from_the_kernel(home: Path) -> None:
 
 
 def test_leaked_shared_memory_and_sockets_are_gone_before_the_next_start(home: Path) -> None:
-    before = shared_memory()
     with server(tree=True, shm=True) as llm:
         instance = registry.instances(home)[0]
-        leaked = eventually(lambda: shared_memory() - before, "the worker has a segment")
-        eventually(lambda: (instance.read_record() or {}).get("shared_memory"), "recorded")
+        leaked = segments(instance)
+        assert all(path.exists() for path in leaked)
         record = instance.read_record()
         assert record is not None
         scratch = Path(record["scratch"])
         (scratch / "a_socket").touch()
         (scratch / "vllm_dist_x").mkdir()
-        processes = tree(llm)
-        for process in processes.values():
-            process.suspend()
-        for process in psutil.Process(processes["APIServer"].pid).children(recursive=True):
-            process.kill()  # the resource tracker as well: nobody is left to tidy up
-        processes["APIServer"].kill()
+        _kill_at_once(llm)  # the resource tracker as well: nobody is left to tidy up
         assert llm.wait_ready(30, after_epoch=1).epoch == 2
-        assert not leaked & shared_memory()
+        assert not any(path.exists() for path in leaked)
         assert not (scratch / "a_socket").exists()
         assert not (scratch / "vllm_dist_x").exists()
         assert scratch.exists()
+        last = segments(instance)
     assert_nothing_left(home)
-    assert shared_memory() <= before
+    assert not any(path.exists() for path in last)
+
+
+def test_an_ordinary_end_leaves_the_resource_tracker_the_time_to_tidy_up(home: Path) -> None:
+    with server(tree=True, shm=True) as llm:
+        instance = registry.instances(home)[0]
+        own = segments(instance)
+        llm.restart()
+        assert not any(path.exists() for path in own)
+        log = instance.supervisor_log.read_text()
+    assert "removed shared memory" not in log
+    assert_nothing_left(home)
 
 
 def test_shared_memory_of_a_server_whose_supervisor_was_killed_is_removed_by_down(home: Path) -> None:
-    before = shared_memory()
-    llm = server(tree=True, shm=True)
-    with llm:
-        instance = registry.instances(home)[0]
-        eventually(lambda: (instance.read_record() or {}).get("shared_memory"), "recorded")
-        status = llm.status()
-        assert status.server_pid is not None
-        assert status.supervisor_pid is not None
-        family = [psutil.Process(status.server_pid), *psutil.Process(status.server_pid).children(recursive=True)]
-        os.kill(status.supervisor_pid, signal.SIGKILL)
-        for process in family:
-            if is_live(process):
-                process.kill()
-        eventually(lambda: not any(is_live(process) for process in family), "all gone")
-        assert shared_memory() - before
+    with server(tree=True, shm=True) as llm:
+        leaked = segments(registry.instances(home)[0])
+        supervisor = psutil.Process(llm.status().supervisor_pid)
+        supervisor.suspend()
+        _kill_at_once(llm)
+        supervisor.kill()
+        assert all(path.exists() for path in leaked)
     done = subprocess.run([sys.executable, "-m", "managed_vllm.cli", "down", "--all"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert shared_memory() <= before
+    assert not any(path.exists() for path in leaked)
     assert_nothing_left(home)
+
+
+def _kill_at_once(llm: ManagedVLLM) -> None:
+    """SIGKILL for each process of the server in the same instant: all of them are stopped before."""
+    assert llm._channel is not None
+    assert llm._channel.status is not None
+    root = psutil.Process(llm._channel.status.server_pid)
+    family = [root, *root.children(recursive=True)]
+    for process in family:
+        process.suspend()
+    for process in reversed(family):
+        process.kill()
+    eventually(lambda: not any(is_live(process) for process in family), "all of it is dead")
 
 
 def test_an_orphan_in_a_session_of_its_own_is_ended_before_the_next_start(home: Path) -> None:
