@@ -270,8 +270,10 @@ class VLLMClient:
                         raise Lost("the stream ended before the answer did")
                     return
                 data = response.read()
-        except httpcore.ConnectTimeout as error:
-            raise Lost(f"can't connect to {connection.base_url}") from error
+        except (httpcore.ConnectTimeout, httpcore.ConnectError) as error:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise RequestTimeout("no connection before the deadline") from error
+            raise Lost(f"can't connect to {connection.base_url}: {error}", sent=False) from error
         except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
             if generation.complete:
                 return

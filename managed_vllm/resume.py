@@ -89,11 +89,15 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
 
 
 class Lost(Exception):
-    """The answer was lost, perhaps with its server: worth another try. `status` is the HTTP status, if one came."""
+    """The answer was lost, perhaps with its server: worth another try. `status` is the HTTP status, if one came.
 
-    def __init__(self, message: str, *, status: int | None = None) -> None:
+    `sent`: the request may have reached the server. One that was refused at the door can't be what kills it.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None, sent: bool = True) -> None:
         super().__init__(message)
         self.status = status
+        self.sent = sent
 
 
 # -- how often, and when -----------------------------------------------------------------------------------------------
@@ -103,7 +107,7 @@ class Lost(Exception):
 class RetryPolicy:
     """How often a request whose answer was lost is sent again, and when.
 
-    `max_deaths`: the server died so often under this request, each time before it had brought a new token: a
+    `max_deaths`: the server died so often after it was sent this request, each time before a new token came: a
     `ServerDiedError` says that it may be what kills the server. Three, since a server that has to be restarted more
     than five times within ten minutes is given up for everybody (`RestartPolicy`): one bad request must not use that
     up. What is resumed with new tokens is on its way, and may go on as often as the server comes back.
@@ -141,6 +145,7 @@ class Losses:
         self._reason = ""
         self.deaths = 0
         self.lost = 0
+        self._sent = False
         self.status: int | None = None
 
     def add(self, loss: Lost, *, progressed: bool) -> float:
@@ -149,14 +154,15 @@ class Losses:
             self.deaths = self.lost = 0
         self.lost += 1
         self.status = loss.status
+        self._sent = self._sent or loss.sent
         self._reason = str(loss)
         longest = min(self._policy.backoff_max_s, self._policy.backoff_initial_s * 2.0 ** min(self.lost - 1, 60))
         return random.uniform(0, longest)
 
     def new_epoch(self) -> float:
         """The last loss was a death: another epoch is ready. Returns seconds to wait before sending."""
-        self.deaths += 1
-        self.lost = 0
+        self.deaths += self._sent
+        self.lost, self._sent = 0, False
         return random.uniform(0, self._policy.spread_s)
 
     @property

@@ -62,6 +62,7 @@ class ServerProcess:
         self._on_line = on_line
         self._loop = asyncio.get_running_loop()
         self._descendants: dict[psutil.Process, int | None] = {}
+        self._ended: set[psutil.Process] = set()
         self._shared_memory: set[str] = set()
         self._said: set[int] = set()
         self._started = False
@@ -132,7 +133,7 @@ class ServerProcess:
         """Asks the kernel to tell of the end of each process that is new."""
         self.pids_ever.add(self.pid)
         for process in found:
-            if process in self._descendants:
+            if process in self._descendants or process in self._ended:  # its parent may leave it a zombie for long
                 continue
             self.pids_ever.add(process.pid)
             self._descendants[process] = None
@@ -144,6 +145,7 @@ class ServerProcess:
     def _descendant_ended(self, process: psutil.Process) -> None:
         log.info("process %d of the server has ended", process.pid)
         self._unfollow(process)
+        self._ended.add(process)
         self.child_ended.set()
 
     def _unfollow(self, process: psutil.Process) -> None:

@@ -84,10 +84,8 @@ class Watch:
         """Returns when the server does not work any more, with the reason. Cancel it when the server has ended."""
         try:
             while True:
-                if await self._child_ended(self._look_s):
-                    found = await self._after_a_death()
-                else:
-                    found = await self._look()
+                found = await self._after_a_death() if await self._child_ended(self._look_s) else None
+                found = found or await self._look()
                 if found is not None:
                     return found
         finally:

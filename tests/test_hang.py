@@ -80,6 +80,15 @@ def test_a_frozen_engine_is_found_by_its_metrics_without_any_request(home: Path,
         assert ask(llm).epoch == 2
 
 
+def test_a_dead_worker_below_a_frozen_engine_does_not_hide_the_hang(home: Path) -> None:
+    with server(HangPolicy(stall_s=0.5, answer_s=0.5, stopped_s=NEVER)) as llm:
+        processes = tree(llm)
+        processes["EngineCore"].suspend()
+        processes["Worker"].kill()  # nobody reaps it: it stays a zombie
+        assert after_the_hang(llm).cause is Cause.ENGINE_HUNG
+        assert ask(llm).epoch == 2
+
+
 def test_a_frozen_api_server_is_found_by_its_silence(home: Path) -> None:
     with server(HangPolicy(stall_s=0.5, answer_s=0.5, stopped_s=NEVER)) as llm:
         tree(llm)["APIServer"].suspend()
