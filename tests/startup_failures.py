@@ -35,6 +35,8 @@ class StartupFailure:
     """One way to fail. `prepare(tmp_path, demo_model_path)` returns the keyword arguments for `ManagedVLLM`.
 
     `serves` is true where the bare vLLM comes up all the same and only the first real request shows the failure.
+    `always`: tried with the real vLLM in every `make test`, so that each class of error and each kind of path to it is;
+    the others in `make soak`.
     """
 
     name: str
@@ -42,6 +44,7 @@ class StartupFailure:
     error: type[StartupError]
     prepare: Callable[[Path, Path], dict[str, object]]
     serves: bool = False
+    always: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -204,14 +207,14 @@ def _broken_torchvision(tmp_path: Path, model: Path) -> dict[str, object]:
 
 
 STARTUP_FAILURES: tuple[StartupFailure, ...] = (
-    StartupFailure("model_path_missing", Cause.MODEL_NOT_FOUND, ModelUnavailableError, _missing_path),
+    StartupFailure("model_path_missing", Cause.MODEL_NOT_FOUND, ModelUnavailableError, _missing_path, always=True),
     StartupFailure("hub_id_offline", Cause.HUB_OFFLINE, ModelUnavailableError, _hub_id_offline),
     StartupFailure("no_config", Cause.NO_CONFIG, ModelUnavailableError, _no_config),
-    StartupFailure("port_in_use", Cause.PORT_IN_USE, AddressError, _port_in_use),
+    StartupFailure("port_in_use", Cause.PORT_IN_USE, AddressError, _port_in_use, always=True),
     StartupFailure("bad_host", Cause.BAD_HOST, AddressError, _bad_host),
-    StartupFailure("unknown_flag", Cause.INVALID_FLAG, EngineArgumentError, _unknown_flag),
-    StartupFailure("invalid_choice", Cause.INVALID_FLAG, EngineArgumentError, _invalid_choice),
-    StartupFailure("max_model_len", Cause.MAX_MODEL_LEN, EngineArgumentError, _max_model_len),
+    StartupFailure("unknown_flag", Cause.INVALID_FLAG, EngineArgumentError, _unknown_flag, always=True),
+    StartupFailure("invalid_choice", Cause.INVALID_FLAG, EngineArgumentError, _invalid_choice, always=True),
+    StartupFailure("max_model_len", Cause.MAX_MODEL_LEN, EngineArgumentError, _max_model_len, always=True),
     StartupFailure(
         "batch_smaller_than_sequences",
         Cause.INVALID_ENGINE_ARGUMENT,
@@ -223,17 +226,21 @@ STARTUP_FAILURES: tuple[StartupFailure, ...] = (
     StartupFailure("tensor_parallel_heads", Cause.TENSOR_PARALLEL_HEADS, EngineArgumentError, _tensor_parallel_heads),
     StartupFailure("lora_not_found", Cause.LORA_NOT_FOUND, EngineArgumentError, _lora_not_found),
     StartupFailure("chat_template", Cause.CHAT_TEMPLATE, EngineArgumentError, _chat_template),
-    StartupFailure("truncated_weights", Cause.CORRUPT_WEIGHTS, BrokenModelError, _truncated_weights),
+    StartupFailure("truncated_weights", Cause.CORRUPT_WEIGHTS, BrokenModelError, _truncated_weights, always=True),
     StartupFailure("garbage_weights", Cause.CORRUPT_WEIGHTS, BrokenModelError, _garbage_weights),
     StartupFailure("lfs_pointer_weights", Cause.CORRUPT_WEIGHTS, BrokenModelError, _lfs_pointer_weights),
     StartupFailure("wrong_shape_weights", Cause.CORRUPT_WEIGHTS, BrokenModelError, _wrong_shape_weights),
     StartupFailure("no_weights", Cause.NO_WEIGHTS, BrokenModelError, _no_weights),
-    StartupFailure("unknown_architecture", Cause.UNSUPPORTED_ARCHITECTURE, BrokenModelError, _unknown_architecture),
+    StartupFailure(
+        "unknown_architecture", Cause.UNSUPPORTED_ARCHITECTURE, BrokenModelError, _unknown_architecture, always=True
+    ),
     StartupFailure("unknown_model_type", Cause.UNSUPPORTED_ARCHITECTURE, BrokenModelError, _unknown_model_type),
     StartupFailure("no_tokenizer_json", Cause.NO_TOKENIZER, BrokenModelError, _no_tokenizer_json),
-    StartupFailure("no_tokenizer_files", Cause.NO_TOKENIZER, BrokenModelError, _no_tokenizer_files, serves=True),
-    StartupFailure("kv_cache_too_small", Cause.KV_CACHE_TOO_SMALL, OutOfMemoryError, _kv_cache_too_small),
+    StartupFailure(
+        "no_tokenizer_files", Cause.NO_TOKENIZER, BrokenModelError, _no_tokenizer_files, serves=True, always=True
+    ),
+    StartupFailure("kv_cache_too_small", Cause.KV_CACHE_TOO_SMALL, OutOfMemoryError, _kv_cache_too_small, always=True),
     StartupFailure("host_memory", Cause.HOST_MEMORY, OutOfMemoryError, _more_memory_than_the_machine_has),
-    StartupFailure("vllm_missing", Cause.VLLM_MISSING, LaunchError, _vllm_missing),
+    StartupFailure("vllm_missing", Cause.VLLM_MISSING, LaunchError, _vllm_missing, always=True),
     StartupFailure("broken_torchvision", Cause.BROKEN_INSTALL, LaunchError, _broken_torchvision),
 )

@@ -220,6 +220,16 @@ def test_serve_shows_the_log_and_leaves_nothing_when_it_is_ended(cli: Cli, numbe
     assert not cli.left()
 
 
+def test_serve_tells_of_a_crash_and_that_it_serves_again(cli: Cli) -> None:
+    serving = cli.start("serve", "--model", "m", *STANDIN)
+    serving.until_said("Application startup complete.")
+    os.kill(cli.status()[0]["server_pid"], signal.SIGKILL)
+    until(lambda: "serving again, epoch 2" in serving.err, "told of it")
+    assert "the server was ended by SIGKILL; it is started again" in serving.err
+    assert serving.end(signal.SIGINT) == 130
+    assert not cli.left()
+
+
 def test_serve_interrupted_during_the_start_leaves_nothing(cli: Cli) -> None:
     serving = cli.start("serve", "--model", "m", *STANDIN, **standin.orders(start_s=600))
     until(lambda: [row for row in cli.status() if row["server_pid"]], "server launched")

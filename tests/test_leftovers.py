@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,8 +13,10 @@ from multiprocessing import shared_memory
 from pathlib import Path
 
 import pytest
+import standin
+from processes import eventually
 
-from managed_vllm import leftovers
+from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, leftovers
 
 _NVML = """
 import json, os
@@ -50,6 +53,7 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpus:
     (tmp_path / "pynvml.py").write_text(_NVML)
     monkeypatch.setenv("FAKE_NVML", str(tmp_path / "state"))
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     return Gpus(tmp_path / "state")
 
@@ -117,3 +121,24 @@ def test_the_wait_is_bounded_and_names_who_holds_the_memory(gpus: Gpus) -> None:
     text = leftovers.wait_for_gpu_memory(before, {os.getpid()}, None, 0.5)
     assert f"GPU 0: pid {os.getpid()}" in text
     assert "8900 MiB" in text
+
+
+def test_the_next_start_waits_for_the_memory_of_the_last_one(gpus: Gpus, home: Path) -> None:
+    gpus.say((100 * MIB, []))
+    llm = ManagedVLLM(
+        "stand-in",
+        command=standin.command(),
+        env=standin.orders(),
+        keep_alive=0,
+        restart=RestartPolicy(backoff_initial_s=0),
+    )
+    with llm:
+        pid = llm.status().server_pid
+        assert pid is not None
+        gpus.say((9000 * MIB, [(pid, 8900 * MIB)]))
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: llm.status().state is ServerState.RESTARTING, "the crash was noticed")
+        time.sleep(1.0)  # the next start would have been over by now
+        assert llm.status().epoch == 1
+        gpus.say((120 * MIB, []))
+        assert llm.wait_ready(20, after_epoch=1).epoch == 2

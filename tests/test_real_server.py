@@ -176,7 +176,9 @@ def test_the_supervisor_killed_its_server_falls_with_it(home: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("failure", STARTUP_FAILURES, ids=str)
+@pytest.mark.parametrize(
+    "failure", [pytest.param(f, marks=() if f.always else pytest.mark.soak, id=f.name) for f in STARTUP_FAILURES]
+)
 def test_a_failing_start_ends_in_its_typed_error(failure: StartupFailure, home: Path, tmp_path: Path) -> None:
     arguments: dict[str, Any] = failure.prepare(tmp_path, demo.weights_path())
     arguments = {"enforce_eager": True, **arguments}

@@ -630,7 +630,7 @@ def assert_same(resumed: RequestOutput, unbroken: RequestOutput) -> None:
 
 @pytest.mark.real
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
+@pytest.mark.parametrize("chat", [pytest.param(False, marks=pytest.mark.soak, id="completion"), True])
 def test_real_a_killed_generation_is_the_unbroken_one(home: Path, chat: bool) -> None:
     params = {**VARIED, "max_tokens": 300}
     messages = [{"role": "user", "content": demo.random_screen(random.Random(3)).prompt()}]

@@ -84,10 +84,28 @@ def _asked(given: argparse.Namespace, *, progress: bool, wait: bool = True) -> t
         command=command,
         wait=wait,
         progress=progress,
+        on_status=_Restarts(),
         **arguments,
     )
     spec = ServerSpec.of(model, engine_args=arguments, env=environment, python=given.python, command=command)
     return llm, Instance(registry.state_home(), spec.key)
+
+
+class _Restarts:
+    """Tells of each restart on standard error: why, and when it serves again."""
+
+    def __init__(self) -> None:
+        self._epoch = 0
+
+    def __call__(self, status: ServerStatus) -> None:
+        if status.state is ServerState.RESTARTING and status.epoch != self._epoch:
+            if status.diagnosis is not None and self._epoch:
+                print(f"managed-vllm: {status.diagnosis.summary}; it is started again", file=sys.stderr, flush=True)
+            self._epoch = status.epoch
+        elif status.state is ServerState.READY:
+            if self._epoch not in (0, status.epoch) or status.restarts:
+                print(f"managed-vllm: serving again, epoch {status.epoch}", file=sys.stderr, flush=True)
+            self._epoch = status.epoch
 
 
 def _variable(word: str) -> tuple[str, str]:
