@@ -129,9 +129,29 @@ class Instance:
         """Held while somebody looks whether a supervisor is there and spawns one; for a moment, never for a start."""
         return filelock.FileLock(self.folder / "start.lock", mode=0o600, thread_local=False)
 
-    def supervisor_lock(self) -> filelock.BaseFileLock:
-        """Held by the supervisor for its whole life; the kernel releases it however the supervisor ends."""
-        return filelock.FileLock(self.folder / "supervisor.lock", mode=0o600, thread_local=False)
+    def take_supervisor_lock(self) -> int | None:
+        """Takes `supervisor.lock` and returns its descriptor; None if a supervisor holds it.
+
+        The lock belongs to the open file: who starts a supervisor takes it and hands the descriptor on, so that the
+        instance counts as alive without a gap. The kernel releases it when the last copy is closed, however that is.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(self.folder / "supervisor.lock", flags, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException as error:
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
+        _taken.add(descriptor)
+        return descriptor
+
+    @staticmethod
+    def hand_on_lock(descriptor: int) -> None:
+        """Closes our copy of what `take_supervisor_lock` gave: the supervisor has its own, if it was started."""
+        _taken.discard(descriptor)
+        os.close(descriptor)
 
     def read_record(self) -> dict[str, Any] | None:
         """The record, or None if there is none that can be trusted."""
@@ -203,6 +223,18 @@ class Instance:
         except OSError:
             return None
         return target
+
+
+_taken: set[int] = set()
+
+
+def _forget_taken() -> None:
+    """A child that another thread forks in the middle of a start would keep the lock for as long as it lives."""
+    while _taken:
+        os.close(_taken.pop())
+
+
+os.register_at_fork(after_in_child=_forget_taken)
 
 
 def instances(home: Path) -> list[Instance]:

@@ -3,7 +3,8 @@
 `spawn` is called by the first user, under the instance's start lock; `main` is the process. What the process does, in
 order:
 
-1. Detaches from the user that started it, becomes subreaper, takes `supervisor.lock`, listens on `control.sock`.
+1. Detaches from the user that started it, becomes subreaper, listens on `control.sock`. `supervisor.lock` was taken by
+   that user and handed on.
 2. Ends what a predecessor may have left, then starts vLLM and follows its log until one token has been generated.
 3. Watches: an exit that nobody asked for is a crash, whatever its code; what runs but does not work is found by
    `managed_vllm.watch`. Before a restart, by `RestartPolicy`, nothing of the old server is left: no process, socket,
@@ -22,6 +23,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import json
 import logging
 import os
@@ -74,9 +76,23 @@ def spawn(
 ) -> bool:
     """Starts the supervisor of an instance; returns True as soon as it listens on the control socket.
 
-    False: it was killed before it came so far, and another one may be started. The caller holds the instance's start
-    lock. Raises `SupervisorError` if it fails, or does not come up within `timeout_s` seconds.
+    True, too, if there is one already. False: it was killed before it came so far, and another one may be started. The
+    caller holds the instance's start lock. Raises `SupervisorError` if it fails, or does not come up within
+    `timeout_s` seconds.
     """
+    # The supervisor's lock is taken here and handed on: if we are killed in the middle, nobody starts a second one.
+    lock = instance.take_supervisor_lock()
+    if lock is None:
+        return True
+    try:
+        return _spawn(instance, spec, watch, address, lock, timeout_s)
+    finally:
+        instance.hand_on_lock(lock)
+
+
+def _spawn(
+    instance: Instance, spec: ServerSpec, watch: WatchPolicy, address: Address, lock: int, timeout_s: float
+) -> bool:
     order = {
         "home": str(instance.home),
         "id": instance.id,
@@ -106,13 +122,13 @@ def spawn(
                     cwd="/",
                     env=environment,
                     start_new_session=True,
-                    pass_fds=(theirs,),
+                    pass_fds=(theirs, lock),
                 )
         finally:
             os.close(theirs)
         # The first process forks the supervisor proper and ends, so the supervisor is nobody's child.
         try:
-            starter.communicate(json.dumps({**order, "life": theirs}).encode(), timeout=timeout_s)
+            starter.communicate(json.dumps({**order, "life": theirs, "lock": lock}).encode(), timeout=timeout_s)
         except subprocess.TimeoutExpired:
             starter.kill()
             starter.wait()
@@ -140,7 +156,8 @@ def main() -> None:
         os._exit(0)
     os.setsid()
     os.umask(0o077)
-    os.set_inheritable(order["life"], False)
+    for descriptor in (order["life"], order["lock"]):
+        os.set_inheritable(descriptor, False)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     instance = Instance(Path(order["home"]), order["id"])
@@ -155,6 +172,7 @@ def main() -> None:
             WatchPolicy.from_dict(order["watch"]),
             Address(**order["address"]),
             life=order["life"],
+            lock=order["lock"],
         )
         asyncio.run(supervisor.run())
     except BaseException:
@@ -208,10 +226,14 @@ class Supervisor:
     """State machine of one server; see the module's docstring."""
 
     def __init__(
-        self, instance: Instance, spec: ServerSpec, watch: WatchPolicy, address: Address, *, life: int
+        self, instance: Instance, spec: ServerSpec, watch: WatchPolicy, address: Address, *, life: int, lock: int
     ) -> None:
-        """`life` is the end of a pipe over which the user who started us learns that we listen, or that we died."""
+        """`life` is the end of a pipe over which the user who started us learns that we listen, or that we died.
+
+        `lock` is the descriptor of the locked `supervisor.lock`.
+        """
         self._life = life
+        self._lock = lock
         self._instance = instance
         self._spec = spec
         self._watch_policy = watch
@@ -240,11 +262,9 @@ class Supervisor:
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """From the lock to the removal of the folder."""
+        """From listening to the removal of the folder."""
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        lock = self._instance.supervisor_lock()
-        await asyncio.to_thread(lock.acquire, timeout=30.0)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -283,7 +303,7 @@ class Supervisor:
             for user in list(self._users):
                 user.writer.close()
             await self._leave()
-            lock.release()
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # whoever else may have a copy
 
     async def _leave(self) -> None:
         """Removes the folder, unless somebody is about to start here again: then it is theirs.

@@ -247,6 +247,7 @@ def test_epochs_go_on_when_the_supervisor_was_killed(home: Path) -> None:
         assert status.epoch == 2
         assert status.supervisor_pid is not None
         os.kill(status.supervisor_pid, signal.SIGKILL)
+        eventually(lambda: start_time(status.server_pid or 0) is None, "its server has fallen with it")
         assert llm.generate("next")[0].epoch == 3
 
 
@@ -290,3 +291,23 @@ def test_a_flooded_log_takes_nothing_down(home: Path, tmp_path: Path) -> None:
         folder = registry.instances(home)[0].folder
         assert sum(path.stat().st_size for path in folder.glob("server.log*")) < 80 << 20
         assert start_time(llm.status().server_pid or 0) is not None
+
+
+def test_a_starter_killed_in_the_middle_leads_to_no_second_supervisor(home: Path) -> None:
+    # The supervisor is slow to import, and its starter is killed before it listens: the next user waits for that one.
+    code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_recovery as s\ns.server(tree=True).start()"
+    for _ in range(3):
+        starter = subprocess.Popen([sys.executable, "-c", code])
+        eventually(lambda: list(home.glob("*/supervisor.lock")), "it has begun")
+        starter.kill()
+        starter.wait()
+        with server(tree=True) as llm:
+            assert llm.generate("x")[0].outputs[0].text.startswith("echo x")
+            instance = registry.instances(home)[0]
+            supervisors = [
+                process
+                for process in psutil.process_iter(["cmdline"])
+                if instance.id in (process.info["cmdline"] or []) and "managed_vllm.supervisor" in str(process.info)
+            ]
+            assert len(supervisors) == 1
+        assert_nothing_left(home)
