@@ -3,12 +3,15 @@
 vLLM's own key guards only the prefixes /v1, /v2, /inference and /cohere; `/invocations` generates without one, and
 every dev-mode route is open (vLLM 0.32, `serve/middleware/authenticate.py`; vllm#58144). The server is started with
 `--middleware managed_vllm_guard.KeyGuard`. The key comes from `VLLM_API_KEY`; without one everything is refused.
+
+It also keeps the supervisor's looks at `/health` and `/metrics`, one every few seconds, out of the server's access log.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -30,6 +33,7 @@ class KeyGuard:
         self._app = app
         key = os.environ.get("VLLM_API_KEY", "")
         self._expected = _digest(key.encode()) if key else None
+        logging.getLogger("uvicorn.access").addFilter(_is_news)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self._is_open(scope) or self._has_key(scope):
@@ -52,6 +56,14 @@ class KeyGuard:
                 scheme, _, token = value.partition(b" ")
                 return scheme.lower() == b"bearer" and hmac.compare_digest(_digest(token.strip()), self._expected)
         return False
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for a look at the server's state that was answered with 200."""
+    said = record.args  # uvicorn: (address, method, path, HTTP version, status)
+    if not isinstance(said, tuple) or len(said) != 5:
+        return True
+    return not (said[1] == "GET" and said[2] in ("/health", "/metrics") and said[4] == 200)
 
 
 def _digest(value: bytes) -> bytes:
