@@ -203,8 +203,9 @@ class ServerProcess:
                 processes -= trackers
             else:
                 trackers = set()
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.pid, signal.SIGKILL)
+                if self.returncode is None or not psutil.pid_exists(self.pid):  # the number was not given away again
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.killpg(self.pid, signal.SIGKILL)
             remaining = await asyncio.to_thread(registry.end_processes, list(processes), timeout_s=2.0)
             self.reap()
             if self.returncode is None:

@@ -14,6 +14,7 @@ orders of the environment variable STANDIN, a JSON object:
     crash_at     n: the n-th generation request crashes it         lose_port  true: after a second it listens no more
     orphans      true: leaves a process in a session of its own, with its environment, deaf to SIGTERM
     steal_port   true: a stranger takes the port before it, and it ends; a path: only once, after which the path exists
+    once         a path: the first start makes it; where it exists, vLLM's command line is refused, with exit code 2
     chatter      a line with {n}, counted up, that it goes on saying for ever; it never listens
     paused       true: /is_paused says so
     shm          true: the Worker maps a segment /dev/shm/psm_…; a path: it is noted there
@@ -534,6 +535,9 @@ def main() -> None:
             count.write(f"{os.getpid()}\n")
     for line in order.get("say", ()):
         print(line, flush=True)
+    if "once" in order and not _is_first(order["once"]):
+        print("api_server.py: error: unrecognized arguments: --no-such-flag", flush=True)
+        sys.exit(2)
     if order.get("silent"):
         time.sleep(3600)
     if "chatter" in order:

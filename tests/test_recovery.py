@@ -17,7 +17,7 @@ from processes import INSTANT, assert_nothing_left, eventually, is_live, tree
 
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, ServerStatus, registry
 from managed_vllm.diagnosis import Cause
-from managed_vllm.errors import EngineDiedError, ManagedVLLMError, RequestTimeout
+from managed_vllm.errors import EngineArgumentError, EngineDiedError, ManagedVLLMError, RequestTimeout
 from managed_vllm.in_server.managed_vllm_lifeline import start_time
 
 TESTS = Path(__file__).parent
@@ -131,6 +131,19 @@ def test_a_crash_loop_is_given_up_and_every_waiter_gets_the_same_diagnosis(
         assert said[0].startswith(f"crash_loop {restarts} ")
         assert len(count.read_text().splitlines()) == restarts + 1
     assert_nothing_left(home)
+
+
+def test_a_configuration_error_is_not_retried_at_all(home: Path, tmp_path: Path) -> None:
+    count = tmp_path / "starts"
+    with server(count=str(count), once=str(tmp_path / "once")) as llm:
+        pid = llm.status().server_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)  # the crash is retried; what its next start says is not
+        with pytest.raises(EngineArgumentError) as caught:
+            llm.generate("x", {"max_tokens": 4}, timeout=30)
+            llm.generate("x", {"max_tokens": 4}, timeout=30)
+        assert caught.value.diagnosis.cause is Cause.INVALID_FLAG
+        assert len(count.read_text().splitlines()) == 2
 
 
 def test_a_cause_that_is_not_retried_ends_it_at_once(home: Path, tmp_path: Path) -> None:
