@@ -140,8 +140,7 @@ def test_a_configuration_error_is_not_retried_at_all(home: Path, tmp_path: Path)
         assert pid is not None
         os.kill(pid, signal.SIGKILL)  # the crash is retried; what its next start says is not
         with pytest.raises(EngineArgumentError) as caught:
-            llm.generate("x", {"max_tokens": 4}, timeout=30)
-            llm.generate("x", {"max_tokens": 4}, timeout=30)
+            llm.wait_ready(30, after_epoch=1)
         assert caught.value.diagnosis.cause is Cause.INVALID_FLAG
         assert len(count.read_text().splitlines()) == 2
 
