@@ -73,7 +73,7 @@ def test_a_process_that_stays_stopped_is_found(home: Path, victim: str) -> None:
 
 @pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
 def test_a_frozen_engine_is_found_by_its_metrics_without_any_request(home: Path, victim: str) -> None:
-    with server(HangPolicy(stall_s=0.5, answer_s=0.5, stopped_s=NEVER)) as llm:
+    with server(HangPolicy(stall_s=1.0, answer_s=1.0, stopped_s=NEVER)) as llm:
         tree(llm)[victim].suspend()
         reason = after_the_hang(llm)
         assert reason.cause is Cause.ENGINE_HUNG, reason
@@ -81,7 +81,7 @@ def test_a_frozen_engine_is_found_by_its_metrics_without_any_request(home: Path,
 
 
 def test_a_dead_worker_below_a_frozen_engine_does_not_hide_the_hang(home: Path) -> None:
-    with server(HangPolicy(stall_s=0.5, answer_s=0.5, stopped_s=NEVER)) as llm:
+    with server(HangPolicy(stall_s=1.0, answer_s=1.0, stopped_s=NEVER)) as llm:
         processes = tree(llm)
         processes["EngineCore"].suspend()
         processes["Worker"].kill()  # nobody reaps it: it stays a zombie
@@ -90,7 +90,7 @@ def test_a_dead_worker_below_a_frozen_engine_does_not_hide_the_hang(home: Path) 
 
 
 def test_a_frozen_api_server_is_found_by_its_silence(home: Path) -> None:
-    with server(HangPolicy(stall_s=0.5, answer_s=0.5, stopped_s=NEVER)) as llm:
+    with server(HangPolicy(stall_s=1.0, answer_s=1.0, stopped_s=NEVER)) as llm:
         tree(llm)["APIServer"].suspend()
         assert after_the_hang(llm).cause is Cause.API_SERVER_HUNG
         assert ask(llm).epoch == 2
@@ -107,7 +107,7 @@ def test_a_frozen_api_server_is_found_by_its_silence(home: Path) -> None:
 def test_a_hang_under_a_request_is_found_and_the_request_is_answered(
     home: Path, tmp_path: Path, fault: str, cause: Cause, stuck_in: str
 ) -> None:
-    with server(HangPolicy(stall_s=0.5, answer_s=0.5), faults=str(tmp_path)) as llm:
+    with server(HangPolicy(stall_s=1.0, answer_s=1.0), faults=str(tmp_path)) as llm:
         (tmp_path / f"1-{fault}").touch()
         output = ask(llm)
         assert (output.epoch, output.attempts) == (2, 2)
@@ -138,7 +138,7 @@ def test_stacks_come_from_within_where_py_spy_is_missing(
 
 def test_a_saturated_server_is_never_taken_for_hung(home: Path) -> None:
     # One token takes 0.15 s and one request runs at a time: a new request waits far longer than answer_s.
-    with server(HangPolicy(stall_s=0.6, answer_s=0.3, stopped_s=0.5), token_s=0.15, max_seqs=1) as llm:
+    with server(HangPolicy(stall_s=1.5, answer_s=0.8, stopped_s=1.0), token_s=0.15, max_seqs=1) as llm:
         outputs = llm.generate([PROMPT] * 12, {"max_tokens": 8}, timeout=120)
         assert [list(output.outputs[0].token_ids) for output in outputs] == [EXPECTED] * 12
         assert {(output.epoch, output.attempts) for output in outputs} == {(1, 1)}
@@ -146,7 +146,7 @@ def test_a_saturated_server_is_never_taken_for_hung(home: Path) -> None:
 
 
 def test_a_slow_step_is_no_hang_while_the_token_asked_for_may_still_come(home: Path) -> None:
-    with server(HangPolicy(stall_s=0.3, answer_s=20), token_s=1.5) as llm:
+    with server(HangPolicy(stall_s=0.3, answer_s=30), token_s=1.5) as llm:
         output = llm.generate(PROMPT, {"max_tokens": 3}, timeout=60)[0]
         assert (output.epoch, output.attempts) == (1, 1)
         assert llm.status().epoch == 1
