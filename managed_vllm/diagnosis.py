@@ -1144,6 +1144,14 @@ def diagnose(lines: Sequence[str], *, returncode: int | None) -> Diagnosis:
     roots = log.roots()
     if not roots and (found := _first_match(_DEATHS, log)):
         return found
+    if not roots and returncode == 0:
+        return Diagnosis(
+            Cause.ENGINE_DIED,
+            "the server ended by itself with exit code 0, as vLLM does when its engine has died",
+            _tidy(log.last_line()),
+            "look into the log and into `dmesg` (OOM killer, Xid)",
+            facts={"returncode": 0},
+        )
     if not roots and log.cut_spawn:
         return Diagnosis(
             Cause.ENGINE_DIED,

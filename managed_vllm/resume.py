@@ -48,8 +48,8 @@ second, that is less than the restart takes for which the request waits anyway (
 
 _PENDING = 4
 """A character has at most four bytes, and a token at least one."""
-_WINDOW = 16
-"""Last tokens of which the text is asked for: enough that a character cut at their start does not matter."""
+_WINDOW = 64
+"""At most so many last tokens are asked for their text: enough that a character cut at their start does not matter."""
 
 _KEPT = frozenset(
     {
@@ -288,7 +288,7 @@ class Generation:
         """What to send now. If the server refuses it (HTTP 4xx) though it is `optional`, `take(None)` says so."""
         if self._doubts:
             self._asked = "text"
-            return Step("POST", "/detokenize", {"tokens": self._ids[-_WINDOW:]})
+            return Step("POST", "/detokenize", {"tokens": self._ids[self._window :]})
         if self._ids and self._limit is None:
             self._asked = "models"
             return Step("GET", "/v1/models", None)
@@ -300,6 +300,11 @@ class Generation:
         if self._stream:
             body = {"stream_interval": STREAM_INTERVAL, **body, "stream": True}
         return Step("POST", f"/v1{self._route}", body, stream=self._stream)
+
+    @property
+    def _window(self) -> int:
+        """Where the last tokens begin, of which the text is asked for: where a character begins, if that is near."""
+        return max(self._certain[0], len(self._ids) - _WINDOW)
 
     @property
     def optional(self) -> bool:
@@ -423,10 +428,16 @@ class Generation:
             self.complete = True
 
     def _take_text(self, text: Any) -> None:
-        """The text of the last tokens: if they end within a character, without the last one, and ask again."""
-        if isinstance(text, str) and text and not text.endswith("\ufffd"):
+        """The text of the last tokens: if they end within a character, without the last one, and ask again.
+
+        Half a character may also stand before special tokens, which have a text here but none in the stream. So all of
+        it must be whole, but for its beginning, where the window may have cut one.
+        """
+        if isinstance(text, str) and self._window > self._certain[0]:
+            text = text.lstrip("\ufffd")
+        if isinstance(text, str) and text and "\ufffd" not in text:
             self._doubts = 0
-        elif isinstance(text, str) and self._doubts <= _PENDING and len(self._ids) > self._certain[0] + 1:
+        elif self._doubts <= _PENDING and len(self._ids) > self._certain[0] + 1 and str(text).endswith("\ufffd"):
             self._doubts += 1
             del self._ids[-1]
             if self._with_logprobs:

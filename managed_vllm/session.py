@@ -132,6 +132,7 @@ class ManagedVLLM:
         self._api_key = api_key or (os.environ.get(external.KEY_VARIABLE) if self._base_url else None)
         self._asked_model = None if model is None else str(model)
         self._address = Address(host=host, port=port, api_key=None if self._base_url else api_key, uds=uds)
+        self._asked_address = self._address
         self._watch = WatchPolicy(
             startup_timeout_s=startup_timeout,
             startup_silence_s=startup_silence,
@@ -403,14 +404,15 @@ class ManagedVLLM:
 
     def _check_address(self, running: Mapping[str, Any], status: Mapping[str, Any], instance: Instance) -> None:
         """An explicit address must be the running server's; it is no reason for a second one on the same devices."""
-        asked = {"host": self._address.host, "port": self._address.port, "api_key": self._address.api_key}
+        wish = self._asked_address  # not what an earlier server of ours happened to have
+        asked = {"host": wish.host, "port": wish.port, "api_key": wish.api_key}
         actual = dict(running)
         differences = {
             field: ("***", "***") if field == "api_key" else (value, actual[field])
             for field, value in asked.items()
             if value is not None and value != actual[field]
         }
-        if self._address.uds and not actual["uds"]:
+        if wish.uds and not actual["uds"]:
             differences["uds"] = (True, False)
         if differences:
             raise ConfigMismatchError(
@@ -684,7 +686,7 @@ class ManagedVLLM:
             if self._spec is None and self._base_url is None:
                 self._attach()
         kept = ("_name", "_keep_alive_s", "_wait", "_progress", "_base_url", "_api_key", "_asked_model", "_address")
-        return {name: getattr(self, name) for name in (*kept, "_watch", "_retry", "_spec", "_target")}
+        return {name: getattr(self, name) for name in (*kept, "_asked_address", "_watch", "_retry", "_spec", "_target")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

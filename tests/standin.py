@@ -255,6 +255,8 @@ class _Handler(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}"
         if not self._authorized():
             return None
+        if self.path == "/detokenize":
+            return self._reply(200, {"prompt": text_of(json.loads(raw)["tokens"])})
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
             return self._error(404, "no such route")
         try:

@@ -416,7 +416,7 @@ def test_words_in_a_warning_are_not_an_error() -> None:
     assert (found.cause, found.root_line) == (Cause.UNKNOWN, "Something odd")
 
 
-@pytest.mark.parametrize("returncode", [0, 1, None])
+@pytest.mark.parametrize("returncode", [1, None])
 def test_an_empty_log_is_an_unknown_crash_whatever_the_exit_code(returncode: int | None) -> None:
     found = diagnose([], returncode=returncode)
     assert found.cause is Cause.UNKNOWN
@@ -737,6 +737,12 @@ def test_importing_it_takes_the_standard_library_only() -> None:
         "usercustomize",
         "distutils-precedence",
     }
+
+
+def test_exit_code_0_without_a_word_is_a_dead_engine() -> None:
+    found = diagnose(["INFO:     Application startup complete."], returncode=0)
+    assert found.cause is Cause.ENGINE_DIED
+    assert not found.permanent
 
 
 @pytest.mark.parametrize(

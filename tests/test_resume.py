@@ -280,6 +280,15 @@ def test_tokens_without_text_are_kept_if_the_server_says_that_they_are_no_part_o
     assert sent[1]["prompt"] == [65, 66, *[SPECIAL] * 7]
 
 
+@pytest.mark.parametrize("said", [[128, SPECIAL, 97, EOS], [66, 228, SPECIAL, SPECIAL, 97, EOS]], ids=str)
+@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+def test_half_a_character_before_a_special_token_is_no_place_to_cut(said: list[int], cut: int) -> None:
+    model, body = Model([65], said), {"prompt": "x", "max_tokens": 9}
+    generation = Generation("/completions", body, stream=True)
+    drive(generation, model, iter(lambda: 1, None), iter([cut]))
+    assert without_ids(generation.answer()) == without_ids(model.whole("/completions", body))
+
+
 def test_tokens_that_are_dropped_each_time_are_no_progress() -> None:
     model = Model([65], [66, *"漢".encode(), EOS])
     generation = Generation("/completions", {"prompt": "x", "max_tokens": 90}, stream=True)

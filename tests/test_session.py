@@ -283,6 +283,18 @@ def test_an_explicit_address_is_kept_and_must_match(home: Path) -> None:
             pass
 
 
+def test_the_key_of_an_earlier_server_is_no_wish_for_the_next_one(home: Path) -> None:
+    first = server()
+    first.generate("x")
+    first._channel.close()  # type: ignore[union-attr]  # its lease is lost, and with it the server
+    assert_nothing_left(home)
+    with server() as second:  # somebody else starts the next one, with another key
+        first._channel.given_back = False  # type: ignore[union-attr]
+        assert first.generate("y")[0].outputs[0].text.startswith("echo y")
+        assert first.api_key == second.api_key
+        first.close()
+
+
 def test_uds_serves_without_tcp(home: Path) -> None:
     with server(uds=True) as llm:
         assert llm.generate("hi")[0].outputs[0].text.startswith("echo hi")
