@@ -22,7 +22,8 @@ _REDIRECTING = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked `soak`, unless `-m` speaks of it."""
+    """Quick tests first; what is marked `soak` is left out, unless `-m` speaks of it."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
     if "soak" in (config.option.markexpr or ""):
         return
     soak = [item for item in items if item.get_closest_marker("soak")]
