@@ -16,7 +16,7 @@ orders of the environment variable STANDIN, a JSON object:
     steal_port   true: a stranger takes the port before it, and it ends; a path: only once, after which the path exists
     once         a path: the first start makes it; where it exists, vLLM's command line is refused, with exit code 2
     chatter      a line with {n}, counted up, that it goes on saying for ever; it never listens
-    paused       true: /is_paused says so
+    paused       true: /is_paused says so                          echo       true: it echoes, also with `max_tokens`
     shm          true: the Worker maps a segment /dev/shm/psm_…; a path: it is noted there
 
 A file named `<number>-<kind>` in the folder `faults` is claimed by the next generation request of more than one token
@@ -155,7 +155,7 @@ class _Gone(Exception):
 class _Asked:
     """A generation request, read and checked."""
 
-    def __init__(self, body: dict[str, Any], *, chat: bool) -> None:
+    def __init__(self, body: dict[str, Any], *, chat: bool, echo: bool) -> None:
         self.chat = chat
         self.stream = bool(body.get("stream"))
         self.choices = int(body.get("n") or 1)
@@ -177,7 +177,7 @@ class _Asked:
             said = str(prompt)
         if any(not 0 <= number < VOCABULARY for number in self.ids):
             raise _Refused(f"Token id {max(self.ids)} is out of vocabulary")
-        self.echo = None if limit is not None else f"echo {said} from {os.getpid()}".split(" ")
+        self.echo = None if limit is not None and not echo else f"echo {said} from {os.getpid()}".split(" ")
         self.n_tokens = len(self.echo) if self.echo else int(limit)
         self.finish_reason = "stop" if self.echo else "length"
         self.is_probe = self.n_tokens == 1
@@ -215,6 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
     key = ""
     token_s = 0.0
     paused = False
+    echo = False
     faults = Faults(None, None)
     engine: Engine | None = None
 
@@ -263,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = json.loads(raw)
             if body.get("model") != self.model:
                 raise _Refused(f"The model `{body.get('model')}` does not exist.", 404)
-            asked = _Asked(body, chat=self.path == "/v1/chat/completions")
+            asked = _Asked(body, chat=self.path == "/v1/chat/completions", echo=self.echo)
         except _Refused as refused:
             return self._error(refused.status, str(refused))
         except (ValueError, KeyError, TypeError) as error:
@@ -562,6 +563,7 @@ def main() -> None:
     _Handler.model = arguments.served_model_name or arguments.model
     _Handler.key = os.environ.get("VLLM_API_KEY", "")
     _Handler.token_s = order.get("token_s", 0)
+    _Handler.echo = bool(order.get("echo"))
     _Handler.paused = bool(order.get("paused"))
     _Handler.faults = Faults(order.get("faults"), order.get("crash_at"))
     if "exit_after" in order:

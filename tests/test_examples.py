@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+import standin
 
 from managed_vllm import demo
 
@@ -34,7 +35,7 @@ def server_url() -> Iterator[str]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     words = [sys.executable, ROOT / "tests" / "standin.py", "--port", str(port), "--model", "demo"]
-    process = subprocess.Popen([*words, "--served-model-name", "demo"], env=_environment())
+    process = subprocess.Popen([*words, "--served-model-name", "demo"], env=_environment(**standin.orders(echo=True)))
     try:
         session = requests.Session()
         session.trust_env = False
