@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import INSTANT, tree
 
-from managed_vllm import ManagedVLLM, RestartPolicy, RetryPolicy, ServerStatus, demo
+from managed_vllm import ManagedVLLM, RestartPolicy, RetryPolicy, ServerState, ServerStatus, demo
 from managed_vllm.errors import ConfigError, ServerDiedError
 from managed_vllm.outputs import RequestOutput
 from managed_vllm.resume import RESUME_FROM, Events, Generation, Lost, is_long, obstacle
