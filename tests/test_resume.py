@@ -600,7 +600,8 @@ class Killer:
 
     def __exit__(self, *_: object) -> None:
         self._patch.stop()
-        self.generated += self._count(self._llm.status()) - self._before
+        # What had arrived before the last kill may have been all that was missing.
+        self.generated += self._count(self._llm.wait_ready(after_epoch=self._struck)) - self._before
 
     def _strike(self, status: ServerStatus) -> None:
         self._points.pop(0)
