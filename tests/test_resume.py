@@ -8,6 +8,7 @@ import math
 import pickle
 import random
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
