@@ -160,7 +160,12 @@ def _indices(nvml: Any, devices: str | None) -> list[int]:
 
 
 def _used(nvml: Any, index: int) -> int:
-    return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).used)
+    """0 where the device does not tell (MIG, vGPU, one that has fallen off the bus): no reason to fail a start."""
+    try:
+        return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).used)
+    except Exception as error:  # NVML's own class of errors, by its own name in each version
+        log.debug("GPU %d: %r", index, error)
+        return 0
 
 
 def _holders(nvml: Any, index: int) -> list[tuple[int, int | None]]:
