@@ -27,7 +27,7 @@ from managed_vllm import ManagedVLLM, RequestOutput, RestartPolicy, ServerState,
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
 IN_FLIGHT = 64
-PARAMS = {"temperature": 0, "max_tokens": 200, "ignore_eos": True}
+PARAMS = {"temperature": 0, "max_tokens": 600, "ignore_eos": True}
 POLICY = RestartPolicy(max_restarts=20, backoff_initial_s=0.1, backoff_factor=1.0)
 PROMPTS = [demo.random_screen(random.Random(number)).prompt() for number in range(IN_FLIGHT)]
 
@@ -105,13 +105,13 @@ class Generation(threading.Thread):
         return self._begun_at + min(output.latency for output in self._outputs)
 
 
-def running(llm: ManagedVLLM) -> int:
-    """Requests that the server is working on, by its own count."""
+def in_flight(llm: ManagedVLLM) -> int:
+    """Requests that the server works on or keeps waiting, by its own count."""
     import requests
 
     root, headers = llm.base_url.removesuffix("/v1"), {"Authorization": f"Bearer {llm.api_key}"}
     text = requests.get(f"{root}/metrics", headers=headers, timeout=10).text
-    lines = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running")]
+    lines = [line for line in text.splitlines() if line.startswith(("vllm:num_requests_running{", "vllm:num_requests_waiting{"))]
     return int(sum(float(line.split()[-1]) for line in lines))
 
 
@@ -121,7 +121,7 @@ def test_a_process_killed_under_64_requests_loses_none_of_them(load: Load, name:
     old, epoch = tree(llm), llm.status().epoch
     everything = tree_below(old["APIServer"].pid)
     generation = Generation(load)
-    eventually(lambda: running(llm) == IN_FLIGHT, f"{IN_FLIGHT} requests in flight")
+    eventually(lambda: in_flight(llm) == IN_FLIGHT, f"{IN_FLIGHT} requests in flight")
     killed_at = time.monotonic()
     old[name].kill()
     eventually(lambda: not any(is_live(process) for process in everything), "the old server is gone", 15)
@@ -176,7 +176,7 @@ def test_the_supervisor_killed_under_load_is_replaced_by_exactly_one(load: Load)
         for number, lines in enumerate(say):
             print(json.dumps([PROMPTS[number::CLIENTS], PARAMS]), file=lines, flush=True)
         # Not all: a client that began earlier may have its first answers before the last one has sent its prompts.
-        eventually(lambda: running(llm) > IN_FLIGHT // 2, "every client has requests in flight")
+        eventually(lambda: in_flight(llm) > IN_FLIGHT // 2, "every client has requests in flight")
         killed_at = time.monotonic()
         os.kill(supervisor.pid, signal.SIGKILL)
         eventually(lambda: not any(is_live(process) for process in everything), "the old server fell", 10)
