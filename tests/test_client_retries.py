@@ -196,10 +196,10 @@ def test_a_lost_stream_goes_on_with_the_tokens_so_far(script: Callable[..., Scri
     server = script(STREAM_LOSSES[loss], streams(token(3), token(4, "length"), b"[DONE]"))
     with client_of(server) as client:
         output = client.generate("x", {"max_tokens": 4, "temperature": 0}, resume=True)[0]
-    assert output.outputs[0].token_ids == (1, 2, 3, 4)
+    assert output.outputs[0].token_ids == [1, 2, 3, 4]
     assert output.outputs[0].text == "t1 t2 t3 t4 "
     assert output.outputs[0].finish_reason == "length"
-    assert output.prompt_token_ids == (50, 51)
+    assert output.prompt_token_ids == [50, 51]
     assert (output.attempts, output.resumed_tokens) == (2, 2)
     path, body = server.requests[1]
     assert path == "/v1/completions"
@@ -219,7 +219,7 @@ def test_a_stream_that_never_ends_after_its_last_token_is_an_answer_and_is_hung_
     server = script(streams(FIRST, token(2, "stop"), ends=False))
     with client_of(server) as client:
         started = time.monotonic()
-        assert client.generate("x", {"max_tokens": 9}, resume=True)[0].outputs[0].token_ids == (1, 2)
+        assert client.generate("x", {"max_tokens": 9}, resume=True)[0].outputs[0].token_ids == [1, 2]
         assert time.monotonic() - started < 2
         eventually(lambda: server.hung_up == 1, "the connection was closed")
 
@@ -316,8 +316,10 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_sent(script: Callabl
     with client_of(server) as client:
         with pytest.raises(BadRequestError, match="can't be resumed: n=2: there are several answers"):
             client.generate("x", {"n": 2}, resume=True)
-        with pytest.raises(BadRequestError, match="stream= is not for this client"):
+        with pytest.raises(BadRequestError, match="stream= can't be passed on"):
             client.generate("x", stream=True)
+        with pytest.raises(BadRequestError, match="stream= is not for this client"):
+            client.generate("x", extra_body={"stream": True})
         with pytest.raises(BadRequestError, match="can't be written as JSON"):
             client.generate("x", user=object())
     assert server.requests == []
@@ -354,7 +356,7 @@ def test_a_generation_that_goes_on_may_lose_its_server_any_number_of_times(scrip
     client = client_of_epochs(server, RetryPolicy(spread_s=0))
     output = client.generate("x", {"max_tokens": 99}, resume=True)[0]
     client.close()
-    assert output.outputs[0].token_ids == tuple(range(1, 31))
+    assert output.outputs[0].token_ids == list(range(1, 31))
     assert (output.attempts, output.epoch, output.resumed_tokens) == (30, 30, 29)
 
 
