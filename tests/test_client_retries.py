@@ -16,7 +16,13 @@ from processes import eventually
 
 from managed_vllm import RetryPolicy, VLLMClient
 from managed_vllm.control import Connection
-from managed_vllm.errors import BadRequestError, RequestTimeout, ServerDiedError
+from managed_vllm.errors import (
+    BadRequestError,
+    RequestError,
+    RequestTimeout,
+    ServerDiedError,
+    UnsupportedParameterError,
+)
 from managed_vllm.resume import Losses, Lost
 
 Act = Callable[[socket.socket], None]
@@ -323,6 +329,42 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_sent(script: Callabl
         with pytest.raises(BadRequestError, match="can't be written as JSON"):
             client.generate("x", user=object())
     assert server.requests == []
+
+
+def test_what_the_route_does_not_know_is_refused_before_anything_is_sent(script: Callable[..., Script]) -> None:
+    server = script(says(ANSWER))
+    with client_of(server) as client:
+        with pytest.raises(UnsupportedParameterError, match="did you mean 'chat_template_kwargs'"):
+            client.chat([{"role": "user", "content": "x"}], chat_template_kwarg={})
+        with pytest.raises(UnsupportedParameterError, match="did you mean 'temperature'"):
+            client.generate("x", {"temprature": 1})
+        assert server.requests == []
+        client.generate("x", {"top_k": 3}, add_special_tokens=False, extra_body={"tomorrow": 1})
+    sent = server.requests[0][1]
+    assert (sent["top_k"], sent["add_special_tokens"], sent["tomorrow"]) == (3, False, 1)
+
+
+def test_a_server_that_gives_fewer_candidates_is_asked_for_no_more_than_the_caller_wants(
+    script: Callable[..., Script],
+) -> None:
+    top = [{"token": f"token_id:{number}", "logprob": -1.0 * number, "bytes": None} for number in (7, 8)]
+    content = [{"token": "token_id:7", "logprob": -1.0, "bytes": [97], "top_logprobs": top}]
+    choice = {"index": 0, "message": {"content": "a"}, "token_ids": [7], "logprobs": {"content": content}}
+    refusal = "Requested sample logprobs of 3, which is greater than max allowed: 2"
+    server = script(says({"error": {"message": refusal}}, 400), says({"id": "1", "choices": [choice]}))
+    with client_of(server) as client:
+        output = client.chat([{"role": "user", "content": "x"}], {"logprobs": 2, "max_tokens": 1})[0]
+    assert [sent["top_logprobs"] for _, sent in server.requests] == [3, 2]
+    assert output.attempts == 2
+    assert output.outputs[0].logprobs is not None
+    assert list(output.outputs[0].logprobs[0]) == [7, 8]
+
+
+@pytest.mark.parametrize("choice", [{}, {"index": 0}, {"index": "x", "text": 5, "logprobs": {"tokens": 3}}, 5])
+def test_a_whole_answer_of_another_shape_is_an_error_by_type(script: Callable[..., Script], choice: Any) -> None:
+    server = script(says({"id": "1", "choices": [choice]}))
+    with client_of(server) as client, pytest.raises(RequestError):
+        client.generate("x", {"max_tokens": 4})
 
 
 # -- deaths ------------------------------------------------------------------------------------------------------------

@@ -347,7 +347,7 @@ def test_real_what_vllms_class_refuses_ours_refuses() -> None:
             continue
         try:
             vllm.SamplingParams(**{name: value})
-        except (ValueError, TypeError):
+        except Exception:  # vLLM has a class of its own for it
             tried += 1
     assert tried >= 25  # and test_a_wrong_value_dies_at_construction_with_its_name has refused all of them
     for name, value in EXAMPLES.items():
@@ -385,3 +385,44 @@ def test_real_a_vllm_sampling_params_says_what_it_means() -> None:
     assert "max_tokens" not in SamplingParams.of(unlimited).to_request(chat=True)
     with pytest.raises(UnsupportedParameterError, match="takes it for 16"):
         SamplingParams.of(unlimited, chat=False)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
+def test_real_each_parameter_comes_out_of_vllms_route_as_it_went_in(chat: bool) -> None:
+    """Without a server: vLLM's own request model reads what is on the wire, and makes its sampling parameters of it."""
+    vllm = pytest.importorskip("vllm.sampling_params", reason="vllm is not installed")
+    if chat:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as Request
+    else:
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest as Request
+    for name, value in EXAMPLES.items():
+        body = body_of({}, SamplingParams(**{name: value}), chat=chat)
+        request = Request.model_validate(json.loads(json.dumps(body)))
+        assert not request.model_extra, name
+        if name in ("truncate_prompt_tokens", "truncation_side"):
+            assert getattr(request, name) == value
+            continue
+        arrived = getattr(request.to_sampling_params(request.max_tokens or 16, {}), name)
+        if name == "structured_outputs":
+            value = vllm.StructuredOutputsParams(**value)
+        elif name == "repetition_detection":
+            value = vllm.RepetitionDetectionParams(**value)
+        elif name == "logprobs" and chat:
+            value += 1  # the sampled token is one of the candidates
+        assert arrived == value, name
+
+
+@pytest.mark.real
+def test_real_structured_outputs_pass_vllms_check() -> None:
+    vllm = pytest.importorskip("vllm.sampling_params", reason="vllm is not installed")
+    xgrammar = pytest.importorskip("vllm.v1.structured_output.backend_xgrammar")
+    tag = {"type": "structural_tag", "format": {"type": "const_string", "value": "hello"}}
+    kinds: list[dict[str, Any]] = [
+        *({"json": Schema}, {"regex": "[0-9]{3}"}, {"choice": ["a", "b"]}, {"grammar": 'root ::= "yes" | "no"'}),
+        *({"json_object": True}, {"structural_tag": tag}),
+    ]
+    for kind in kinds:
+        sent = json.loads(json.dumps(StructuredOutputsParams.of(kind).to_request()))
+        theirs = vllm.SamplingParams(structured_outputs=vllm.StructuredOutputsParams(**sent))
+        xgrammar.validate_xgrammar_grammar(theirs)

@@ -50,6 +50,7 @@ NOTES = {
     "logprob_token_ids": "`logprob_token_ids`, with `logprobs`, which the routes want with it",
     "logprobs": "`logprobs`; in a chat `logprobs` and `top_logprobs`, which counts the sampled token",
     "max_tokens": "`max_tokens`; None: 16 in `generate`, up to the model's length in `chat`",
+    "mm_processor_kwargs": "request field; the server must be started with `--trust-request-mm-kwargs`",
     "n": "`n`; 1 if greedy, as in vLLM",
     "stop": "`stop`; vLLM's server takes four at most (`VLLM_MAX_STOP_STRINGS`)",
     "stream_interval": "`stream_interval`; means something only where a generation is streamed for resuming",
