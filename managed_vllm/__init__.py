@@ -20,8 +20,10 @@ _HOME_OF = {
     "ManagedVLLM": "managed_vllm.session",
     "VLLMClient": "managed_vllm.client",
     "SamplingParams": "managed_vllm.sampling",
+    "StructuredOutputsParams": "managed_vllm.sampling",
     "RequestOutput": "managed_vllm.outputs",
     "CompletionOutput": "managed_vllm.outputs",
+    "Logprob": "managed_vllm.outputs",
     "RestartPolicy": "managed_vllm.config",
     "HangPolicy": "managed_vllm.config",
     "RetryPolicy": "managed_vllm.resume",
@@ -40,9 +42,11 @@ if TYPE_CHECKING:
     from managed_vllm.control import ServerStatus as ServerStatus
     from managed_vllm.errors import ManagedVLLMError as ManagedVLLMError
     from managed_vllm.outputs import CompletionOutput as CompletionOutput
+    from managed_vllm.outputs import Logprob as Logprob
     from managed_vllm.outputs import RequestOutput as RequestOutput
     from managed_vllm.resume import RetryPolicy as RetryPolicy
     from managed_vllm.sampling import SamplingParams as SamplingParams
+    from managed_vllm.sampling import StructuredOutputsParams as StructuredOutputsParams
     from managed_vllm.session import ManagedVLLM as ManagedVLLM
 
 

@@ -15,7 +15,6 @@ import socket
 import threading
 import time
 import urllib.request
-import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,8 @@ from managed_vllm.config import is_loopback
 from managed_vllm.control import Connection
 from managed_vllm.errors import BadRequestError, RequestError, RequestTimeout, ServerDiedError, StartupError
 from managed_vllm.external import normalized_url
-from managed_vllm.outputs import CompletionOutput, Logprob, RequestOutput
+from managed_vllm.outputs import RequestOutput
+from managed_vllm.request_fields import bodies
 from managed_vllm.resume import Events, Generation, Losses, Lost, RetryPolicy, Step, is_long, obstacle
 from managed_vllm.sampling import SamplingParams
 
@@ -103,6 +103,7 @@ class VLLMClient:
         *,
         timeout: float | None = None,
         resume: bool | None = None,
+        extra_body: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> list[RequestOutput]:
         """Answers one conversation (a list of messages) or many (a list of lists); one output each, in input order.
@@ -114,13 +115,15 @@ class VLLMClient:
             resume: whether tokens are kept when their server is lost, so that only the rest is generated again. None:
                 if that is possible and `max_tokens` is not given or at least `resume.RESUME_FROM`; True: a
                 `BadRequestError` says why where it is not possible; False: never.
-            **fields: go into the request body as they are (`tools=…`, `chat_template_kwargs=…`).
+            extra_body: goes into the request body unchecked: fields of another version or server, or of a plugin.
+            **fields: fields of the request body (`tools=…`, `chat_template_kwargs=…`). A name that the route does not
+                know is refused, as vLLM would ignore it; docs/parameters.md has all of them.
 
         A generation can't be resumed, and is generated as a whole once more, with several answers (`n`), images,
         tools, structured outputs, stop strings, `bad_words`, presence or frequency penalty, prompt logprobs, `echo`, a
         `seed` unless the temperature is 0, a field that this library doesn't know, or a server that parses reasoning or
         tool calls. With temperature 0 a resumed answer is what it would have been, as far as the server itself gives
-        equal answers to equal requests; candidates of `top_logprobs` behind the cut that have the same text are one.
+        equal answers to equal requests; the `decoded_token` of logprobs is missing behind the cut.
         Without `max_tokens` a limit from the model's generation config (`max_new_tokens`) counts anew after a loss.
 
         Raises the first `RequestError`: `BadRequestError`, `ServerDiedError` (lost more often than `retry` allows),
@@ -130,8 +133,11 @@ class VLLMClient:
             return []
         single = isinstance(messages[0], Mapping)
         conversations: Sequence[Conversation] = [messages] if single else messages  # type: ignore[list-item,assignment]
-        bodies = [{"messages": [dict(m) for m in conversation], **fields} for conversation in conversations]
-        return self._send_all("/chat/completions", bodies, sampling_params, timeout, resume, single)
+        asked = [{"messages": [dict(m) for m in conversation]} for conversation in conversations]
+        route = "/chat/completions"
+        return self._send_all(
+            route, asked, sampling_params, fields, extra_body, timeout=timeout, resume=resume, single=single
+        )
 
     def generate_with_messages(
         self, messages: Any, sampling_params: Any = None, processor: Any = None, use_tqdm: bool = False
@@ -146,52 +152,78 @@ class VLLMClient:
         *,
         timeout: float | None = None,
         resume: bool | None = None,
+        extra_body: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> list[RequestOutput]:
         """Completes one prompt (text or token ids) or many; as `chat` otherwise. Without `max_tokens`: 16, as vLLM."""
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         each: Sequence[Any] = [prompts] if single else prompts
-        bodies = [{"prompt": p, **fields} for p in each]
-        return self._send_all("/completions", bodies, sampling_params, timeout, resume, single)
+        asked = [{"prompt": prompt} for prompt in each]
+        return self._send_all(
+            "/completions", asked, sampling_params, fields, extra_body, timeout=timeout, resume=resume, single=single
+        )
 
     # -- one request ---------------------------------------------------------------------------------------------------
 
     def _send_all(
         self,
         route: str,
-        bodies: Sequence[dict[str, Any]],
+        asked: Sequence[Mapping[str, Any]],
         sampling_params: Any,
+        fields: Mapping[str, Any],
+        extra_body: Mapping[str, Any] | None,
+        *,
         timeout: float | None,
         resume: bool | None,
         single: bool,
     ) -> list[RequestOutput]:
-        if isinstance(sampling_params, list | tuple):
-            if len(sampling_params) != len(bodies):
-                raise BadRequestError(f"{len(bodies)} prompts but {len(sampling_params)} sampling parameters")
-            params = [SamplingParams.of(p) for p in sampling_params]
-        else:
-            params = [SamplingParams.of(sampling_params)] * len(bodies)
-        deadline = None if timeout is None else time.monotonic() + timeout
         chat = route.startswith("/chat")
+        if isinstance(sampling_params, list | tuple):
+            if len(sampling_params) != len(asked):
+                raise BadRequestError(f"{len(asked)} prompts but {len(sampling_params)} sampling parameters")
+            params = [SamplingParams.of(one, chat=chat) for one in sampling_params]
+        else:
+            params = [SamplingParams.of(sampling_params, chat=chat)] * len(asked)
+        made = bodies(asked, [one.to_request(chat=chat) for one in params], fields, extra_body, chat=chat)
+        deadline = None if timeout is None else time.monotonic() + timeout
 
         def one(index: int) -> RequestOutput:
             try:
-                body = {**bodies[index], **params[index].to_request(chat=chat)}
-                generation = Generation(route, body, stream=_is_streamed(body, resume))
-                return self._send(generation, body, deadline, chat=chat)
+                return self._send(route, made[index], params[index].logprobs, deadline, resume)
             except RequestError as error:
                 error.index = None if single else index
                 error.instance = error.instance or self._instance()
                 raise
 
-        if len(bodies) == 1:
+        if len(made) == 1:
             return [one(0)]
-        with ThreadPoolExecutor(min(_AT_ONCE, max(1, len(bodies)))) as pool:
-            return list(pool.map(one, range(len(bodies))))
+        with ThreadPoolExecutor(min(_AT_ONCE, max(1, len(made)))) as pool:
+            return list(pool.map(one, range(len(made))))
 
     def _send(
-        self, generation: Generation, body: Mapping[str, Any], deadline: float | None, *, chat: bool
+        self, route: str, body: dict[str, Any], logprobs: int | None, deadline: float | None, resume: bool | None
     ) -> RequestOutput:
+        chat = route.startswith("/chat")
+        generation = Generation(route, body, stream=_is_streamed(body, resume))
+        try:
+            answer, told = self._answer(generation, deadline)
+        except BadRequestError as error:
+            # For a chat one candidate more was asked for, which may be one too many (`--max-logprobs`).
+            fewer = chat and logprobs and body.get("top_logprobs") == logprobs + 1 and "logprobs" in error.message
+            if not fewer:
+                raise
+            body = {**body, "top_logprobs": logprobs}
+            generation = Generation(route, body, stream=_is_streamed(body, resume))
+            answer, told = self._answer(generation, deadline)
+            told["attempts"] += 1
+        try:
+            output = RequestOutput.from_answer(answer, body, chat=chat, logprobs=logprobs)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise RequestError(f"not an answer of the route: {str(answer)[:500]}") from error
+        return replace(output, **told)
+
+    def _answer(self, generation: Generation, deadline: float | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The whole answer, and what the output tells of its way here."""
         losses = Losses(self._retry)
         started = time.monotonic()
         attempts = 0
@@ -216,15 +248,13 @@ class VLLMClient:
                     pause, lost = losses.add(error, progressed=progressed), epoch
                     self._raise_if_enough(losses, error)
             if generation.complete:
-                output = _output(generation.answer(), body, chat=chat)
-                return replace(
-                    output,
-                    epoch=epoch,
-                    attempts=attempts,
-                    latency=time.monotonic() - started,
-                    model=connection.model,
-                    resumed_tokens=generation.kept,
-                )
+                return generation.answer(), {
+                    "epoch": epoch,
+                    "attempts": attempts,
+                    "latency": time.monotonic() - started,
+                    "model": connection.model,
+                    "resumed_tokens": generation.kept,
+                }
 
     def _connect(self, lost: int | None, deadline: float | None, pause: float) -> tuple[Connection, int]:
         again = time.monotonic() + pause
@@ -501,45 +531,3 @@ def _message(data: bytes) -> str:
         return str(error["message"] if isinstance(error, Mapping) else error)
     except (ValueError, KeyError, TypeError):
         return data[:1000].decode(errors="replace")
-
-
-def _output(answer: Mapping[str, Any], body: Mapping[str, Any], *, chat: bool) -> RequestOutput:
-    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-    prompt_ids = answer.get("prompt_token_ids") or choices[0].get("prompt_token_ids") or ()
-    prompt = body.get("prompt")
-    return RequestOutput(
-        request_id=str(answer.get("id") or uuid.uuid4()),
-        prompt=prompt if isinstance(prompt, str) else None,
-        prompt_token_ids=tuple(prompt_ids),
-        outputs=tuple(_choice(choice, chat=chat) for choice in choices),
-        raw=answer,
-    )
-
-
-def _choice(choice: Mapping[str, Any], *, chat: bool) -> CompletionOutput:
-    text = (choice["message"].get("content") or "") if chat else choice["text"]
-    token_ids = tuple(choice.get("token_ids") or ())
-    sampled = _sampled_logprobs(choice.get("logprobs"), chat=chat)
-    logprobs = None
-    if sampled is not None and len(sampled) == len(token_ids):
-        logprobs = tuple({token: value} for token, value in zip(token_ids, sampled, strict=True))
-    return CompletionOutput(
-        index=choice["index"],
-        text=text,
-        token_ids=token_ids,
-        finish_reason=choice.get("finish_reason"),
-        stop_reason=choice.get("stop_reason"),
-        logprobs=logprobs,
-        cumulative_logprob=None if sampled is None else sum(value.logprob for value in sampled),
-    )
-
-
-def _sampled_logprobs(logprobs: Mapping[str, Any] | None, *, chat: bool) -> list[Logprob] | None:
-    if not logprobs:
-        return None
-    if chat:
-        return [Logprob(entry["logprob"], decoded_token=entry["token"]) for entry in logprobs.get("content") or ()]
-    return [
-        Logprob(value, decoded_token=token)
-        for value, token in zip(logprobs["token_logprobs"], logprobs["tokens"], strict=True)
-    ]

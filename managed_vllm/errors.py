@@ -196,11 +196,26 @@ class RequestError(ManagedVLLMError):
 
 
 class BadRequestError(RequestError, ValueError):
-    """The server refused the request (HTTP 400, 404 or 422): sending it again would not help."""
+    """The request is wrong: known before it was sent, or by the server (HTTP 4xx). Sent again it would be again.
+
+    `field` names the parameter that is to blame; None where there is no single one, or only the server knows.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        index: int | None = None,
+        status: int | None = None,
+        instance: str | None = None,
+    ) -> None:
+        super().__init__(message, index=index, status=status, instance=instance)
+        self.field = field
 
 
-class UnsupportedParameterError(RequestError, ValueError):
-    """A sampling parameter can't be passed on to a server. vLLM ignores unknown fields silently; we don't."""
+class UnsupportedParameterError(BadRequestError):
+    """A parameter (`field`) can't be passed on to a server. vLLM ignores unknown fields silently; we don't."""
 
 
 class ServerDiedError(RequestError, ConnectionError):

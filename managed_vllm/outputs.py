@@ -1,53 +1,311 @@
-"""What comes back from a request, in the shape of `vllm.RequestOutput`: exact token ids, as the server sampled them."""
+"""What comes back from a request, in the shape of `vllm.RequestOutput`: exact token ids, as the server sampled them.
+
+Names and types are vLLM's (0.32), so that code written for `vllm.LLM` goes on working. What the OpenAI-compatible
+routes don't tell is None, and the docstrings say so.
+
+The ids of logprobs' candidates are exact: they are asked for as `token_id:123` (`return_tokens_as_token_ids`). Then the
+routes don't tell the candidates' texts: `decoded_token` is None, but for the sampled token in a chat. With `logprobs=0`
+there is only the sampled token, whose id is known anyway, and its text is told. `prompt_logprobs` have all of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+_ID = "token_id:"
+_SHOWN = 60
 
 
 @dataclass(frozen=True)
 class Logprob:
-    """One candidate at one place. `rank` is 1 for the likeliest; None where the server does not say."""
+    """One candidate at one place. `rank` is 1 for the likeliest.
+
+    The routes don't tell ranks of generated tokens; they come from the order of the candidates. So `rank` is None for a
+    sampled token that is not among the likeliest asked for, and for `logprob_token_ids`. Of equally likely ones the
+    sampled one counts as first.
+    """
 
     logprob: float
     rank: int | None = None
     decoded_token: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompletionOutput:
-    """One of the `n` answers. `finish_reason` is "stop" or "length"; `stop_reason` the stop string or token id hit.
+    """One of the `n` answers.
 
-    `logprobs` has one dict per token, the sampled token first, as far as the server names the candidates' ids.
+    Attributes:
+        index: its number among them.
+        text: its text.
+        token_ids: its token ids, as sampled.
+        cumulative_logprob: sum of the sampled tokens' logprobs; None if logprobs were not asked for.
+        logprobs: one dict per token, `{token id: Logprob}`, the sampled token first, then the candidates, likeliest
+            first.
+        finish_reason: "stop", "length", "tool_calls", "repetition" …
+        stop_reason: the stop string or token id that was hit; None for the end-of-sequence token.
+        reasoning: what a reasoning parser of the server took out of the text, in a chat.
+        tool_calls: what a tool parser took out of it, as dicts of OpenAI's shape.
+        routed_experts: as the server has it: base64 of a `.npy` file.
     """
 
     index: int
     text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
-    stop_reason: int | str | None = None
-    logprobs: tuple[Mapping[int, Logprob], ...] | None = None
+    token_ids: list[int]
     cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    reasoning: str | None = None
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    routed_experts: str | None = None
+
+    # The routes don't tell these.
+    lora_request: ClassVar[None] = None
+    sampling_mask: ClassVar[None] = None
+    spec_decode_metrics: ClassVar[None] = None
+    weight_versions: ClassVar[None] = None
+
+    def finished(self) -> bool:
+        """As in vLLM: whether there is a finish_reason."""
+        return self.finish_reason is not None
+
+    def __repr__(self) -> str:
+        return (
+            f"CompletionOutput(index={self.index}, text={_short(self.text)}, {len(self.token_ids)} tokens, "
+            f"finish_reason={self.finish_reason!r})"
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RequestOutput:
-    """The answer to one request. `latency` is in seconds, `attempts` counts sendings.
+    """The answer to one request.
 
-    `epoch` is the life of the server that ended the answer; `resumed_tokens` of its tokens came from lives or
-    connections before, and were not generated again.
+    Attributes:
+        request_id: the server's id of the request.
+        prompt: the prompt, if it was text; of a chat only with `return_prompt_text=True`.
+        prompt_token_ids: its token ids, as the server made them.
+        prompt_logprobs: one dict per token of the prompt, None for the first; None if not asked for.
+        outputs: the `n` answers.
+        finished: always True.
+        metrics: the server's own times (`time_to_first_token_ms` …), where it is started with
+            `--enable-per-request-metrics`; not for streamed (resumable) generations.
+        num_cached_tokens: tokens of the prompt found in the prefix cache, where the server is started with
+            `--enable-prompt-tokens-details`; not for streamed generations.
+        kv_transfer_params, ec_transfer_params: where the server transfers.
+        model: the name that was asked.
+        epoch: the life of the server that ended the answer.
+        attempts: number of sendings.
+        latency: seconds, waiting for the server included.
+        resumed_tokens: tokens that came from lives or connections before, and were not generated again.
+        raw: the answer as it came; no part of comparisons and of `to_dict`.
     """
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    outputs: tuple[CompletionOutput, ...]
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    finished: bool = True
+    metrics: dict[str, Any] | None = None
+    num_cached_tokens: int | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+    ec_transfer_params: dict[str, Any] | None = None
     model: str = ""
     epoch: int = 0
-    latency: float = 0.0
     attempts: int = 1
+    latency: float = 0.0
     resumed_tokens: int = 0
-    finished: bool = True
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    # The routes don't tell these.
+    lora_request: ClassVar[None] = None
+    encoder_prompt: ClassVar[None] = None
+    encoder_prompt_token_ids: ClassVar[None] = None
+    num_cache_creation_tokens: ClassVar[None] = None
+    prompt_token_id_logprobs: ClassVar[None] = None
+
+    @classmethod
+    def from_answer(
+        cls, answer: Mapping[str, Any], body: Mapping[str, Any], *, chat: bool, logprobs: int | None = None
+    ) -> RequestOutput:
+        """From a route's whole answer to the request `body`.
+
+        `logprobs` is the number of candidates that the caller wants (-1: all), where the body asks for more.
+        """
+        if logprobs is None:
+            logprobs = (body.get("top_logprobs") or 0) if chat else body.get("logprobs")
+        ranked = not body.get("logprob_token_ids")
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        first = choices[0]
+        prompt = body.get("prompt") if not chat else answer.get("prompt_text")
+        usage = answer.get("usage") or {}
+        return cls(
+            request_id=str(answer.get("id") or uuid.uuid4()),
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=list(answer.get("prompt_token_ids") or first.get("prompt_token_ids") or ()),
+            outputs=[_completion(choice, logprobs or 0, chat=chat, ranked=ranked) for choice in choices],
+            prompt_logprobs=_prompt_logprobs(answer.get("prompt_logprobs") or first.get("prompt_logprobs")),
+            metrics=answer.get("metrics"),
+            num_cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+            kv_transfer_params=answer.get("kv_transfer_params"),
+            ec_transfer_params=answer.get("ec_transfer_params"),
+            raw=answer,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it but `raw` in dicts, lists and plain values; `json` can write it, and `from_dict` reads both.
+
+        (JSON makes texts of the token ids that are keys of logprobs.)
+        """
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "raw"}
+        found["outputs"] = [_plain_completion(output) for output in self.outputs]
+        found["prompt_logprobs"] = _plain_logprobs(self.prompt_logprobs)
+        return found
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> RequestOutput:
+        """What `to_dict` has made. Raises `ValueError` for what is something else."""
+        try:
+            found = dict(given)
+            found["outputs"] = [
+                CompletionOutput(**{**output, "logprobs": _prompt_logprobs(output.get("logprobs"))})
+                for output in found["outputs"]
+            ]
+            found["prompt_logprobs"] = _prompt_logprobs(found.get("prompt_logprobs"))
+            return cls(**found)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not the dict of a RequestOutput: {error}") from error
+
+    def __repr__(self) -> str:
+        prompt = "" if self.prompt is None else f"prompt={_short(self.prompt)}, "
+        return (
+            f"RequestOutput(request_id={self.request_id!r}, {prompt}{len(self.prompt_token_ids)} prompt tokens, "
+            f"outputs={self.outputs!r})"
+        )
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}…"
+
+
+# -- from an answer ----------------------------------------------------------------------------------------------------
+
+
+def _completion(choice: Mapping[str, Any], wanted: int, *, chat: bool, ranked: bool) -> CompletionOutput:
+    message = choice["message"] if chat else {}
+    token_ids = list(choice.get("token_ids") or ())
+    logprobs = None
+    told = choice.get("logprobs")
+    cumulative = None
+    if told:
+        entries = list(_of_chat(told) if chat else _of_completion(told))
+        if len(entries) > len(token_ids) > 0:  # echo=True: those of the prompt stand before
+            entries = entries[-len(token_ids) :]
+        cumulative = sum(sampled.logprob for sampled, _ in entries)
+        if len(entries) == len(token_ids):
+            logprobs = [
+                _position(token, sampled, candidates, wanted=wanted, chat=chat, ranked=ranked)
+                for token, (sampled, candidates) in zip(token_ids, entries, strict=True)
+            ]
+    return CompletionOutput(
+        index=choice["index"],
+        text=(message.get("content") or "") if chat else choice["text"],
+        token_ids=token_ids,
+        cumulative_logprob=cumulative,
+        logprobs=logprobs,
+        finish_reason=choice.get("finish_reason"),
+        stop_reason=choice.get("stop_reason"),
+        reasoning=message.get("reasoning") or message.get("reasoning_content"),
+        tool_calls=list(message.get("tool_calls") or ()),
+        routed_experts=choice.get("routed_experts"),
+    )
+
+
+_Candidates = list[tuple[str, float]]
+
+
+def _of_chat(told: Mapping[str, Any]) -> Iterable[tuple[Logprob, _Candidates]]:
+    for entry in told.get("content") or ():
+        text = entry["token"]
+        if text.startswith(_ID):
+            spelt = entry.get("bytes")  # of the text, not of what stands for it
+            text = None if spelt is None else bytes(spelt).decode("utf-8", errors="replace")
+        candidates = [(one["token"], one["logprob"]) for one in entry.get("top_logprobs") or ()]
+        yield Logprob(entry["logprob"], decoded_token=text), candidates
+
+
+def _of_completion(told: Mapping[str, Any]) -> Iterable[tuple[Logprob, _Candidates]]:
+    values, tokens = told["token_logprobs"], told["tokens"]
+    tops = told.get("top_logprobs") or [None] * len(tokens)
+    for value, token, top in zip(values, tokens, tops, strict=True):
+        text = None if token.startswith(_ID) else token
+        yield Logprob(0.0 if value is None else value, decoded_token=text), list((top or {}).items())
+
+
+def _position(
+    token: int, sampled: Logprob, candidates: _Candidates, *, wanted: int, chat: bool, ranked: bool
+) -> dict[int, Logprob]:
+    """The dict of one place, as vLLM has it: the sampled token first, then the `wanted` likeliest (-1: all).
+
+    The candidates come in the order of their ranks, but for the sampled one, which is the first. A completion has
+    `wanted` of them and the sampled one, if that is another; a chat has as many as were asked for, that one included.
+    """
+    others = []
+    for text, value in candidates:
+        if not text.startswith(_ID):
+            return {token: sampled}  # the server names no ids
+        number = int(text.removeprefix(_ID))
+        if number != token:
+            others.append((number, value))
+    if not ranked:
+        return {token: sampled, **{number: Logprob(value) for number, value in others}}
+    if wanted == 0:
+        return {token: sampled}
+    rank = None
+    before = sum(value > sampled.logprob for _, value in others)
+    if chat or wanted < 0:
+        if before < len(others) or wanted < 0:  # else it may come next, or anywhere behind
+            rank = before + 1
+    elif len(others) < wanted:
+        rank = before + 1
+    found = {token: Logprob(sampled.logprob, rank, sampled.decoded_token)}
+    for place, (number, value) in enumerate(others, 1):
+        its = place + (rank is not None and place >= rank)
+        if wanted < 0 or its <= wanted:
+            found[number] = Logprob(value, its)
+    return found
+
+
+def _prompt_logprobs(told: Any) -> Any:
+    """From dicts of JSON, whose keys may be texts."""
+    if told is None:
+        return None
+    return [
+        None if place is None else {int(token): _logprob(value) for token, value in place.items()} for place in told
+    ]
+
+
+def _logprob(value: Mapping[str, Any]) -> Logprob:
+    return Logprob(value["logprob"], value.get("rank"), value.get("decoded_token"))
+
+
+def _plain_logprobs(logprobs: Iterable[Mapping[int, Logprob] | None] | None) -> list[Any] | None:
+    if logprobs is None:
+        return None
+    return [
+        None
+        if place is None
+        else {
+            token: {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.decoded_token}
+            for token, one in place.items()
+        }
+        for place in logprobs
+    ]
+
+
+def _plain_completion(output: CompletionOutput) -> dict[str, Any]:
+    found = {one.name: getattr(output, one.name) for one in fields(output)}
+    return {**found, "token_ids": list(output.token_ids), "logprobs": _plain_logprobs(output.logprobs)}

@@ -56,6 +56,7 @@ _KEPT = frozenset(
         *("model", "user", "priority", "request_id", "session_id", "cache_salt", "return_token_ids", "stream_interval"),
         *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop_token_ids", "ignore_eos"),
         *("skip_special_tokens", "include_stop_str_in_output", "logit_bias", "allowed_token_ids"),
+        "return_tokens_as_token_ids",
     }
 )
 """Fields that mean the same for the rest of a generation as for all of it, on either route."""
@@ -545,13 +546,14 @@ class Generation:
 def _chat_logprob(token: str, logprob: float, top: Mapping[str, float] | None, most: int) -> dict[str, Any]:
     """One entry of a chat's logprobs from those of a completion, which have one candidate more (vLLM 0.32).
 
-    Candidates with the same text are one there; so a chat may have fewer of them behind a cut.
+    Candidates with the same text are one there, unless they come as ids (`return_tokens_as_token_ids`); so a chat may
+    have fewer of them behind a cut. With ids, a completion does not tell the bytes of the sampled token.
     """
     candidates = list((top or {}).items())[: most if most >= 0 else None]
     return {
         "token": token,
         "logprob": logprob,
-        "bytes": _bytes(token),
+        "bytes": None if token.startswith("token_id:") else _bytes(token),
         "top_logprobs": [{"token": text, "logprob": value, "bytes": _bytes(text)} for text, value in candidates],
     }
 

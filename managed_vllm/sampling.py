@@ -1,24 +1,172 @@
 """Sampling parameters with vLLM's names, and what they become on the wire.
 
-A real `vllm.SamplingParams` or a dict is taken as well. A parameter that can't be passed on to a server raises
-`UnsupportedParameterError`: vLLM ignores unknown request fields silently (0.32, every endpoint), we don't.
+What is wrong dies where it is written, with vLLM's own rules (0.32): a wrong value raises `BadRequestError`, a name
+that can't be passed on to a server `UnsupportedParameterError` with the reason, a wrong spelling the same with the
+nearest names. Both carry the name as `field`. A `vllm.SamplingParams` or a dict is taken as well. vLLM ignores unknown
+request fields silently (0.32, every endpoint), we don't.
+
+None means everywhere: not sent. Then the server's default counts: of the model's generation_config, or vLLM's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json as json_module
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
-from managed_vllm.errors import UnsupportedParameterError
+from managed_vllm.errors import BadRequestError, UnsupportedParameterError
+
+REFUSED: Mapping[str, str] = {
+    "detokenize": "the routes always return the text; leave it out, the token ids come anyway",
+    "flat_logprobs": "it is a container within vLLM's process; logprobs come as a list of dicts",
+    "prompt_logprob_token_ids": "no OpenAI-compatible route takes it; prompt_logprobs=-1 has every token's",
+    "prompt_logprob_start": "no OpenAI-compatible route takes it; cut prompt_logprobs of the output instead",
+    "skip_reading_prefix_cache": "no OpenAI-compatible route takes it; a cache_salt= of its own has the same effect",
+    "trace_decode_token_ids": "no OpenAI-compatible route takes it",
+    "output_kind": "answers come back whole (FINAL_ONLY), as from vllm.LLM, which overwrites it too",
+    "skip_clone": "it is internal to vLLM's process",
+    "output_text_buffer_length": "vLLM computes it from stop and include_stop_str_in_output; it is no input",
+    "best_of": "vLLM has it no more; ask for n answers and choose by cumulative_logprob",
+    "guided_decoding": "it is called structured_outputs",
+    "max_completion_tokens": "here it is called max_tokens; as a keyword of chat() it works too",
+    "top_logprobs": "here it is called logprobs: the number of candidates",
+    "use_beam_search": "beam search is no sampling; vllm.LLM has a method of its own for it",
+}
+"""Names that users of vLLM know, which no field of a request carries, with the reason.
+
+In a `vllm.SamplingParams` those that only steer vLLM's own process are let pass, and any that has its default.
+"""
+
+IN_PROCESS = frozenset({"output_kind", "skip_clone", "output_text_buffer_length"})
+_INT64 = 2**63
+_MAX_LOGPROBS = 20
+"""vLLM's default of `--max-logprobs`."""
+_MAX_LOGPROB_TOKEN_IDS = 128
+_GREEDY_BELOW = 1e-5
+
+_CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What the answer must look like: exactly one of the first six. As `vllm.sampling_params.StructuredOutputsParams`.
+
+    Args:
+        json: a JSON schema: dict, text, or a pydantic model class.
+        regex: a regular expression that all of the text matches.
+        choice: texts, of which the answer is one.
+        grammar: a context-free grammar in EBNF.
+        json_object: True: any JSON object.
+        structural_tag: a dict, or the same as JSON text.
+        disable_any_whitespace, disable_additional_properties, whitespace_pattern: see vLLM.
+    """
+
+    json: Any = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    whitespace_pattern: str | None = None
+
+    def __new__(cls, **given: Any) -> StructuredOutputsParams:
+        """Only to name what is misspelt."""
+        _check_names(given, [field.name for field in fields(cls)], {}, "structured_outputs has no")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        given = [name for name in _CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise _bad("structured_outputs", f"takes exactly one of {', '.join(_CONSTRAINTS)}; given: {found}")
+        set_ = object.__setattr__
+        set_(self, "json", _json_schema(self.json))
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise _bad("structured_outputs", f"{name} must be a text that is not empty, not {value!r:.80}")
+        if self.choice is not None:
+            choice = _texts("structured_outputs", self.choice)
+            set_(self, "choice", choice)
+            if not choice:
+                raise _bad("structured_outputs", "choice has no texts to choose from")
+        if self.json_object not in (None, True):
+            raise _bad("structured_outputs", "json_object is True, or left out")
+        tag: Any = self.structural_tag
+        if tag is not None:
+            if isinstance(tag, Mapping):
+                set_(self, "structural_tag", json_module.dumps(tag))
+            elif not isinstance(tag, str) or not tag:
+                raise _bad("structured_outputs", f"structural_tag must be a dict or JSON text, not {tag!r:.80}")
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            set_(self, name, _flag("structured_outputs", getattr(self, name)))
+
+    @classmethod
+    def of(cls, value: Any) -> StructuredOutputsParams:
+        """From ours, a dict, a pydantic model class, or vLLM's `StructuredOutputsParams`."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, type) and hasattr(value, "model_json_schema"):
+            return cls(json=value)
+        if type(value).__name__ == "StructuredOutputsParams" and hasattr(value, "__dataclass_fields__"):
+            value = {name: getattr(value, name) for name in value.__dataclass_fields__ if not name.startswith("_")}
+            value = {name: one for name, one in value.items() if one is not None and one is not False}
+        if not isinstance(value, Mapping):
+            raise _bad(
+                "structured_outputs",
+                f"must be a dict such as {{'regex': …}}, a pydantic model class or a StructuredOutputsParams, not "
+                f"{type(value).__name__}",
+            )
+        return cls(**value)
+
+    def to_request(self) -> dict[str, Any]:
+        """The request field's value."""
+        request = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in request.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to sample. None means: the server's own default (its generation_config, or vLLM's).
 
-    The fields are those of `vllm.SamplingParams` that the OpenAI-compatible API of vLLM 0.32 takes. `logprobs` is the
-    number of top candidates per token, `structured_outputs` a dict with one of `json`, `regex`, `choice`, `grammar`.
+    The fields are those of `vllm.SamplingParams` (0.32) that the OpenAI-compatible routes take, and the two for cutting
+    a prompt; docs/parameters.md has all of them, and why others are refused. Values are kept in plain types: sequences
+    become tuples, numpy's numbers Python's.
+
+    Args:
+        n: answers per prompt; 1 if greedy.
+        temperature: 0 (greedy) to 2.
+        top_p: in (0, 1]. top_k: 0 or -1 for all. min_p: in [0, 1].
+        presence_penalty, frequency_penalty: in [-2, 2]. repetition_penalty: above 0; 1 is none.
+        watermarking: whether the engine's watermark is applied, where it has one.
+        seed: 64 bits with a sign.
+        stop: text or texts that end the answer (vLLM takes at most four, `VLLM_MAX_STOP_STRINGS`).
+        stop_token_ids: token ids that end it. bad_words: texts that must not come.
+        ignore_eos: go on after the end-of-sequence token.
+        max_tokens: tokens at most. None: 16 in `generate`, up to the model's length in `chat`. min_tokens: at least.
+        logprobs: number of likeliest candidates per token, beside the sampled one; 0: that one only; -1: all.
+        prompt_logprobs: the same for the prompt's tokens.
+        logprob_token_ids: candidates are exactly these (at most 128), in place of the likeliest.
+        skip_special_tokens, spaces_between_special_tokens, include_stop_str_in_output: how text is made of tokens.
+        truncate_prompt_tokens: tokens of the prompt that are kept; -1: as many as the model takes.
+        truncation_side: "left" keeps the last ones, "right" the first ones.
+        logit_bias: {token id: what is added to its logit, within [-100, 100]}.
+        allowed_token_ids: only these can be sampled.
+        structured_outputs: `StructuredOutputsParams`, a dict such as `{"regex": …}`, or a pydantic model class.
+        thinking_token_budget: tokens for reasoning; -1: no bound.
+        repetition_detection: dict with `max_pattern_size`, `min_pattern_size`, `min_count`: ends repeating answers.
+        extra_args: for plugins of the server: texts, numbers or lists of them (`vllm_xargs` on the wire);
+            `kv_transfer_params` and `ec_transfer_params` in it become the request fields of that name.
+        stream_interval: tokens per event, where a generation is streamed for resuming.
+        routed_experts_prompt_start: tokens of the prompt without routing data, where the server returns such.
+
+    Raises `BadRequestError` for a wrong value, `UnsupportedParameterError` for a wrong name.
     """
 
     n: int | None = None
@@ -29,6 +177,7 @@ class SamplingParams:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    watermarking: bool | None = None
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
@@ -38,58 +187,350 @@ class SamplingParams:
     min_tokens: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: Sequence[int] | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
-    structured_outputs: Mapping[str, Any] | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | type | None = None
+    thinking_token_budget: int | None = None
+    repetition_detection: Mapping[str, int] | None = None
+    extra_args: Mapping[str, Any] | None = None
+    stream_interval: int | None = None
+    routed_experts_prompt_start: int | None = None
+
+    def __new__(cls, **given: Any) -> SamplingParams:
+        """Only to name what is misspelt or can't be passed on."""
+        _check_names(given, [field.name for field in fields(cls)], REFUSED, "there is no sampling parameter")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, check(name, value))
+        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _bad("min_tokens", f"must be at most max_tokens={self.max_tokens}, not {self.min_tokens}")
+        if self.temperature is not None and self.temperature < _GREEDY_BELOW and (self.n or 1) > 1:
+            raise _bad("n", f"must be 1 with temperature=0, where all answers are the same, not {self.n}")
 
     @classmethod
-    def of(cls, value: Any) -> SamplingParams:
-        """From None, ours, a dict or a `vllm.SamplingParams`. `UnsupportedParameterError` names what can't be."""
+    def of(cls, value: Any, *, chat: bool = True) -> SamplingParams:
+        """From None, ours, a dict or a `vllm.SamplingParams`. `UnsupportedParameterError` names what can't be.
+
+        A `vllm.SamplingParams` means what it says, defaults included: its temperature of 1 and its `top_p` of 1 are
+        sent, whatever the model's generation_config has. Its `max_tokens=None`, no limit, can only be said to a `chat`.
+        """
         if value is None:
             return cls()
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping):
-            given = dict(value)
-        elif type(value).__name__ == "SamplingParams" and hasattr(value, "__struct_fields__"):
-            given = _set_in_vllm(value)
-        else:
-            raise UnsupportedParameterError(
-                f"sampling parameters must be a SamplingParams or a dict, not {type(value).__name__}"
-            )
-        known = {field.name for field in fields(cls)}
-        for name in given:
-            if name not in known:
+            return cls(**value)
+        if type(value).__name__ == "SamplingParams" and hasattr(value, "__struct_fields__"):
+            if value.max_tokens is None and not chat:
                 raise UnsupportedParameterError(
-                    f"the sampling parameter {name!r} can't be passed on to a server; "
-                    f"known are: {', '.join(sorted(known))}"
+                    "max_tokens=None can't be passed on to /v1/completions, which takes it for 16; give a number",
+                    field="max_tokens",
                 )
-        return cls(**given)
+            return cls(**_set_in_vllm(value))
+        raise UnsupportedParameterError(
+            f"sampling parameters must be a SamplingParams or a dict, not {type(value).__name__}"
+        )
 
     def to_request(self, *, chat: bool) -> dict[str, Any]:
-        """The request fields for `/v1/chat/completions` (`chat`) or `/v1/completions`."""
+        """The request fields for `/v1/chat/completions` (`chat`) or `/v1/completions`.
+
+        A chat's `top_logprobs` counts the sampled token as one of the candidates (vLLM 0.32), so one more is asked for,
+        up to the 20 that a server gives by default.
+        """
         request = {field.name: getattr(self, field.name) for field in fields(self)}
         request = {name: value for name, value in request.items() if value is not None}
+        if "logprob_token_ids" in request:
+            request.setdefault("logprobs", 0)  # the routes want it; what it says does not count then
         if chat and "logprobs" in request:
-            request["top_logprobs"] = request["logprobs"]
+            asked = request["logprobs"]
+            request["top_logprobs"] = asked + 1 if 0 < asked < _MAX_LOGPROBS else asked
             request["logprobs"] = True
         if "logit_bias" in request:
             request["logit_bias"] = {str(token): bias for token, bias in request["logit_bias"].items()}
+        if "structured_outputs" in request:
+            request["structured_outputs"] = request["structured_outputs"].to_request()
+        if "extra_args" in request:
+            extra = dict(request.pop("extra_args"))
+            for name in _TRANSFER:
+                if name in extra:
+                    request[name] = extra.pop(name)
+            if extra:
+                request["vllm_xargs"] = extra
         return request
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """For messages: " (did you mean 'a' or 'b'?)", or nothing."""
+    found = get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
+
+
+def _check_names(given: Iterable[str], known: Sequence[str], refused: Mapping[str, str], what: str) -> None:
+    for name in given:
+        if name in refused:
+            raise UnsupportedParameterError(f"{name} can't be passed on to a server: {refused[name]}", field=name)
+        if name not in known:
+            hint = nearest(name, known) or f"; known are: {', '.join(sorted(known))}"
+            raise UnsupportedParameterError(f"{what} {name!r}{hint}", field=name)
+
+
+def _bad(name: str, what: str) -> BadRequestError:
+    return BadRequestError(f"{name} {what}", field=name)
+
+
+# -- what a value must be ----------------------------------------------------------------------------------------------
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool):
+        raise _bad(name, f"must be an integer, not {value}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise _bad(name, f"must be an integer, not {value!r:.80}") from None
+
+
+def _integer(least: int, most: int = _INT64 - 1) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        number = _whole(name, value)
+        if not least <= number <= most:
+            bounds = f"at least {least}" if most == _INT64 - 1 else f"in [{least}, {most}]"
+            raise _bad(name, f"must be {bounds}, not {number}")
+        return number
+
+    return check
+
+
+def _count(name: str, value: Any) -> int:
+    """Of candidates; vLLM takes True for 1."""
+    return 1 if value is True else _integer(-1)(name, value)
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, bool | str | bytes):
+        raise _bad(name, f"must be a number, not {value!r:.80}")
+    try:
+        number = value if type(value) is int else float(value)
+        finite = math.isfinite(number)
+    except (TypeError, ValueError, OverflowError):
+        raise _bad(name, f"must be a number, not {value!r:.80}") from None
+    if not finite:
+        raise _bad(name, f"must be a finite number, not {value}")
+    return number
+
+
+def _number(least: float, most: float, *, above: bool = False) -> Callable[[str, Any], float]:
+    """Within [least, most]; `above`: within (least, most]."""
+
+    def check(name: str, value: Any) -> float:
+        number = _real(name, value)
+        if not least <= number <= most or (above and number == least):
+            if most == math.inf:
+                raise _bad(name, f"must be {'above' if above else 'at least'} {least:g}, not {number}")
+            raise _bad(name, f"must be in {'(' if above else '['}{least:g}, {most:g}], not {number}")
+        return number
+
+    return check
+
+
+def _flag(name: str, value: Any) -> bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    if type(value).__name__ in ("bool", "bool_"):  # numpy's
+        return bool(value)
+    raise _bad(name, f"must be True or False, not {value!r:.80}")
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if isinstance(texts, Mapping | bytes) or not isinstance(texts, Iterable):
+        raise _bad(name, f"must be a list of texts, not {value!r:.80}")
+    texts = tuple(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise _bad(name, f"must have nothing but texts, not {text!r:.80}")
+        if not text:
+            raise _bad(name, "can't have an empty text")
+    return tuple(dict.fromkeys(texts))
+
+
+def _bad_words(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise _bad(name, f"must be a list of texts; for a single one: [{value!r:.80}]")
+    return _texts(name, value)
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise _bad(name, f"must be a list of token ids, not {value!r:.80}")
+    return tuple(dict.fromkeys(_integer(0)(name, token) for token in value))
+
+
+def _some_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    tokens = _token_ids(name, value)
+    if not tokens:
+        raise _bad(name, "can't be empty; leave it out to allow every token")
+    return tokens
+
+
+def _few_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    tokens = _some_token_ids(name, value)
+    if len(tokens) > _MAX_LOGPROB_TOKEN_IDS:
+        raise _bad(name, f"can have {_MAX_LOGPROB_TOKEN_IDS} token ids at most, not {len(tokens)}")
+    return tokens
+
+
+def _logit_bias(name: str, value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise _bad(name, f"must be a dict of token ids and numbers, not {value!r:.80}")
+    found = {}
+    for token, bias in value.items():
+        try:
+            number = int(token) if isinstance(token, str) else operator.index(token)
+        except (ValueError, TypeError):
+            raise _bad(name, f"has the key {token!r:.80}, which is no token id") from None
+        if isinstance(token, bool) or number < 0:
+            raise _bad(name, f"has the key {token!r:.80}, which is no token id")
+        bias = _real(name, bias)
+        if not -100 <= bias <= 100:  # vLLM's routes cut it to that without a word
+            raise _bad(name, f"of token {number} must be in [-100, 100], not {bias}")
+        found[number] = bias
+    return found
+
+
+def _side(name: str, value: Any) -> str:
+    if value not in ("left", "right"):
+        raise _bad(name, f"must be 'left' or 'right', not {value!r:.80}")
+    return str(value)
+
+
+def _structured(name: str, value: Any) -> StructuredOutputsParams:
+    return StructuredOutputsParams.of(value)
+
+
+def _repetition(name: str, value: Any) -> dict[str, int]:
+    known = ("max_pattern_size", "min_pattern_size", "min_count")
+    if hasattr(value, "__dataclass_fields__"):
+        value = {each: getattr(value, each) for each in value.__dataclass_fields__}
+    if not isinstance(value, Mapping):
+        raise _bad(name, f"must be a dict with {', '.join(known)}, not {value!r:.80}")
+    _check_names(value, known, {}, f"{name} has no")
+    found = {each: _integer(0)(name, number) for each, number in value.items()}
+    longest = found.get("max_pattern_size", 0)
+    if found.get("min_pattern_size", 0) > longest:
+        raise _bad(name, "must have min_pattern_size <= max_pattern_size")
+    if longest and found.get("min_count", 0) < 2:
+        raise _bad(name, "must have a min_count of at least 2")
+    return found
+
+
+_TRANSFER = ("kv_transfer_params", "ec_transfer_params")
+
+
+def _extra_args(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _bad(name, f"must be a dict, not {value!r:.80}")
+    found = dict(value)
+    for key, one in found.items():
+        if key in _TRANSFER and isinstance(one, Mapping):
+            continue
+        for part in one if isinstance(one, list | tuple) else (one,):
+            if not isinstance(key, str) or isinstance(part, bool) or not isinstance(part, str | int | float):
+                raise _bad(name, f"{key!r:.80} must be a text, a number or a list of these: nothing else is taken")
+            if isinstance(part, int) and not -_INT64 <= part < 2 * _INT64:
+                raise _bad(name, f"{key!r:.80} has an integer of more than 64 bits")
+    return found
+
+
+def _json_schema(value: Any) -> Any:
+    """As a dict or text."""
+    name = "structured_outputs"
+    if value is None:
+        return None
+    if isinstance(value, type) and hasattr(value, "model_json_schema"):
+        return value.model_json_schema()
+    if isinstance(value, str):
+        try:
+            schema = json_module.loads(value)
+        except ValueError as error:
+            raise _bad(name, f"json is no JSON: {error}") from None
+        if not isinstance(schema, dict):
+            raise _bad(name, f"json must be a JSON schema, which is an object, not {value!r:.80}")
+        return value
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise _bad(name, f"json must be a JSON schema (dict or text) or a pydantic model class, not {value!r:.80}")
+
+
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    "n": _integer(1),
+    "temperature": _number(0, 2),
+    "top_p": _number(0, 1, above=True),
+    "top_k": _integer(-1),
+    "min_p": _number(0, 1),
+    "presence_penalty": _number(-2, 2),
+    "frequency_penalty": _number(-2, 2),
+    "repetition_penalty": _number(0, math.inf, above=True),
+    "watermarking": _flag,
+    "seed": _integer(-_INT64),
+    "stop": _texts,
+    "stop_token_ids": _token_ids,
+    "bad_words": _bad_words,
+    "ignore_eos": _flag,
+    "max_tokens": _integer(1),
+    "min_tokens": _integer(0),
+    "logprobs": _count,
+    "prompt_logprobs": _count,
+    "logprob_token_ids": _few_token_ids,
+    "skip_special_tokens": _flag,
+    "spaces_between_special_tokens": _flag,
+    "include_stop_str_in_output": _flag,
+    "truncate_prompt_tokens": _integer(-1),
+    "truncation_side": _side,
+    "logit_bias": _logit_bias,
+    "allowed_token_ids": _some_token_ids,
+    "structured_outputs": _structured,
+    "thinking_token_budget": _integer(-1),
+    "repetition_detection": _repetition,
+    "extra_args": _extra_args,
+    "stream_interval": _integer(1),
+    "routed_experts_prompt_start": _integer(0),
+}
+
+
+# -- vLLM's own --------------------------------------------------------------------------------------------------------
+
+_OF_GENERATION_CONFIG = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    "max_tokens",
+)
+"""What a server takes from the model's generation_config, or another default, where a request does not say it."""
+
+
 def _set_in_vllm(params: Any) -> dict[str, Any]:
-    """What differs from vLLM's own defaults in a `vllm.SamplingParams`."""
+    """What a `vllm.SamplingParams` says: what differs from vLLM's defaults, and what a server has others for."""
     defaults = type(params)()
     given = {}
     for name in params.__struct_fields__:
         value = getattr(params, name)
-        if name.startswith("_") or name == "output_kind" or value == getattr(defaults, name):
+        if name.startswith("_") or name in IN_PROCESS:
             continue
-        given[name] = value
-    # These two have other defaults on a server, where a generation_config may decide.
-    return {"temperature": params.temperature, "max_tokens": params.max_tokens, **given}
+        if name == "skip_reading_prefix_cache" and bool(value) == (params.prompt_logprobs is not None):
+            continue  # vLLM sets it by itself
+        if name in _OF_GENERATION_CONFIG or not _equal(value, getattr(defaults, name)):
+            given[name] = value
+    return given
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return type(one) is type(other) and bool(one == other)

@@ -161,6 +161,7 @@ class _Asked:
         self.choices = int(body.get("n") or 1)
         self.with_ids = bool(body.get("return_token_ids"))
         self.with_logprobs = body.get("logprobs") not in (None, False)
+        self.tokens_as_ids = bool(body.get("return_tokens_as_token_ids"))
         self.with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
         limit = body.get("max_tokens", body.get("max_completion_tokens"))
         if limit is not None and limit < 1:
@@ -194,11 +195,14 @@ class _Asked:
             return None
         words = [self.text(begin + index, [token]) for index, token in enumerate(ids)]
         values = [logprob_of(token) for token in ids]
+        spelt = [list(word.encode()) for word in words]
+        if self.tokens_as_ids:
+            words = [f"token_id:{token}" for token in ids]
         if self.chat:
             return {
                 "content": [
-                    {"token": word, "logprob": value, "bytes": list(word.encode()), "top_logprobs": []}
-                    for word, value in zip(words, values, strict=True)
+                    {"token": word, "logprob": value, "bytes": spelling, "top_logprobs": []}
+                    for word, value, spelling in zip(words, values, spelt, strict=True)
                 ]
             }
         return {

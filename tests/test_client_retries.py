@@ -16,7 +16,13 @@ from processes import eventually
 
 from managed_vllm import RetryPolicy, VLLMClient
 from managed_vllm.control import Connection
-from managed_vllm.errors import BadRequestError, RequestTimeout, ServerDiedError
+from managed_vllm.errors import (
+    BadRequestError,
+    RequestError,
+    RequestTimeout,
+    ServerDiedError,
+    UnsupportedParameterError,
+)
 from managed_vllm.resume import Losses, Lost
 
 Act = Callable[[socket.socket], None]
@@ -196,10 +202,10 @@ def test_a_lost_stream_goes_on_with_the_tokens_so_far(script: Callable[..., Scri
     server = script(STREAM_LOSSES[loss], streams(token(3), token(4, "length"), b"[DONE]"))
     with client_of(server) as client:
         output = client.generate("x", {"max_tokens": 4, "temperature": 0}, resume=True)[0]
-    assert output.outputs[0].token_ids == (1, 2, 3, 4)
+    assert output.outputs[0].token_ids == [1, 2, 3, 4]
     assert output.outputs[0].text == "t1 t2 t3 t4 "
     assert output.outputs[0].finish_reason == "length"
-    assert output.prompt_token_ids == (50, 51)
+    assert output.prompt_token_ids == [50, 51]
     assert (output.attempts, output.resumed_tokens) == (2, 2)
     path, body = server.requests[1]
     assert path == "/v1/completions"
@@ -219,7 +225,7 @@ def test_a_stream_that_never_ends_after_its_last_token_is_an_answer_and_is_hung_
     server = script(streams(FIRST, token(2, "stop"), ends=False))
     with client_of(server) as client:
         started = time.monotonic()
-        assert client.generate("x", {"max_tokens": 9}, resume=True)[0].outputs[0].token_ids == (1, 2)
+        assert client.generate("x", {"max_tokens": 9}, resume=True)[0].outputs[0].token_ids == [1, 2]
         assert time.monotonic() - started < 2
         eventually(lambda: server.hung_up == 1, "the connection was closed")
 
@@ -316,11 +322,49 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_sent(script: Callabl
     with client_of(server) as client:
         with pytest.raises(BadRequestError, match="can't be resumed: n=2: there are several answers"):
             client.generate("x", {"n": 2}, resume=True)
-        with pytest.raises(BadRequestError, match="stream= is not for this client"):
+        with pytest.raises(BadRequestError, match="stream= can't be passed on"):
             client.generate("x", stream=True)
+        with pytest.raises(BadRequestError, match="stream= is not for this client"):
+            client.generate("x", extra_body={"stream": True})
         with pytest.raises(BadRequestError, match="can't be written as JSON"):
             client.generate("x", user=object())
     assert server.requests == []
+
+
+def test_what_the_route_does_not_know_is_refused_before_anything_is_sent(script: Callable[..., Script]) -> None:
+    server = script(says(ANSWER))
+    with client_of(server) as client:
+        with pytest.raises(UnsupportedParameterError, match="did you mean 'chat_template_kwargs'"):
+            client.chat([{"role": "user", "content": "x"}], chat_template_kwarg={})
+        with pytest.raises(UnsupportedParameterError, match="did you mean 'temperature'"):
+            client.generate("x", {"temprature": 1})
+        assert server.requests == []
+        client.generate("x", {"top_k": 3}, add_special_tokens=False, extra_body={"tomorrow": 1})
+    sent = server.requests[0][1]
+    assert (sent["top_k"], sent["add_special_tokens"], sent["tomorrow"]) == (3, False, 1)
+
+
+def test_a_server_that_gives_fewer_candidates_is_asked_for_no_more_than_the_caller_wants(
+    script: Callable[..., Script],
+) -> None:
+    top = [{"token": f"token_id:{number}", "logprob": -1.0 * number, "bytes": None} for number in (7, 8)]
+    content = [{"token": "token_id:7", "logprob": -1.0, "bytes": [97], "top_logprobs": top}]
+    choice = {"index": 0, "message": {"content": "a"}, "token_ids": [7], "logprobs": {"content": content}}
+    refusal = "Requested sample logprobs of 3, which is greater than max allowed: 2"
+    server = script(says({"error": {"message": refusal}}, 400), says({"id": "1", "choices": [choice]}))
+    with client_of(server) as client:
+        output = client.chat([{"role": "user", "content": "x"}], {"logprobs": 2, "max_tokens": 1})[0]
+    assert [sent["top_logprobs"] for _, sent in server.requests] == [3, 2]
+    assert output.attempts == 2
+    assert output.outputs[0].logprobs is not None
+    assert list(output.outputs[0].logprobs[0]) == [7, 8]
+
+
+@pytest.mark.parametrize("choice", [{}, {"index": 0}, {"index": "x", "text": 5, "logprobs": {"tokens": 3}}, 5])
+def test_a_whole_answer_of_another_shape_is_an_error_by_type(script: Callable[..., Script], choice: Any) -> None:
+    server = script(says({"id": "1", "choices": [choice]}))
+    with client_of(server) as client, pytest.raises(RequestError):
+        client.generate("x", {"max_tokens": 4})
 
 
 # -- deaths ------------------------------------------------------------------------------------------------------------
@@ -354,7 +398,7 @@ def test_a_generation_that_goes_on_may_lose_its_server_any_number_of_times(scrip
     client = client_of_epochs(server, RetryPolicy(spread_s=0))
     output = client.generate("x", {"max_tokens": 99}, resume=True)[0]
     client.close()
-    assert output.outputs[0].token_ids == tuple(range(1, 31))
+    assert output.outputs[0].token_ids == list(range(1, 31))
     assert (output.attempts, output.epoch, output.resumed_tokens) == (30, 30, 29)
 
 

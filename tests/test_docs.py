@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -15,11 +17,27 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 
 
-def test_the_tables_of_errors_are_those_of_the_code() -> None:
-    run = subprocess.run(
-        [sys.executable, ROOT / "tools" / "docs_errors.py", "--check"], capture_output=True, text=True, timeout=60
-    )
+@pytest.mark.parametrize("tool", ["docs_errors.py", "docs_parameters.py"])
+def test_the_generated_tables_are_those_of_the_code(tool: str) -> None:
+    command = [sys.executable, ROOT / "tools" / tool, "--check"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.real
+def test_real_every_public_parameter_of_vllm_is_in_the_tables() -> None:
+    vllm = pytest.importorskip("vllm", reason="vllm is not installed")
+    specification = importlib.util.spec_from_file_location("docs_parameters", ROOT / "tools" / "docs_parameters.py")
+    assert specification is not None
+    assert specification.loader is not None
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    for method, listed in ((vllm.LLM.generate, tool.GENERATE), (vllm.LLM.chat, tool.CHAT)):
+        assert {name for name in inspect.signature(method).parameters if name != "self"} == set(listed)
+    public = {name for name in vllm.SamplingParams.__struct_fields__ if not name.startswith("_")}
+    assert public == set(tool.SAMPLING)
+    page = tool.PAGE.read_text(encoding="utf-8")
+    assert [name for name in (*tool.GENERATE, *tool.CHAT, *tool.SAMPLING) if f"| `{name}` |" not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -111,7 +111,8 @@ def in_flight(llm: ManagedVLLM) -> int:
 
     root, headers = llm.base_url.removesuffix("/v1"), {"Authorization": f"Bearer {llm.api_key}"}
     text = requests.get(f"{root}/metrics", headers=headers, timeout=10).text
-    lines = [line for line in text.splitlines() if line.startswith(("vllm:num_requests_running{", "vllm:num_requests_waiting{"))]
+    gauges = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    lines = [line for line in text.splitlines() if line.startswith(gauges)]
     return int(sum(float(line.split()[-1]) for line in lines))
 
 

@@ -81,9 +81,9 @@ def test_a_frozen_process_is_found_within_the_limit_and_no_request_is_lost(
     params = {"temperature": 0, "max_tokens": 300, "ignore_eos": True}
     expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
     epoch, processes = llm.status().epoch, tree(llm)
-    answers: list[list[tuple[int, ...]]] = []
+    answers: list[list[list[int]]] = []
     asking = threading.Thread(
-        target=lambda: answers.append([tuple(o.outputs[0].token_ids) for o in llm.generate(prompts, params)]),
+        target=lambda: answers.append([o.outputs[0].token_ids for o in llm.generate(prompts, params)]),
         daemon=True,
     )
     asking.start()

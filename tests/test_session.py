@@ -455,7 +455,7 @@ def test_leaving_with_a_request_in_flight_does_not_hang(home: Path) -> None:
 
     def ask() -> None:
         try:
-            llm.generate("slow", standin_sleep=60, timeout=8)
+            llm.generate("slow", extra_body={"standin_sleep": 60}, timeout=8)
         except BaseException as error:
             failed.append(error)
 

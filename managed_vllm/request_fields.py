@@ -1,0 +1,157 @@
+"""The request fields that vLLM's two routes know, so that no other is sent by mistake: vLLM ignores those silently.
+
+The tables are those of vLLM 0.32's `CompletionRequest` and `ChatCompletionRequest`; tests/test_sampling.py compares
+them with the installed vllm's. `extra_body={…}` passes anything by them: for another version, another server, a plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from managed_vllm.errors import BadRequestError, UnsupportedParameterError
+from managed_vllm.sampling import nearest
+
+BOTH_ROUTES = frozenset(
+    {
+        *("model", "user", "priority", "request_id", "session_id", "cache_salt", "n", "seed", "stop", "max_tokens"),
+        *("temperature", "top_p", "top_k", "min_p", "watermarking", "logit_bias", "logprobs", "prompt_logprobs"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty", "repetition_detection", "logprob_token_ids"),
+        *("stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens"),
+        *("spaces_between_special_tokens", "truncate_prompt_tokens", "truncation_side", "allowed_token_ids"),
+        *("bad_words", "echo", "add_special_tokens", "response_format", "structured_outputs", "stream_interval"),
+        *("return_tokens_as_token_ids", "return_token_ids", "routed_experts_prompt_start", "thinking_token_budget"),
+        *("kv_transfer_params", "ec_transfer_params", "vllm_xargs"),
+    }
+)
+"""Fields of both routes that are passed on."""
+CHAT_ONLY = frozenset(
+    {
+        *("top_logprobs", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort"),
+        *("include_reasoning", "add_generation_prompt", "continue_final_message", "documents", "chat_template"),
+        *("chat_template_kwargs", "media_io_kwargs", "mm_processor_kwargs", "return_prompt_text"),
+    }
+)
+COMPLETIONS_ONLY = frozenset({"suffix"})
+
+REFUSED: Mapping[str, str] = {
+    "stream": "what comes back is whole; resume=True streams inside, and llm.openai streams to you",
+    "stream_options": "what comes back is whole; llm.openai streams to you",
+    "messages": "it is the first argument of chat()",
+    "prompt": "it is the first argument of generate()",
+    "prompt_embeds": "prompts are texts or token ids",
+    "use_beam_search": "beam search is no sampling, and does not go with token ids and resuming",
+    "length_penalty": "it means something to beam search only",
+    "return_token_offsets": "it means something to the /render routes only",
+    "mm_payload": "it means something to the /render routes only",
+    "return_mm_kwargs": "it means something to the /render routes only",
+}
+"""Fields that a route knows, but this client does not pass on, with the reason."""
+
+OF_VLLM_LLM: Mapping[str, str] = {
+    "lora_request": "the server must have the adapter (--lora-modules); name it by model=",
+    "tokenization_kwargs": "the routes take add_special_tokens=, truncate_prompt_tokens= and truncation_side= of it",
+    "chat_template_content_format": "it is an option of the server (--chat-template-content-format)",
+    "mm_processor_kwargs": "/v1/completions does not take it; chat() does",
+    "use_tqdm": "there is no progress bar",
+}
+"""Arguments of `vllm.LLM.generate` and `chat` that are no request fields, with the reason."""
+
+_OTHER_NAMES: Mapping[str, str] = {
+    "guided_json": "structured_outputs={'json': …}",
+    "guided_regex": "structured_outputs={'regex': …}",
+    "guided_choice": "structured_outputs={'choice': […]}",
+    "guided_grammar": "structured_outputs={'grammar': …}",
+    "guided_decoding_backend": "nothing: the server chooses",
+    "guided_whitespace_pattern": "structured_outputs={…, 'whitespace_pattern': …}",
+    "extra_args": "vllm_xargs",
+}
+"""What vLLM has removed or calls otherwise here; it would ignore them in silence."""
+_HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "return_token_offsets": (False,),
+    "use_tqdm": (False,),
+    "chat_template_content_format": ("auto",),
+}
+"""Values of refused ones that ask for nothing. None does so for each."""
+
+
+def known(*, chat: bool) -> frozenset[str]:
+    """The fields that are passed on to `/v1/chat/completions` (`chat`) or `/v1/completions`."""
+    return BOTH_ROUTES | (CHAT_ONLY if chat else COMPLETIONS_ONLY)
+
+
+def checked(fields: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
+    """The keyword arguments of `chat` or `generate` that go into the request body.
+
+    Raises `UnsupportedParameterError` for a name that the route does not know, or that this client does not pass on.
+    """
+    names = known(chat=chat)
+    found = {}
+    for name, value in fields.items():
+        if name == "return_token_ids" and value is False:
+            raise UnsupportedParameterError("return_token_ids can't be switched off: outputs have them", field=name)
+        if name in names:
+            if value is not None:
+                found[name] = value
+            continue
+        if (name in REFUSED or name in OF_VLLM_LLM) and (value is None or value in _HARMLESS.get(name, ())):
+            continue
+        raise UnsupportedParameterError(f"{name}= can't be passed on: {_why(name, chat=chat)}", field=name)
+    return found
+
+
+def _why(name: str, *, chat: bool) -> str:
+    if name in REFUSED:
+        return REFUSED[name]
+    if name in known(chat=not chat):
+        return f"only {'generate' if chat else 'chat'}() takes it"
+    if name in OF_VLLM_LLM:
+        return OF_VLLM_LLM[name]
+    if name in _OTHER_NAMES:
+        return f"vLLM ignores it; use {_OTHER_NAMES[name]}"
+    hint = nearest(name, known(chat=chat)) or " in vLLM 0.32"
+    return f"the route has no such field{hint}; extra_body={{{name!r}: …}} sends it unchecked"
+
+
+def bodies(
+    asked: Sequence[Mapping[str, Any]],
+    params: Sequence[Mapping[str, Any]],
+    fields: Mapping[str, Any],
+    extra_body: Mapping[str, Any] | None,
+    *,
+    chat: bool,
+) -> list[dict[str, Any]]:
+    """One request body each for what is `asked` (prompt or messages) with its sampling parameters.
+
+    `fields` are checked and go into all of them, `extra_body` unchecked and on top. Raises `BadRequestError` where a
+    field is given twice, once as a sampling parameter.
+    """
+    found = checked(fields, chat=chat)
+    priorities = found.pop("priority", None)  # as in vllm.LLM one for all, or one each
+    if not isinstance(priorities, list | tuple):
+        priorities = [priorities] * len(asked)
+    elif len(priorities) != len(asked):
+        raise BadRequestError(f"{len(asked)} prompts but {len(priorities)} of priority=", field="priority")
+    made = []
+    for one, given, priority in zip(asked, params, priorities, strict=True):
+        for name in sorted(found.keys() & given.keys()):
+            if found[name] != given[name]:
+                raise BadRequestError(f"{name} is given twice: as a keyword and in the sampling parameters", field=name)
+        body = {**one, **found, **given, **({} if priority is None else {"priority": priority}), **(extra_body or {})}
+        made.append(with_candidates_as_ids(body, chat=chat))
+    return made
+
+
+def with_candidates_as_ids(body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
+    """The body so that candidates come as token ids where there are any beside the sampled token.
+
+    As texts two of them can be the same, and can't be told apart (vLLM 0.32: `return_tokens_as_token_ids`).
+    """
+    candidates = body.get("top_logprobs" if chat else "logprobs") or body.get("logprob_token_ids")
+    logprobs = body.get("logprobs")
+    if logprobs is not None and logprobs is not False and candidates and body.get("return_tokens_as_token_ids") is None:
+        return {**body, "return_tokens_as_token_ids": True}
+    return body

@@ -1,0 +1,428 @@
+"""Sampling parameters and request fields: what is wrong dies at once, the rest is on the wire as it was meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from managed_vllm import SamplingParams
+from managed_vllm.errors import BadRequestError, UnsupportedParameterError
+from managed_vllm.request_fields import BOTH_ROUTES, CHAT_ONLY, COMPLETIONS_ONLY, REFUSED, bodies, checked, known
+from managed_vllm.sampling import REFUSED as REFUSED_PARAMETERS
+from managed_vllm.sampling import StructuredOutputsParams
+
+FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
+
+# -- wrong values ------------------------------------------------------------------------------------------------------
+
+WRONG: list[tuple[str, Any]] = [
+    *(("n", value) for value in (0, -1, 1.5, "2", True)),
+    *(("temperature", value) for value in (-0.1, 2.1, math.nan, math.inf, "hot", True)),
+    *(("top_p", value) for value in (0, -0.1, 1.1, math.nan)),
+    *(("top_k", value) for value in (-2, 1.0, "5")),
+    *(("min_p", value) for value in (-0.1, 1.1)),
+    *((name, value) for name in ("presence_penalty", "frequency_penalty") for value in (-2.1, 2.1, math.nan)),
+    *(("repetition_penalty", value) for value in (0, -1, math.inf, math.nan)),
+    *(("seed", value) for value in (2**63, -(2**63) - 1, 1.0)),
+    *(("stop", value) for value in ("", ["a", ""], [1], 5, {"a": 1})),
+    *(("stop_token_ids", value) for value in ("12", [1.5], [-1], ["1"], 7, [True])),
+    *(("bad_words", value) for value in ("word", [""], [1])),
+    *(("ignore_eos", value) for value in (1, "yes")),
+    *(("max_tokens", value) for value in (0, -1, 1.5)),
+    *(("min_tokens", value) for value in (-1, 0.5)),
+    *((name, value) for name in ("logprobs", "prompt_logprobs") for value in (-2, 1.5, False)),
+    *(("logprob_token_ids", value) for value in ([], list(range(129)), "1")),
+    *(("allowed_token_ids", value) for value in ([], [-1])),
+    *(("truncate_prompt_tokens", value) for value in (-2, 1.5)),
+    ("truncation_side", "middle"),
+    *(("logit_bias", value) for value in ({"a": 1}, {1.5: 1}, {1: 101}, {1: math.nan}, {-1: 0}, {1: "x"}, [1])),
+    *(("thinking_token_budget", value) for value in (-2, 1.0, True)),
+    ("repetition_detection", {"max_pattern_size": 3, "min_count": 1}),
+    ("repetition_detection", {"max_pattern_size": 3, "min_pattern_size": 4, "min_count": 2}),
+    ("repetition_detection", 3),
+    *(("extra_args", value) for value in ({"a": None}, {"a": {"b": 1}}, {"a": True}, {"a": 2**65}, {1: 1}, [1])),
+    ("stream_interval", 0),
+    ("routed_experts_prompt_start", -1),
+    ("watermarking", 1),
+    *(("structured_outputs", value) for value in ({}, {"regex": ""}, {"regex": "a", "grammar": "b"}, "a", 5)),
+    *(("structured_outputs", {"choice": value}) for value in ([], [""], [1])),
+    *(("structured_outputs", {"json": value}) for value in ("{", "[]", 5)),
+    ("structured_outputs", {"json_object": False}),
+    ("structured_outputs", {"structural_tag": ""}),
+    ("structured_outputs", {"disable_any_whitespace": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=[f"{name}={value!r:.30}" for name, value in WRONG])
+def test_a_wrong_value_dies_at_construction_with_its_name(name: str, value: Any) -> None:
+    with pytest.raises(BadRequestError, match=name) as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.field == name
+    assert pickle.loads(pickle.dumps(caught.value)).field == name
+
+
+def test_values_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(BadRequestError, match="min_tokens must be at most max_tokens=4"):
+        SamplingParams(min_tokens=5, max_tokens=4)
+    with pytest.raises(BadRequestError, match="n must be 1 with temperature=0"):
+        SamplingParams(n=2, temperature=0)
+    assert SamplingParams(n=2).n == 2
+
+
+# -- wrong names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"), [("temprature", "'temperature'"), ("max_token", "'max_tokens'"), ("topp", "'top_p'")]
+)
+def test_a_misspelt_name_dies_with_the_nearest_one(wrong: str, hint: str) -> None:
+    for make in (lambda: SamplingParams(**{wrong: 1}), lambda: SamplingParams.of({wrong: 1})):
+        with pytest.raises(UnsupportedParameterError, match=f"did you mean.*{hint}") as caught:
+            make()
+        assert caught.value.field == wrong
+
+
+def test_a_name_like_no_other_dies_with_all_that_are_known() -> None:
+    with pytest.raises(UnsupportedParameterError, match=r"known are: allowed_token_ids, .*watermarking"):
+        SamplingParams.of({"zzz": 1})
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_PARAMETERS))
+def test_what_no_route_takes_is_refused_with_the_reason(name: str) -> None:
+    assert name not in FIELDS
+    with pytest.raises(UnsupportedParameterError, match=f"{name} can't be passed on") as caught:
+        SamplingParams.of({name: True})
+    assert REFUSED_PARAMETERS[name] in caught.value.message
+
+
+def test_what_is_no_sampling_parameters_is_refused() -> None:
+    with pytest.raises(UnsupportedParameterError, match="not int"):
+        SamplingParams.of(5)
+
+
+# -- what becomes of right ones ----------------------------------------------------------------------------------------
+
+
+def test_nothing_set_is_nothing_sent() -> None:
+    assert SamplingParams().to_request(chat=True) == SamplingParams.of(None).to_request(chat=False) == {}
+
+
+def test_values_are_kept_in_plain_types() -> None:
+    class Number:
+        """As numpy's and torch's integers."""
+
+        def __index__(self) -> int:
+            return 7
+
+    params = SamplingParams(
+        n=Number(),  # type: ignore[arg-type]
+        stop="a",
+        stop_token_ids=(token for token in (3, 3, Number())),  # type: ignore[arg-type]
+        logit_bias={"5": 1},  # type: ignore[dict-item]
+        logprobs=True,
+    )
+    assert (params.n, params.stop, params.stop_token_ids) == (7, ("a",), (3, 7))
+    assert params.logit_bias == {5: 1}
+    assert params.logprobs == 1
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert dataclasses.replace(params, n=2).n == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.n = 3  # type: ignore[misc]
+    json.dumps(params.to_request(chat=True))
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
+def test_every_field_is_on_the_wire_under_a_name_that_the_route_knows(chat: bool) -> None:
+    for name, value in EXAMPLES.items():
+        request = SamplingParams(**{name: value}).to_request(chat=chat)
+        assert request, name
+        assert set(request) <= known(chat=chat), name
+    assert set(EXAMPLES) == FIELDS
+
+
+EXAMPLES: dict[str, Any] = {
+    **{"n": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "presence_penalty": 1, "seed": 1},
+    **{"frequency_penalty": 1, "repetition_penalty": 1.1, "watermarking": False, "stop": ["x"], "stop_token_ids": [5]},
+    **{"bad_words": ["x"], "ignore_eos": True, "max_tokens": 5, "min_tokens": 1, "logprobs": 2, "prompt_logprobs": 0},
+    **{"logprob_token_ids": [1], "skip_special_tokens": False, "spaces_between_special_tokens": False},
+    **{"include_stop_str_in_output": True, "truncate_prompt_tokens": 5, "truncation_side": "left"},
+    **{"logit_bias": {5: 1.0}, "allowed_token_ids": [1, 2], "structured_outputs": {"regex": "a"}},
+    **{"thinking_token_budget": 5, "repetition_detection": {"max_pattern_size": 3, "min_count": 2}},
+    **{"extra_args": {"a": [1, "b"]}, "stream_interval": 4, "routed_experts_prompt_start": 1},
+}
+
+
+def test_logprobs_are_said_in_the_words_of_each_route() -> None:
+    def chat(count: int) -> dict[str, Any]:
+        return SamplingParams(logprobs=count).to_request(chat=True)
+
+    assert chat(0) == {"logprobs": True, "top_logprobs": 0}
+    assert chat(1) == {"logprobs": True, "top_logprobs": 2}  # the sampled token counts there
+    assert chat(19)["top_logprobs"] == chat(20)["top_logprobs"] == 20
+    assert chat(-1)["top_logprobs"] == -1
+    assert SamplingParams(logprobs=3).to_request(chat=False) == {"logprobs": 3}
+    asked = SamplingParams(logprob_token_ids=[4, 5])
+    assert asked.to_request(chat=False) == {"logprob_token_ids": (4, 5), "logprobs": 0}
+    assert asked.to_request(chat=True) == {"logprob_token_ids": (4, 5), "logprobs": True, "top_logprobs": 0}
+
+
+def test_extra_arguments_are_split_as_vllm_joins_them() -> None:
+    params = SamplingParams(extra_args={"mine": 1, "kv_transfer_params": {"a": {"b": None}}})
+    assert params.to_request(chat=True) == {"vllm_xargs": {"mine": 1}, "kv_transfer_params": {"a": {"b": None}}}
+
+
+class Schema:
+    """Stands for a pydantic model class."""
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:
+        return {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("given_", "sent"),
+    [
+        (Schema, {"json": {"type": "object"}}),
+        ({"json": Schema}, {"json": {"type": "object"}}),
+        ({"json": {"type": "string"}}, {"json": {"type": "string"}}),
+        ({"json": '{"type": "string"}'}, {"json": '{"type": "string"}'}),
+        ({"regex": "a+"}, {"regex": "a+"}),
+        ({"choice": ["a", "b"]}, {"choice": ("a", "b")}),
+        ({"grammar": "root ::= 'a'"}, {"grammar": "root ::= 'a'"}),
+        ({"json_object": True, "disable_any_whitespace": True}, {"json_object": True, "disable_any_whitespace": True}),
+        ({"structural_tag": {"type": "structural_tag"}}, {"structural_tag": '{"type": "structural_tag"}'}),
+        (StructuredOutputsParams(regex="b"), {"regex": "b"}),
+    ],
+)
+def test_structured_outputs_of_each_kind(given_: Any, sent: dict[str, Any]) -> None:
+    assert SamplingParams(structured_outputs=given_).to_request(chat=False) == {"structured_outputs": sent}
+
+
+def test_a_misspelt_structured_output_dies() -> None:
+    with pytest.raises(UnsupportedParameterError, match="did you mean 'regex'"):
+        SamplingParams(structured_outputs={"regexp": "a"})
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.dictionaries(st.sampled_from(sorted(FIELDS)), st.none() | st.integers() | st.floats() | st.text() | st.binary())
+)
+def test_whatever_is_given_is_taken_or_refused_by_type(given_: dict[str, Any]) -> None:
+    try:
+        params = SamplingParams(**given_)
+    except BadRequestError:
+        return
+    for chat in (False, True):
+        request = params.to_request(chat=chat)
+        json.dumps(request, allow_nan=False)
+        sent = {name for name, value in given_.items() if value is not None}
+        assert len(request) >= len(sent - {"logprobs", "logprob_token_ids"})
+
+
+# -- fields of the request ---------------------------------------------------------------------------------------------
+
+
+def body_of(fields: dict[str, Any], params: Any = None, *, chat: bool = False, extra: Any = None) -> dict[str, Any]:
+    made = SamplingParams.of(params).to_request(chat=chat)
+    return bodies([{"messages": []} if chat else {"prompt": "x"}], [made], fields, extra, chat=chat)[0]
+
+
+def test_known_fields_go_into_the_body() -> None:
+    tools = [{"type": "function"}]
+    assert body_of({"tools": tools, "echo": None}, {"top_k": 3}, chat=True) == {
+        "messages": [],
+        "tools": tools,
+        "top_k": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "chat", "why"),
+    [
+        ("chat_template_kwarg", True, "did you mean 'chat_template_kwargs'"),
+        ("zzz", True, r"no such field in vLLM 0.32; extra_body=\{'zzz'"),
+        ("tools", False, r"only chat\(\) takes it"),
+        ("suffix", True, r"only generate\(\) takes it"),
+        ("guided_json", True, r"vLLM ignores it; use structured_outputs=\{'json'"),
+        ("stream", True, "what comes back is whole"),
+        ("prompt", False, "first argument"),
+        ("lora_request", True, "name it by model="),
+        ("tokenization_kwargs", False, "add_special_tokens="),
+    ],
+)
+def test_a_field_that_the_route_does_not_know_is_refused(name: str, chat: bool, why: str) -> None:
+    with pytest.raises(UnsupportedParameterError, match=why) as caught:
+        checked({name: {"a": 1}}, chat=chat)
+    assert caught.value.field == name
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused_fields_are_in_no_other_table(name: str) -> None:
+    assert name not in BOTH_ROUTES | CHAT_ONLY | COMPLETIONS_ONLY
+
+
+def test_what_asks_for_nothing_is_taken() -> None:
+    assert checked({"use_tqdm": False, "lora_request": None, "stream": False}, chat=True) == {}
+
+
+def test_token_ids_cannot_be_switched_off() -> None:
+    with pytest.raises(UnsupportedParameterError, match="return_token_ids"):
+        checked({"return_token_ids": False}, chat=False)
+
+
+def test_extra_body_passes_anything_and_has_the_last_word() -> None:
+    body = body_of({"echo": False}, {"top_k": 3}, extra={"zzz": 1, "top_k": 4})
+    assert body == {"prompt": "x", "echo": False, "zzz": 1, "top_k": 4}
+
+
+def test_a_field_given_twice_is_refused_unless_it_says_the_same() -> None:
+    with pytest.raises(BadRequestError, match="top_k is given twice") as caught:
+        body_of({"top_k": 4}, {"top_k": 3})
+    assert caught.value.field == "top_k"
+    assert body_of({"top_k": 3}, {"top_k": 3})["top_k"] == 3
+
+
+def test_priorities_are_for_all_or_one_each() -> None:
+    asked = [{"prompt": "x"}, {"prompt": "y"}]
+    each = bodies(asked, [{}, {}], {"priority": [1, 2]}, None, chat=False)
+    assert [body["priority"] for body in each] == [1, 2]
+    assert [body["priority"] for body in bodies(asked, [{}, {}], {"priority": 3}, None, chat=False)] == [3, 3]
+    with pytest.raises(BadRequestError, match="2 prompts but 1 of priority="):
+        bodies(asked, [{}, {}], {"priority": [1]}, None, chat=False)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
+def test_candidates_are_asked_for_as_ids(chat: bool) -> None:
+    flag = "return_tokens_as_token_ids"
+    assert body_of({}, {"logprobs": 2}, chat=chat)[flag] is True
+    assert body_of({}, {"logprobs": -1}, chat=chat)[flag] is True
+    assert body_of({}, {"logprob_token_ids": [1]}, chat=chat)[flag] is True
+    assert flag not in body_of({}, {"logprobs": 0}, chat=chat)
+    assert flag not in body_of({}, {}, chat=chat)
+    assert body_of({flag: False}, {"logprobs": 2}, chat=chat)[flag] is False
+
+
+# -- the installed vLLM ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_real_the_tables_of_fields_are_those_of_the_installed_vllm() -> None:
+    chat = pytest.importorskip("vllm.entrypoints.openai.chat_completion.protocol", reason="vllm is not installed")
+    completion = pytest.importorskip("vllm.entrypoints.openai.completion.protocol")
+    of_chat, of_completion = (
+        set(chat.ChatCompletionRequest.model_fields),
+        set(completion.CompletionRequest.model_fields),
+    )
+    refused = set(REFUSED)
+    assert set(BOTH_ROUTES) == (of_chat & of_completion) - refused
+    assert set(CHAT_ONLY) == of_chat - of_completion - refused
+    assert set(COMPLETIONS_ONLY) == of_completion - of_chat - refused
+    assert refused <= of_chat | of_completion
+
+
+@pytest.mark.real
+def test_real_every_parameter_of_vllms_class_is_taken_or_refused() -> None:
+    vllm = pytest.importorskip("vllm.sampling_params", reason="vllm is not installed")
+    theirs = {name for name in vllm.SamplingParams.__struct_fields__ if not name.startswith("_")}
+    assert theirs <= FIELDS | set(REFUSED_PARAMETERS)
+    assert {"truncate_prompt_tokens", "truncation_side"} == FIELDS - theirs
+    structured = {name for name in vllm.StructuredOutputsParams.__dataclass_fields__ if not name.startswith("_")}
+    assert structured == {field.name for field in dataclasses.fields(StructuredOutputsParams)}
+    assert FIELDS & set(REFUSED_PARAMETERS) == set()
+
+
+@pytest.mark.real
+def test_real_what_vllms_class_refuses_ours_refuses() -> None:
+    vllm = pytest.importorskip("vllm.sampling_params", reason="vllm is not installed")
+    tried = 0
+    for name, value in WRONG:
+        if name not in vllm.SamplingParams.__struct_fields__ or name == "structured_outputs":
+            continue
+        try:
+            vllm.SamplingParams(**{name: value})
+        except Exception:  # vLLM has a class of its own for it
+            tried += 1
+    assert tried >= 25  # and test_a_wrong_value_dies_at_construction_with_its_name has refused all of them
+    for name, value in EXAMPLES.items():
+        if name in vllm.SamplingParams.__struct_fields__ and name not in ("structured_outputs", "repetition_detection"):
+            vllm.SamplingParams(**{name: value})
+
+
+@pytest.mark.real
+def test_real_a_vllm_sampling_params_says_what_it_means() -> None:
+    vllm = pytest.importorskip("vllm.sampling_params", reason="vllm is not installed")
+    defaults = SamplingParams.of(vllm.SamplingParams())
+    assert defaults.to_request(chat=False) == {
+        **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_tokens": 16},
+        **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0},
+    }
+    theirs = vllm.SamplingParams(
+        **{"n": 2, "stop": "a", "bad_words": ["b"], "logprobs": 2, "prompt_logprobs": 1, "seed": 3, "min_tokens": 2},
+        structured_outputs=vllm.StructuredOutputsParams(choice=["a", "b"], disable_any_whitespace=True),
+        repetition_detection=vllm.RepetitionDetectionParams(max_pattern_size=2, min_count=2),
+        output_kind=vllm.RequestOutputKind.FINAL_ONLY,
+        logit_bias={1: 2.0},
+    )
+    request = SamplingParams.of(theirs).to_request(chat=False)
+    expected = {
+        **{"n": 2, "stop": ("a",), "bad_words": ("b",), "logprobs": 2, "prompt_logprobs": 1, "seed": 3},
+        **{"min_tokens": 2, "logit_bias": {"1": 2.0}},
+        "structured_outputs": {"choice": ("a", "b"), "disable_any_whitespace": True},
+        "repetition_detection": {"max_pattern_size": 2, "min_pattern_size": 0, "min_count": 2},
+    }
+    assert {name: request.get(name) for name in expected} == expected
+    for name, value in (("detokenize", False), ("flat_logprobs", True), ("prompt_logprob_token_ids", [[1]])):
+        with pytest.raises(UnsupportedParameterError, match=name):
+            SamplingParams.of(vllm.SamplingParams(**{name: value}))
+    unlimited = vllm.SamplingParams(max_tokens=None)
+    assert "max_tokens" not in SamplingParams.of(unlimited).to_request(chat=True)
+    with pytest.raises(UnsupportedParameterError, match="takes it for 16"):
+        SamplingParams.of(unlimited, chat=False)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
+def test_real_each_parameter_comes_out_of_vllms_route_as_it_went_in(chat: bool) -> None:
+    """Without a server: vLLM's own request model reads what is on the wire, and makes its sampling parameters of it."""
+    vllm = pytest.importorskip("vllm.sampling_params", reason="vllm is not installed")
+    if chat:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as Request
+    else:
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest as Request
+    for name, value in EXAMPLES.items():
+        body = body_of({}, SamplingParams(**{name: value}), chat=chat)
+        request = Request.model_validate(json.loads(json.dumps(body)))
+        assert not request.model_extra, name
+        if name in ("truncate_prompt_tokens", "truncation_side"):
+            assert getattr(request, name) == value
+            continue
+        arrived = getattr(request.to_sampling_params(request.max_tokens or 16, {}), name)
+        if name == "structured_outputs":
+            value = vllm.StructuredOutputsParams(**value)
+        elif name == "repetition_detection":
+            value = vllm.RepetitionDetectionParams(**value)
+        elif name == "logprobs" and chat:
+            value += 1  # the sampled token is one of the candidates
+        assert arrived == value, name
+
+
+@pytest.mark.real
+def test_real_structured_outputs_pass_vllms_check() -> None:
+    vllm = pytest.importorskip("vllm.sampling_params", reason="vllm is not installed")
+    xgrammar = pytest.importorskip("vllm.v1.structured_output.backend_xgrammar")
+    tag = {"type": "structural_tag", "format": {"type": "const_string", "value": "hello"}}
+    kinds: list[dict[str, Any]] = [
+        *({"json": Schema}, {"regex": "[0-9]{3}"}, {"choice": ["a", "b"]}, {"grammar": 'root ::= "yes" | "no"'}),
+        *({"json_object": True}, {"structural_tag": tag}),
+    ]
+    for kind in kinds:
+        sent = json.loads(json.dumps(StructuredOutputsParams.of(kind).to_request()))
+        theirs = vllm.SamplingParams(structured_outputs=vllm.StructuredOutputsParams(**sent))
+        xgrammar.validate_xgrammar_grammar(theirs)

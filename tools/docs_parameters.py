@@ -1,0 +1,155 @@
+"""Writes the generated parts of docs/parameters.md: what vLLM takes, and what becomes of it here.
+
+    python tools/docs_parameters.py            brings the page up to date
+    python tools/docs_parameters.py --check    only says whether it is: exit status 1 if not
+
+The tables come from `managed_vllm.sampling`, `managed_vllm.request_fields` and the client's signatures. The lists of
+vLLM's own parameters below are compared with the installed vllm by tests/test_docs.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from managed_vllm import request_fields, sampling
+from managed_vllm.client import VLLMClient
+from managed_vllm.sampling import SamplingParams
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "parameters.md"
+
+GENERATE = (
+    *("prompts", "sampling_params", "use_tqdm", "lora_request", "priority", "tokenization_kwargs"),
+    "mm_processor_kwargs",
+)
+"""Parameters of `vllm.LLM.generate` (0.32)."""
+CHAT = (
+    *("messages", "sampling_params", "use_tqdm", "lora_request", "priority", "chat_template"),
+    *("chat_template_content_format", "add_generation_prompt", "continue_final_message", "tools"),
+    *("chat_template_kwargs", "tokenization_kwargs", "mm_processor_kwargs"),
+)
+"""Parameters of `vllm.LLM.chat` (0.32)."""
+SAMPLING = (
+    *("n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "watermarking", "top_p"),
+    *("top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs"),
+    *("prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start", "logprob_token_ids", "flat_logprobs"),
+    *("detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"),
+    *("output_kind", "stream_interval", "skip_clone", "output_text_buffer_length", "structured_outputs"),
+    *("logit_bias", "allowed_token_ids", "extra_args", "bad_words", "skip_reading_prefix_cache"),
+    *("thinking_token_budget", "repetition_detection", "routed_experts_prompt_start", "trace_decode_token_ids"),
+)
+"""Public fields of `vllm.SamplingParams` (0.32)."""
+
+NOTES = {
+    "extra_args": "`vllm_xargs`: texts, numbers, lists of them; `kv_transfer_params` and `ec_transfer_params` in it "
+    "become the fields of that name",
+    "logprob_token_ids": "`logprob_token_ids`, with `logprobs`, which the routes want with it",
+    "logprobs": "`logprobs`; in a chat `logprobs` and `top_logprobs`, which counts the sampled token",
+    "max_tokens": "`max_tokens`; None: 16 in `generate`, up to the model's length in `chat`",
+    "mm_processor_kwargs": "request field; the server must be started with `--trust-request-mm-kwargs`",
+    "n": "`n`; 1 if greedy, as in vLLM",
+    "stop": "`stop`; vLLM's server takes four at most (`VLLM_MAX_STOP_STRINGS`)",
+    "stream_interval": "`stream_interval`; means something only where a generation is streamed for resuming",
+    "structured_outputs": "`structured_outputs`: `json` (dict, text, pydantic model class), `regex`, `choice`, "
+    "`grammar`, `json_object`, `structural_tag`",
+    "truncate_prompt_tokens": "`truncate_prompt_tokens` (no field of vLLM's class)",
+    "truncation_side": "`truncation_side` (no field of vLLM's class)",
+    "priority": "request field; one for all, or a list with one each",
+}
+
+
+def call(parameters: Iterable[str], *, chat: bool) -> str:
+    """One row per parameter of `vllm.LLM.chat` (`chat`) or `generate`."""
+    ours = inspect.signature(VLLMClient.chat if chat else VLLMClient.generate).parameters
+    rows = []
+    for name in parameters:
+        if name in ours:
+            rows.append((f"`{name}`", "supported", "argument"))
+        elif name in request_fields.known(chat=chat):
+            rows.append((f"`{name}`", "supported", NOTES.get(name, "request field")))
+        elif name in request_fields.OF_VLLM_LLM:
+            rows.append((f"`{name}`", "refused", request_fields.OF_VLLM_LLM[name]))
+        else:
+            raise ValueError(f"what becomes of {name}= of vllm.LLM.{'chat' if chat else 'generate'}?")
+    return _table(("Parameter of `vllm.LLM`", "Here", "As, or why not"), rows)
+
+
+def parameters() -> str:
+    """One row per sampling parameter, vLLM's and others that are known."""
+    taken = [field.name for field in fields(SamplingParams)]
+    rows = [(f"`{name}`", "supported", NOTES.get(name, f"`{name}`")) for name in taken]
+    for name, reason in sampling.REFUSED.items():
+        here = "refused"
+        if name in sampling.IN_PROCESS:
+            here = "without effect in a `vllm.SamplingParams`, else refused"
+        rows.append((f"`{name}`", here, reason))
+    if missing := set(SAMPLING) - set(taken) - set(sampling.REFUSED):
+        raise ValueError(f"what becomes of {sorted(missing)} of vllm.SamplingParams?")
+    return _table(("Sampling parameter", "Here", "Request field, or why not"), rows)
+
+
+def known_fields() -> str:
+    """The request fields by route, and those that are not passed on."""
+    own = {field.name for field in fields(SamplingParams)}
+    rows = [
+        ("`generate` and `chat`", _names(request_fields.BOTH_ROUTES - own)),
+        ("only `chat`", _names(request_fields.CHAT_ONLY)),
+        ("only `generate`", _names(request_fields.COMPLETIONS_ONLY)),
+    ]
+    refused = [(f"`{name}`", reason) for name, reason in request_fields.REFUSED.items()]
+    return (
+        _table(("Taken by", "Fields, beside the sampling parameters"), rows)
+        + "\n\n"
+        + _table(("Refused field", "Why"), refused)
+    )
+
+
+def updated(page: str) -> str:
+    """The page with its generated parts made anew. Raises `ValueError` where a marker is missing."""
+    parts = {
+        "generate": call(GENERATE, chat=False),
+        "chat": call(CHAT, chat=True),
+        "sampling": parameters(),
+        "fields": known_fields(),
+    }
+    for name, text in parts.items():
+        begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
+        if page.count(begin) != 1 or page.count(end) != 1:
+            raise ValueError(f"{PAGE.name} must have the markers {begin} and {end} once each")
+        before, _, rest = page.partition(begin)
+        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    return page
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(head), line(("---",) * len(head)), *map(line, rows)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the page is out of date")
+    check = parser.parse_args().check
+    page = PAGE.read_text(encoding="utf-8")
+    wanted = updated(page)
+    if wanted == page:
+        return 0
+    if check:
+        print(f"docs/{PAGE.name} is out of date; run: python tools/docs_parameters.py", file=sys.stderr)
+        return 1
+    PAGE.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
