@@ -18,7 +18,9 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "ManagedVLLM": "managed_vllm.session",
+    "AsyncVLLMClient": "managed_vllm.client",
     "VLLMClient": "managed_vllm.client",
+    "Image": "managed_vllm.media",
     "SamplingParams": "managed_vllm.sampling",
     "StructuredOutputsParams": "managed_vllm.sampling",
     "RequestOutput": "managed_vllm.outputs",
@@ -35,12 +37,14 @@ _HOME_OF = {
 __all__ = [*sorted(_HOME_OF), "__version__"]
 
 if TYPE_CHECKING:
+    from managed_vllm.client import AsyncVLLMClient as AsyncVLLMClient
     from managed_vllm.client import VLLMClient as VLLMClient
     from managed_vllm.config import HangPolicy as HangPolicy
     from managed_vllm.config import RestartPolicy as RestartPolicy
     from managed_vllm.control import ServerState as ServerState
     from managed_vllm.control import ServerStatus as ServerStatus
     from managed_vllm.errors import ManagedVLLMError as ManagedVLLMError
+    from managed_vllm.media import Image as Image
     from managed_vllm.outputs import CompletionOutput as CompletionOutput
     from managed_vllm.outputs import Logprob as Logprob
     from managed_vllm.outputs import RequestOutput as RequestOutput

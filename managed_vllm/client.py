@@ -1,66 +1,73 @@
-"""`VLLMClient`: `generate` and `chat` in the shape of `vllm.LLM`, against any OpenAI-compatible server.
+"""`VLLMClient` and `AsyncVLLMClient`: what `vllm.LLM` offers, against a server, in the shape of `vllm.LLM`.
 
 Requests of one call run side by side and come back in input order. A request whose answer the server lost (it died, was
 restarted, answered with an "abort" that nobody asked for, or with half an answer) is sent again when the server is
-back; a long generation goes on where it was cut (`resume`). The caller's deadline bounds all of it: waiting for the
+back; a long generation goes on where it was cut (`resume`). The caller's deadlines bound all of it: waiting for the
 server, connecting, and reading, byte by byte.
+
+There is one implementation, the asynchronous one. `VLLMClient` runs it in the loop of `portal`; so it works in threads,
+in a notebook's running event loop, and in a forked child.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import json
-import os
-import socket
-import threading
+import functools
 import time
-import urllib.request
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
-import httpcore
-
-from managed_vllm.config import is_loopback
+from managed_vllm import portal
 from managed_vllm.control import Connection
-from managed_vllm.errors import BadRequestError, RequestError, RequestTimeout, ServerDiedError, StartupError
+from managed_vllm.errors import (
+    BadRequestError,
+    ManagedVLLMError,
+    RequestError,
+    UnsupportedParameterError,
+)
+from managed_vllm.exchange import Exchange, Found, Question, Told
 from managed_vllm.external import normalized_url
-from managed_vllm.outputs import RequestOutput
-from managed_vllm.request_fields import bodies
-from managed_vllm.resume import Events, Generation, Losses, Lost, RetryPolicy, Step, is_long, obstacle
+from managed_vllm.in_flight import MOST
+from managed_vllm.messages import conversation
+from managed_vllm.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput, ScoringOutput
+from managed_vllm.outputs import ScoringRequestOutput as ScoringRequestOutput
+from managed_vllm.request_fields import Common
+from managed_vllm.resume import Generation, RetryPolicy, is_long, obstacle
 from managed_vllm.sampling import SamplingParams
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
+Tqdm = bool | Callable[..., Any]
 
-_AT_ONCE = 64
-_LOST = (500, 502, 503, 504)
-_CONNECT_S = 10.0
-_IDLE_CONNECTION_S = 2.0
-"""vLLM's HTTP server closes a connection after 5 s without a request (uvicorn's default)."""
-_TAIL_S = 0.25
-"""For what follows the last token of a stream: read to its end, the connection can be used again."""
-_LEAVE_S = 2.0
-_KEEPALIVE = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-)
-"""A host that has vanished is noticed after two minutes, however long a generation may be silent."""
+_NOT_AN_ANSWER = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
+_AS_IT_IS = "{{ messages[0]['content'] }}"
+"""A chat template for a prompt that is text already, with the placeholders of its images in it."""
+_COMPLETIONS, _CHAT = "/completions", "/chat/completions"
 
 
-class VLLMClient:
-    """A client of one server.
+class AsyncVLLMClient:
+    """A client of one server, for asyncio. Usable from any number of event loops, one after the other or side by side.
 
-    `base_url` may end in `/v1` or not. `retry` says how often a lost request is sent again. `connection` is for servers
-    that may move: it is asked before each attempt for `(Connection, epoch)`, with the epoch that was lost (None at
-    first), the seconds that are left (None: no bound), and the seconds that it may wait for another epoch before it
-    returns the lost one once more. It may wait for the server to come back, and raises `TimeoutError` if that takes
-    longer than is left. `instance` tells the server's short id, for errors.
+    Args:
+        base_url: with or without `/v1`.
+        api_key: None or empty: none is sent.
+        model_name: the name under which the server has the model.
+        retry: how often a lost request is sent again.
+        max_in_flight: requests in flight at once, at most. Fewer while the server refuses some (HTTP 429, 503).
+        media_ids: whether an image that the server has already is sent as its id alone. The server must be a vLLM that
+            takes `uuid` (0.11 and later); for one that is found by `ManagedVLLM` this is on.
+        connection: for servers that may move: asked before each attempt for `(Connection, epoch)`, with the epoch that
+            was lost (None at first), the seconds that are left (None: no bound), and the seconds that it may wait for
+            another epoch before it returns the lost one once more. It may wait for the server to come back, and raises
+            `TimeoutError` if that takes longer than is left. It is called in a thread.
+        ready: the same, at once: the connection and epoch of a server that is ready now, or None.
+        instance: tells the server's short id, for errors.
     """
 
     def __init__(
@@ -70,51 +77,90 @@ class VLLMClient:
         model_name: str | None = None,
         *,
         retry: RetryPolicy | None = None,
-        connection: Callable[[int | None, float | None, float], tuple[Connection, int]] | None = None,
+        max_in_flight: int = MOST,
+        media_ids: bool = False,
+        connection: Callable[[int | None, float | None, float], Found] | None = None,
+        ready: Callable[[], Found | None] | None = None,
         instance: Callable[[], str | None] | None = None,
     ) -> None:
+        if max_in_flight < 1:
+            raise BadRequestError("max_in_flight must be 1 or more", field="max_in_flight")
         if connection is None:
             if base_url is None or model_name is None:
-                raise BadRequestError("VLLMClient needs base_url and model_name")
-            fixed = Connection(base_url=normalized_url(base_url), api_key=api_key or "", model=model_name)
+                raise BadRequestError("a client needs base_url and model_name")
+            fixed = Connection(base_url=normalized_url(base_url), api_key=api_key or "", model=model_name), 0
 
-            def connection(lost: int | None, timeout_s: float | None, pause_s: float) -> tuple[Connection, int]:
-                return fixed, 0
+            def connection(lost: int | None, timeout_s: float | None, pause_s: float) -> Found:
+                return fixed
 
-        self._connection = connection
+            def ready() -> Found | None:
+                return fixed
+
         self._instance = instance or (lambda: None)
-        self._retry = retry or RetryPolicy()
-        self._lock = threading.Lock()
-        self._wires: dict[tuple[int, str | None, str], _Wire] = {}
-        self._closed = threading.Event()
+        self._max_in_flight = max_in_flight
+        self._exchange = Exchange(
+            connection,
+            ready or (lambda: None),
+            retry=retry or RetryPolicy(),
+            max_in_flight=max_in_flight,
+            media_ids=media_ids,
+        )
+        weakref.finalize(self, self._exchange.close).atexit = False
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """How often a lost request is sent again."""
+        return self._exchange.retry
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of all request bodies so far."""
+        return self._exchange.bytes_sent
 
     def close(self) -> None:
-        """Closes all connections. What is in flight ends with `ServerDiedError` and is not sent again."""
-        self._closed.set()
-        with self._lock:
-            wires, self._wires = self._wires, {}
-        for wire in wires.values():
-            wire.close()
+        """Ends what is in flight with `ServerDiedError`; nothing is sent again. From any thread, also twice."""
+        self._exchange.close()
 
-    def chat(
+    async def aclose(self) -> None:
+        """As `close`; the connections of the running loop are closed when it returns."""
+        await self._exchange.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    # -- generating ----------------------------------------------------------------------------------------------------
+
+    async def chat(
         self,
+        /,
         messages: Conversation | Sequence[Conversation],
         sampling_params: Any = None,
+        use_tqdm: Tqdm = False,
         *,
         timeout: float | None = None,
+        request_timeout: float | None = None,
         resume: bool | None = None,
+        return_exceptions: bool = False,
         extra_body: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> list[RequestOutput]:
         """Answers one conversation (a list of messages) or many (a list of lists); one output each, in input order.
 
         Args:
-            messages: one conversation, or a list of them.
+            messages: one conversation, or a list of them. Images may be PIL images, bytes, paths, data: or http(s)
+                URLs, in parts of the type `image_url`, `image` or `image_pil`.
             sampling_params: `SamplingParams`, a dict or a `vllm.SamplingParams`, for all or as a list with one each.
+            use_tqdm: whether to show a progress bar; or what makes one, in place of `tqdm.auto.tqdm`.
             timeout: seconds for the whole call; None: no bound, but for a server that fails for good.
+            request_timeout: seconds for each request, from when it is sent or waits for the server.
             resume: whether tokens are kept when their server is lost, so that only the rest is generated again. None:
                 if that is possible and `max_tokens` is not given or at least `resume.RESUME_FROM`; True: a
                 `BadRequestError` says why where it is not possible; False: never.
+            return_exceptions: whether a request that failed has its error in its place. Else the first error is raised
+                after all requests are done, and has what came of each in `results`.
             extra_body: goes into the request body unchecked: fields of another version or server, or of a plugin.
             **fields: fields of the request body (`tools=…`, `chat_template_kwargs=…`). A name that the route does not
                 know is refused, as vLLM would ignore it; docs/parameters.md has all of them.
@@ -126,241 +172,458 @@ class VLLMClient:
         equal answers to equal requests; the `decoded_token` of logprobs is missing behind the cut.
         Without `max_tokens` a limit from the model's generation config (`max_new_tokens`) counts anew after a loss.
 
-        Raises the first `RequestError`: `BadRequestError`, `ServerDiedError` (lost more often than `retry` allows),
-        `RequestTimeout`; or the server's own `StartupError` or `ServerStoppedError` when it is given up or stopped.
+        Cancelling the call, or interrupting it, ends what is in flight on the server as well: vLLM stops generating
+        for a connection that is closed.
+
+        Raises a `RequestError`: `BadRequestError` and below it `ContextLengthError`, `ModelNotFoundError`,
+        `UnsupportedParameterError`; `AuthenticationError`, `ServerDiedError` (lost more often than `retry` allows),
+        `ServerBusyError`, `RequestTimeout`; or the server's own `StartupError` or `ServerStoppedError` when it is given
+        up or stopped.
         """
-        if not messages:
-            return []
-        single = isinstance(messages[0], Mapping)
-        conversations: Sequence[Conversation] = [messages] if single else messages  # type: ignore[list-item,assignment]
-        asked = [{"messages": [dict(m) for m in conversation]} for conversation in conversations]
-        route = "/chat/completions"
-        return self._send_all(
-            route, asked, sampling_params, fields, extra_body, timeout=timeout, resume=resume, single=single
-        )
+        messages, single = _one_or_many_conversations(messages)
+        call = _Call(self, len(messages), sampling_params, fields, extra_body, resume, request_timeout)
+        call.check(chat=True)
 
-    def generate_with_messages(
-        self, messages: Any, sampling_params: Any = None, processor: Any = None, use_tqdm: bool = False
-    ) -> list[RequestOutput]:
-        """As the client wrapper of the service scripts has it; `processor` is not needed, the server has its own."""
-        return self.chat(messages, sampling_params)
+        async def one(index: int, deadline: float | None) -> RequestOutput:
+            asked = {"messages": await _conversation(messages[index])}
+            return await call.generate(index, asked, deadline, chat=True)
 
-    def generate(
+        return await self._all(one, len(messages), single, timeout, return_exceptions, use_tqdm)
+
+    async def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+        /,
+        prompts: Any,
         sampling_params: Any = None,
+        use_tqdm: Tqdm = False,
         *,
         timeout: float | None = None,
+        request_timeout: float | None = None,
         resume: bool | None = None,
+        return_exceptions: bool = False,
         extra_body: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> list[RequestOutput]:
-        """Completes one prompt (text or token ids) or many; as `chat` otherwise. Without `max_tokens`: 16, as vLLM."""
-        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-        each: Sequence[Any] = [prompts] if single else prompts
-        asked = [{"prompt": prompt} for prompt in each]
-        return self._send_all(
-            "/completions", asked, sampling_params, fields, extra_body, timeout=timeout, resume=resume, single=single
-        )
+        """Completes one prompt or many. Without `max_tokens`: 16 tokens, as vLLM.
 
-    # -- one request ---------------------------------------------------------------------------------------------------
+        A prompt is a text, a list of token ids, or a dict with `prompt` or `prompt_token_ids`, as for `vllm.LLM`. With
+        a text it may have `multi_modal_data={"image": …}` (one image or a list): the placeholders stand in the text as
+        the model has them, or are put before it. That goes by the chat route with a template that changes nothing; so
+        the server must be started with `--trust-request-chat-template`. The rest is as in `chat`.
+        """
+        each, single = _one_or_many_prompts(prompts)
+        call = _Call(self, len(each), sampling_params, fields, extra_body, resume, request_timeout)
+        call.check(chat=False)
 
-    def _send_all(
+        async def one(index: int, deadline: float | None) -> RequestOutput:
+            asked, images = _prompt(each[index])
+            if images is None:
+                return await call.generate(index, asked, deadline, chat=False)
+            return await call.generate(index, await _with_images(asked, images), deadline, chat=True)
+
+        return await self._all(one, len(each), single, timeout, return_exceptions, use_tqdm)
+
+    async def generate_with_messages(
         self,
-        route: str,
-        asked: Sequence[Mapping[str, Any]],
+        /,
+        messages: Any,
+        sampling_params: Any = None,
+        processor: Any = None,
+        use_tqdm: Tqdm = False,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """`chat`, as the service scripts call it; `processor` is not needed, the server has its own."""
+        return await self.chat(messages, sampling_params, use_tqdm, **options)
+
+    async def stream(
+        self,
+        prompt: Any,
+        sampling_params: Any = None,
+        *,
+        timeout: float | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> AsyncIterator[RequestOutput]:
+        """Answers one prompt, or one conversation, as it comes: outputs with what is new in each, the last `finished`.
+
+        Joined, the texts and token ids are those of `generate` or `chat`. The last one tells epoch, attempts and
+        times, why the answer ended, and tool calls. Who stops reading should close the iterator (`aclose`), or leave
+        it to the garbage collector: the server then stops generating.
+
+        A server that is lost is not noticed, where the generation can be resumed (see `chat`). Where not, it begins
+        again if nothing has been given yet; else `ServerDiedError` says that the answer can't go on.
+
+        Raises what `chat` raises, and `UnsupportedParameterError` for `n` above 1 and `echo`.
+        """
+        chat = isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+        call = _Call(self, 1, sampling_params, fields, extra_body, None, None)
+        asked: Mapping[str, Any]
+        if chat:
+            asked = {"messages": await _conversation(prompt)}
+        else:
+            asked, images = _prompt(prompt)
+            if images is not None:
+                asked, chat = await _with_images(asked, images), True
+        body = call.body(0, asked, chat=chat)
+        for name, harmless in (("n", 1), ("echo", False)):
+            if body.get(name) not in (None, harmless):
+                raise UnsupportedParameterError(f"{name}= does not go with stream(); llm.openai streams it", field=name)
+        generation = Generation(_CHAT if chat else _COMPLETIONS, {"stream_interval": 1, **body}, stream=True)
+        generation.obstacle = obstacle(body)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        news = asyncio.Event()
+        asking = asyncio.create_task(self._exchange.ask(generation, deadline, news.set))
+        asking.add_done_callback(lambda _: news.set())
+        try:
+            while True:
+                await news.wait()
+                news.clear()
+                told = None
+                if asking.done():
+                    with self._named(None):
+                        told = asking.result()
+                part = generation.fresh()
+                if part is not None:
+                    yield call.output(0, part, body, told, chat=chat)
+                if told is not None:
+                    return
+        finally:
+            if not asking.done():
+                asking.cancel()
+                await asyncio.wait({asking})
+
+    # -- other tasks ---------------------------------------------------------------------------------------------------
+
+    async def embed(
+        self,
+        prompts: Any,
+        use_tqdm: Tqdm = False,
+        *,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The embedding of each prompt (text or token ids), where the server has a model for that.
+
+        The route does not tell the prompt's token ids: `prompt_token_ids` is empty. Errors as in `chat`.
+        """
+        each, single = _one_or_many_prompts(prompts)
+
+        async def one(index: int, deadline: float | None) -> EmbeddingRequestOutput:
+            asked, images = _prompt(each[index])
+            if images is not None:
+                raise UnsupportedParameterError("embed() takes texts and token ids", field="multi_modal_data")
+            body = {"input": asked["prompt"], "encoding_format": "float", **(extra_body or {})}
+            answer, told = await self._ask(Question("/v1/embeddings", body, "data"), deadline)
+            with _checked(answer):
+                vector = [float(value) for value in answer["data"][0]["embedding"]]
+                return EmbeddingRequestOutput.of(answer, EmbeddingOutput(vector), told)
+
+        return await self._all(one, len(each), single, timeout, return_exceptions, use_tqdm)
+
+    async def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        use_tqdm: Tqdm = False,
+        *,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well pairs of texts fit, where the server has a model for that: one to one, or one to many.
+
+        Raises `BadRequestError` for lists of different lengths; otherwise as in `chat`.
+        """
+        second = [data_2] if isinstance(data_2, str) else list(data_2)
+        first = [data_1] * len(second) if isinstance(data_1, str) else list(data_1)
+        if len(first) == 1:
+            first *= len(second)
+        if len(first) != len(second):
+            raise BadRequestError(f"{len(first)} texts can't be paired with {len(second)}", field="data_1")
+
+        async def one(index: int, deadline: float | None) -> ScoringRequestOutput:
+            body = {"text_1": first[index], "text_2": second[index], **(extra_body or {})}
+            answer, told = await self._ask(Question("/score", body, "data"), deadline)
+            with _checked(answer):
+                return ScoringRequestOutput.of(answer, ScoringOutput(float(answer["data"][0]["score"])), told)
+
+        single = isinstance(data_1, str) and isinstance(data_2, str)
+        return await self._all(one, len(second), single, timeout, return_exceptions, use_tqdm)
+
+    async def tokenize(
+        self, /, prompt: str | Conversation, *, timeout: float | None = None, **fields: Any
+    ) -> list[int]:
+        """The server's token ids for a text, or for a conversation with its chat template.
+
+        **fields: of the route: `add_special_tokens`, for a conversation also `add_generation_prompt`,
+        `continue_final_message`, `chat_template`, `chat_template_kwargs`, `tools`. Others are refused.
+        """
+        known = {"add_special_tokens"}
+        if not isinstance(prompt, str):
+            known |= {"add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs"}
+            known |= {"tools", "mm_processor_kwargs"}
+        for name in fields.keys() - known:
+            raise UnsupportedParameterError(f"tokenize() has no {name}=", field=name)
+        asked = {"prompt": prompt} if isinstance(prompt, str) else {"messages": await _conversation(prompt)}
+        deadline = None if timeout is None else time.monotonic() + timeout
+        answer, _ = await self._ask(Question("/tokenize", {**asked, **fields}, "tokens"), deadline)
+        with _checked(answer):
+            return [int(token) for token in answer["tokens"]]
+
+    async def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
+        """The text of token ids, special tokens included."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        body = {"tokens": [int(token) for token in token_ids]}
+        answer, _ = await self._ask(Question("/detokenize", body, "prompt"), deadline)
+        with _checked(answer):
+            if not isinstance(answer["prompt"], str):
+                raise TypeError
+            return answer["prompt"]
+
+    # -- what they share -----------------------------------------------------------------------------------------------
+
+    async def _ask(self, question: Question, deadline: float | None) -> tuple[dict[str, Any], Told]:
+        with self._named(None):
+            told = await self._exchange.ask(question, deadline)
+        return question.answer(), told
+
+    @contextlib.contextmanager
+    def _named(self, index: int | None) -> Iterator[None]:
+        """Errors say which request and which server they are of."""
+        try:
+            yield
+        except RequestError as error:
+            error.index = index if error.index is None else error.index
+            error.instance = error.instance or self._instance()
+            raise
+
+    async def _all(
+        self,
+        one: Callable[[int, float | None], Awaitable[T]],
+        count: int,
+        single: bool,
+        timeout: float | None,
+        return_exceptions: bool,
+        use_tqdm: Tqdm,
+    ) -> list[T]:
+        """The results of `one(index, deadline)`, in order; so many at once as may be in flight."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        results: list[Any] = [None] * count
+        indices = iter(range(count))
+        failed: list[int] = []
+
+        async def work() -> None:
+            for index in indices:
+                try:
+                    with self._named(None if single else index):
+                        results[index] = await one(index, deadline)
+                except ManagedVLLMError as error:
+                    results[index] = error
+                    failed.append(index)
+                if progress is not None:
+                    progress.add(results[index])
+
+        with _Progress.of(use_tqdm, count) as progress:
+            if count == 1:
+                await work()
+            else:
+                await _side_by_side(work, min(count, self._max_in_flight))
+        if failed and not return_exceptions:
+            error: ManagedVLLMError = results[min(failed)]
+            error.results = None if single else results
+            raise error
+        return results
+
+
+def _blocking(
+    method: Callable[Concatenate[AsyncVLLMClient, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[VLLMClient, P], T]:
+    """The method of `VLLMClient` that waits for the one of `AsyncVLLMClient`."""
+
+    @functools.wraps(method)
+    def call(self: VLLMClient, *args: P.args, **kwargs: P.kwargs) -> T:
+        return portal.run(lambda: method(self._client, *args, **kwargs))
+
+    return call  # type: ignore[return-value]  # mypy takes what `wraps` returns for no function
+
+
+class VLLMClient:
+    """`AsyncVLLMClient` for programs without asyncio: the same arguments and methods, and the results as they are.
+
+    Works from many threads at once, within a running event loop (which it blocks, as any call does), and in a forked
+    child. `VLLMClient(base_url, api_key, model_name)` is what the service scripts call `VLLMClientWrapper`.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        model_name: str | None = None,
+        **options: Any,
+    ) -> None:
+        """`options` are the other arguments of `AsyncVLLMClient`."""
+        self._client = AsyncVLLMClient(base_url, api_key, model_name, **options)
+
+    @classmethod
+    def of(cls, client: AsyncVLLMClient) -> Self:
+        """The same client, its connections and its bounds, without asyncio."""
+        made = cls.__new__(cls)
+        made._client = client
+        return made
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """How often a lost request is sent again."""
+        return self._client.retry
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of all request bodies so far."""
+        return self._client.bytes_sent
+
+    def close(self) -> None:
+        """Closes all connections. What is in flight ends with `ServerDiedError` and is not sent again."""
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    chat = _blocking(AsyncVLLMClient.chat)
+    generate = _blocking(AsyncVLLMClient.generate)
+    generate_with_messages = _blocking(AsyncVLLMClient.generate_with_messages)
+    embed = _blocking(AsyncVLLMClient.embed)
+    score = _blocking(AsyncVLLMClient.score)
+    tokenize = _blocking(AsyncVLLMClient.tokenize)
+    detokenize = _blocking(AsyncVLLMClient.detokenize)
+
+    def stream(self, prompt: Any, sampling_params: Any = None, **options: Any) -> Iterator[RequestOutput]:
+        """As `AsyncVLLMClient.stream`. Leaving the loop early ends the generation too, once the iterator is garbage."""
+        parts = self._client.stream(prompt, sampling_params, **options)
+
+        async def following() -> RequestOutput | None:
+            return await anext(parts, None)
+
+        try:
+            while (part := portal.run(following)) is not None:
+                yield part
+        finally:
+            portal.run(parts.aclose)  # type: ignore[attr-defined]
+
+
+VLLMClientWrapper = VLLMClient
+"""The name under which the service scripts know the client: `VLLMClientWrapper(base_url, api_key, model_name)`."""
+
+
+# -- one call ----------------------------------------------------------------------------------------------------------
+
+
+class _Call:
+    """What the requests of one call have in common."""
+
+    def __init__(
+        self,
+        client: AsyncVLLMClient,
+        count: int,
         sampling_params: Any,
         fields: Mapping[str, Any],
         extra_body: Mapping[str, Any] | None,
-        *,
-        timeout: float | None,
         resume: bool | None,
-        single: bool,
-    ) -> list[RequestOutput]:
-        chat = route.startswith("/chat")
-        if isinstance(sampling_params, list | tuple):
-            if len(sampling_params) != len(asked):
-                raise BadRequestError(f"{len(asked)} prompts but {len(sampling_params)} sampling parameters")
-            params = [SamplingParams.of(one, chat=chat) for one in sampling_params]
+        within: float | None,
+    ) -> None:
+        self._client = client
+        self._count = count
+        self._given = sampling_params
+        self._fields = fields
+        self._extra_body = extra_body
+        self._resume = resume
+        self._within = within
+        self._routes: dict[bool, tuple[Common, list[SamplingParams], list[dict[str, Any]]]] = {}
+
+    def check(self, *, chat: bool) -> None:
+        """Raises for wrong parameters, before anything is sent."""
+        self._route(chat=chat)
+
+    def _route(self, *, chat: bool) -> tuple[Common, list[SamplingParams], list[dict[str, Any]]]:
+        """What goes into the bodies for one route: parameters, and all of a body but what it asks; one for all, or one
+        each."""
+        found = self._routes.get(chat)
+        if found is not None:
+            return found
+        common = Common(self._fields, self._extra_body, self._count, chat=chat)
+        given = self._given
+        if isinstance(given, list | tuple):
+            if len(given) != self._count:
+                raise BadRequestError(f"{self._count} prompts but {len(given)} sampling parameters")
+            params = [SamplingParams.of(one, chat=chat) for one in given]
         else:
-            params = [SamplingParams.of(sampling_params, chat=chat)] * len(asked)
-        made = bodies(asked, [one.to_request(chat=chat) for one in params], fields, extra_body, chat=chat)
-        deadline = None if timeout is None else time.monotonic() + timeout
+            params = [SamplingParams.of(given, chat=chat)]
+        rests = [common.with_params(one.to_request(chat=chat)) for one in params]
+        for rest in rests:
+            if rest.get("stream") or rest.get("stream_options"):
+                raise BadRequestError("stream= is not for this client: what comes back is whole; see stream()")
+        self._routes[chat] = common, params, rests
+        return self._routes[chat]
 
-        def one(index: int) -> RequestOutput:
-            try:
-                return self._send(route, made[index], params[index].logprobs, deadline, resume)
-            except RequestError as error:
-                error.index = None if single else index
-                error.instance = error.instance or self._instance()
-                raise
+    def body(self, index: int, asked: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
+        common, _, rests = self._route(chat=chat)
+        return common.body(asked, rests[index if len(rests) > 1 else 0], index)
 
-        if len(made) == 1:
-            return [one(0)]
-        with ThreadPoolExecutor(min(_AT_ONCE, max(1, len(made)))) as pool:
-            return list(pool.map(one, range(len(made))))
-
-    def _send(
-        self, route: str, body: dict[str, Any], logprobs: int | None, deadline: float | None, resume: bool | None
+    async def generate(
+        self, index: int, asked: Mapping[str, Any], deadline: float | None, *, chat: bool
     ) -> RequestOutput:
-        chat = route.startswith("/chat")
-        generation = Generation(route, body, stream=_is_streamed(body, resume))
+        body = self.body(index, asked, chat=chat)
         try:
-            answer, told = self._answer(generation, deadline)
+            return await self._send(index, body, deadline, chat=chat)
         except BadRequestError as error:
             # For a chat one candidate more was asked for, which may be one too many (`--max-logprobs`).
-            fewer = chat and logprobs and body.get("top_logprobs") == logprobs + 1 and "logprobs" in error.message
+            wanted = self._wanted(index, chat=chat)
+            fewer = chat and wanted and body.get("top_logprobs") == wanted + 1 and "logprobs" in error.message
             if not fewer:
                 raise
-            body = {**body, "top_logprobs": logprobs}
-            generation = Generation(route, body, stream=_is_streamed(body, resume))
-            answer, told = self._answer(generation, deadline)
-            told["attempts"] += 1
-        try:
-            output = RequestOutput.from_answer(answer, body, chat=chat, logprobs=logprobs)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise RequestError(f"not an answer of the route: {str(answer)[:500]}") from error
-        return replace(output, **told)
+        return await self._send(index, {**body, "top_logprobs": wanted}, deadline, chat=chat, before=1)
 
-    def _answer(self, generation: Generation, deadline: float | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The whole answer, and what the output tells of its way here."""
-        losses = Losses(self._retry)
-        started = time.monotonic()
-        attempts = 0
-        lost: int | None = None
-        pause = 0.0
-        while True:
-            connection, epoch = self._connect(lost, deadline, pause)
-            if lost is not None and epoch != lost:
-                pause = losses.new_epoch()
-                self._raise_if_enough(losses)
-                self._sleep(pause, _left(deadline))
-            step = generation.next()
-            attempts += step.stream or not generation.optional
-            try:
-                self._exchange(connection, generation, step, deadline)
-                lost, pause = None, 0.0
-            except Lost as error:
-                if self._closed.is_set():
-                    raise ServerDiedError("the client was closed under this request") from error
-                progressed = generation.lost()
-                if not generation.complete:
-                    pause, lost = losses.add(error, progressed=progressed), epoch
-                    self._raise_if_enough(losses, error)
-            if generation.complete:
-                return generation.answer(), {
-                    "epoch": epoch,
-                    "attempts": attempts,
-                    "latency": time.monotonic() - started,
-                    "model": connection.model,
-                    "resumed_tokens": generation.kept,
-                }
+    async def _send(
+        self, index: int, body: dict[str, Any], deadline: float | None, *, chat: bool, before: int = 0
+    ) -> RequestOutput:
+        generation = Generation(_CHAT if chat else _COMPLETIONS, body, stream=_is_streamed(body, self._resume))
+        told = await self._client._exchange.ask(generation, deadline, within=self._within)
+        return self.output(index, generation.answer(), body, told, chat=chat, before=before)
 
-    def _connect(self, lost: int | None, deadline: float | None, pause: float) -> tuple[Connection, int]:
-        again = time.monotonic() + pause
-        try:
-            connection, epoch = self._connection(lost, _left(deadline), pause)
-        except StartupError:  # a start that timed out is a TimeoutError as well, and says more
-            raise
-        except TimeoutError as error:
-            raise RequestTimeout("the server was not ready before the deadline") from error
-        if epoch == lost:
-            self._sleep(max(0.0, again - time.monotonic()), _left(deadline))
-        if self._closed.is_set():
-            raise ServerDiedError("the client was closed under this request")
-        if deadline is not None and time.monotonic() >= deadline:
-            raise RequestTimeout("the deadline passed before the request was sent")
-        return connection, epoch
+    def _wanted(self, index: int, *, chat: bool) -> int | None:
+        _, params, _ = self._route(chat=chat)
+        return params[index if len(params) > 1 else 0].logprobs
 
-    @staticmethod
-    def _raise_if_enough(losses: Losses, cause: Lost | None = None) -> None:
-        if (why := losses.too_many) is not None:
-            error = ServerDiedError(why)
-            error.status = losses.status
-            raise error from cause
-
-    def _sleep(self, seconds: float, left: float | None) -> None:
-        self._closed.wait(seconds if left is None else min(seconds, left))
-
-    def _exchange(self, connection: Connection, generation: Generation, step: Step, deadline: float | None) -> None:
-        """Sends one step and feeds what comes back to the generation. Raises `Lost`, or a `RequestError` for good."""
-        body = None
-        if step.body is not None:
-            try:
-                body = json.dumps({"model": connection.model, **step.body}, separators=(",", ":"), allow_nan=False)
-            except (TypeError, ValueError) as error:
-                raise BadRequestError(f"the request can't be written as JSON: {error}") from error
-        wire = self._wire(connection)
-        url = connection.base_url.removesuffix("/v1") + step.path
-        try:
-            with wire.request(step.method, url, connection.api_key, body, deadline) as response:
-                if step.stream and response.status == 200 and _is_event_stream(response):
-                    wire.feed(response, generation)
-                    if not generation.complete:
-                        raise Lost("the stream ended before the answer did")
-                    return
-                data = response.read()
-        except (httpcore.ConnectTimeout, httpcore.ConnectError) as error:
-            if deadline is not None and time.monotonic() >= deadline:
-                raise RequestTimeout("no connection before the deadline") from error
-            raise Lost(f"can't connect to {connection.base_url}: {error}", sent=False) from error
-        except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
-            if generation.complete:
-                return
-            if deadline is not None and time.monotonic() >= deadline:
-                raise RequestTimeout("no answer before the deadline") from error
-            raise Lost(f"{type(error).__name__}: {error}") from error
-        except (httpcore.UnsupportedProtocol, httpcore.ProxyError, UnicodeError) as error:
-            raise RequestError(f"{connection.base_url} can't be asked: {error}") from error
-        self._take(generation, response.status, data)
-
-    @staticmethod
-    def _take(generation: Generation, status: int, data: bytes) -> None:
-        """An answer that is no stream."""
-        if status in _LOST:
-            raise Lost(f"HTTP {status}: {_message(data)}", status=status)
-        if status >= 400 and generation.optional:
-            generation.take(None)
-            return
-        if status >= 400:
-            raise BadRequestError(f"HTTP {status}: {_message(data)}", status=status)
-        try:
-            answer = json.loads(data)
-        except ValueError as error:
-            raise Lost(f"the answer is not JSON: {data[:200]!r}", status=status) from error
-        if status != 200 or not isinstance(answer, dict):
-            raise Lost(f"HTTP {status}: {data[:500]!r}", status=status)
-        try:
-            generation.take(answer)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise Lost(f"not an answer: {data[:500]!r}", status=status) from error
-
-    def _wire(self, connection: Connection) -> _Wire:
-        parts = urlsplit(connection.base_url)
-        # A forked child must not share its parent's connections.
-        place = (os.getpid(), connection.uds, f"{parts.scheme}://{parts.netloc}")
-        with self._lock:
-            if self._closed.is_set():
-                raise ServerDiedError("the client was closed under this request")
-            wire = self._wires.get(place)
-            if wire is None:
-                wire = self._wires[place] = _Wire(connection)
-            return wire
+    def output(
+        self,
+        index: int,
+        answer: Mapping[str, Any],
+        body: Mapping[str, Any],
+        told: Told | None,
+        *,
+        chat: bool,
+        before: int = 0,
+    ) -> RequestOutput:
+        """`told` is None for a part of an answer; `before` are attempts that it does not know of."""
+        with _checked(answer):
+            return RequestOutput.from_answer(
+                answer, body, told, chat=chat, logprobs=self._wanted(index, chat=chat), before=before
+            )
 
 
-def _is_event_stream(response: httpcore.Response) -> bool:
-    return any(
-        name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in response.headers
-    )
-
-
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
+@contextlib.contextmanager
+def _checked(answer: Any) -> Iterator[None]:
+    """What is not of the shape of an answer is an error by type."""
+    try:
+        yield
+    except _NOT_AN_ANSWER as error:
+        raise RequestError(f"not an answer of the route ({error}): {str(answer)[:500]}") from error
 
 
 def _is_streamed(body: Mapping[str, Any], resume: bool | None) -> bool:
-    if body.get("stream") or body.get("stream_options"):
-        raise BadRequestError("stream= is not for this client: what comes back is whole; resume=True streams inside")
     if resume is False or (resume is None and not is_long(body)):
         return False
     why = obstacle(body)
@@ -369,165 +632,140 @@ def _is_streamed(body: Mapping[str, Any], resume: bool | None) -> bool:
     return why is None
 
 
-# -- connections -------------------------------------------------------------------------------------------------------
+# -- what is asked -----------------------------------------------------------------------------------------------------
 
 
-class _Wire:
-    """The connections to one address. Each request has one deadline for everything; `close` ends those in flight."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._backend = _Backend()
-        self._inside = 0
-        self._left = threading.Condition()
-        self._pool = httpcore.ConnectionPool(
-            max_connections=None,
-            max_keepalive_connections=_AT_ONCE,
-            keepalive_expiry=_IDLE_CONNECTION_S,
-            uds=connection.uds,
-            proxy=None if connection.uds else _proxy(connection.base_url),
-            socket_options=None if connection.uds else _KEEPALIVE,
-            network_backend=self._backend,
+def _one_or_many_conversations(messages: Any) -> tuple[Sequence[Conversation], bool]:
+    if isinstance(messages, str | bytes | Mapping):
+        raise BadRequestError(
+            "chat() takes a list of messages such as {'role': 'user', 'content': …}, or a list of such lists",
+            field="messages",
         )
-
-    @contextlib.contextmanager
-    def request(
-        self, method: str, url: str, api_key: str, body: str | None, deadline: float | None
-    ) -> Iterator[httpcore.Response]:
-        headers = [("Accept", "*/*")]
-        if body is not None:
-            headers.append(("Content-Type", "application/json"))
-        if api_key:
-            headers.append(("Authorization", f"Bearer {api_key}"))
-        with self._left:
-            self._inside += 1
-        self._backend.now.deadline = deadline
-        try:
-            content = None if body is None else body.encode()
-            extensions = {"timeout": {"connect": _CONNECT_S}}
-            with self._pool.stream(method, url, headers=headers, content=content, extensions=extensions) as response:
-                yield response
-        finally:
-            with self._left:
-                self._inside -= 1
-                self._left.notify_all()
-
-    def feed(self, response: httpcore.Response, generation: Generation) -> None:
-        """Reads a stream into the generation, and to its end, if that comes at once: the connection can stay then."""
-        events = Events()
-        ended = False
-        for data in response.iter_stream():
-            if ended:
-                continue
-            for event in events.feed(data):
-                generation.feed(event)
-            ended = generation.complete
-            if ended:
-                tail = time.monotonic() + _TAIL_S
-                deadline = self._backend.now.deadline
-                self._backend.now.deadline = tail if deadline is None else min(deadline, tail)
-
-    def close(self) -> None:
-        self._backend.cut()
-        with self._left:
-            # A descriptor that is closed while another thread reads it may be another file's by then.
-            if self._left.wait_for(lambda: self._inside == 0, _LEAVE_S):
-                self._pool.close()
+    messages = messages if isinstance(messages, Sequence) else list(messages)
+    single = bool(messages) and isinstance(messages[0], Mapping)
+    return ([messages] if single else messages), single
 
 
-class _Backend(httpcore.SyncBackend):
-    """httpcore bounds each read; here `now.deadline` of the thread that reads bounds all of them together."""
-
-    def __init__(self) -> None:
-        self.now = threading.local()
-        self._lock = threading.Lock()
-        self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
-        self._cut = False
-
-    def connect_tcp(self, host: str, port: int, timeout: float | None = None, *args: Any, **kwargs: Any) -> _Stream:
-        return self._stream(super().connect_tcp(host, port, self.bounded(timeout), *args, **kwargs))
-
-    def connect_unix_socket(self, path: str, timeout: float | None = None, *args: Any, **kwargs: Any) -> _Stream:
-        return self._stream(super().connect_unix_socket(path, self.bounded(timeout), *args, **kwargs))
-
-    def _stream(self, inner: httpcore.NetworkStream) -> _Stream:
-        stream = _Stream(inner, self)
-        self.add(stream)
-        return stream
-
-    def add(self, stream: _Stream) -> None:
-        with self._lock:
-            self._streams.add(stream)
-            cut = self._cut
-        if cut:
-            stream.cut()
-
-    def cut(self) -> None:
-        """Ends every connection: who reads sees its end."""
-        with self._lock:
-            self._cut = True
-            streams = list(self._streams)
-        for stream in streams:
-            stream.cut()
-
-    def bounded(self, timeout: float | None) -> float | None:
-        deadline = getattr(self.now, "deadline", None)
-        if deadline is None:
-            return timeout
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise httpcore.ReadTimeout("the deadline passed")
-        return float(left if timeout is None else min(timeout, left))
+def _one_or_many_prompts(prompts: Any) -> tuple[Sequence[Any], bool]:
+    prompts = _plain(prompts)
+    if isinstance(prompts, str | Mapping):
+        return [prompts], True
+    if isinstance(prompts, bytes) or not hasattr(prompts, "__iter__"):
+        raise BadRequestError(
+            f"a prompt is a text, a list of token ids or a dict, not {type(prompts).__name__}", field="prompt"
+        )
+    each = prompts if isinstance(prompts, Sequence) else list(prompts)
+    if len(each) and isinstance(each[0], int):
+        return [each], True
+    return each, False
 
 
-class _Stream(httpcore.NetworkStream):
-    def __init__(self, inner: httpcore.NetworkStream, backend: _Backend) -> None:
-        self._inner = inner
-        self._backend = backend
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._inner.read(max_bytes, self._backend.bounded(timeout))
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._inner.write(buffer, self._backend.bounded(timeout))
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def start_tls(self, *args: Any, **kwargs: Any) -> _Stream:
-        stream = _Stream(self._inner.start_tls(*args, **kwargs), self._backend)
-        self._backend.add(stream)
-        return stream
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
-
-    def cut(self) -> None:
-        with contextlib.suppress(OSError):
-            self.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
-
-
-def _proxy(base_url: str) -> httpcore.Proxy | None:
-    """The proxy that the environment gives for a server elsewhere; there is none for loopback."""
-    parts = urlsplit(base_url)
-    host = parts.hostname or ""
-    if is_loopback(host) or urllib.request.proxy_bypass(host):
-        return None
-    proxies = urllib.request.getproxies()
-    url = proxies.get(parts.scheme) or proxies.get("all")
-    if not url:
-        return None
-    found = urlsplit(url if "://" in url else f"http://{url}")
-    auth = (found.username, found.password or "") if found.username else None
-    return httpcore.Proxy(f"{found.scheme}://{found.hostname}:{found.port or 80}", auth=auth)
+def _prompt(given: Any) -> tuple[dict[str, Any], list[Any] | None]:
+    """The request field of one prompt, and its images, if it has any."""
+    given = _plain(given)
+    images: list[Any] | None = None
+    if isinstance(given, Mapping):
+        unknown = sorted(given.keys() - {"prompt", "prompt_token_ids", "multi_modal_data"})
+        if unknown:
+            raise UnsupportedParameterError(f"a prompt's {unknown[0]!r} can't be passed on", field=unknown[0])
+        media = given.get("multi_modal_data") or {}
+        if other := sorted(media.keys() - {"image"}):
+            raise UnsupportedParameterError(
+                f"generate() passes on images; {other[0]!r} works in chat()", field=other[0]
+            )
+        found = media.get("image")
+        if found is not None:
+            images = list(found) if isinstance(found, list | tuple) else [found]
+        text, tokens = given.get("prompt"), _plain(given.get("prompt_token_ids"))
+        if images:
+            if not isinstance(text, str):
+                raise UnsupportedParameterError(
+                    "no route takes token ids and images; give the prompt as text", field="prompt_token_ids"
+                )
+            return {"prompt": text}, images
+        given = text if tokens is None else tokens
+    if isinstance(given, str):
+        return {"prompt": given}, None
+    if isinstance(given, Sequence) and not isinstance(given, bytes) and all(type(token) is int for token in given):
+        return {"prompt": given if isinstance(given, list) else list(given)}, None
+    raise BadRequestError(
+        f"a prompt is a text, a list of token ids, or a dict with one of them, not {given!r:.80}", field="prompt"
+    )
 
 
-VLLMClientWrapper = VLLMClient
-"""The name under which the service scripts know the client: `VLLMClientWrapper(base_url, api_key, model_name)`."""
+def _plain(value: Any) -> Any:
+    """numpy's arrays and torch's tensors as lists."""
+    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "dtype") else value
 
 
-def _message(data: bytes) -> str:
+async def _with_images(asked: Mapping[str, Any], images: list[Any]) -> dict[str, Any]:
+    parts: list[Any] = [{"type": "text", "text": asked["prompt"]}]
+    content = [*parts, *({"type": "image", "image": image} for image in images)]
+    return {
+        "messages": await _conversation([{"role": "user", "content": content}]),
+        "chat_template": _AS_IT_IS,
+        "add_special_tokens": True,
+        "max_tokens": 16,
+    }
+
+
+async def _conversation(messages: Any) -> list[dict[str, Any]]:
+    """`messages.conversation`; pictures are read and encoded beside the event loop."""
+    if isinstance(messages, list | tuple) and not any(
+        isinstance(message, Mapping) and isinstance(message.get("content"), list | tuple) for message in messages
+    ):
+        return conversation(messages)
+    return await asyncio.get_running_loop().run_in_executor(_encoders(), conversation, messages)
+
+
+@functools.cache
+def _encoders() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(4, thread_name_prefix="managed-vllm-images")
+
+
+# -- many --------------------------------------------------------------------------------------------------------------
+
+
+async def _side_by_side(work: Callable[[], Coroutine[Any, Any, None]], workers: int) -> None:
+    tasks = [asyncio.create_task(work()) for _ in range(workers)]
     try:
-        error = json.loads(data)["error"]
-        return str(error["message"] if isinstance(error, Mapping) else error)
-    except (ValueError, KeyError, TypeError):
-        return data[:1000].decode(errors="replace")
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+class _Progress:
+    """The progress bar of a batch, as vLLM has it."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._started = time.monotonic()
+        self._tokens = [0, 0]
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, use_tqdm: Tqdm, count: int) -> Iterator[_Progress | None]:
+        if not use_tqdm:
+            yield None
+            return
+        make: Any = use_tqdm
+        if not callable(use_tqdm):
+            from tqdm.auto import tqdm
+
+            make = tqdm
+        with contextlib.closing(make(total=count, desc="Processed prompts", dynamic_ncols=True)) as bar:
+            yield cls(bar)
+
+    def add(self, result: Any) -> None:
+        if isinstance(result, RequestOutput):
+            self._tokens[0] += len(result.prompt_token_ids)
+            self._tokens[1] += sum(len(one.token_ids) for one in result.outputs)
+            took = max(1e-3, time.monotonic() - self._started)
+            speed = [tokens / took for tokens in self._tokens]
+            if hasattr(self._bar, "set_postfix_str"):
+                said = f"est. speed input: {speed[0]:.2f} toks/s, output: {speed[1]:.2f} toks/s"
+                self._bar.set_postfix_str(said, refresh=False)
+        self._bar.update(1)

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 
 class ManagedVLLMError(Exception):
-    """Root of the tree. `instance` is the server's short id, `log_path` its log; both are None where there is none."""
+    """Root of the tree. `instance` is the server's short id, `log_path` its log; both are None where there is none.
+
+    `results` is set where a batch of requests failed in part: one item each, in input order, a `RequestOutput` or the
+    error.
+    """
+
+    results: list[Any] | None = None
 
     def __init__(self, message: str, *, instance: str | None = None, log_path: str | None = None) -> None:
         super().__init__(message)
@@ -100,10 +106,6 @@ class ExternalServerError(ManagedVLLMError):
 
 class ServerUnreachableError(ExternalServerError, ConnectionError):
     """Nothing answers at the URL, or what answers does not speak the OpenAI API."""
-
-
-class AuthenticationError(ExternalServerError):
-    """The server wants another API key (HTTP 401 or 403)."""
 
 
 class ModelNotServedError(ExternalServerError):
@@ -216,6 +218,49 @@ class BadRequestError(RequestError, ValueError):
 
 class UnsupportedParameterError(BadRequestError):
     """A parameter (`field`) can't be passed on to a server. vLLM ignores unknown fields silently; we don't."""
+
+
+class ContextLengthError(BadRequestError):
+    """Prompt and answer are longer than the model's context.
+
+    In tokens, as far as the server tells: `max_model_len` is the bound, `prompt_tokens` what the prompt has (at least),
+    `max_tokens` what was asked for the answer.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        max_model_len: int | None = None,
+        prompt_tokens: int | None = None,
+        max_tokens: int | None = None,
+        status: int | None = None,
+    ) -> None:
+        super().__init__(message, status=status)
+        self.max_model_len = max_model_len
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+
+
+class ModelNotFoundError(BadRequestError, LookupError):
+    """The server does not serve the model that the request names (HTTP 404). `model` is that name."""
+
+    def __init__(self, message: str, *, model: str, status: int | None = None) -> None:
+        super().__init__(message, field="model", status=status)
+        self.model = model
+
+
+class AuthenticationError(ExternalServerError, RequestError):
+    """The server wants another API key (HTTP 401 or 403): when it was attached to, or for a request."""
+
+    def __init__(self, message: str, *, base_url: str, status: int | None = None) -> None:
+        super().__init__(message, base_url=base_url)
+        self.index = None
+        self.status = status
+
+
+class ServerBusyError(RequestError):
+    """The server took the request in none of many times that it was sent (HTTP 429)."""
 
 
 class ServerDiedError(RequestError, ConnectionError):

@@ -13,7 +13,10 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+if TYPE_CHECKING:
+    from managed_vllm.exchange import Told
 
 _ID = "token_id:"
 _SHOWN = 60
@@ -89,7 +92,7 @@ class RequestOutput:
         prompt_token_ids: its token ids, as the server made them.
         prompt_logprobs: one dict per token of the prompt, None for the first; None if not asked for.
         outputs: the `n` answers.
-        finished: always True.
+        finished: True, but for the parts of a stream that are not the last.
         metrics: the server's own times (`time_to_first_token_ms` …), where it is started with
             `--enable-per-request-metrics`; not for streamed (resumable) generations.
         num_cached_tokens: tokens of the prompt found in the prefix cache, where the server is started with
@@ -98,7 +101,9 @@ class RequestOutput:
         model: the name that was asked.
         epoch: the life of the server that ended the answer.
         attempts: number of sendings.
-        latency: seconds, waiting for the server included.
+        latency: seconds, waiting for the server included, but not the waiting for a place among those in flight.
+        started_at: Unix time at which that began.
+        time_to_first_token: seconds of it until the first token; None where the answer was not streamed.
         resumed_tokens: tokens that came from lives or connections before, and were not generated again.
         raw: the answer as it came; no part of comparisons and of `to_dict`.
     """
@@ -117,6 +122,8 @@ class RequestOutput:
     epoch: int = 0
     attempts: int = 1
     latency: float = 0.0
+    started_at: float = 0.0
+    time_to_first_token: float | None = None
     resumed_tokens: int = 0
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -129,11 +136,19 @@ class RequestOutput:
 
     @classmethod
     def from_answer(
-        cls, answer: Mapping[str, Any], body: Mapping[str, Any], *, chat: bool, logprobs: int | None = None
+        cls,
+        answer: Mapping[str, Any],
+        body: Mapping[str, Any],
+        told: Told | None = None,
+        *,
+        chat: bool,
+        logprobs: int | None = None,
+        before: int = 0,
     ) -> RequestOutput:
-        """From a route's whole answer to the request `body`.
+        """From a route's answer to the request `body`: whole, or a part of it that is not the last (`told` is None).
 
-        `logprobs` is the number of candidates that the caller wants (-1: all), where the body asks for more.
+        `logprobs` is the number of candidates that the caller wants (-1: all), where the body asks for more. `before`
+        are attempts that `told` does not know of.
         """
         if logprobs is None:
             logprobs = (body.get("top_logprobs") or 0) if chat else body.get("logprobs")
@@ -153,6 +168,14 @@ class RequestOutput:
             kv_transfer_params=answer.get("kv_transfer_params"),
             ec_transfer_params=answer.get("ec_transfer_params"),
             raw=answer,
+            finished=told is not None or first.get("finish_reason") is not None,
+            model=str(answer.get("model") or "") if told is None else told.model,
+            epoch=0 if told is None else told.epoch,
+            attempts=1 if told is None else told.attempts + before,
+            latency=0.0 if told is None else told.latency,
+            started_at=0.0 if told is None else told.started_at,
+            time_to_first_token=None if told is None else told.time_to_first_token,
+            resumed_tokens=0 if told is None else told.resumed_tokens,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,6 +208,73 @@ class RequestOutput:
             f"RequestOutput(request_id={self.request_id!r}, {prompt}{len(self.prompt_token_ids)} prompt tokens, "
             f"outputs={self.outputs!r})"
         )
+
+
+@dataclass(frozen=True, repr=False)
+class EmbeddingOutput:
+    """`embedding` is the vector, a list of floats of length `hidden_size`."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of the vector."""
+        return len(self.embedding)
+
+    def __repr__(self) -> str:
+        return f"EmbeddingOutput(hidden_size={self.hidden_size})"
+
+
+@dataclass(frozen=True)
+class ScoringOutput:
+    """`score` says how well two texts fit: of a cross-encoder, or the cosine of embeddings."""
+
+    score: float
+
+
+@dataclass(frozen=True)
+class _PoolingRequestOutput:
+    """`usage` has the number of the prompt's tokens; the rest as in `RequestOutput`."""
+
+    request_id: str
+    outputs: Any
+    prompt_token_ids: list[int] = field(default_factory=list)
+    num_cached_tokens: int | None = None
+    finished: bool = True
+    model: str = ""
+    epoch: int = 0
+    attempts: int = 1
+    latency: float = 0.0
+    started_at: float = 0.0
+    usage: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any], outputs: Any, told: Told) -> Self:
+        """From a route's whole answer."""
+        return cls(
+            request_id=str(answer.get("id") or uuid.uuid4()),
+            outputs=outputs,
+            model=told.model,
+            epoch=told.epoch,
+            attempts=told.attempts,
+            latency=told.latency,
+            started_at=told.started_at,
+            usage=dict(answer.get("usage") or {}),
+        )
+
+
+@dataclass(frozen=True)
+class EmbeddingRequestOutput(_PoolingRequestOutput):
+    """The embedding of one prompt. The route does not tell `prompt_token_ids`."""
+
+    outputs: EmbeddingOutput
+
+
+@dataclass(frozen=True)
+class ScoringRequestOutput(_PoolingRequestOutput):
+    """The score of one pair. The route does not tell `prompt_token_ids`."""
+
+    outputs: ScoringOutput
 
 
 def _short(text: str) -> str:

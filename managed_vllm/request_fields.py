@@ -6,7 +6,7 @@ them with the installed vllm's. `extra_body={…}` passes anything by them: for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
@@ -53,7 +53,6 @@ OF_VLLM_LLM: Mapping[str, str] = {
     "tokenization_kwargs": "the routes take add_special_tokens=, truncate_prompt_tokens= and truncation_side= of it",
     "chat_template_content_format": "it is an option of the server (--chat-template-content-format)",
     "mm_processor_kwargs": "/v1/completions does not take it; chat() does",
-    "use_tqdm": "there is no progress bar",
 }
 """Arguments of `vllm.LLM.generate` and `chat` that are no request fields, with the reason."""
 
@@ -72,7 +71,6 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "return_token_offsets": (False,),
-    "use_tqdm": (False,),
     "chat_template_content_format": ("auto",),
 }
 """Values of refused ones that ask for nothing. None does so for each."""
@@ -116,33 +114,37 @@ def _why(name: str, *, chat: bool) -> str:
     return f"the route has no such field{hint}; extra_body={{{name!r}: …}} sends it unchecked"
 
 
-def bodies(
-    asked: Sequence[Mapping[str, Any]],
-    params: Sequence[Mapping[str, Any]],
-    fields: Mapping[str, Any],
-    extra_body: Mapping[str, Any] | None,
-    *,
-    chat: bool,
-) -> list[dict[str, Any]]:
-    """One request body each for what is `asked` (prompt or messages) with its sampling parameters.
+class Common:
+    """What the requests of one call have in common: the caller's keyword `fields`, and `extra_body`, unchecked.
 
-    `fields` are checked and go into all of them, `extra_body` unchecked and on top. Raises `BadRequestError` where a
-    field is given twice, once as a sampling parameter.
+    Raises `UnsupportedParameterError` for a field that can't be passed on, `BadRequestError` for one that is wrong.
     """
-    found = checked(fields, chat=chat)
-    priorities = found.pop("priority", None)  # as in vllm.LLM one for all, or one each
-    if not isinstance(priorities, list | tuple):
-        priorities = [priorities] * len(asked)
-    elif len(priorities) != len(asked):
-        raise BadRequestError(f"{len(asked)} prompts but {len(priorities)} of priority=", field="priority")
-    made = []
-    for one, given, priority in zip(asked, params, priorities, strict=True):
-        for name in sorted(found.keys() & given.keys()):
-            if found[name] != given[name]:
+
+    def __init__(
+        self, fields: Mapping[str, Any], extra_body: Mapping[str, Any] | None, count: int, *, chat: bool
+    ) -> None:
+        self._chat = chat
+        self._fields = checked(fields, chat=chat)
+        self._extra = dict(extra_body or {})
+        self._priorities = None
+        priority = self._fields.get("priority")  # as in vllm.LLM one for all, or one each
+        if isinstance(priority, list | tuple):
+            if len(priority) != count:
+                raise BadRequestError(f"{count} prompts but {len(priority)} of priority=", field="priority")
+            self._priorities = self._fields.pop("priority")
+
+    def with_params(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """All of a request but what it asks. Raises `BadRequestError` for what is a sampling parameter as well."""
+        for name in sorted(self._fields.keys() & params.keys()):
+            if self._fields[name] != params[name]:
                 raise BadRequestError(f"{name} is given twice: as a keyword and in the sampling parameters", field=name)
-        body = {**one, **found, **given, **({} if priority is None else {"priority": priority}), **(extra_body or {})}
-        made.append(with_candidates_as_ids(body, chat=chat))
-    return made
+        return with_candidates_as_ids({**self._fields, **params, **self._extra}, chat=self._chat)
+
+    def body(self, asked: Mapping[str, Any], rest: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """The body of one request: what it asks, and the `rest` from `with_params`."""
+        if self._priorities is None:
+            return {**asked, **rest}
+        return {**asked, "priority": self._priorities[index], **rest}
 
 
 def with_candidates_as_ids(body: dict[str, Any], *, chat: bool) -> dict[str, Any]:

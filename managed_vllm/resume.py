@@ -144,6 +144,7 @@ class Losses:
     def __init__(self, policy: RetryPolicy) -> None:
         self._policy = policy
         self._reason = ""
+        self.ever = False
         self.deaths = 0
         self.lost = 0
         self._sent = False
@@ -153,6 +154,7 @@ class Losses:
         """One more answer lost; returns seconds to wait, at most, for another epoch. `progressed`: tokens were kept."""
         if progressed:
             self.deaths = self.lost = 0
+        self.ever = True
         self.lost += 1
         self.status = loss.status
         self._sent = self._sent or loss.sent
@@ -264,6 +266,7 @@ class Generation:
             self._limit = 16  # vLLM's default for completions, which the rest of a generation must not get anew
         self._asked = ""
         self._most = 0
+        self._given = (0, 0, 0)
         self.complete = False
         self.obstacle: str | None = None
         self._forget()
@@ -504,42 +507,71 @@ class Generation:
 
     # -- the result ----------------------------------------------------------------------------------------------------
 
+    @property
+    def torn(self) -> bool:
+        """Whether something that was given by `fresh` is lost: then the answer can't go on."""
+        return self._whole is None and (self._given[0] > len(self._ids) or self._given[1] > len(self._texts))
+
+    def fresh(self) -> dict[str, Any] | None:
+        """What has become certain since the last call, in the form of the route's answer; None: nothing.
+
+        Certain is what will still be so after a loss. Where nothing can be kept after a loss, all is given at once, and
+        `torn` says when it was in vain. Tool calls come with the last part only, the reason of its end too.
+        """
+        if self._whole is not None:
+            return self._whole
+        ids, texts, reasoning = self._given
+        to_ids, to_texts = len(self._ids), len(self._texts)
+        if not self.complete and self.obstacle is None:
+            to_ids, to_texts = self._certain
+        self._given = (max(ids, to_ids), max(texts, to_texts), len(self._reasoning))
+        if not self.complete and self._given == (ids, texts, reasoning):
+            return None
+        logprobs = self._logprobs[ids:to_ids] if self._with_logprobs else None
+        return self._answer(
+            self._ids[ids:to_ids], "".join(self._texts[texts:to_texts]), logprobs, self._reasoning[reasoning:]
+        )
+
     def answer(self) -> dict[str, Any]:
         """The complete answer, as the route gives it unstreamed; `usage` counts each token once."""
         assert self.complete
         if self._whole is not None:
             return self._whole
         assert self._finish is not None
-        finish, stop_reason = self._finish
-        text = "".join(self._texts)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "stop_reason": stop_reason}
-        choice["token_ids"] = self._ids
-        choice["logprobs"] = None
-        answer = {**self._head, "choices": [choice]}
-        answer.setdefault("created", int(time.time()))
-        if self._chat:
-            message: dict[str, Any] = {"role": "assistant", "content": text}
-            if self._reasoning:
-                message["reasoning"] = "".join(self._reasoning)
-            if self._tool_calls:
-                message["tool_calls"] = [call for _, call in sorted(self._tool_calls.items())]
-            choice["message"] = message
-            answer["object"] = "chat.completion"
-            answer["prompt_token_ids"] = self._prompt_ids
-            if self._with_logprobs:
-                choice["logprobs"] = {"content": self._logprobs}
-        else:
-            choice["text"] = text
-            choice["prompt_token_ids"] = self._prompt_ids
-            answer["object"] = "text_completion"
-            if self._with_logprobs:
-                choice["logprobs"] = _completion_logprobs(self._logprobs)
+        logprobs = self._logprobs if self._with_logprobs else None
+        answer = self._answer(self._ids, "".join(self._texts), logprobs, self._reasoning)
         prompt, completion = len(self._prompt_ids or ()), len(self._ids)
         answer["usage"] = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
         }
+        return answer
+
+    def _answer(self, ids: list[int], text: str, logprobs: list[Any] | None, reasoning: list[str]) -> dict[str, Any]:
+        finish, stop_reason = self._finish if self.complete and self._finish is not None else (None, None)
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "stop_reason": stop_reason}
+        choice["token_ids"] = ids
+        choice["logprobs"] = None
+        answer = {**self._head, "choices": [choice]}
+        answer.setdefault("created", int(time.time()))
+        if self._chat:
+            message: dict[str, Any] = {"role": "assistant", "content": text}
+            if reasoning:
+                message["reasoning"] = "".join(reasoning)
+            if self._tool_calls and self.complete:
+                message["tool_calls"] = [call for _, call in sorted(self._tool_calls.items())]
+            choice["message"] = message
+            answer["object"] = "chat.completion"
+            answer["prompt_token_ids"] = self._prompt_ids
+            if logprobs is not None:
+                choice["logprobs"] = {"content": logprobs}
+        else:
+            choice["text"] = text
+            choice["prompt_token_ids"] = self._prompt_ids
+            answer["object"] = "text_completion"
+            if logprobs is not None:
+                choice["logprobs"] = _completion_logprobs(logprobs)
         return answer
 
 

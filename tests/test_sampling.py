@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from managed_vllm import SamplingParams
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
-from managed_vllm.request_fields import BOTH_ROUTES, CHAT_ONLY, COMPLETIONS_ONLY, REFUSED, bodies, checked, known
+from managed_vllm.request_fields import BOTH_ROUTES, CHAT_ONLY, COMPLETIONS_ONLY, REFUSED, Common, checked, known
 from managed_vllm.sampling import REFUSED as REFUSED_PARAMETERS
 from managed_vllm.sampling import StructuredOutputsParams
 
@@ -231,7 +231,8 @@ def test_whatever_is_given_is_taken_or_refused_by_type(given_: dict[str, Any]) -
 
 def body_of(fields: dict[str, Any], params: Any = None, *, chat: bool = False, extra: Any = None) -> dict[str, Any]:
     made = SamplingParams.of(params).to_request(chat=chat)
-    return bodies([{"messages": []} if chat else {"prompt": "x"}], [made], fields, extra, chat=chat)[0]
+    common = Common(fields, extra, 1, chat=chat)
+    return common.body({"messages": []} if chat else {"prompt": "x"}, common.with_params(made), 0)
 
 
 def test_known_fields_go_into_the_body() -> None:
@@ -290,12 +291,14 @@ def test_a_field_given_twice_is_refused_unless_it_says_the_same() -> None:
 
 
 def test_priorities_are_for_all_or_one_each() -> None:
-    asked = [{"prompt": "x"}, {"prompt": "y"}]
-    each = bodies(asked, [{}, {}], {"priority": [1, 2]}, None, chat=False)
-    assert [body["priority"] for body in each] == [1, 2]
-    assert [body["priority"] for body in bodies(asked, [{}, {}], {"priority": 3}, None, chat=False)] == [3, 3]
+    def priorities(given: object) -> list[int]:
+        common = Common({"priority": given}, None, 2, chat=False)
+        return [common.body({"prompt": "x"}, common.with_params({}), index)["priority"] for index in range(2)]
+
+    assert priorities([1, 2]) == [1, 2]
+    assert priorities(3) == [3, 3]
     with pytest.raises(BadRequestError, match="2 prompts but 1 of priority="):
-        bodies(asked, [{}, {}], {"priority": [1]}, None, chat=False)
+        priorities([1])
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])

@@ -1,0 +1,73 @@
+"""One event loop in a thread of its own, for everybody in this process who has none: the synchronous callers.
+
+Made on first use and kept; it works from any thread, within another running event loop (a notebook's), and anew in a
+forked child. Who waits here can be interrupted: Ctrl-C cancels what he waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_CANCEL_S = 2.0
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+
+
+def loop() -> asyncio.AbstractEventLoop:
+    """The event loop; its thread is a daemon, and ends with the process."""
+    global _loop
+    with _lock:
+        if _loop is None:
+            made = asyncio.new_event_loop()
+            running = threading.Event()
+            made.call_soon(running.set)
+            threading.Thread(target=made.run_forever, name="managed-vllm-io", daemon=True).start()
+            running.wait()
+            _loop = made
+        return _loop
+
+
+def run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Runs the coroutine that `make` makes on the portal's loop and waits for its result.
+
+    If the caller is interrupted (KeyboardInterrupt, a time-out by signal), it is cancelled, for which the caller waits
+    2 s at most. Raises `RuntimeError` within the loop itself, which would wait for itself.
+    """
+    where = loop()
+    with contextlib.suppress(RuntimeError):
+        if asyncio.get_running_loop() is where:
+            raise AssertionError("a synchronous call from within the loop that is to carry it out")
+    future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(make(), where)
+    try:
+        return future.result()
+    except concurrent.futures.CancelledError:
+        raise
+    except BaseException:
+        if not future.done():
+            future.cancel()
+            _settle(where)
+        raise
+
+
+def _settle(where: asyncio.AbstractEventLoop) -> None:
+    """Waits until the loop has come round: a cancelled task has then closed its connections."""
+    with contextlib.suppress(concurrent.futures.TimeoutError, KeyboardInterrupt):
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0.01), where).result(_CANCEL_S)
+
+
+def _after_fork_in_child() -> None:
+    """The thread stayed with the parent, and the lock may have been held by another one."""
+    global _lock, _loop
+    _lock = threading.Lock()
+    _loop = None
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,538 @@
+"""Images on their way to the server: recognized, encoded once, held once, and sent as an id to who has them."""
+
+from __future__ import annotations
+
+import base64
+import enum
+import gc
+import hashlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections import OrderedDict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from managed_vllm import media
+from managed_vllm.errors import BadRequestError
+from managed_vllm.media import Encoded, Image, ImagePart, Ledger, encode, is_miss
+
+pillow = pytest.importorskip("PIL.Image")
+numpy = pytest.importorskip("numpy")
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Any:
+    channels = {"L": 1, "P": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "1": 1}[mode]
+    return pillow.frombytes(mode, size, random.Random(seed).randbytes(size[0] * size[1] * channels))
+
+
+def file_of(image: Any, form: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def pixels(image: Image) -> bytes:
+    return bytes(pillow.open(io.BytesIO(image.data)).convert("RGB").tobytes())
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache() -> None:
+    media._cache.reset()
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "mime"),
+    [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("GIF", "image/gif"), ("WEBP", "image/webp"), ("BMP", "image/bmp")],
+)
+def test_the_bytes_of_an_image_file_are_recognized_and_not_copied(form: str, mime: str) -> None:
+    data = file_of(picture(), form)
+    image = Image.of(data)
+    assert image.data is data
+    assert (image.mime, image.uuid) == (mime, hashlib.sha256(data).hexdigest())
+    for other in (bytearray(data), memoryview(data)):
+        assert Image.of(other) == image
+    assert Image.of(image) is image
+
+
+def test_what_a_bytearray_holds_later_does_not_count() -> None:
+    data = bytearray(file_of(picture()))
+    image = Image.of(data)
+    data[:] = b"x" * len(data)
+    assert image.data.startswith(b"\x89PNG")
+
+
+def test_every_source_of_one_file_has_one_id(tmp_path: Path) -> None:
+    data = file_of(picture())
+    path = tmp_path / "a picture%20.png"
+    path.write_bytes(data)
+    plain = base64.b64encode(data).decode()
+    sources = [data, path, str(path), path.as_uri(), f"data:image/png;base64,{plain}"]
+    sources += [f"DATA:image/png;charset=x;BASE64,{plain[:60]}\n{plain[60:]}"]
+    assert {Image.of(source).uuid for source in sources} == {hashlib.sha256(data).hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        (b"", "is empty"),
+        (b"GIF8", "begins with b'GIF8'"),
+        (b"RIFF1234WAVEfmt ", "not a PNG"),
+        (b"BM is not always a bitmap", "not a PNG"),
+        ("nowhere.png", "neither a URL nor a file that can be read: No such file"),
+        ("/", "Is a directory"),
+        ("a\0b", "neither a URL nor a file"),
+        ("iVBORw0KGgo" * 40, "base64 needs data:image/png;base64,"),
+        ("data:image/png;base64", "it has no comma"),
+        ("data:image/png;base64,????", "can't be decoded"),
+        ("data:text/plain,hello", "not a PNG"),
+        ("file://elsewhere/a.png", "another host"),
+        ("https://example.com/a.png", "for the server to fetch"),
+        (17, "int is no image"),
+        (numpy.zeros((4, 4, 3)), "of uint8"),
+        (numpy.zeros((4, 4, 2), numpy.uint8), "height x width x 3"),
+        (pillow.new("RGB", (0, 5)), "its size is 0x5"),
+    ],
+)
+def test_what_is_no_image_is_refused(source: Any, why: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        Image.of(source)
+    assert why in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+def test_a_damaged_or_closed_pillow_image_is_refused(tmp_path: Path) -> None:
+    damaged = pillow.open(io.BytesIO(file_of(picture(size=(200, 200)))[:5000]))
+    closed = pillow.open(io.BytesIO(file_of(picture())))
+    closed.close()
+    for source in (damaged, closed):
+        with pytest.raises(BadRequestError, match="PIL image can't be read"):
+            Image.of(source)
+
+
+def test_pillow_missing_is_said_and_not_needed_for_files() -> None:
+    program = """
+import sys
+sys.modules["PIL"] = None
+import numpy
+from managed_vllm.errors import BadRequestError
+from managed_vllm.media import Image
+Image.of(bytes.fromhex(sys.argv[1]))
+try:
+    Image.of(numpy.zeros((4, 4, 3), numpy.uint8))
+except BadRequestError as error:
+    print(error.message)
+"""
+    words = [sys.executable, "-c", program, file_of(picture()).hex()]
+    assert "pip install pillow" in subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def test_neither_pillow_nor_numpy_is_imported_by_this_module() -> None:
+    program = "import sys; import managed_vllm.messages; print({'PIL', 'numpy'} & {name for name in sys.modules})"
+    assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout == b"set()\n"
+
+
+# -- Pillow's ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "1"])
+def test_a_pillow_image_keeps_its_pixels(mode: str) -> None:
+    source = picture(mode=mode) if mode != "1" else picture(mode="L").convert("1")
+    image = Image.of(source)
+    assert image.mime == "image/png"
+    assert pixels(image) == source.convert("RGB").tobytes()
+
+
+def test_transparency_is_kept() -> None:
+    clear = picture(mode="P")
+    clear.info["transparency"] = 3
+    for source in (picture(mode="RGBA"), picture(mode="LA"), clear):
+        again = pillow.open(io.BytesIO(Image.of(source).data))
+        assert again.mode == "RGBA"
+        assert again.tobytes() == source.convert("RGBA").tobytes()
+
+
+def test_the_same_pixels_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    save = pillow.Image.save
+    monkeypatch.setattr(pillow.Image, "save", lambda *given, **options: (saved.append(1), save(*given, **options)))
+    source = picture()
+    first = Image.of(source)
+    assert Image.of(source) is first
+    assert Image.of(source.copy()) is first
+    assert Image.of(numpy.asarray(source)) is first
+    assert len(saved) == 1
+
+
+def test_a_pillow_image_that_was_changed_is_another_one() -> None:
+    source = picture()
+    first = Image.of(source)
+    source.putpixel((0, 0), (1, 2, 3))
+    second = Image.of(source)
+    assert second.uuid != first.uuid
+    assert pixels(second) == source.tobytes()
+
+
+def test_the_same_bytes_in_another_size_or_mode_are_another_picture() -> None:
+    raw = random.Random(0).randbytes(1200)
+    made = [("RGB", (20, 20)), ("RGB", (40, 10)), ("L", (40, 30)), ("RGBA", (30, 10)), ("RGB", (10, 40))]
+    assert len({Image.of(pillow.frombytes(mode, size, raw)).uuid for mode, size in made}) == len(made)
+
+
+def test_what_info_says_beside_the_pixels_does_not_count() -> None:
+    plain, profiled = picture(), picture()
+    profiled.info.update(icc_profile=b"x" * 1000, dpi=(72, 72))
+    media._cache.reset()
+    assert Image.of(profiled).data == (media._cache.reset(), Image.of(plain).data)[1]
+
+
+# -- what is held ------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "screen.png"
+    path.write_bytes(file_of(picture(1)))
+    os.utime(path, ns=(0, time.time_ns() - 10**9))
+    first = Image.of(path)
+    assert Image.of(str(path)) is first
+    path.write_bytes(file_of(picture(2)))
+    assert pixels(Image.of(path)) == picture(2).tobytes()
+
+
+def test_a_file_just_written_is_read_again(tmp_path: Path) -> None:
+    """Two writes within one tick of the file system's clock can't be told apart."""
+    path = tmp_path / "screen.bmp"
+    path.write_bytes(file_of(picture(1), "BMP"))
+    its = path.stat()
+    Image.of(path)
+    path.write_bytes(file_of(picture(2), "BMP"))
+    os.utime(path, ns=(its.st_atime_ns, its.st_mtime_ns))
+    assert pixels(Image.of(path)) == picture(2).tobytes()
+
+
+def test_what_is_kept_is_bounded_in_bytes_and_what_is_in_use_is_found_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = len(Image.of(picture(0)).data)
+    monkeypatch.setattr(media, "_cache", media._Cache(3 * one + 100))
+    used = Image.of(picture(0))
+    for seed in range(1, 20):
+        Image.of(picture(seed))
+    assert one <= media._cache.kept_bytes <= 3 * one + 100
+    assert Image.of(picture(0)) is used
+    newest, used = Image.of(picture(19)), None  # type: ignore[assignment]
+    for seed in range(20, 40):
+        Image.of(picture(seed))
+    assert newest.uuid == Image.of(picture(19)).uuid
+    large = Image.of(picture(99, size=(400, 300)))
+    assert media._cache.kept_bytes <= 3 * one + 100
+    assert Image.of(picture(99, size=(400, 300))) is large
+
+
+def test_many_threads_get_one_image_and_the_count_stays_right() -> None:
+    sources = [picture(seed) for seed in range(8)]
+    found: list[list[Image]] = []
+
+    def work() -> None:
+        found.append([Image.of(source) for source in sources])
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(mine[index] is found[0][index] for mine in found for index in range(8))
+    assert media._cache.kept_bytes == sum(len(image.data) for image in found[0])
+
+
+def test_a_thousand_conversations_with_five_images_each_cost_little_more_than_the_images() -> None:
+    data = [b"\x89PNG\r\n\x1a\n" + random.Random(seed).randbytes(100_000) for seed in range(50)]
+    tracemalloc.start()
+    try:
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        bodies = []
+        for number in range(1000):
+            parts = [ImagePart(Image.of(data[(number + step) % 50])) for step in range(5)]
+            body = {"messages": [{"role": "user", "content": parts}]}
+            encode(body)
+            bodies.append(body)
+        gc.collect()
+        after, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 5 * 1000 * 1500  # less than 2 kB an image; the images are 100 kB each
+    assert peak - after < 5 * 100_000 * 4  # one body at a time
+
+
+# -- parts and bodies --------------------------------------------------------------------------------------------------
+
+PNG = file_of(picture())
+URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+IMAGE = Image.of(PNG)
+
+
+def test_a_part_has_the_data_or_only_the_id() -> None:
+    part = ImagePart(IMAGE, detail="low", extra={"cache_control": {"type": "ephemeral"}})
+    assert part.fields(with_data=True) == {
+        "type": "image_url",
+        "image_url": {"url": URL, "detail": "low"},
+        "cache_control": {"type": "ephemeral"},
+        "uuid": IMAGE.uuid,
+    }
+    assert ImagePart(IMAGE).fields(with_data=False) == {"type": "image_url", "image_url": None, "uuid": IMAGE.uuid}
+    assert ImagePart(IMAGE, "mine").fields(with_data=False)["uuid"] == "mine"
+    assert "uuid" not in ImagePart(IMAGE).fields(with_data=True, with_id=False)
+    assert ImagePart(IMAGE, "mine").fields(with_data=True, with_id=False)["uuid"] == "mine"
+
+
+def body_of(*parts: Any) -> dict[str, Any]:
+    text = {"type": "text", "text": 'quotes ", zeros \0, ümläute'}
+    return {"model": "m", "messages": [{"role": "user", "content": [*parts, text]}], "max_tokens": 5}
+
+
+def as_json(value: Any, known: Any) -> Any:
+    def default(part: ImagePart) -> Any:
+        return part.fields(with_data=known is None or part.id not in known, with_id=known is not None)
+
+    return json.loads(json.dumps(value, default=default))
+
+
+@pytest.mark.parametrize("known", [(), {IMAGE.uuid}, {"mine"}, {IMAGE.uuid, "mine"}, None])
+def test_a_body_is_what_json_makes_of_its_fields(known: Any) -> None:
+    other = Image.of(file_of(picture(2), "JPEG"))
+    body = body_of(ImagePart(IMAGE), ImagePart(other, "mine", "high"), ImagePart(IMAGE))
+    encoded = encode(body, known=known)
+    assert json.loads(encoded.body) == as_json(body, known)
+    given = [] if known is None else [IMAGE.uuid, "mine", IMAGE.uuid]
+    assert list(encoded.as_ids) == [uuid for uuid in given if uuid in (known or ())]
+    assert list(encoded.with_data) == [uuid for uuid in given if uuid not in (known or ())]
+    assert sorted(encoded.uuids) == sorted(given)
+
+
+def test_an_image_may_be_anywhere() -> None:
+    body = {"a": IMAGE.uuid, "b": [[(ImagePart(IMAGE),)]], "c": MappingProxyType({"d": ImagePart(IMAGE)})}
+    assert encode(body).with_data == (IMAGE.uuid,) * 2
+
+
+def test_a_body_without_images_is_plain_json() -> None:
+    class Level(enum.IntEnum):
+        HIGH = 3
+
+    class Text(str):
+        pass
+
+    body = {
+        "messages": [{"role": Text("user"), "content": 'hé "quoted" \u2028'}],
+        "temperature": numpy.float64(0.5),
+        "level": Level.HIGH,
+        "logit_bias": {5: -1.5},
+        "tools": (OrderedDict(type="function"), MappingProxyType({"x": [None, True, 2**70]})),
+        "empty": [],
+        "prompt": [1, 2, 3],
+    }
+    assert encode(body) == Encoded(encode(body).body, (), ())
+    expected = {**body, "tools": [{"type": "function"}, {"x": [None, True, 2**70]}], "logit_bias": {"5": -1.5}}
+    assert json.loads(encode(body).body) == json.loads(json.dumps(expected))
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (float("nan"), "nan is no number"),
+        ([1, 2, [float("inf")]], "inf is no number"),
+        (numpy.float64("nan"), "nan is no number"),
+        ({"a": b"bytes"}, "is a bytes"),
+        (bytearray(b"x"), "is a bytearray"),
+        ({1, 2}, "is a set"),
+        (numpy.int64(3), "is a int64"),
+        (object(), "is a object"),
+        (IMAGE, "is a Image"),
+        ({None: 1}, "None is no key"),
+        ({True: 1}, "True is no key"),
+        ({b"a": 1}, "is no key"),
+        ({1.5: 1}, "1.5 is no key"),
+        (ImagePart(IMAGE, extra={"x": float("nan")}), "nan is no number"),
+    ],
+)
+def test_what_json_has_not_is_refused_with_the_name_of_the_field(value: Any, why: str) -> None:
+    for place in (value, [value], (value,), {"deep": [value]}):
+        with pytest.raises(BadRequestError) as caught:
+            encode({"model": "m", "wrong": place})
+        assert caught.value.field == "wrong"
+        assert why in caught.value.message
+
+
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(BadRequestError, match="can't be written as JSON"):
+        encode({"wrong": "\ud800"})
+
+
+def test_a_cycle_is_refused() -> None:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    with pytest.raises(BadRequestError, match="nested too deep"):
+        encode({"wrong": cycle})
+
+
+def test_a_small_body_is_written_in_microseconds() -> None:
+    """About 1.5 µs; json.dumps takes 5. The bound is for a loaded machine."""
+    body = {
+        "model": "m",
+        "messages": [{"role": "system", "content": "You are"}, {"role": "user", "content": "Click the button " * 20}],
+        **{"temperature": 0.7, "max_tokens": 64, "top_p": 0.9, "return_token_ids": True, "logprobs": True},
+    }
+    best = float("inf")
+    for _ in range(20):
+        started = time.perf_counter()
+        for _ in range(200):
+            encode(body)
+        best = min(best, (time.perf_counter() - started) / 200)
+    assert best < 10e-6
+
+
+# -- what a server has -------------------------------------------------------------------------------------------------
+
+NO_CACHE = "Failed to apply Qwen2_5_VLProcessor on data={'images': [None]} with kwargs={'return_tensors': 'pt'}"
+EVICTED = "Cache miss for image at index 3 but data is not provided."
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "miss"),
+    [
+        (400, EVICTED, True),
+        (400, NO_CACHE, True),
+        (400, NO_CACHE.replace("[None]", "[<PIL.Image.Image image mode=RGB size=640x360>, None]"), True),
+        (400, "1 validation error …\nimage_url\n  Input should be a valid dictionary [input_value=None", True),
+        (500, EVICTED, False),
+        (400, "At most 4 image(s) may be provided in one prompt. (parameter=image)", False),
+        (400, "Failed to load image: cannot identify image file <_io.BytesIO object>", False),
+        (400, NO_CACHE.replace("[None]", "[<PIL.Image.Image image mode=RGB size=1x1>]"), False),
+        (500, "Internal server error", False),
+    ],
+)
+def test_a_miss_is_told_from_other_errors(status: int, message: str, miss: bool) -> None:
+    assert is_miss(status, message) is miss
+
+
+def test_each_life_knows_what_it_was_given() -> None:
+    ledger = Ledger()
+    assert "a" not in ledger.known(("url", 1))
+    ledger.learn(("url", 1), ["a", "b"])
+    assert "a" in ledger.known(("url", 1))
+    assert "a" not in ledger.known(("url", 2))
+    ledger.forget(("url", 1), ["a", "x"])
+    assert ("a" in ledger.known(("url", 1)), "b" in ledger.known(("url", 1))) == (False, True)
+    ledger.forget(("url", 1))
+    ledger.forget(("url", 3), ["a"])
+    ledger.missed(("url", 3), ["a"])
+    assert "b" not in ledger.known(("url", 1))
+
+
+def test_ids_and_lives_are_bounded() -> None:
+    ledger = Ledger(most=3, lives=2)
+    for life in range(4):
+        ledger.learn(life, "abcd")
+        ledger.learn(life, "b")
+    assert [sum(uuid in ledger.known(life) for uuid in "abcd") for life in range(4)] == [0, 0, 3, 3]
+    ledger.learn(3, "e")
+    assert [uuid in ledger.known(3) for uuid in "bcde"] == [True, False, True, True]
+
+
+def test_a_server_that_keeps_nothing_is_not_asked_again() -> None:
+    ledger = Ledger()
+    ledger.learn("life", ["a"])
+    ledger.missed("life", ["a"], NO_CACHE)
+    ledger.learn("life", ["a", "b"])
+    assert "b" not in ledger.known("life")
+    ledger.learn("next life", ["a"])
+    assert "a" in ledger.known("next life")
+
+
+class Server:
+    """Forgets the least recently used, as vLLM's cache does."""
+
+    def __init__(self, holds: int) -> None:
+        self._has: OrderedDict[str, None] = OrderedDict()
+        self._holds = holds
+
+    def answers(self, encoded: Encoded) -> bool:
+        if any(uuid not in self._has for uuid in encoded.as_ids):
+            return False
+        for uuid in encoded.uuids:
+            self._has[uuid] = None
+            self._has.move_to_end(uuid)
+        while len(self._has) > self._holds:
+            self._has.popitem(last=False)
+        return True
+
+
+def episodes(conversations: int, steps: int, *, others: int = 0, flushed_at: int | None = None) -> tuple[float, float]:
+    """Each conversation has its last five images in view; returns the share of requests that missed, and of images
+    that were sent as ids. `others` show the server so many other images between two requests."""
+    rng = random.Random(5)
+    server, ledger = Server(745), Ledger()
+    at = [0] * conversations
+    misses = images = as_ids = 0
+    for turn in range(conversations * steps):
+        shown = 745 if turn == flushed_at else others
+        server.answers(Encoded(b"", tuple(f"of another {turn} {number}" for number in range(shown))))
+        mine = rng.randrange(conversations)
+        at[mine] += 1
+        uuids = [f"{mine}-{step}" for step in range(max(0, at[mine] - 5), at[mine])]
+        known = ledger.known("life")
+        sent = Encoded(b"", tuple(u for u in uuids if u not in known), tuple(u for u in uuids if u in known))
+        if not server.answers(sent):
+            misses += 1
+            ledger.missed("life", sent.as_ids, EVICTED)
+            sent = Encoded(b"", tuple(uuids))
+            assert server.answers(sent)
+        ledger.learn("life", sent.uuids)
+        images, as_ids = images + len(uuids), as_ids + len(sent.as_ids)
+    return misses / (conversations * steps), as_ids / images
+
+
+def test_what_fits_into_the_server_goes_as_ids() -> None:
+    missed, named = episodes(40, 50)
+    assert missed == 0
+    assert named > 0.77  # of five in view, the newest is new
+
+
+def test_a_server_that_has_lost_all_costs_one_miss_or_two() -> None:
+    missed, named = episodes(40, 50, flushed_at=1000)
+    assert 0 < missed <= 3 / 2000
+    assert named > 0.75
+
+
+@pytest.mark.parametrize("conversations", [200, 1000])
+def test_with_more_in_use_than_the_server_holds_few_requests_miss(conversations: int) -> None:
+    missed, named = episodes(conversations, 30)
+    assert missed < 0.015
+    assert named > 0.05
+
+
+def test_ids_are_seldom_tried_where_others_use_up_the_server() -> None:
+    missed, _ = episodes(1, 300, others=800)
+    assert missed < 0.1
+
+
+def test_misses_that_were_on_their_way_together_count_once() -> None:
+    ledger = Ledger()
+    ledger.learn("life", [f"{number}" for number in range(1000)])
+    for _ in range(50):
+        ledger.missed("life", ["100", "101"], EVICTED)
+    known = ledger.known("life")
+    assert sum(f"{number}" in known for number in range(1000)) == 449
+    assert "999" in known
