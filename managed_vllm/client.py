@@ -14,13 +14,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from managed_vllm import portal
+from managed_vllm.answers import Decoded
 from managed_vllm.control import Connection
 from managed_vllm.errors import (
     BadRequestError,
@@ -291,6 +293,8 @@ class AsyncVLLMClient:
             if not asking.done():
                 asking.cancel()
                 await asyncio.wait({asking})
+            if not asking.cancelled():
+                asking.exception()  # asyncio tells of one that nobody has looked at
 
     # -- other tasks ---------------------------------------------------------------------------------------------------
 
@@ -383,7 +387,7 @@ class AsyncVLLMClient:
 
     # -- what they share -----------------------------------------------------------------------------------------------
 
-    async def _ask(self, question: Question, deadline: float | None) -> tuple[dict[str, Any], Told]:
+    async def _ask(self, question: Question, deadline: float | None) -> tuple[Mapping[str, Any], Told]:
         with self._named(None):
             told = await self._exchange.ask(question, deadline)
         return question.answer(), told
@@ -503,6 +507,7 @@ class VLLMClient:
     def stream(self, prompt: Any, sampling_params: Any = None, **options: Any) -> Iterator[RequestOutput]:
         """As `AsyncVLLMClient.stream`. Leaving the loop early ends the generation too, once the iterator is garbage."""
         parts = self._client.stream(prompt, sampling_params, **options)
+        where = portal.loop()
 
         async def following() -> RequestOutput | None:
             return await anext(parts, None)
@@ -511,7 +516,7 @@ class VLLMClient:
             while (part := portal.run(following)) is not None:
                 yield part
         finally:
-            portal.run(parts.aclose)  # type: ignore[attr-defined]
+            portal.end(where, parts.aclose)  # type: ignore[attr-defined]
 
 
 VLLMClientWrapper = VLLMClient
@@ -591,7 +596,7 @@ class _Call:
     ) -> RequestOutput:
         generation = Generation(_CHAT if chat else _COMPLETIONS, body, stream=_is_streamed(body, self._resume))
         told = await self._client._exchange.ask(generation, deadline, within=self._within)
-        return self.output(index, generation.answer(), body, told, chat=chat, before=before)
+        return self.output(index, generation.whole or generation.answer(), body, told, chat=chat, before=before)
 
     def _wanted(self, index: int, *, chat: bool) -> int | None:
         _, params, _ = self._route(chat=chat)
@@ -600,7 +605,7 @@ class _Call:
     def output(
         self,
         index: int,
-        answer: Mapping[str, Any],
+        answer: Decoded | Mapping[str, Any],
         body: Mapping[str, Any],
         told: Told | None,
         *,
@@ -721,6 +726,9 @@ async def _conversation(messages: Any) -> list[dict[str, Any]]:
 @functools.cache
 def _encoders() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(4, thread_name_prefix="managed-vllm-images")
+
+
+os.register_at_fork(after_in_child=_encoders.cache_clear)  # its threads stayed with the parent
 
 
 # -- many --------------------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -72,8 +73,8 @@ class Work(Protocol):
     def next(self) -> Step:
         """What to send now."""
 
-    def take(self, answer: dict[str, Any] | None) -> None:
-        """The answer to a step; None: refused."""
+    def take_json(self, data: bytes | None) -> None:
+        """The answer to a step; None: refused. Raises `Lost`, or `ValueError` and its like for what is none."""
 
     def feed(self, data: bytes) -> None:
         """One event of a stream."""
@@ -81,7 +82,7 @@ class Work(Protocol):
     def lost(self) -> bool:
         """The answer was lost. Returns whether there was progress nevertheless."""
 
-    def answer(self) -> dict[str, Any]:
+    def answer(self) -> Mapping[str, Any]:
         """The complete answer."""
 
 
@@ -104,9 +105,10 @@ class Question:
     def next(self) -> Step:
         return self._step
 
-    def take(self, answer: dict[str, Any] | None) -> None:
-        if answer is None or any(key not in answer for key in self._keys):
-            raise Lost(f"not an answer: {str(answer)[:500]}")
+    def take_json(self, data: bytes | None) -> None:
+        answer = msgspec.json.decode(data or b"")
+        if not isinstance(answer, dict) or any(key not in answer for key in self._keys):
+            raise ValueError(f"no {', '.join(self._keys)} in it")
         self._answer = answer
 
     def feed(self, data: bytes) -> None:
@@ -142,6 +144,7 @@ class _Here:
     joint: dict[int | None, asyncio.Future[Found]] = field(default_factory=dict)
     bounds: set[asyncio.Timeout] = field(default_factory=set)
     bytes_sent: int = 0
+    epoch: int = 0
 
     def end(self) -> None:
         """Ends what waits or reads. aiohttp 3.14 lets who reads a body wait for ever when its connector is closed."""
@@ -174,6 +177,7 @@ class Exchange:
         self._transport = Transport()
         self._lock = threading.Lock()
         self._closed = False
+        self._bytes_sent = 0
         self._here: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Here] = weakref.WeakKeyDictionary()
         self._ledger = media.Ledger() if media_ids else None
         _live.add(self)
@@ -182,7 +186,7 @@ class Exchange:
     def bytes_sent(self) -> int:
         """Bytes of all request bodies so far."""
         with self._lock:
-            return sum(here.bytes_sent for here in self._here.values())
+            return self._bytes_sent + sum(here.bytes_sent for here in self._here.values())
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -205,6 +209,8 @@ class Exchange:
         """In a forked child: what is in flight is the parent's."""
         self._lock = threading.Lock()
         self._here = weakref.WeakKeyDictionary()
+        if self._ledger is not None:
+            self._ledger = media.Ledger()  # another thread may have held its lock
         self._transport.forget()
 
     def here(self) -> _Here:
@@ -213,6 +219,8 @@ class Exchange:
         found = self._here.get(loop)
         if found is None:
             with self._lock:
+                for ended in [one for one in self._here if one.is_closed()]:  # its future keeps it alive
+                    self._bytes_sent += self._here.pop(ended).bytes_sent
                 found = self._here.setdefault(loop, _Here(InFlight(self._most), loop.create_future()))
         if self._closed:
             raise ServerDiedError("the client was closed under this request")
@@ -235,14 +243,7 @@ class Exchange:
         Raises a `RequestError`, or what the server ended with (`StartupError`, `ServerStoppedError`).
         """
         here = self.here()
-        if deadline is None:
-            await here.in_flight.enter()
-        else:
-            try:
-                async with asyncio.timeout(_left(deadline)):
-                    await here.in_flight.enter()
-            except TimeoutError:
-                raise RequestTimeout("the deadline passed before the request was sent") from None
+        await _before(deadline, here.in_flight.enter())
         started, started_at = time.monotonic(), time.time()
         if within is not None:
             deadline = started + within if deadline is None else min(deadline, started + within)
@@ -284,6 +285,9 @@ class Exchange:
                 pause = losses.new_epoch()
                 _raise_if_enough(losses)
                 await _sleep(here, pause, deadline)
+            if epoch > here.epoch:
+                here.epoch = epoch
+                here.in_flight.renew()
             step = work.next()
             attempts += step.stream or not work.optional
             try:
@@ -292,7 +296,8 @@ class Exchange:
             except Lost as error:
                 if self._closed:
                     raise ServerDiedError("the client was closed under this request") from error
-                if error.status in _REFUSED:
+                refused = error.status in _REFUSED or _exhausted(error)
+                if refused:
                     here.in_flight.refused()
                 progressed = work.lost()
                 if news is not None:
@@ -302,8 +307,46 @@ class Exchange:
                 if not work.complete:
                     pause, lost = losses.add(error, progressed=progressed), epoch
                     _raise_if_enough(losses, error)
+                    if refused:
+                        await _before(deadline, here.in_flight.give_way())
             if work.complete:
                 return connection, epoch, attempts, first
+
+    async def open(
+        self, method: str, path: str, headers: list[tuple[str, str]], body: bytes | None, deadline: float | None
+    ) -> aiohttp.ClientResponse:
+        """Sends any request to where the server is, until an answer begins; the caller reads it, and closes it.
+
+        `path` is absolute, below the server's root. Raises `RequestTimeout`, `ServerDiedError`, or what the server
+        ended with. Losses of the answer's rest are the caller's.
+        """
+        here = self.here()
+        losses = Losses(self.retry)
+        lost: int | None = None
+        pause = 0.0
+        while True:
+            connection, epoch = await self._connect(here, lost, deadline, pause)
+            if lost is not None and epoch != lost:
+                pause = losses.new_epoch()
+                _raise_if_enough(losses)
+                await _sleep(here, pause, deadline)
+            session = self._transport.session(connection)
+            if session is None:
+                raise ServerDiedError("the client was closed under this request")
+            try:
+                async with asyncio.timeout(None if deadline is None else _left(deadline)):
+                    return await session.open(method, path, headers, body)
+            except TimeoutError as error:
+                if not isinstance(error, aiohttp.ClientError):
+                    raise RequestTimeout("no answer before the deadline") from error
+                cause: Exception = error
+            except (aiohttp.ClientError, OSError) as error:
+                cause = error
+            if self._closed:
+                raise ServerDiedError("the client was closed under this request") from cause
+            loss = Lost(f"{type(cause).__name__}: {cause}", sent=not isinstance(cause, aiohttp.ClientConnectorError))
+            pause, lost = losses.add(loss, progressed=False), epoch
+            _raise_if_enough(losses, loss)
 
     # -- the server ----------------------------------------------------------------------------------------------------
 
@@ -484,31 +527,30 @@ def take(work: Work, status: int, data: bytes, connection: Connection) -> None:
         raise Lost(f"HTTP {status}: {_message(data)}", status=status)
     if status >= 400:
         if work.optional:
-            return work.take(None)
+            return work.take_json(None)
         raise refusal(status, _message(data), connection)
-    try:
-        answer = msgspec.json.decode(data)
-    except (ValueError, RecursionError) as error:
-        raise Lost(f"the answer is not JSON: {data[:200]!r}", status=status) from error
-    if status != 200 or not isinstance(answer, dict):
+    if status != 200:
         raise Lost(f"HTTP {status}: {data[:500]!r}", status=status)
     try:
-        work.take(answer)
-    except _NOT_AN_ANSWER as error:
-        raise Lost(f"not an answer: {data[:500]!r}", status=status) from error
+        work.take_json(data)
+    except (*_NOT_AN_ANSWER, RecursionError) as error:
+        raise Lost(f"not an answer ({error}): {data[:500]!r}", status=status) from error
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 _LONGEST = re.compile(
     r"maximum context length (?:is|of) (\d+)|(?:maximum )?model length(?: of|:)? (\d+)|context length \((\d+)\)"
-    r"|max_model_len[= ]+(\d+)"
+    r"|max_(?:model_len|total_tokens)[= ]+(\d+)"
 )
 _PROMPT = re.compile(
     r"contains (?:at least )?(\d+) (?:input tokens|characters)|prompt \(length (\d+)\)|\((\d+) in the messages"
-    r"|request has (\d+) input tokens"
+    r"|request has (\d+) input tokens|Input length \((\d+)\)|prompt length (\d+)"
 )
-_WANTED = re.compile(r"requested (\d+) output tokens|max(?:_completion)?_tokens'? ?(?:is too large: |=)(\d+)")
+_WANTED = re.compile(
+    r"requested (\d+) output tokens|max(?:_completion|_output)?_tokens'? ?(?:is too large: |=)(\d+)"
+    r"|(\d+) in the completion"
+)
 
 
 def refusal(status: int, message: str, connection: Connection) -> RequestError:
@@ -532,7 +574,8 @@ def refusal(status: int, message: str, connection: Connection) -> RequestError:
 
 def _number(pattern: re.Pattern[str], text: str) -> int | None:
     found = pattern.search(text)
-    return None if found is None else int(next(group for group in found.groups() if group is not None))
+    digits = "" if found is None else next(group for group in found.groups() if group is not None)
+    return int(digits) if 0 < len(digits) < 20 else None
 
 
 def _message(data: bytes) -> str:
@@ -556,6 +599,12 @@ def _raise_if_late(deadline: float | None) -> None:
         raise RequestTimeout("the deadline passed before the request was sent")
 
 
+def _exhausted(loss: Lost) -> bool:
+    """Whether no connection could be made since this process, or this machine, has no file descriptor left."""
+    error = loss.__cause__
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
 def _copy(error: ManagedVLLMError) -> ManagedVLLMError:
     """One each for all who waited together: each is raised, and told of, in another place."""
     rebuild, arguments = error.__reduce__()
@@ -568,6 +617,17 @@ def _copy(error: ManagedVLLMError) -> ManagedVLLMError:
 
 def _left(deadline: float) -> float:
     return max(0.0, deadline - time.monotonic())
+
+
+async def _before(deadline: float | None, place: Coroutine[Any, Any, None]) -> None:
+    """Waits for a place among those in flight."""
+    if deadline is None:
+        return await place
+    try:
+        async with asyncio.timeout(_left(deadline)):
+            await place
+    except TimeoutError:
+        raise RequestTimeout("the deadline passed before the request was sent") from None
 
 
 async def _sleep(here: _Here, seconds: float, deadline: float | None) -> None:

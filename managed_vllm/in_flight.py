@@ -1,15 +1,18 @@
 """How many requests of one client are in flight at once: as many as the server takes in.
 
-A server that is asked too much says so, by HTTP 429 or 503 or by refusing connections; then the bound is halved. While
-it is used up and nothing of that kind comes, it grows: doubled in each round until the first refusal, then by one. That
-is the additive-increase, multiplicative-decrease rule of TCP (RFC 5681). vLLM queues whatever it is sent and refuses
-nothing, so for a server of ours the bound soon is the greatest allowed.
+A server that is asked too much says so, by HTTP 429 or 503; then the bound is halved, and who was refused waits until
+there is room again. It is the same where this process may open no more connections. While the bound is used up and
+nothing of that kind comes, it grows: doubled in each round until the first refusal, then by one. That is the
+additive-increase, multiplicative-decrease rule of TCP (RFC 5681). vLLM queues whatever it is sent and refuses nothing,
+so for a server of ours the bound soon is the greatest allowed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
+from collections.abc import Callable
 
 FIRST = 512
 """In flight before anything is known: as many as vLLM 0.32 runs at once, by default, on most GPUs, and a queue."""
@@ -37,21 +40,13 @@ class InFlight:
         if self.now < self.limit and not self._waiting:
             self.now += 1
             return
-        place = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self._leave()  # it was given in the same moment
-            else:
-                self._waiting.remove(place)
-            raise
+        await self._wait(self._waiting.append)
 
     def leave(self, *, answered: bool) -> None:
         """Gives the place back. `answered`: the server took the request in."""
         if answered and self._room < self._most and self.now >= self.limit:
             self._room = min(self._most, self._room + (1 if self._room < self._threshold else 1 / self._room))
+        self._round = max(0, self._round - 1)
         self._leave()
 
     def refused(self) -> None:
@@ -62,8 +57,43 @@ class InFlight:
         self._room = self._threshold = max(float(LEAST), self._room / 2)
         self._round = self.now - 1
 
+    async def give_way(self) -> None:
+        """For one that was refused, and has its place: if there are too many, it waits for another, before new ones.
+
+        Also if it is cancelled meanwhile, a place is counted as its own afterwards: it has to `leave`.
+        """
+        if self.now <= self.limit:
+            return
+        self.now -= 1
+        try:
+            await self._wait(self._waiting.appendleft)
+        except BaseException:
+            self.now += 1
+            raise
+
+    def renew(self) -> None:
+        """Another server, or another life of it: what the one before has refused says nothing."""
+        self._room, self._threshold, self._round = max(self._room, float(min(FIRST, self._most))), float(self._most), 0
+        self._admit()
+
+    async def _wait(self, queue: Callable[[asyncio.Future[None]], None]) -> None:
+        place = asyncio.get_running_loop().create_future()
+        queue(place)
+        try:
+            await place
+        except BaseException:
+            if place.cancelled():
+                with contextlib.suppress(ValueError):  # whoever left meanwhile has thrown it out
+                    self._waiting.remove(place)
+            else:
+                self._leave()  # it was given in the same moment
+            raise
+
     def _leave(self) -> None:
         self.now -= 1
+        self._admit()
+
+    def _admit(self) -> None:
         while self._waiting and self.now < self.limit:
             place = self._waiting.popleft()
             if not place.done():

@@ -11,9 +11,13 @@ there is only the sampled token, whose id is known anyway, and its text is told.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import msgspec
+
+from managed_vllm.answers import Choice, Decoded, Logprobs, TokenLogprob, converted
 
 if TYPE_CHECKING:
     from managed_vllm.exchange import Told
@@ -22,8 +26,7 @@ _ID = "token_id:"
 _SHOWN = 60
 
 
-@dataclass(frozen=True)
-class Logprob:
+class Logprob(msgspec.Struct, frozen=True, gc=False):
     """One candidate at one place. `rank` is 1 for the likeliest.
 
     The routes don't tell ranks of generated tokens; they come from the order of the candidates. So `rank` is None for a
@@ -34,6 +37,9 @@ class Logprob:
     logprob: float
     rank: int | None = None
     decoded_token: str | None = None
+
+
+_UNKNOWN = Logprob(0.0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,7 +143,7 @@ class RequestOutput:
     @classmethod
     def from_answer(
         cls,
-        answer: Mapping[str, Any],
+        answer: Decoded | Mapping[str, Any],
         body: Mapping[str, Any],
         told: Told | None = None,
         *,
@@ -153,23 +159,27 @@ class RequestOutput:
         if logprobs is None:
             logprobs = (body.get("top_logprobs") or 0) if chat else body.get("logprobs")
         ranked = not body.get("logprob_token_ids")
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        whole = answer if isinstance(answer, Decoded) else converted(answer)
+        found = whole.answer
+        choices = found.choices
+        if len(choices) > 1:
+            choices = sorted(choices, key=_index)
         first = choices[0]
-        prompt = body.get("prompt") if not chat else answer.get("prompt_text")
-        usage = answer.get("usage") or {}
+        prompt = body.get("prompt") if not chat else found.prompt_text
+        details = (found.usage or {}).get("prompt_tokens_details") or {}
         return cls(
-            request_id=str(answer.get("id") or uuid.uuid4()),
+            request_id=str(found.id or uuid.uuid4()),
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=list(answer.get("prompt_token_ids") or first.get("prompt_token_ids") or ()),
+            prompt_token_ids=found.prompt_token_ids or first.prompt_token_ids or [],
             outputs=[_completion(choice, logprobs or 0, chat=chat, ranked=ranked) for choice in choices],
-            prompt_logprobs=_prompt_logprobs(answer.get("prompt_logprobs") or first.get("prompt_logprobs")),
-            metrics=answer.get("metrics"),
-            num_cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
-            kv_transfer_params=answer.get("kv_transfer_params"),
-            ec_transfer_params=answer.get("ec_transfer_params"),
-            raw=answer,
-            finished=told is not None or first.get("finish_reason") is not None,
-            model=str(answer.get("model") or "") if told is None else told.model,
+            prompt_logprobs=_prompt_logprobs(found.prompt_logprobs or first.prompt_logprobs),
+            metrics=found.metrics,
+            num_cached_tokens=details.get("cached_tokens"),
+            kv_transfer_params=found.kv_transfer_params,
+            ec_transfer_params=found.ec_transfer_params,
+            raw=whole.raw,
+            finished=told is not None or first.finish_reason is not None,
+            model=found.model or "" if told is None else told.model,
             epoch=0 if told is None else told.epoch,
             attempts=1 if told is None else told.attempts + before,
             latency=0.0 if told is None else told.latency,
@@ -284,88 +294,139 @@ def _short(text: str) -> str:
 # -- from an answer ----------------------------------------------------------------------------------------------------
 
 
-def _completion(choice: Mapping[str, Any], wanted: int, *, chat: bool, ranked: bool) -> CompletionOutput:
-    message = choice["message"] if chat else {}
-    token_ids = list(choice.get("token_ids") or ())
-    logprobs = None
-    told = choice.get("logprobs")
-    cumulative = None
-    if told:
-        entries = list(_of_chat(told) if chat else _of_completion(told))
-        if len(entries) > len(token_ids) > 0:  # echo=True: those of the prompt stand before
-            entries = entries[-len(token_ids) :]
-        cumulative = sum(sampled.logprob for sampled, _ in entries)
-        if len(entries) == len(token_ids):
-            logprobs = [
-                _position(token, sampled, candidates, wanted=wanted, chat=chat, ranked=ranked)
-                for token, (sampled, candidates) in zip(token_ids, entries, strict=True)
-            ]
+def _index(choice: Choice) -> int:
+    return choice.index
+
+
+def _completion(choice: Choice, wanted: int, *, chat: bool, ranked: bool) -> CompletionOutput:
+    token_ids = choice.token_ids or []
+    told = choice.logprobs
+    logprobs, cumulative = (
+        _places(told, token_ids, wanted, chat=chat, ranked=ranked) if told is not None else (None, None)
+    )
+    message = choice.message
+    text = choice.text if message is None else message.content
     return CompletionOutput(
-        index=choice["index"],
-        text=(message.get("content") or "") if chat else choice["text"],
+        index=choice.index,
+        text=text or "",
         token_ids=token_ids,
         cumulative_logprob=cumulative,
         logprobs=logprobs,
-        finish_reason=choice.get("finish_reason"),
-        stop_reason=choice.get("stop_reason"),
-        reasoning=message.get("reasoning") or message.get("reasoning_content"),
-        tool_calls=list(message.get("tool_calls") or ()),
-        routed_experts=choice.get("routed_experts"),
+        finish_reason=choice.finish_reason,
+        stop_reason=choice.stop_reason,
+        reasoning=None if message is None else message.reasoning or message.reasoning_content,
+        tool_calls=[] if message is None else message.tool_calls or [],
+        routed_experts=choice.routed_experts,
     )
 
 
-_Candidates = list[tuple[str, float]]
+_Candidates = Iterable[tuple[str, float | None]]
 
 
-def _of_chat(told: Mapping[str, Any]) -> Iterable[tuple[Logprob, _Candidates]]:
-    for entry in told.get("content") or ():
-        text = entry["token"]
-        if text.startswith(_ID):
-            spelt = entry.get("bytes")  # of the text, not of what stands for it
-            text = None if spelt is None else bytes(spelt).decode("utf-8", errors="replace")
-        candidates = [(one["token"], one["logprob"]) for one in entry.get("top_logprobs") or ()]
-        yield Logprob(entry["logprob"], decoded_token=text), candidates
+def _places(
+    told: Logprobs, token_ids: list[int], wanted: int, *, chat: bool, ranked: bool
+) -> tuple[list[dict[int, Logprob]] | None, float | None]:
+    """The dicts of all places, and the sum of the sampled tokens' logprobs."""
+    entries: Iterable[tuple[float, str | None, _Candidates]]
+    last = len(token_ids)  # echo=True: the logprobs of the prompt stand before
+    if chat:
+        content = told.content or []
+        if len(content) > last > 0:
+            content = content[-last:]
+        values = [entry.logprob for entry in content]
+        if len(values) == last and wanted > 0 and ranked:
+            quick = _chat_places(content, token_ids, wanted)
+            if quick is not None:
+                return quick, sum(values)
+        entries = map(_of_chat, content)
+    else:
+        tokens, numbers = told.tokens or [], told.token_logprobs or []
+        tops: Sequence[Mapping[str, float | None] | None] = told.top_logprobs or [None] * len(tokens)
+        if len(tokens) > last > 0:
+            numbers, tokens, tops = numbers[-last:], tokens[-last:], tops[-last:]
+        values = [0.0 if value is None else value for value in numbers]
+        entries = map(_of_completion, values, tokens, tops)
+    if len(values) != last:
+        return None, sum(values, 0.0)
+    places = [
+        _place(token, value, text, candidates, wanted, chat, ranked)
+        for token, (value, text, candidates) in zip(token_ids, entries, strict=True)
+    ]
+    return places, sum(values, 0.0)
 
 
-def _of_completion(told: Mapping[str, Any]) -> Iterable[tuple[Logprob, _Candidates]]:
-    values, tokens = told["token_logprobs"], told["tokens"]
-    tops = told.get("top_logprobs") or [None] * len(tokens)
-    for value, token, top in zip(values, tokens, tops, strict=True):
-        text = None if token.startswith(_ID) else token
-        yield Logprob(0.0 if value is None else value, decoded_token=text), list((top or {}).items())
+def _of_chat(entry: TokenLogprob) -> tuple[float, str | None, _Candidates]:
+    text: str | None = entry.token
+    if entry.token.startswith(_ID):  # the bytes are of the text, not of what stands for it
+        text = None if entry.bytes is None else bytes(entry.bytes).decode("utf-8", errors="replace")
+    return entry.logprob, text, [(one.token, one.logprob) for one in entry.top_logprobs or ()]
 
 
-def _position(
-    token: int, sampled: Logprob, candidates: _Candidates, *, wanted: int, chat: bool, ranked: bool
+def _of_completion(
+    value: float, token: str, top: Mapping[str, float | None] | None
+) -> tuple[float, str | None, _Candidates]:
+    return value, None if token.startswith(_ID) else token, top.items() if top else ()
+
+
+def _chat_places(content: list[TokenLogprob], token_ids: list[int], wanted: int) -> list[dict[int, Logprob]] | None:
+    """As `_place` for each, written out: this is where most of a client's time goes. None: not the usual case."""
+    places = []
+    for token, entry in zip(token_ids, content, strict=True):
+        spelt = entry.bytes
+        if entry.token[:9] != _ID or entry.top_logprobs is None:
+            return None
+        value = entry.logprob
+        found: dict[int, Logprob] = {token: _UNKNOWN}
+        likelier = others = 0
+        for one in entry.top_logprobs:
+            number = int(one.token[9:])
+            if number == token:
+                continue
+            others += 1
+            its = one.logprob
+            if its > value:
+                likelier = rank = others
+            else:
+                rank = others + 1
+            if rank <= wanted:
+                found[number] = Logprob(its, rank)
+        text = None if spelt is None else bytes(spelt).decode("utf-8", "replace")
+        found[token] = Logprob(value, likelier + 1 if likelier < others else None, text)
+        places.append(found)
+    return places
+
+
+def _place(
+    token: int, value: float, text: str | None, candidates: _Candidates, wanted: int, chat: bool, ranked: bool
 ) -> dict[int, Logprob]:
     """The dict of one place, as vLLM has it: the sampled token first, then the `wanted` likeliest (-1: all).
 
     The candidates come in the order of their ranks, but for the sampled one, which is the first. A completion has
     `wanted` of them and the sampled one, if that is another; a chat has as many as were asked for, that one included.
     """
-    others = []
-    for text, value in candidates:
-        if not text.startswith(_ID):
+    if not wanted and ranked:
+        return {token: Logprob(value, None, text)}
+    sampled = Logprob(value, None, text)
+    found = {token: sampled}
+    likelier = others = 0
+    for name, its in candidates:
+        if name[:9] != _ID or its is None:
             return {token: sampled}  # the server names no ids
-        number = int(text.removeprefix(_ID))
-        if number != token:
-            others.append((number, value))
-    if not ranked:
-        return {token: sampled, **{number: Logprob(value) for number, value in others}}
-    if wanted == 0:
-        return {token: sampled}
-    rank = None
-    before = sum(value > sampled.logprob for _, value in others)
-    if chat or wanted < 0:
-        if before < len(others) or wanted < 0:  # else it may come next, or anywhere behind
-            rank = before + 1
-    elif len(others) < wanted:
-        rank = before + 1
-    found = {token: Logprob(sampled.logprob, rank, sampled.decoded_token)}
-    for place, (number, value) in enumerate(others, 1):
-        its = place + (rank is not None and place >= rank)
-        if wanted < 0 or its <= wanted:
-            found[number] = Logprob(value, its)
+        number = int(name[9:])
+        if number == token:
+            continue
+        others += 1
+        if its > value:
+            likelier = others
+            rank = others
+        else:
+            rank = others + 1
+        if not ranked:
+            found[number] = Logprob(its)
+        elif wanted < 0 or rank <= wanted:
+            found[number] = Logprob(its, rank)
+    if ranked and (wanted < 0 or (likelier < others if chat else others < wanted)):
+        found[token] = Logprob(value, likelier + 1, text)
     return found
 
 

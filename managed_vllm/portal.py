@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -55,6 +56,21 @@ def run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
             future.cancel()
             _settle(where)
         raise
+
+
+def end(where: asyncio.AbstractEventLoop, make: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Runs a clean-up on the loop as `run` does; but it may come whenever an object becomes garbage.
+
+    So within the loop itself nobody waits for it, and where that loop does not run nothing is done: in a forked child,
+    where what is to clean up is the parent's, and at the interpreter's end.
+    """
+    if where is not _loop or sys.is_finalizing():
+        return
+    with contextlib.suppress(RuntimeError):
+        if asyncio.get_running_loop() is where:
+            asyncio.run_coroutine_threadsafe(make(), where)
+            return
+    run(make)
 
 
 def _settle(where: asyncio.AbstractEventLoop) -> None:

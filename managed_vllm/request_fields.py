@@ -62,7 +62,7 @@ _OTHER_NAMES: Mapping[str, str] = {
     "guided_choice": "structured_outputs={'choice': […]}",
     "guided_grammar": "structured_outputs={'grammar': …}",
     "guided_decoding_backend": "nothing: the server chooses",
-    "guided_whitespace_pattern": "structured_outputs={…, 'whitespace_pattern': …}",
+    "guided_whitespace_pattern": "structured_outputs={'regex': …} or {'grammar': …}",
     "extra_args": "vllm_xargs",
 }
 """What vLLM has removed or calls otherwise here; it would ignore them in silence."""

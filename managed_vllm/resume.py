@@ -26,6 +26,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
+from managed_vllm.answers import Decoded, converted, decoded
 from managed_vllm.errors import ConfigError
 
 STREAM_INTERVAL = 8
@@ -283,7 +286,7 @@ class Generation:
         self._certain = (0, 0)
         self._doubts = 0
         self._continued = False
-        self._whole: dict[str, Any] | None = None
+        self._whole: Decoded | None = None
         self.kept = 0
 
     # -- what to send --------------------------------------------------------------------------------------------------
@@ -413,8 +416,15 @@ class Generation:
             raise ValueError(f"{len(entries)} logprobs for {count} tokens")
         self._logprobs += entries
 
+    def take_json(self, data: bytes | None) -> None:
+        """The answer to a step that was no stream; None: refused. Raises `Lost`, or `ValueError` for what is none."""
+        if data is None or self._asked != "answer":
+            self.take(None if data is None else _mapping(data))
+        else:
+            self._take_answer(decoded(data))
+
     def take(self, answer: Mapping[str, Any] | None) -> None:
-        """The answer to a step that was no stream; None: refused. Raises `Lost` for what is no answer."""
+        """As `take_json`, decoded."""
         if self._asked == "text":
             self._take_text(None if answer is None else answer.get("prompt"))
         elif self._asked == "models":
@@ -422,14 +432,32 @@ class Generation:
         elif answer is None and self._continued:
             self._again("the server refuses to go on")
         else:
-            choices = None if answer is None else answer.get("choices")
-            if not choices or not isinstance(choices, list):
-                raise Lost(f"the answer has no choices: {str(answer)[:500]}")
-            if any(choice.get("finish_reason") == "abort" for choice in choices):
+            try:
+                found = converted(answer or {})
+            except ValueError as error:
+                raise Lost(f"not an answer ({error}): {str(answer)[:500]}") from error
+            self._take_answer(found)
+
+    def _take_answer(self, found: Decoded) -> None:
+        choices = found.answer.choices
+        if not choices:
+            raise Lost(f"the answer has no choices: {str(found.raw)[:500]}")
+        for choice in choices:
+            if choice.finish_reason == "abort":
                 raise Lost("the server aborted the request")
-            self._forget()
-            self._whole = dict(answer or {})
-            self.complete = True
+            if self._chat:
+                message = choice.message
+                if message is None:
+                    raise Lost(f"a choice without its message: {str(found.raw)[:500]}")
+                if message.content is None and not choice.token_ids and choice.finish_reason is not None:
+                    told = message.reasoning or message.reasoning_content or message.refusal or message.tool_calls
+                    if not told:
+                        raise Lost(f"a message without content: {str(found.raw)[:500]}")
+            elif choice.text is None:
+                raise Lost(f"a choice without its text: {str(found.raw)[:500]}")
+        self._forget()
+        self._whole = found
+        self.complete = True
 
     def _take_text(self, text: Any) -> None:
         """The text of the last tokens: if they end within a character, without the last one, and ask again.
@@ -512,14 +540,14 @@ class Generation:
         """Whether something that was given by `fresh` is lost: then the answer can't go on."""
         return self._whole is None and (self._given[0] > len(self._ids) or self._given[1] > len(self._texts))
 
-    def fresh(self) -> dict[str, Any] | None:
+    def fresh(self) -> Mapping[str, Any] | None:
         """What has become certain since the last call, in the form of the route's answer; None: nothing.
 
         Certain is what will still be so after a loss. Where nothing can be kept after a loss, all is given at once, and
         `torn` says when it was in vain. Tool calls come with the last part only, the reason of its end too.
         """
         if self._whole is not None:
-            return self._whole
+            return self._whole.raw
         ids, texts, reasoning = self._given
         to_ids, to_texts = len(self._ids), len(self._texts)
         if not self.complete and self.obstacle is None:
@@ -532,11 +560,16 @@ class Generation:
             self._ids[ids:to_ids], "".join(self._texts[texts:to_texts]), logprobs, self._reasoning[reasoning:]
         )
 
-    def answer(self) -> dict[str, Any]:
+    @property
+    def whole(self) -> Decoded | None:
+        """The answer, where it came whole."""
+        return self._whole
+
+    def answer(self) -> Mapping[str, Any]:
         """The complete answer, as the route gives it unstreamed; `usage` counts each token once."""
         assert self.complete
         if self._whole is not None:
-            return self._whole
+            return self._whole.raw
         assert self._finish is not None
         logprobs = self._logprobs if self._with_logprobs else None
         answer = self._answer(self._ids, "".join(self._texts), logprobs, self._reasoning)
@@ -573,6 +606,13 @@ class Generation:
             if logprobs is not None:
                 choice["logprobs"] = _completion_logprobs(logprobs)
         return answer
+
+
+def _mapping(data: bytes) -> dict[str, Any]:
+    answer = msgspec.json.decode(data)
+    if not isinstance(answer, dict):
+        raise ValueError("not an object")
+    return answer
 
 
 def _chat_logprob(token: str, logprob: float, top: Mapping[str, float] | None, most: int) -> dict[str, Any]:

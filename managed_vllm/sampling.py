@@ -48,6 +48,17 @@ _MAX_LOGPROBS = 20
 _MAX_LOGPROB_TOKEN_IDS = 128
 _GREEDY_BELOW = 1e-5
 
+_OF_THE_SERVER = (
+    "vLLM does not read it in a request (0.32): start the server with structured_outputs_config={{'backend': {!r}, {!r}: "
+    "True}}"
+)
+REFUSED_IN_STRUCTURED_OUTPUTS: Mapping[str, str] = {
+    "disable_any_whitespace": _OF_THE_SERVER.format("xgrammar", "disable_any_whitespace"),
+    "disable_additional_properties": _OF_THE_SERVER.format("guidance", "disable_additional_properties"),
+    "whitespace_pattern": "vLLM does not read it (0.32): a regex or a grammar can say it",
+}
+"""Fields of vLLM's `StructuredOutputsParams` that have no effect there, with the reason."""
+
 _CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
@@ -62,7 +73,8 @@ class StructuredOutputsParams:
         grammar: a context-free grammar in EBNF.
         json_object: True: any JSON object.
         structural_tag: a dict, or the same as JSON text.
-        disable_any_whitespace, disable_additional_properties, whitespace_pattern: see vLLM.
+
+    What vLLM's class has beside these is refused: the server decides it (`REFUSED_IN_STRUCTURED_OUTPUTS`).
     """
 
     json: Any = None
@@ -71,13 +83,11 @@ class StructuredOutputsParams:
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | Mapping[str, Any] | None = None
-    disable_any_whitespace: bool | None = None
-    disable_additional_properties: bool | None = None
-    whitespace_pattern: str | None = None
 
     def __new__(cls, **given: Any) -> StructuredOutputsParams:
         """Only to name what is misspelt."""
-        _check_names(given, [field.name for field in fields(cls)], {}, "structured_outputs has no")
+        known = [field.name for field in fields(cls)]
+        _check_names(given, known, REFUSED_IN_STRUCTURED_OUTPUTS, "structured_outputs has no")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -87,7 +97,7 @@ class StructuredOutputsParams:
             raise _bad("structured_outputs", f"takes exactly one of {', '.join(_CONSTRAINTS)}; given: {found}")
         set_ = object.__setattr__
         set_(self, "json", _json_schema(self.json))
-        for name in ("regex", "grammar", "whitespace_pattern"):
+        for name in ("regex", "grammar"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
                 raise _bad("structured_outputs", f"{name} must be a text that is not empty, not {value!r:.80}")
@@ -104,8 +114,6 @@ class StructuredOutputsParams:
                 set_(self, "structural_tag", json_module.dumps(tag))
             elif not isinstance(tag, str) or not tag:
                 raise _bad("structured_outputs", f"structural_tag must be a dict or JSON text, not {tag!r:.80}")
-        for name in ("disable_any_whitespace", "disable_additional_properties"):
-            set_(self, name, _flag("structured_outputs", getattr(self, name)))
 
     @classmethod
     def of(cls, value: Any) -> StructuredOutputsParams:
@@ -116,14 +124,14 @@ class StructuredOutputsParams:
             return cls(json=value)
         if type(value).__name__ == "StructuredOutputsParams" and hasattr(value, "__dataclass_fields__"):
             value = {name: getattr(value, name) for name in value.__dataclass_fields__ if not name.startswith("_")}
-            value = {name: one for name, one in value.items() if one is not None and one is not False}
         if not isinstance(value, Mapping):
             raise _bad(
                 "structured_outputs",
                 f"must be a dict such as {{'regex': …}}, a pydantic model class or a StructuredOutputsParams, not "
                 f"{type(value).__name__}",
             )
-        return cls(**value)
+        harmless = {name for name in REFUSED_IN_STRUCTURED_OUTPUTS if value.get(name) in (None, False)}
+        return cls(**{name: one for name, one in value.items() if name not in harmless})
 
     def to_request(self) -> dict[str, Any]:
         """The request field's value."""

@@ -23,12 +23,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlsplit
 
 import filelock
 
 from managed_vllm import external, registry
-from managed_vllm.config import Address, HangPolicy, RestartPolicy, ServerSpec, WatchPolicy, is_loopback
+from managed_vllm.config import Address, HangPolicy, RestartPolicy, ServerSpec, WatchPolicy
 from managed_vllm.control import Channel, Connection, ServerState, ServerStatus
 from managed_vllm.diagnosis import error_for
 from managed_vllm.errors import (
@@ -161,6 +160,7 @@ class ManagedVLLM:
         self._external: Connection | None = None
         self._client: VLLMClient | None = None
         self._async_client: AsyncVLLMClient | None = None
+        self._use: object | None = None
         self._sdk: dict[str, tuple[Connection, Any]] = {}
         self._progress_view: StartupProgress | None = None
         self._notifier = None if self._on_status is None else _Notifier(self._on_status)
@@ -184,11 +184,11 @@ class ManagedVLLM:
             channel, self._channel = self._channel, None
             client, self._async_client, self._client = self._async_client, None, None
             sdk, self._sdk = self._sdk, {}
-            self._external = None
+            self._external = self._use = None
         if client is not None:
             client.close()
-        for name, (_, handle) in sdk.items():
-            if name == "openai":
+        for _, handle in sdk.values():
+            if not hasattr(handle, "__aenter__"):
                 with contextlib.suppress(Exception):
                     handle.close()
         if channel is not None:
@@ -244,8 +244,13 @@ class ManagedVLLM:
         finally:
             self._lock.release()
 
-    def _attach(self, deadline: float | None = None) -> None:
-        """Takes a lease, if there is none. Raises `TimeoutError` where the deadline (monotonic clock) passes before."""
+    def _attach(self, deadline: float | None = None, use: object | None = None) -> None:
+        """Takes a lease, if there is none. Raises `TimeoutError` where the deadline (monotonic clock) passes before.
+
+        `use` is what `_use` was when the caller began: what was closed since must not be attached again.
+        """
+        if use is not None and use is not self._use:
+            raise ServerStoppedError("closed while waiting for the server", instance=self._id)
         if self._external is not None or (self._channel is not None and not self._channel.closed):
             return
         self._raise_if_over(self._channel)
@@ -441,6 +446,9 @@ class ManagedVLLM:
         Raises the server's `StartupError` if it has failed, `ServerStoppedError` if somebody stopped it, `TimeoutError`
         after `timeout` seconds. An external server is ready by definition.
         """
+        return self._wait_ready(timeout, after_epoch, None)
+
+    def _wait_ready(self, timeout: float | None, after_epoch: int | None, use: object | None) -> ServerStatus:
         if self._external is not None:
             return self._external_status(self._external)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -458,7 +466,7 @@ class ManagedVLLM:
             if channel is None or channel.closed:
                 try:
                     with self._locked(deadline):
-                        self._attach(deadline)
+                        self._attach(deadline, use)
                 except TimeoutError as error:
                     if isinstance(error, ManagedVLLMError):
                         raise
@@ -501,7 +509,11 @@ class ManagedVLLM:
         raise ServerStoppedError("the server was stopped", instance=self._id, log_path=status.log_path)
 
     def _connection(
-        self, lost_epoch: int | None = None, timeout_s: float | None = None, pause_s: float = 0.0
+        self,
+        lost_epoch: int | None = None,
+        timeout_s: float | None = None,
+        pause_s: float = 0.0,
+        use: object | None = None,
     ) -> tuple[Connection, int]:
         """The connection to a ready server; after `lost_epoch` was lost, a later one, or the same if it is well.
 
@@ -510,7 +522,7 @@ class ManagedVLLM:
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._locked(deadline):
-            self._attach(deadline)
+            self._attach(deadline, use)
         if self._external is not None:
             return self._external, 0
         if lost_epoch is not None:
@@ -520,7 +532,7 @@ class ManagedVLLM:
                     lambda now: now is None or now.epoch > lost_epoch or now.state is not ServerState.READY,
                     pause_s if timeout_s is None else min(pause_s, timeout_s),
                 )
-        status = self.wait_ready(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        status = self._wait_ready(None if deadline is None else max(0.0, deadline - time.monotonic()), None, use)
         assert status.connection is not None
         return status.connection, status.epoch
 
@@ -570,8 +582,9 @@ class ManagedVLLM:
             if self._async_client is None:
                 from managed_vllm.client import AsyncVLLMClient
 
+                use = self._use = object()
                 self._async_client = AsyncVLLMClient(
-                    connection=self._connection,
+                    connection=lambda lost, left, pause: self._connection(lost, left, pause, use),
                     ready=self._ready,
                     retry=self._retry,
                     media_ids=self._media_ids,
@@ -596,35 +609,35 @@ class ManagedVLLM:
     @property
     def openai(self) -> OpenAI:
         """The OpenAI SDK's client, set up for this server, without a time-out of its own."""
-        return self._sdk_client("openai", "OpenAI", "DefaultHttpxClient", "HTTPTransport")  # type: ignore[no-any-return]
+        return self._sdk_client("OpenAI", "DefaultHttpxClient")  # type: ignore[no-any-return]
 
     @property
     def async_openai(self) -> AsyncOpenAI:
         """The OpenAI SDK's asynchronous client; the same otherwise."""
-        return self._sdk_client("async", "AsyncOpenAI", "DefaultAsyncHttpxClient", "AsyncHTTPTransport")  # type: ignore[no-any-return]
+        return self._sdk_client("AsyncOpenAI", "DefaultAsyncHttpxClient")  # type: ignore[no-any-return]
 
-    def _sdk_client(self, slot: str, kind: str, http: str, transport: str) -> Any:
+    def _sdk_client(self, kind: str, http: str) -> Any:
         connection, _ = self._connection()
         with self._lock:
-            kept = self._sdk.get(slot)
+            kept = self._sdk.get(kind)
             if kept is not None and kept[0] == connection:
                 return kept[1]
             import importlib
 
+            from managed_vllm import openai_transport
+
             sdk = importlib.import_module("openai")
             make_http = getattr(sdk, http)
-            options: dict[str, Any] = {"trust_env": not is_loopback(urlsplit(connection.base_url).hostname or "")}
-            if connection.uds:
-                # The SDK moved from httpx to httpx2: the transport must come from the one it uses.
-                module = importlib.import_module(make_http.__mro__[1].__module__.partition(".")[0])
-                options["transport"] = getattr(module, transport)(uds=connection.uds)
+            # The SDK moved from httpx to httpx2: the transport must be of the one it uses.
+            module = importlib.import_module(make_http.__mro__[1].__module__.partition(".")[0])
+            make = openai_transport.async_transport if kind.startswith("Async") else openai_transport.transport
             client = getattr(sdk, kind)(
                 base_url=connection.base_url,
                 api_key=connection.api_key or "none",
                 timeout=None,
-                http_client=make_http(**options),
+                http_client=make_http(transport=make(module, self.async_client._exchange), trust_env=False),
             )
-            self._sdk[slot] = (connection, client)
+            self._sdk[kind] = (connection, client)
             return client
 
     @property

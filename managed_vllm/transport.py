@@ -12,12 +12,12 @@ request, and more with every connection in flight. What must hold:
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import socket
 import threading
 import urllib.request
 import weakref
-from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -87,7 +87,7 @@ class Transport:
         sessions = [session for each in self._sessions.values() for session in each.values()]
         self._sessions = weakref.WeakKeyDictionary()
         for session in sessions:
-            session.drop()
+            session.forget()
 
     async def aclose(self) -> None:
         """As `close`; those of the running loop are closed when it returns."""
@@ -102,13 +102,14 @@ class Session:
     """The connections of one event loop to one address."""
 
     def __init__(self, connection: Connection) -> None:
-        self._root = URL(connection.base_url.removesuffix("/v1"), encoded=True)
+        self._root = connection.base_url.removesuffix("/v1")
+        self._origin = URL(self._root, encoded=True).origin()
         self._paths: dict[str, URL] = {}
         connector: aiohttp.BaseConnector
         if connection.uds:
-            connector = aiohttp.UnixConnector(connection.uds, limit=0, keepalive_timeout=IDLE_S)
+            connector = _UnixConnector(connection.uds, limit=0, keepalive_timeout=IDLE_S)
         else:
-            connector = aiohttp.TCPConnector(
+            connector = _TCPConnector(
                 limit=0, keepalive_timeout=IDLE_S, ttl_dns_cache=60, socket_factory=_socket, family=socket.AF_UNSPEC
             )
         headers = {"Accept": "*/*", "Content-Type": "application/json"}
@@ -124,6 +125,7 @@ class Session:
             max_line_size=_MAX_HEAD,
             max_field_size=_MAX_HEAD,
         )
+        _sessions.add(self)
 
     @property
     def closed(self) -> bool:
@@ -133,17 +135,18 @@ class Session:
         """Sends a request; returns when the head of the answer is there. The caller releases or closes it."""
         url = self._paths.get(path)
         if url is None:
-            url = self._paths[path] = self._root.join(URL(path, encoded=True))
+            url = self._paths[path] = URL(self._root + path, encoded=True)
         data = _Pieces(body) if body is not None and len(body) > _PIECE else body
         return await self._session.request(method, url, data=data, allow_redirects=False)
 
     async def open(
-        self, method: str, url: str, headers: Mapping[str, str] | list[tuple[str, str]], body: bytes | None
+        self, method: str, path: str, headers: list[tuple[str, str]], body: bytes | None
     ) -> aiohttp.ClientResponse:
-        """As `request`, to any URL at this address, with headers of the caller's."""
+        """As `request`, with the whole path and headers of the caller's, who decodes what was compressed."""
         data = _Pieces(body) if body is not None and len(body) > _PIECE else body
+        url = self._origin.join(URL(path, encoded=True))
         return await self._session.request(
-            method, URL(url, encoded=True), data=data, headers=headers, allow_redirects=False
+            method, url, data=data, headers=headers, allow_redirects=False, auto_decompress=False
         )
 
     def close(self) -> None:
@@ -158,7 +161,7 @@ class Session:
             await self._session.close()
 
     def drop(self) -> None:
-        """Lets go, without a word to its loop: that is closed, or another process's, whose epoll a fork shares.
+        """Lets go, without a word to its loop: that is closed, or ends with the interpreter.
 
         The sockets are closed when they are garbage. aiohttp 3.14 has no public way to say so.
         """
@@ -168,8 +171,55 @@ class Session:
             connector._closed = True
             connector._conns.clear()
 
+    def forget(self) -> None:
+        """In a forked child: closes its copies of the sockets, without a word to the loop, whose epoll a fork shares.
+
+        While a child has a copy, the server does not notice that the parent hangs up.
+        """
+        connector: Any = self._session.connector
+        if connector is None:
+            return
+        handlers = [*connector._acquired, *(one for idle in connector._conns.values() for one, _ in idle)]
+        self.drop()
+        for handler in handlers:
+            transport = getattr(handler, "transport", None)
+            found = None if transport is None else transport.get_extra_info("socket")
+            if isinstance(copied := getattr(found, "_sock", None), socket.socket):  # asyncio's wrapper of it
+                copied.close()
+
+
+class _Clean:
+    """Takes no connection again on which something came that nobody had asked for: it would be the next answer.
+
+    (aiohttp 3.14 looks when a connection becomes idle, but not when it is taken again.)
+    """
+
+    async def _get(self, *args: Any) -> Any:
+        while (connection := await super()._get(*args)) is not None:  # type: ignore[misc]
+            if not connection.protocol.should_close:
+                break
+            connection.close()
+        return connection
+
+
+class _TCPConnector(_Clean, aiohttp.TCPConnector):
+    pass
+
+
+class _UnixConnector(_Clean, aiohttp.UnixConnector):
+    pass
+
 
 _closing: set[asyncio.Task[None]] = set()
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Clients that nobody closed: aiohttp would write about each of them to standard error."""
+    with contextlib.suppress(RuntimeError):  # another thread makes one
+        for session in list(_sessions):
+            session.drop()
 
 
 class _Pieces(aiohttp.payload.Payload):

@@ -275,6 +275,7 @@ def test_a_deadline_bounds_the_wait_for_a_supervisor_that_does_not_answer(home: 
             assert time.monotonic() - started < 8
         finally:
             supervisor.resume()
+            other.close()
 
 
 def test_a_fault_of_the_supervisor_itself_is_told_and_leaves_nothing(
