@@ -19,6 +19,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from managed_vllm import portal
@@ -221,7 +222,8 @@ class AsyncVLLMClient:
             asked, images = _prompt(each[index])
             if images is None:
                 return await call.generate(index, asked, deadline, chat=False)
-            return await call.generate(index, await _with_images(asked, images), deadline, chat=True)
+            output = await call.generate(index, await _with_images(asked, images), deadline, chat=True)
+            return replace(output, prompt=asked["prompt"])
 
         return await self._all(one, len(each), single, timeout, return_exceptions, use_tqdm)
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ import psutil
 import pytest
 import requests
 import standin
+from processes import assert_nothing_left, end_everything
 
-from managed_vllm import demo
+from managed_vllm import ManagedVLLM, demo
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -79,13 +81,34 @@ def test_child_process_environ(server_url: str, tmp_path: Path) -> None:
     assert "any client: echo Hello" in said
 
 
+def test_async_images(server_url: str, tmp_path: Path) -> None:
+    said = _run("05_async_images.py", _environment(VLLM_SERVER_URL=server_url, MANAGED_VLLM_HOME=str(tmp_path)))
+    assert [f"echo What colour is screen {number}?" in said for number in range(8)] == [True] * 8
+
+
+@pytest.fixture(scope="module")
+def real_demo() -> Iterator[dict[str, str]]:
+    """The environment in which one server of the demo model runs, for all examples that ask for it."""
+    with tempfile.TemporaryDirectory(prefix="mvt-") as folder, pytest.MonkeyPatch.context() as patch:
+        home = Path(folder) / "home"
+        for name in _OURS:
+            patch.delenv(name, raising=False)
+        patch.setenv("MANAGED_VLLM_HOME", str(home))
+        try:
+            with ManagedVLLM("demo", keep_alive=0):
+                yield dict(os.environ)
+            assert_nothing_left(home)
+        finally:
+            end_everything(home)
+
+
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not demo.weights_path().is_dir(), reason="the demo model's weights are not there")
-@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.py")))
-def test_with_the_real_model(example: str) -> None:
-    said = _run(example, _environment(), timeout_s=500)
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("0*.py")))
+def test_with_the_real_model(real_demo: dict[str, str], example: str) -> None:
+    said = _run(example, real_demo, timeout_s=500)
     assert said.strip()
     if example.startswith(("01", "03")):
         assert "click(start_box='(" in said

@@ -1,0 +1,110 @@
+"""`llm.openai` and `llm.async_openai`: the SDK's own clients, on our connections, following the server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import standin
+from processes import INSTANT, eventually
+
+from managed_vllm import ManagedVLLM, RestartPolicy
+
+MESSAGES: Any = [{"role": "user", "content": "hello there"}]
+AT_ONCE = RestartPolicy(max_restarts=100, backoff_initial_s=0.05, backoff_max_s=0.2)
+
+
+def server(*, uds: bool = False, **order: Any) -> ManagedVLLM:
+    return ManagedVLLM(
+        "stand-in", command=standin.command(), env=standin.orders(**order), keep_alive=INSTANT, restart=AT_ONCE, uds=uds
+    )
+
+
+def whole(llm: ManagedVLLM, **options: Any) -> str:
+    answer = llm.openai.chat.completions.create(model=llm.model, messages=MESSAGES, **options)
+    return answer.choices[0].message.content or ""
+
+
+@pytest.mark.parametrize("uds", [False, True])
+def test_a_stream_joined_is_the_whole(home: Path, uds: bool) -> None:
+    with server(uds=uds) as llm:
+        expected = whole(llm, max_tokens=20)
+        stream = llm.openai.chat.completions.create(model=llm.model, messages=MESSAGES, max_tokens=20, stream=True)
+        assert expected
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices) == expected
+
+
+def test_the_asynchronous_handle_has_hundreds_in_flight(home: Path) -> None:
+    with server() as llm:
+        expected = whole(llm, max_tokens=5)
+
+        async def ask() -> list[str | None]:
+            create = llm.async_openai.chat.completions.create
+            many = (create(model=llm.model, messages=MESSAGES, max_tokens=5) for _ in range(300))
+            return [answer.choices[0].message.content for answer in await asyncio.gather(*many)]
+
+        assert asyncio.run(ask()) == [expected] * 300
+        assert asyncio.run(ask()) == [expected] * 300  # another event loop
+
+
+def test_a_handle_follows_a_restart(home: Path) -> None:
+    with server() as llm:
+        handle, expected = llm.openai, whole(llm, max_tokens=5)
+        pid = llm.status().server_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        answer = handle.chat.completions.create(model=llm.model, messages=MESSAGES, max_tokens=5)
+        assert answer.choices[0].message.content == expected
+        assert llm.status().epoch == 2
+
+
+def test_a_server_that_dies_under_a_request_is_waited_for(home: Path, tmp_path: Path) -> None:
+    with server(faults=str(tmp_path)) as llm:
+        expected = whole(llm, max_tokens=5)
+        (tmp_path / "1-crash").touch()
+        assert whole(llm, max_tokens=5) == expected
+        assert llm.status().epoch == 2
+
+
+def test_the_sdks_timeout_is_the_callers(home: Path) -> None:
+    with server(token_s=5) as llm:
+        handle = llm.openai.with_options(timeout=0.5, max_retries=0)
+        with pytest.raises(openai.APITimeoutError):
+            handle.chat.completions.create(model=llm.model, messages=MESSAGES, max_tokens=4)
+
+
+def test_a_stream_that_is_left_ends_on_the_server(home: Path) -> None:
+    with server(token_s=0.05) as llm:
+        stream = llm.openai.chat.completions.create(model=llm.model, messages=MESSAGES, max_tokens=2000, stream=True)
+        next(iter(stream))
+        eventually(lambda: "num_requests_running 1" in metrics(llm), "it runs")
+        stream.close()
+        eventually(lambda: "num_requests_running 0" in metrics(llm), "it runs no more")
+
+
+def test_what_the_server_refuses_is_the_sdks_error(home: Path) -> None:
+    with server() as llm, pytest.raises(openai.AuthenticationError):
+        llm.openai.with_options(api_key="wrong").models.list()
+
+
+def test_a_closed_handle_says_so(home: Path) -> None:
+    with server() as llm:
+        handle = llm.openai.with_options(max_retries=0)
+        handle.models.list()
+    with pytest.raises(RuntimeError, match="closed"):
+        handle.models.list()
+
+
+def metrics(llm: ManagedVLLM) -> str:
+    import re
+
+    import requests
+
+    root, headers = llm.base_url.removesuffix("/v1"), {"Authorization": f"Bearer {llm.api_key}"}
+    text = requests.get(f"{root}/metrics", headers=headers, timeout=10).text
+    return re.sub(r"\{[^}]*\}| (\d+)\.0", lambda found: f" {found[1]}" if found[1] else "", text)
