@@ -1,5 +1,5 @@
 # make demo   set up .venv and run the main job
-# make test   set up, lint, then the fast tests, then those against the real vLLM
+# make test   set up, lint, then the fast tests, two at a time, then those against the real vLLM
 # make soak   what takes hours: 500 chaos runs with the stand-in, 20 with the real vLLM, every matrix in full
 # make setup  only set up; MANAGED_VLLM_SETUP=gpu|cpu|none chooses the server, otherwise what the machine has decides
 # make lint   ruff and mypy
@@ -21,7 +21,7 @@ demo: setup
 test: lint test-fast test-real
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not real and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not real and not gpu" $(PYTEST_ARGS)
 
 test-real: setup
 	$(BIN)/python -m pytest -m "real or gpu" $(PYTEST_ARGS)

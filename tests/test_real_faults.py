@@ -116,7 +116,9 @@ def in_flight(llm: ManagedVLLM) -> int:
     return int(sum(float(line.split()[-1]) for line in lines))
 
 
-@pytest.mark.parametrize("name", ["APIServer", "EngineCore", "Worker"])
+@pytest.mark.parametrize(
+    "name", ["EngineCore", *(pytest.param(name, marks=pytest.mark.soak) for name in ("APIServer", "Worker"))]
+)
 def test_a_process_killed_under_64_requests_loses_none_of_them(load: Load, name: str) -> None:
     llm = load.llm
     old, epoch = tree(llm), llm.status().epoch
