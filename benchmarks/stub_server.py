@@ -41,10 +41,11 @@ _BACKLOG = 4096
 
 @dataclass
 class Stats:
-    """What the stub has seen since its start. The connection that asks is not counted, but in `most_connections`."""
+    """What the stub has seen since its start. `connections` are without the one that asks."""
 
     connections: int = 0
     most_connections: int = 0
+    accepted: int = 0
     requests: int = 0
     in_flight: int = 0
     most_in_flight: int = 0
@@ -188,6 +189,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
         stats = self._stats
         stats.connections += 1
+        stats.accepted += 1
         stats.most_connections = max(stats.most_connections, stats.connections)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -29,7 +29,7 @@ class TokenLogprob(msgspec.Struct, gc=False):
     top_logprobs: list[TopLogprob] | None = None
 
 
-class Logprobs(msgspec.Struct):
+class Logprobs(msgspec.Struct, gc=False):
     """`content` is a chat's, the others are a completion's, one item per token."""
 
     content: list[TokenLogprob] | None = None
@@ -38,7 +38,7 @@ class Logprobs(msgspec.Struct):
     top_logprobs: list[dict[str, float | None] | None] | None = None
 
 
-class AnswerMessage(msgspec.Struct):
+class AnswerMessage(msgspec.Struct, gc=False):
     """What a chat answers."""
 
     content: str | None = None
@@ -48,7 +48,7 @@ class AnswerMessage(msgspec.Struct):
     tool_calls: list[dict[str, Any]] | None = None
 
 
-class Choice(msgspec.Struct):
+class Choice(msgspec.Struct, gc=False):
     """One of `n` answers: `message` in a chat, `text` in a completion."""
 
     index: int
@@ -60,10 +60,22 @@ class Choice(msgspec.Struct):
     stop_reason: int | str | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: list[dict[int, Any] | None] | None = None
-    routed_experts: Any = None
+    routed_experts: str | None = None
 
 
-class Answer(msgspec.Struct):
+class PromptTokensDetails(msgspec.Struct, gc=False):
+    """Where the server is started with `--enable-prompt-tokens-details`."""
+
+    cached_tokens: int | None = None
+
+
+class Usage(msgspec.Struct, gc=False):
+    """What of it is read."""
+
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+class Answer(msgspec.Struct, gc=False):
     """A whole answer."""
 
     choices: list[Choice]
@@ -72,7 +84,7 @@ class Answer(msgspec.Struct):
     prompt_token_ids: list[int] | None = None
     prompt_text: str | None = None
     prompt_logprobs: list[dict[int, Any] | None] | None = None
-    usage: dict[str, Any] | None = None
+    usage: Usage | None = None
     metrics: dict[str, Any] | None = None
     kv_transfer_params: dict[str, Any] | None = None
     ec_transfer_params: dict[str, Any] | None = None
@@ -109,7 +121,7 @@ class RawAnswer(Mapping[str, Any]):
         return (RawAnswer, (self._data,))
 
 
-class Decoded(msgspec.Struct):
+class Decoded(msgspec.Struct, gc=False):
     """A whole answer, and what it was decoded from."""
 
     answer: Answer

@@ -286,6 +286,8 @@ class AsyncVLLMClient:
                 if asking.done():
                     with self._named(None):
                         told = asking.result()
+                elif generation.complete:
+                    continue  # the last part tells how it ended
                 part = generation.fresh()
                 if part is not None:
                     yield call.output(0, part, body, told, chat=chat)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import re
 import threading
@@ -46,6 +47,7 @@ _LOST = (408, 429, 500, 502, 503, 504)
 _REFUSED = (429, 503)
 _TAIL_S = 0.25
 """For what follows the last token of a stream: read to its end, the connection can be used again."""
+_TORN = "the answer was cut, and can't go on where it was: see stream()"
 _MAX_ANSWER = 1 << 30
 """Bytes. All logprobs of a long answer, of a vocabulary of 150,000, have some hundred million."""
 _NOT_AN_ANSWER = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
@@ -267,7 +269,7 @@ class Exchange:
         self, here: _Here, work: Work, deadline: float | None, news: Callable[[], None] | None
     ) -> tuple[Connection, int, int, float | None]:
         losses = Losses(self.retry)
-        attempts = 0
+        attempts = answered = 0
         lost: int | None = None
         pause = 0.0
         first: float | None = None
@@ -293,6 +295,8 @@ class Exchange:
             try:
                 await self._exchange(here, connection, epoch, work, step, deadline, told, again=losses.ever)
                 lost, pause = None, 0.0
+                if work.torn:
+                    raise ServerDiedError(_TORN)
             except Lost as error:
                 if self._closed:
                     raise ServerDiedError("the client was closed under this request") from error
@@ -303,9 +307,13 @@ class Exchange:
                 if news is not None:
                     news()
                 if work.torn:
-                    raise ServerDiedError("the answer was cut, and can't go on where it was: see stream()") from error
+                    raise ServerDiedError(_TORN) from error
                 if not work.complete:
+                    if losses.lost == 0:
+                        answered = here.in_flight.answered
                     pause, lost = losses.add(error, progressed=progressed), epoch
+                    if refused and losses.too_many is not None and answered == here.in_flight.answered:
+                        here.in_flight.give_up(functools.partial(_enough, losses, error))
                     _raise_if_enough(losses, error)
                     if refused:
                         await _before(deadline, here.in_flight.give_way())
@@ -441,19 +449,15 @@ class Exchange:
         if session is None:
             raise ServerDiedError("the client was closed under this request")
         life = (connection.base_url, epoch)
-        body: bytes | None = None
         encoded: media.Encoded | None = None
         if step.body is not None:
             known: Container[str] | None = None
             if self._ledger is not None:
                 known = () if again else self._ledger.known(life)
             encoded = media.encode({"model": connection.model, **step.body}, known=known)
-            body = encoded.body
-            here.bytes_sent += len(body)
-            encoded = encoded._replace(body=b"") if self._ledger is not None and encoded.uuids else None
+            here.bytes_sent += encoded.size
         try:
-            response = await _open(session, step, body, connection)
-            body = None  # with images in it, it is what costs memory
+            response = await _open(session, step, encoded, connection)
             try:
                 if step.stream and response.status == 200 and response.content_type == "text/event-stream":
                     await _feed(response, work, news)
@@ -472,17 +476,19 @@ class Exchange:
             if self._closed:
                 raise ServerDiedError("the client was closed under this request") from error
             raise
-        if encoded is not None and self._ledger is not None:
+        if self._ledger is not None and encoded is not None and encoded.uuids:
             if response.status == 200:
                 self._ledger.learn(life, encoded.uuids)
             elif encoded.as_ids and media.is_miss(response.status, said := _message(data or b"")):
                 self._ledger.missed(life, encoded.as_ids, said)
                 return await self._send(here, connection, epoch, work, step, news, again=True)
         if data is not None:
-            take(work, response.status, data, connection)
+            take(work, response.status, data, connection, step.body)
 
 
-async def _open(session: Session, step: Step, body: bytes | None, connection: Connection) -> aiohttp.ClientResponse:
+async def _open(
+    session: Session, step: Step, body: media.Encoded | None, connection: Connection
+) -> aiohttp.ClientResponse:
     try:
         return await session.request(step.method, step.path, body)
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -521,14 +527,14 @@ async def _feed(response: aiohttp.ClientResponse, work: Work, news: Callable[[],
                 await content.readany()
 
 
-def take(work: Work, status: int, data: bytes, connection: Connection) -> None:
+def take(work: Work, status: int, data: bytes, connection: Connection, body: Mapping[str, Any] | None = None) -> None:
     """Gives an answer that is no stream to the work. Raises `Lost`, or a `RequestError` that says why it is none."""
     if status in _LOST:
         raise Lost(f"HTTP {status}: {_message(data)}", status=status)
     if status >= 400:
         if work.optional:
             return work.take_json(None)
-        raise refusal(status, _message(data), connection)
+        raise refusal(status, _message(data), connection, body)
     if status != 200:
         raise Lost(f"HTTP {status}: {data[:500]!r}", status=status)
     try:
@@ -552,14 +558,18 @@ _WANTED = re.compile(
     r"|(\d+) in the completion"
 )
 
+_FULL = "max_tokens must be at least 1, got 0"
+"""What is said of a prompt that leaves no place for a single token, whatever was asked for."""
 
-def refusal(status: int, message: str, connection: Connection) -> RequestError:
-    """The error for HTTP 4xx. The messages are those of vLLM 0.32 (`renderers/params.py`, `v1/engine`)."""
+
+def refusal(status: int, message: str, connection: Connection, body: Mapping[str, Any] | None = None) -> RequestError:
+    """The error for HTTP 4xx to a request. The messages are those of vLLM 0.32 (`renderers/params.py`, `v1/engine`)."""
+    body = body or {}
     said = f"HTTP {status}: {message}"
     if status in (401, 403):
         return AuthenticationError(said, base_url=connection.base_url, status=status)
     if status == 404 and "model" in message.lower():
-        return ModelNotFoundError(said, model=connection.model, status=status)
+        return ModelNotFoundError(said, model=str(body.get("model") or connection.model), status=status)
     if (longest := _number(_LONGEST, message)) is not None:
         prompt = None if "characters" in message else _number(_PROMPT, message)
         return ContextLengthError(
@@ -569,6 +579,9 @@ def refusal(status: int, message: str, connection: Connection) -> RequestError:
             max_tokens=_number(_WANTED, message),
             status=status,
         )
+    wanted = body.get("max_tokens", body.get("max_completion_tokens"))
+    if _FULL in message and body and wanted != 0:
+        return ContextLengthError(f"the prompt leaves no place for an answer; {said}", max_tokens=wanted, status=status)
     return BadRequestError(said, status=status)
 
 
@@ -587,11 +600,17 @@ def _message(data: bytes) -> str:
 
 
 def _raise_if_enough(losses: Losses, cause: Lost | None = None) -> None:
-    if (why := losses.too_many) is not None:
-        busy = losses.status == 429
-        error: RequestError = ServerBusyError(f"the server is busy: {why}") if busy else ServerDiedError(why)
-        error.status = losses.status
-        raise error from cause
+    if losses.too_many is not None:
+        raise _enough(losses, cause)
+
+
+def _enough(losses: Losses, cause: Lost | None) -> RequestError:
+    why = str(losses.too_many)
+    busy = losses.status == 429
+    error: RequestError = ServerBusyError(f"the server is busy: {why}") if busy else ServerDiedError(why)
+    error.status = losses.status
+    error.__cause__ = cause
+    return error
 
 
 def _raise_if_late(deadline: float | None) -> None:

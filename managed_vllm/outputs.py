@@ -166,7 +166,7 @@ class RequestOutput:
             choices = sorted(choices, key=_index)
         first = choices[0]
         prompt = body.get("prompt") if not chat else found.prompt_text
-        details = (found.usage or {}).get("prompt_tokens_details") or {}
+        details = None if found.usage is None else found.usage.prompt_tokens_details
         return cls(
             request_id=str(found.id or uuid.uuid4()),
             prompt=prompt if isinstance(prompt, str) else None,
@@ -174,7 +174,7 @@ class RequestOutput:
             outputs=[_completion(choice, logprobs or 0, chat=chat, ranked=ranked) for choice in choices],
             prompt_logprobs=_prompt_logprobs(found.prompt_logprobs or first.prompt_logprobs),
             metrics=found.metrics,
-            num_cached_tokens=details.get("cached_tokens"),
+            num_cached_tokens=None if details is None else details.cached_tokens,
             kv_transfer_params=found.kv_transfer_params,
             ec_transfer_params=found.ec_transfer_params,
             raw=whole.raw,
@@ -337,7 +337,7 @@ def _places(
         if len(values) == last and wanted > 0 and ranked:
             quick = _chat_places(content, token_ids, wanted)
             if quick is not None:
-                return quick, sum(values)
+                return quick, sum(values, 0.0)
         entries = map(_of_chat, content)
     else:
         tokens, numbers = told.tokens or [], told.token_logprobs or []
@@ -430,17 +430,9 @@ def _place(
     return found
 
 
-def _prompt_logprobs(told: Any) -> Any:
+def _prompt_logprobs(told: Any) -> list[dict[int, Logprob] | None] | None:
     """From dicts of JSON, whose keys may be texts."""
-    if told is None:
-        return None
-    return [
-        None if place is None else {int(token): _logprob(value) for token, value in place.items()} for place in told
-    ]
-
-
-def _logprob(value: Mapping[str, Any]) -> Logprob:
-    return Logprob(value["logprob"], value.get("rank"), value.get("decoded_token"))
+    return msgspec.convert(told, list[dict[int, Logprob] | None] | None, str_keys=True)
 
 
 def _plain_logprobs(logprobs: Iterable[Mapping[int, Logprob] | None] | None) -> list[Any] | None:

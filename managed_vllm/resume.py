@@ -19,7 +19,6 @@ counts: after a single token that brought text, or before text that starts with 
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Iterator, Mapping
@@ -231,11 +230,14 @@ class Events:
 
     def __init__(self) -> None:
         self._rest = b""
+        self._first = True
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The data of each event that is whole now: JSON, or `[DONE]`."""
         lines = (self._rest + data).split(b"\n")
         self._rest = lines.pop()
+        if self._first and lines:
+            self._first, lines[0] = False, lines[0].removeprefix(b"\xef\xbb\xbf")
         for line in lines:
             if line.startswith(b"data:"):
                 yield line[5:].strip()
@@ -283,6 +285,7 @@ class Generation:
         self._reasoning: list[str] = []
         self._tool_calls: dict[int, dict[str, Any]] = {}
         self._finish: tuple[str, int | str | None] | None = None
+        self._said = False
         self._certain = (0, 0)
         self._doubts = 0
         self._continued = False
@@ -338,30 +341,32 @@ class Generation:
         if self.complete or data == b"[DONE]":
             return
         try:
-            chunk = json.loads(data)
+            chunk = msgspec.json.decode(data)
             choices = chunk.get("choices")
             if choices:
                 self._feed_choice(chunk, choices[0])
             elif choices is None:
                 raise Lost(f"in mid-stream: {data[:500].decode(errors='replace')}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Lost(f"no part of an answer: {data[:200]!r}") from error
 
     def _feed_choice(self, chunk: Mapping[str, Any], choice: Mapping[str, Any]) -> None:
         if not self._head:
             self._head = {name: chunk[name] for name in ("id", "created", "model") if name in chunk}
         if self._prompt_ids is None:
-            self._prompt_ids = chunk.get("prompt_token_ids") or choice.get("prompt_token_ids")
-        tokens = choice.get("token_ids")
+            self._prompt_ids = _ids(chunk.get("prompt_token_ids") or choice.get("prompt_token_ids")) or None
+        tokens = _ids(choice.get("token_ids"))
         own = self._chat and not self._continued
         if own:
             delta = choice["delta"]
             text = delta.get("content")
+            self._said = self._said or text is not None or delta.get("refusal") is not None
             if text is None or len(delta) > 1:
                 self._feed_parsed(delta, tokens)
                 text = text or ""
         else:
             text = choice["text"]
+            self._said = True
         if not isinstance(text, str):
             raise TypeError
         if tokens:
@@ -380,7 +385,12 @@ class Generation:
         if finish == "abort":
             raise Lost("the server aborted the request")  # vLLM 0.32 says so, with HTTP 200, while it goes down
         if finish:
-            self._finish = (finish, choice.get("stop_reason"))
+            stop_reason = choice.get("stop_reason")
+            if type(finish) is not str or type(stop_reason) not in (int, str, type(None)):
+                raise TypeError
+            if not (self._said or self._ids or self._reasoning or self._tool_calls):
+                raise Lost("the answer ended before it began")
+            self._finish = (finish, stop_reason)
             self.complete = True
 
     def _feed_parsed(self, delta: Mapping[str, Any], tokens: Any) -> None:
@@ -390,14 +400,16 @@ class Generation:
         if reasoning or calls or (tokens and delta.get("content") is None):
             self.obstacle = "the server takes the answer apart (reasoning, tool calls)"
         if reasoning:
+            if not isinstance(reasoning, str):
+                raise TypeError
             self._reasoning.append(reasoning)
         for part in calls or ():
             call = self._tool_calls.setdefault(part["index"], {"type": "function", "function": {"arguments": ""}})
             function = part.get("function") or {}
-            call.update({name: part[name] for name in ("id", "type") if part.get(name)})
+            call.update({name: part[name] + "" for name in ("id", "type") if part.get(name)})
             call["function"]["arguments"] += function.get("arguments") or ""
             if function.get("name"):
-                call["function"]["name"] = function["name"]
+                call["function"]["name"] = function["name"] + ""
 
     def _feed_logprobs(self, logprobs: Any, count: int, *, own: bool) -> None:
         """Keeps one entry per token, in the form of the request's own route."""
@@ -408,6 +420,8 @@ class Generation:
         if own:
             entries = logprobs["content"]
         else:
+            if not all(type(token) is str for token in logprobs["tokens"]):
+                raise TypeError
             entries = list(zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True))
             if self._chat:
                 most = self._body.get("top_logprobs") or 0
@@ -418,7 +432,7 @@ class Generation:
 
     def take_json(self, data: bytes | None) -> None:
         """The answer to a step that was no stream; None: refused. Raises `Lost`, or `ValueError` for what is none."""
-        if data is None or self._asked != "answer":
+        if data is None or self._asked != "answer" or self._continued:
             self.take(None if data is None else _mapping(data))
         else:
             self._take_answer(decoded(data))
@@ -429,8 +443,10 @@ class Generation:
             self._take_text(None if answer is None else answer.get("prompt"))
         elif self._asked == "models":
             self._take_models(answer)
-        elif answer is None and self._continued:
-            self._again("the server refuses to go on")
+        elif self._continued:
+            if answer is not None and not answer.get("choices"):
+                raise Lost(f"the answer has no choices: {str(answer)[:500]}")
+            self._again("the server refuses to go on" if answer is None else "the server does not stream the rest")
         else:
             try:
                 found = converted(answer or {})
@@ -449,7 +465,7 @@ class Generation:
                 message = choice.message
                 if message is None:
                     raise Lost(f"a choice without its message: {str(found.raw)[:500]}")
-                if message.content is None and not choice.token_ids and choice.finish_reason is not None:
+                if message.content is None and not choice.token_ids:
                     told = message.reasoning or message.reasoning_content or message.refusal or message.tool_calls
                     if not told:
                         raise Lost(f"a message without content: {str(found.raw)[:500]}")
@@ -538,7 +554,10 @@ class Generation:
     @property
     def torn(self) -> bool:
         """Whether something that was given by `fresh` is lost: then the answer can't go on."""
-        return self._whole is None and (self._given[0] > len(self._ids) or self._given[1] > len(self._texts))
+        if self._whole is not None:
+            return False
+        ids, texts, reasoning = self._given
+        return ids > len(self._ids) or texts > len(self._texts) or reasoning > len(self._reasoning)
 
     def fresh(self) -> Mapping[str, Any] | None:
         """What has become certain since the last call, in the form of the route's answer; None: nothing.
@@ -552,7 +571,7 @@ class Generation:
         to_ids, to_texts = len(self._ids), len(self._texts)
         if not self.complete and self.obstacle is None:
             to_ids, to_texts = self._certain
-        self._given = (max(ids, to_ids), max(texts, to_texts), len(self._reasoning))
+        self._given = (max(ids, to_ids), max(texts, to_texts), max(reasoning, len(self._reasoning)))
         if not self.complete and self._given == (ids, texts, reasoning):
             return None
         logprobs = self._logprobs[ids:to_ids] if self._with_logprobs else None
@@ -613,6 +632,15 @@ def _mapping(data: bytes) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise ValueError("not an object")
     return answer
+
+
+def _ids(given: Any) -> list[int]:
+    """Token ids, if they are: numbers, and not True. Raises `TypeError`."""
+    if not given:
+        return []
+    if type(given) is not list or set(map(type, given)) != {int}:
+        raise TypeError
+    return given
 
 
 def _chat_logprob(token: str, logprob: float, top: Mapping[str, float] | None, most: int) -> dict[str, Any]:

@@ -49,8 +49,8 @@ _MAX_LOGPROB_TOKEN_IDS = 128
 _GREEDY_BELOW = 1e-5
 
 _OF_THE_SERVER = (
-    "vLLM does not read it in a request (0.32): start the server with structured_outputs_config={{'backend': {!r}, {!r}: "
-    "True}}"
+    "vLLM does not read it in a request (0.32): start the server with "
+    "structured_outputs_config={{'backend': {!r}, {!r}: True}}"
 )
 REFUSED_IN_STRUCTURED_OUTPUTS: Mapping[str, str] = {
     "disable_any_whitespace": _OF_THE_SERVER.format("xgrammar", "disable_any_whitespace"),
@@ -212,14 +212,14 @@ class SamplingParams:
 
     def __new__(cls, **given: Any) -> SamplingParams:
         """Only to name what is misspelt or can't be passed on."""
-        _check_names(given, [field.name for field in fields(cls)], REFUSED, "there is no sampling parameter")
+        if not given.keys() <= _NAMES:
+            _check_names(given, sorted(_NAMES), REFUSED, "there is no sampling parameter")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, check(name, value))
+        for name, value in vars(self).items():
+            if value is not None and name in _CHECKS:
+                object.__setattr__(self, name, _CHECKS[name](name, value))
         if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _bad("min_tokens", f"must be at most max_tokens={self.max_tokens}, not {self.min_tokens}")
         if self.temperature is not None and self.temperature < _GREEDY_BELOW and (self.n or 1) > 1:
@@ -255,8 +255,7 @@ class SamplingParams:
         A chat's `top_logprobs` counts the sampled token as one of the candidates (vLLM 0.32), so one more is asked for,
         up to the 20 that a server gives by default.
         """
-        request = {field.name: getattr(self, field.name) for field in fields(self)}
-        request = {name: value for name, value in request.items() if value is not None}
+        request = {name: value for name, value in vars(self).items() if value is not None}
         if "logprob_token_ids" in request:
             request.setdefault("logprobs", 0)  # the routes want it; what it says does not count then
         if chat and "logprobs" in request:
@@ -281,6 +280,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """For messages: " (did you mean 'a' or 'b'?)", or nothing."""
     found = get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
+
+
+_NAMES = frozenset(field.name for field in fields(SamplingParams))
 
 
 def _check_names(given: Iterable[str], known: Sequence[str], refused: Mapping[str, str], what: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import socket
 import threading
 import urllib.request
@@ -22,10 +23,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from managed_vllm.config import is_loopback
 from managed_vllm.control import Connection
+from managed_vllm.media import Encoded
 
 CONNECT_S = 10.0
 """For connecting, at most; the caller's deadline may be sooner."""
@@ -131,19 +134,23 @@ class Session:
     def closed(self) -> bool:
         return self._session.closed
 
-    async def request(self, method: str, path: str, body: bytes | None) -> aiohttp.ClientResponse:
+    async def request(self, method: str, path: str, body: Encoded | None) -> aiohttp.ClientResponse:
         """Sends a request; returns when the head of the answer is there. The caller releases or closes it."""
         url = self._paths.get(path)
         if url is None:
             url = self._paths[path] = URL(self._root + path, encoded=True)
-        data = _Pieces(body) if body is not None and len(body) > _PIECE else body
+        data: Any = None
+        if body is not None:
+            only = body.parts[0] if len(body.parts) == 1 else None
+            data = only if isinstance(only, bytes) and len(only) <= _PIECE else _Pieces(body)
+            del body, only
         return await self._session.request(method, url, data=data, allow_redirects=False)
 
     async def open(
         self, method: str, path: str, headers: list[tuple[str, str]], body: bytes | None
     ) -> aiohttp.ClientResponse:
         """As `request`, with the whole path and headers of the caller's, who decodes what was compressed."""
-        data = _Pieces(body) if body is not None and len(body) > _PIECE else body
+        data = _Pieces(Encoded((body,))) if body is not None and len(body) > _PIECE else body
         url = self._origin.join(URL(path, encoded=True))
         return await self._session.request(
             method, url, data=data, headers=headers, allow_redirects=False, auto_decompress=False
@@ -188,11 +195,25 @@ class Session:
                 copied.close()
 
 
+class _Handler(ResponseHandler):
+    """Tells who reads a body that its rest is no HTTP: a bad chunk makes him wait for ever (aiohttp 3.14)."""
+
+    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+        super().set_exception(exc, *cause)
+        payload = self._payload
+        if payload is not None and not payload.is_eof() and payload.exception() is None:
+            payload.set_exception(aiohttp.ClientPayloadError(f"{type(exc).__name__}: {exc}"), *cause)
+
+
 class _Clean:
     """Takes no connection again on which something came that nobody had asked for: it would be the next answer.
 
     (aiohttp 3.14 looks when a connection becomes idle, but not when it is taken again.)
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._factory: Any = functools.partial(_Handler, loop=asyncio.get_running_loop())
 
     async def _get(self, *args: Any) -> Any:
         while (connection := await super()._get(*args)) is not None:  # type: ignore[misc]
@@ -223,24 +244,25 @@ def _at_exit() -> None:
 
 
 class _Pieces(aiohttp.payload.Payload):
-    """A large body: written in pieces, so that the loop goes on meanwhile, and forgotten once it is written."""
+    """A large body: made and written in pieces, so that the loop goes on meanwhile, and forgotten once it is written."""
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: Encoded) -> None:
         super().__init__(None, content_type="application/json")
-        self._size = len(body)
-        self._body: bytes | None = body
+        self._size = body.size
+        self._body: Encoded | None = body
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        return (self._body or b"").decode(encoding, errors)
+        return "" if self._body is None else self._body.body.decode(encoding, errors)
 
     async def write(self, writer: Any) -> None:
         body, self._body = self._body, None
         self._consumed = True
         if body is None:
             raise aiohttp.ClientPayloadError("a body is sent once only")
-        view = memoryview(body)
-        for start in range(0, len(view), _PIECE):
-            await writer.write(view[start : start + _PIECE])
+        for piece in body.pieces():
+            view = memoryview(piece)
+            for start in range(0, len(view), _PIECE):
+                await writer.write(view[start : start + _PIECE])
 
 
 def _socket(address: Any) -> socket.socket:

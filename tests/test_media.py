@@ -316,6 +316,7 @@ def test_a_body_is_what_json_makes_of_its_fields(known: Any) -> None:
     body = body_of(ImagePart(IMAGE), ImagePart(other, "mine", "high"), ImagePart(IMAGE))
     encoded = encode(body, known=known)
     assert json.loads(encoded.body) == as_json(body, known)
+    assert encoded.size == len(encoded.body)
     given = [] if known is None else [IMAGE.uuid, "mine", IMAGE.uuid]
     assert list(encoded.as_ids) == [uuid for uuid in given if uuid in (known or ())]
     assert list(encoded.with_data) == [uuid for uuid in given if uuid not in (known or ())]
@@ -343,7 +344,7 @@ def test_a_body_without_images_is_plain_json() -> None:
         "empty": [],
         "prompt": [1, 2, 3],
     }
-    assert encode(body) == Encoded(encode(body).body, (), ())
+    assert encode(body) == Encoded((encode(body).body,), (), ())
     expected = {**body, "tools": [{"type": "function"}, {"x": [None, True, 2**70]}], "logit_bias": {"5": -1.5}}
     assert json.loads(encode(body).body) == json.loads(json.dumps(expected))
 
@@ -488,16 +489,16 @@ def episodes(conversations: int, steps: int, *, others: int = 0, flushed_at: int
     misses = images = as_ids = 0
     for turn in range(conversations * steps):
         shown = 745 if turn == flushed_at else others
-        server.answers(Encoded(b"", tuple(f"of another {turn} {number}" for number in range(shown))))
+        server.answers(Encoded((), tuple(f"of another {turn} {number}" for number in range(shown))))
         mine = rng.randrange(conversations)
         at[mine] += 1
         uuids = [f"{mine}-{step}" for step in range(max(0, at[mine] - 5), at[mine])]
         known = ledger.known("life")
-        sent = Encoded(b"", tuple(u for u in uuids if u not in known), tuple(u for u in uuids if u in known))
+        sent = Encoded((), tuple(u for u in uuids if u not in known), tuple(u for u in uuids if u in known))
         if not server.answers(sent):
             misses += 1
             ledger.missed("life", sent.as_ids, EVICTED)
-            sent = Encoded(b"", tuple(uuids))
+            sent = Encoded((), tuple(uuids))
             assert server.answers(sent)
         ledger.learn("life", sent.uuids)
         images, as_ids = images + len(uuids), as_ids + len(sent.as_ids)

@@ -16,7 +16,7 @@ from managed_vllm import SamplingParams
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
 from managed_vllm.request_fields import BOTH_ROUTES, CHAT_ONLY, COMPLETIONS_ONLY, REFUSED, Common, checked, known
 from managed_vllm.sampling import REFUSED as REFUSED_PARAMETERS
-from managed_vllm.sampling import StructuredOutputsParams
+from managed_vllm.sampling import REFUSED_IN_STRUCTURED_OUTPUTS, StructuredOutputsParams
 
 FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
 
@@ -56,7 +56,6 @@ WRONG: list[tuple[str, Any]] = [
     *(("structured_outputs", {"json": value}) for value in ("{", "[]", 5)),
     ("structured_outputs", {"json_object": False}),
     ("structured_outputs", {"structural_tag": ""}),
-    ("structured_outputs", {"disable_any_whitespace": True}),
 ]
 
 
@@ -196,7 +195,7 @@ class Schema:
         ({"regex": "a+"}, {"regex": "a+"}),
         ({"choice": ["a", "b"]}, {"choice": ("a", "b")}),
         ({"grammar": "root ::= 'a'"}, {"grammar": "root ::= 'a'"}),
-        ({"json_object": True, "disable_any_whitespace": True}, {"json_object": True, "disable_any_whitespace": True}),
+        ({"json_object": True, "disable_any_whitespace": False}, {"json_object": True}),
         ({"structural_tag": {"type": "structural_tag"}}, {"structural_tag": '{"type": "structural_tag"}'}),
         (StructuredOutputsParams(regex="b"), {"regex": "b"}),
     ],
@@ -208,6 +207,13 @@ def test_structured_outputs_of_each_kind(given_: Any, sent: dict[str, Any]) -> N
 def test_a_misspelt_structured_output_dies() -> None:
     with pytest.raises(UnsupportedParameterError, match="did you mean 'regex'"):
         SamplingParams(structured_outputs={"regexp": "a"})
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_IN_STRUCTURED_OUTPUTS))
+def test_what_the_server_alone_decides_of_structured_outputs_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedParameterError, match="vLLM does not read it") as caught:
+        SamplingParams(structured_outputs={"json": {}, name: True})
+    assert caught.value.field == name
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -270,7 +276,7 @@ def test_refused_fields_are_in_no_other_table(name: str) -> None:
 
 
 def test_what_asks_for_nothing_is_taken() -> None:
-    assert checked({"use_tqdm": False, "lora_request": None, "stream": False}, chat=True) == {}
+    assert checked({"use_beam_search": False, "lora_request": None, "stream": False}, chat=True) == {}
 
 
 def test_token_ids_cannot_be_switched_off() -> None:
@@ -337,7 +343,8 @@ def test_real_every_parameter_of_vllms_class_is_taken_or_refused() -> None:
     assert theirs <= FIELDS | set(REFUSED_PARAMETERS)
     assert {"truncate_prompt_tokens", "truncation_side"} == FIELDS - theirs
     structured = {name for name in vllm.StructuredOutputsParams.__dataclass_fields__ if not name.startswith("_")}
-    assert structured == {field.name for field in dataclasses.fields(StructuredOutputsParams)}
+    ours = {field.name for field in dataclasses.fields(StructuredOutputsParams)}
+    assert structured == ours | set(REFUSED_IN_STRUCTURED_OUTPUTS)
     assert FIELDS & set(REFUSED_PARAMETERS) == set()
 
 
@@ -368,7 +375,7 @@ def test_real_a_vllm_sampling_params_says_what_it_means() -> None:
     }
     theirs = vllm.SamplingParams(
         **{"n": 2, "stop": "a", "bad_words": ["b"], "logprobs": 2, "prompt_logprobs": 1, "seed": 3, "min_tokens": 2},
-        structured_outputs=vllm.StructuredOutputsParams(choice=["a", "b"], disable_any_whitespace=True),
+        structured_outputs=vllm.StructuredOutputsParams(choice=["a", "b"]),
         repetition_detection=vllm.RepetitionDetectionParams(max_pattern_size=2, min_count=2),
         output_kind=vllm.RequestOutputKind.FINAL_ONLY,
         logit_bias={1: 2.0},
@@ -377,10 +384,13 @@ def test_real_a_vllm_sampling_params_says_what_it_means() -> None:
     expected = {
         **{"n": 2, "stop": ("a",), "bad_words": ("b",), "logprobs": 2, "prompt_logprobs": 1, "seed": 3},
         **{"min_tokens": 2, "logit_bias": {"1": 2.0}},
-        "structured_outputs": {"choice": ("a", "b"), "disable_any_whitespace": True},
+        "structured_outputs": {"choice": ("a", "b")},
         "repetition_detection": {"max_pattern_size": 2, "min_pattern_size": 0, "min_count": 2},
     }
     assert {name: request.get(name) for name in expected} == expected
+    compact = vllm.StructuredOutputsParams(json={}, disable_any_whitespace=True)
+    with pytest.raises(UnsupportedParameterError, match="structured_outputs_config="):
+        SamplingParams.of(vllm.SamplingParams(structured_outputs=compact))
     for name, value in (("detokenize", False), ("flat_logprobs", True), ("prompt_logprob_token_ids", [[1]])):
         with pytest.raises(UnsupportedParameterError, match=name):
             SamplingParams.of(vllm.SamplingParams(**{name: value}))
