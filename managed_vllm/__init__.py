@@ -20,6 +20,7 @@ _HOME_OF = {
     "ManagedVLLM": "managed_vllm.session",
     "AsyncVLLMClient": "managed_vllm.client",
     "VLLMClient": "managed_vllm.client",
+    "VLLMClientWrapper": "managed_vllm.client",
     "Image": "managed_vllm.media",
     "SamplingParams": "managed_vllm.sampling",
     "StructuredOutputsParams": "managed_vllm.sampling",
@@ -39,6 +40,7 @@ __all__ = [*sorted(_HOME_OF), "__version__"]
 if TYPE_CHECKING:
     from managed_vllm.client import AsyncVLLMClient as AsyncVLLMClient
     from managed_vllm.client import VLLMClient as VLLMClient
+    from managed_vllm.client import VLLMClientWrapper as VLLMClientWrapper
     from managed_vllm.config import HangPolicy as HangPolicy
     from managed_vllm.config import RestartPolicy as RestartPolicy
     from managed_vllm.control import ServerState as ServerState

@@ -244,7 +244,7 @@ def _at_exit() -> None:
 
 
 class _Pieces(aiohttp.payload.Payload):
-    """A large body: made and written in pieces, so that the loop goes on meanwhile, and forgotten once it is written."""
+    """A large body: made and written in pieces, so that the loop goes on meanwhile, and forgotten once written."""
 
     def __init__(self, body: Encoded) -> None:
         super().__init__(None, content_type="application/json")

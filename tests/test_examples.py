@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -56,6 +57,16 @@ def server_url() -> Iterator[str]:
         process.wait()
 
 
+NEEDS = {"06_inspect_ai.py": "inspect_ai"}
+"""What an example uses beside this library, where that is no dependency."""
+
+
+def _skip_without_third_party(example: str) -> None:
+    needed = NEEDS.get(example)
+    if needed is not None and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{example} needs {needed}, which is not installed (and no dependency)")
+
+
 def _run(example: str, environment: Mapping[str, str], timeout_s: float = 120) -> str:
     run = subprocess.run(
         [sys.executable, EXAMPLES / example], env=environment, capture_output=True, text=True, timeout=timeout_s
@@ -102,6 +113,18 @@ def real_demo() -> Iterator[dict[str, str]]:
             end_everything(home)
 
 
+def test_an_evaluation_by_inspect_ai(server_url: str, tmp_path: Path) -> None:
+    _skip_without_third_party("06_inspect_ai.py")
+    said = _run("06_inspect_ai.py", _environment(VLLM_SERVER_URL=server_url, MANAGED_VLLM_HOME=str(tmp_path)))
+    assert "accuracy: 0.00 of 20 screens" in said  # an echo does not click
+
+
+@pytest.mark.parametrize("example", sorted(NEEDS))
+def test_an_example_with_a_third_party_says_how_to_install_it(example: str) -> None:
+    text = (EXAMPLES / example).read_text(encoding="utf-8")
+    assert f"pip install {NEEDS[example].replace('_', '-')}" in text
+
+
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -112,6 +135,8 @@ def test_with_the_real_model(real_demo: dict[str, str], example: str) -> None:
     assert said.strip()
     if example.startswith(("01", "03")):
         assert "click(start_box='(" in said
+    if example.startswith("06"):
+        assert "accuracy: 1.00" in said or "accuracy: 0.9" in said
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from managed_vllm import request_fields, sampling
 from managed_vllm.client import VLLMClient
-from managed_vllm.sampling import SamplingParams
+from managed_vllm.sampling import SamplingParams, StructuredOutputsParams
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "parameters.md"
 
@@ -43,6 +43,11 @@ SAMPLING = (
     *("thinking_token_budget", "repetition_detection", "routed_experts_prompt_start", "trace_decode_token_ids"),
 )
 """Public fields of `vllm.SamplingParams` (0.32)."""
+STRUCTURED = (
+    *("json", "regex", "choice", "grammar", "json_object", "structural_tag"),
+    *("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"),
+)
+"""Public fields of vLLM's `StructuredOutputsParams` (0.32)."""
 
 NOTES = {
     "extra_args": "`vllm_xargs`: texts, numbers, lists of them; `kv_transfer_params` and `ec_transfer_params` in it "
@@ -54,8 +59,7 @@ NOTES = {
     "n": "`n`; 1 if greedy, as in vLLM",
     "stop": "`stop`; vLLM's server takes four at most (`VLLM_MAX_STOP_STRINGS`)",
     "stream_interval": "`stream_interval`; means something only where a generation is streamed for resuming",
-    "structured_outputs": "`structured_outputs`: `json` (dict, text, pydantic model class), `regex`, `choice`, "
-    "`grammar`, `json_object`, `structural_tag`",
+    "structured_outputs": "`structured_outputs`, see below; a pydantic model class is its `json`",
     "truncate_prompt_tokens": "`truncate_prompt_tokens` (no field of vLLM's class)",
     "truncation_side": "`truncation_side` (no field of vLLM's class)",
     "priority": "request field; one for all, or a list with one each",
@@ -92,6 +96,17 @@ def parameters() -> str:
     return _table(("Sampling parameter", "Here", "Request field, or why not"), rows)
 
 
+def structured() -> str:
+    """One row per field of `structured_outputs`."""
+    notes = {"json": "a dict, a text or a pydantic model class", "structural_tag": "a dict or a text"}
+    taken = [field.name for field in fields(StructuredOutputsParams)]
+    rows = [(f"`{name}`", "supported", notes.get(name, "")) for name in taken]
+    rows += [(f"`{name}`", "refused", why) for name, why in sampling.REFUSED_IN_STRUCTURED_OUTPUTS.items()]
+    if missing := set(STRUCTURED) - set(taken) - set(sampling.REFUSED_IN_STRUCTURED_OUTPUTS):
+        raise ValueError(f"what becomes of {sorted(missing)} of vLLM's StructuredOutputsParams?")
+    return _table(("Field", "Here", "As, or why not"), rows)
+
+
 def known_fields() -> str:
     """The request fields by route, and those that are not passed on."""
     own = {field.name for field in fields(SamplingParams)}
@@ -114,6 +129,7 @@ def updated(page: str) -> str:
         "generate": call(GENERATE, chat=False),
         "chat": call(CHAT, chat=True),
         "sampling": parameters(),
+        "structured": structured(),
         "fields": known_fields(),
     }
     for name, text in parts.items():
