@@ -36,8 +36,18 @@ def test_real_every_public_parameter_of_vllm_is_in_the_tables() -> None:
         assert {name for name in inspect.signature(method).parameters if name != "self"} == set(listed)
     public = {name for name in vllm.SamplingParams.__struct_fields__ if not name.startswith("_")}
     assert public == set(tool.SAMPLING)
+    structured = {name for name in vllm.sampling_params.StructuredOutputsParams.__dataclass_fields__ if name[0] != "_"}
+    assert structured == set(tool.STRUCTURED)
     page = tool.PAGE.read_text(encoding="utf-8")
-    assert [name for name in (*tool.GENERATE, *tool.CHAT, *tool.SAMPLING) if f"| `{name}` |" not in page] == []
+    sections = {
+        "generate": tool.GENERATE,
+        "chat": tool.CHAT,
+        "sampling": tool.SAMPLING,
+        "structured": tool.STRUCTURED,
+    }
+    for section, names in sections.items():
+        table = page.partition(f"<!-- generated: {section} -->")[2].partition("<!-- end:")[0]
+        assert [name for name in names if f"| `{name}` |" not in table] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
