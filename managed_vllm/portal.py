@@ -30,10 +30,17 @@ def loop() -> asyncio.AbstractEventLoop:
             made = asyncio.new_event_loop()
             running = threading.Event()
             made.call_soon(running.set)
-            threading.Thread(target=made.run_forever, name="managed-vllm-io", daemon=True).start()
+            threading.Thread(target=_run_forever, args=(made,), name="managed-vllm-io", daemon=True).start()
             running.wait()
             _loop = made
         return _loop
+
+
+def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
+    """A task that raises SystemExit or KeyboardInterrupt ends asyncio's loop; who waits for it is told by the next."""
+    while True:
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            loop.run_forever()
 
 
 def run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -43,9 +50,8 @@ def run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     2 s at most. Raises `RuntimeError` within the loop itself, which would wait for itself.
     """
     where = loop()
-    with contextlib.suppress(RuntimeError):
-        if asyncio.get_running_loop() is where:
-            raise AssertionError("a synchronous call from within the loop that is to carry it out")
+    if _is_running(where):
+        raise RuntimeError("a synchronous call from within the loop that is to carry it out; await the asynchronous one")
     future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(make(), where)
     try:
         return future.result()
@@ -66,11 +72,18 @@ def end(where: asyncio.AbstractEventLoop, make: Callable[[], Coroutine[Any, Any,
     """
     if where is not _loop or sys.is_finalizing():
         return
-    with contextlib.suppress(RuntimeError):
-        if asyncio.get_running_loop() is where:
-            asyncio.run_coroutine_threadsafe(make(), where)
-            return
-    run(make)
+    if _is_running(where):
+        asyncio.run_coroutine_threadsafe(make(), where)
+    else:
+        run(make)
+
+
+def _is_running(where: asyncio.AbstractEventLoop) -> bool:
+    """Whether this is the loop that runs this very code."""
+    try:
+        return asyncio.get_running_loop() is where
+    except RuntimeError:
+        return False
 
 
 def _settle(where: asyncio.AbstractEventLoop) -> None:
