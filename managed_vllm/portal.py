@@ -51,7 +51,9 @@ def run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """
     where = loop()
     if _is_running(where):
-        raise RuntimeError("a synchronous call from within the loop that is to carry it out; await the asynchronous one")
+        raise RuntimeError(
+            "a synchronous call from within the loop that is to carry it out; await the asynchronous one"
+        )
     future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(make(), where)
     try:
         return future.result()
