@@ -27,7 +27,7 @@ from managed_vllm import ManagedVLLM, RequestOutput, RestartPolicy, ServerState,
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
 IN_FLIGHT = 64
-PARAMS = {"temperature": 0, "max_tokens": 600, "ignore_eos": True}
+PARAMS = {"temperature": 0, "max_tokens": 1200, "ignore_eos": True}
 POLICY = RestartPolicy(max_restarts=20, backoff_initial_s=0.1, backoff_factor=1.0)
 PROMPTS = [demo.random_screen(random.Random(number)).prompt() for number in range(IN_FLIGHT)]
 
@@ -124,7 +124,7 @@ def test_a_process_killed_under_64_requests_loses_none_of_them(load: Load, name:
     old, epoch = tree(llm), llm.status().epoch
     everything = tree_below(old["APIServer"].pid)
     generation = Generation(load)
-    eventually(lambda: in_flight(llm) == IN_FLIGHT, f"{IN_FLIGHT} requests in flight")
+    eventually(lambda: in_flight(llm) == IN_FLIGHT, f"{IN_FLIGHT} requests in flight", 60)
     killed_at = time.monotonic()
     old[name].kill()
     eventually(lambda: not any(is_live(process) for process in everything), "the old server is gone", 15)
@@ -179,7 +179,7 @@ def test_the_supervisor_killed_under_load_is_replaced_by_exactly_one(load: Load)
         for number, lines in enumerate(say):
             print(json.dumps([PROMPTS[number::CLIENTS], PARAMS]), file=lines, flush=True)
         # Not all: a client that began earlier may have its first answers before the last one has sent its prompts.
-        eventually(lambda: in_flight(llm) > IN_FLIGHT // 2, "every client has requests in flight")
+        eventually(lambda: in_flight(llm) > IN_FLIGHT // 2, "every client has requests in flight", 60)
         killed_at = time.monotonic()
         os.kill(supervisor.pid, signal.SIGKILL)
         eventually(lambda: not any(is_live(process) for process in everything), "the old server fell", 10)

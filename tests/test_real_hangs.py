@@ -101,7 +101,7 @@ def test_a_frozen_process_is_found_within_the_limit_and_no_request_is_lost(
     stacks = Path(str(status.diagnosis.facts["stacks"])).read_text()
     assert all(f"pid {process.pid} " in stacks for process in processes.values())
     asking.join(300)
-    assert answers == [[tuple(ids) for ids in expected]]
+    assert answers == [expected]
     print(f"frozen | {victim} | all answered after {time.monotonic() - stopped_at:.1f} s")
     assert llm.status().epoch == epoch + 1
     assert not any(is_live(process) for process in processes.values())

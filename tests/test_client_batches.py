@@ -1,0 +1,836 @@
+"""Many requests in one call: in order, side by side, bounded, and each with an answer or an error of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import pickle
+import re
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from processes import eventually
+from test_client_retries import ANSWER, QUICK, Act, Script, client_of, http, says
+
+from managed_vllm import AsyncVLLMClient, RetryPolicy, VLLMClient
+from managed_vllm.control import Connection
+from managed_vllm.errors import (
+    AuthenticationError,
+    BadRequestError,
+    ContextLengthError,
+    ModelNotFoundError,
+    RequestError,
+    ServerBusyError,
+    ServerDiedError,
+)
+from managed_vllm.exchange import refusal
+from managed_vllm.in_flight import FIRST, InFlight
+from managed_vllm.outputs import RequestOutput
+
+SHORT = {"max_tokens": 4}
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+class Echo(Script):
+    """Answers each prompt with itself; what a prompt begins with may make it late, wrong, or lost."""
+
+    def __init__(self) -> None:
+        super().__init__(self._act)
+        self.now = 0
+        self.most = 0
+        self._count = threading.Lock()
+
+    def _act(self, client: socket.socket) -> None:
+        with self._count:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        prompt = self._prompts.pop(threading.get_ident())
+        text = str(prompt)
+        if text.startswith("late"):
+            time.sleep(0.02 * (len(text) % 7))
+        with self._count:
+            self.now -= 1
+        if text.startswith("wrong"):
+            says({"error": {"message": f"no {text}"}}, 400)(client)
+        elif text.startswith("lost"):
+            says({"error": {"message": "x"}}, 500)(client)
+        else:
+            choice = {"index": 0, "text": f"<{text}>", "token_ids": [7], "finish_reason": "stop"}
+            says({"id": "1", "choices": [choice], "prompt_token_ids": [1, 2, 3]})(client)
+
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client, client.makefile("rb") as file:
+            while file.readline():
+                size = 0
+                while (header := file.readline()) not in (b"\r\n", b""):
+                    if found := re.match(rb"content-length: (\d+)", header, re.IGNORECASE):
+                        size = int(found[1])
+                body = json.loads(file.read(size) or b"null")
+                self.requests.append(("", body))
+                self._prompts[threading.get_ident()] = body["prompt"]
+                self._act(client)
+
+    _prompts: dict[int, Any] = {}  # noqa: RUF012
+
+
+@pytest.fixture
+def echo() -> Iterator[Echo]:
+    server = Echo()
+    yield server
+    server.close()
+
+
+@contextlib.contextmanager
+def serving(*acts: Act) -> Iterator[Script]:
+    server = Script(*acts)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def texts(outputs: list[RequestOutput]) -> list[str]:
+    return [one.outputs[0].text for one in outputs]
+
+
+# -- what comes back ---------------------------------------------------------------------------------------------------
+
+
+def test_outputs_come_in_input_order(echo: Echo) -> None:
+    prompts = [f"late {'x' * (number % 11)} {number}" for number in range(100)]
+    with client_of(echo) as client:
+        assert texts(client.generate(prompts, SHORT)) == [f"<{prompt}>" for prompt in prompts]
+
+
+def test_one_failure_does_not_sink_the_rest(echo: Echo) -> None:
+    with client_of(echo) as client:
+        found = client.generate(["a", "wrong 1", "b", "lost", "wrong 2", "c"], SHORT, return_exceptions=True)
+    assert [found[i].outputs[0].text for i in (0, 2, 5)] == ["<a>", "<b>", "<c>"]
+    assert isinstance(found[1], BadRequestError)
+    assert isinstance(found[3], ServerDiedError)
+    assert "no wrong 2" in str(found[4])
+    assert [found[i].index for i in (1, 3, 4)] == [1, 3, 4]
+    assert all(one.results is None for one in found if isinstance(one, RequestError))
+
+
+def test_the_first_error_in_input_order_is_raised_with_all_results(echo: Echo) -> None:
+    with client_of(echo) as client, pytest.raises(ServerDiedError) as caught:
+        client.generate(["a", "lost", "wrong", "b"], SHORT)
+    error = caught.value
+    assert error.index == 1
+    assert error.results is not None
+    assert [type(one).__name__ for one in error.results] == [
+        *("RequestOutput", "ServerDiedError", "BadRequestError", "RequestOutput")
+    ]
+    assert error.results[1] is error
+
+
+def test_an_error_with_its_results_crosses_processes(echo: Echo) -> None:
+    with client_of(echo) as client, pytest.raises(BadRequestError) as caught:
+        client.generate(["a", "wrong"], SHORT)
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert isinstance(error, BadRequestError)
+    assert str(error) == str(caught.value)
+    assert (error.index, error.status) == (1, 400)
+    assert error.results is not None
+    assert error.results[0].outputs[0].text == "<a>"
+    assert error.results[1] is error
+
+
+def test_the_error_of_a_single_request_has_neither_index_nor_results(echo: Echo) -> None:
+    with client_of(echo) as client, pytest.raises(BadRequestError) as caught:
+        client.generate("wrong", SHORT)
+    assert (caught.value.index, caught.value.results) == (None, None)
+
+
+def test_nothing_asked_is_nothing_answered(echo: Echo) -> None:
+    with client_of(echo) as client:
+        assert client.generate([], SHORT) == []
+        assert client.generate(iter(()), SHORT) == []
+        assert client.chat([], SHORT, use_tqdm=True) == []
+        assert client.generate([], []) == []
+        assert client.embed([]) == []
+        assert client.score([], []) == []
+    assert echo.requests == []
+
+
+PROMPTS: dict[str, tuple[Callable[[], Any], list[Any]]] = {
+    "generator": (lambda: (f"p{i}" for i in range(3)), ["p0", "p1", "p2"]),
+    "tuple": (lambda: ("a", "b"), ["a", "b"]),
+    "token ids": (lambda: [1, 2, 3], [[1, 2, 3]]),
+    "tuple of token ids": (lambda: (1, 2), [[1, 2]]),
+    "several": (lambda: [[1, 2], (3,), "x", {"prompt": "y"}], [[1, 2], [3], "x", "y"]),
+    "array of token ids": (lambda: np.array([1, 2, 3]), [[1, 2, 3]]),
+    "array of int32": (lambda: np.array([[1, 2], [3, 4]], dtype=np.int32), [[1, 2], [3, 4]]),
+    "arrays": (lambda: [np.array([1]), np.array([2, 3])], [[1], [2, 3]]),
+    "array of texts": (lambda: np.array(["a", "b"]), ["a", "b"]),
+    "array in a dict": (lambda: {"prompt_token_ids": np.array([5, 6])}, [[5, 6]]),
+    "keys": (lambda: {"a": 1, "b": 2}.keys(), ["a", "b"]),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_may_come_in_many_shapes(echo: Echo, kind: str) -> None:
+    make, expected = PROMPTS[kind]
+    with client_of(echo, max_in_flight=1) as client:
+        found = texts(client.generate(make(), SHORT))
+    assert found == [f"<{prompt}>" for prompt in expected]
+    assert [body["prompt"] for _, body in echo.requests] == expected
+
+
+@pytest.mark.parametrize("prompt", [[1, "a"], [1.5], [[1], 2.5], 5, None, b"x", [True, 1], ["a", None], [["a"]]])
+def test_what_is_no_prompt_is_refused(echo: Echo, prompt: Any) -> None:
+    with client_of(echo) as client, pytest.raises(BadRequestError):
+        client.generate(prompt, SHORT)
+
+
+def test_each_prompt_may_have_parameters_of_its_own(echo: Echo) -> None:
+    with client_of(echo, max_in_flight=1) as client:
+        client.generate(["a", "b"], [{"max_tokens": 1}, {"max_tokens": 2}])
+        with pytest.raises(BadRequestError, match="2 prompts but 1 sampling parameters"):
+            client.generate(["a", "b"], [{"max_tokens": 1}])
+    assert [body["max_tokens"] for _, body in echo.requests] == [1, 2]
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_progress_bar_is_shown_on_request(echo: Echo, capfd: pytest.CaptureFixture[str]) -> None:
+    with client_of(echo) as client:
+        client.generate(["a", "b"], SHORT)
+        assert capfd.readouterr().err == ""
+        client.generate(["a", "b", "wrong"], SHORT, use_tqdm=True, return_exceptions=True)
+    shown = capfd.readouterr().err
+    assert "Processed prompts" in shown
+    assert "3/3" in shown
+
+
+def test_the_progress_bar_may_be_of_ones_own_making(echo: Echo) -> None:
+    from tqdm import tqdm
+
+    made: list[Any] = []
+    file = io.StringIO()
+
+    def make(**options: Any) -> Any:
+        made.append(tqdm(**options, file=file))
+        return made[-1]
+
+    with client_of(echo) as client:
+        client.generate([f"{i}" for i in range(7)], SHORT, make)
+    assert (made[0].total, made[0].n) == (7, 7)
+    assert made[0].disable  # closed
+    assert "7/7" in file.getvalue()
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
+def test_a_progress_bar_that_fails_ends_the_call_and_not_the_client(echo: Echo, error: type[BaseException]) -> None:
+    class Broken:
+        def __init__(self, **options: Any) -> None:
+            pass
+
+        def update(self, count: int) -> None:
+            raise error
+
+        def close(self) -> None:
+            pass
+
+    with client_of(echo) as client:
+        with pytest.raises(error):
+            client.generate(["a", "b", "c"], SHORT, Broken)
+        assert texts(client.generate(["a"], SHORT)) == ["<a>"]
+
+
+# -- how many at once --------------------------------------------------------------------------------------------------
+
+
+def test_no_more_are_in_flight_than_allowed(echo: Echo) -> None:
+    prompts = [f"late {'x' * (number % 7)}" for number in range(60)]
+    with client_of(echo, max_in_flight=5) as client:
+        threads = [threading.Thread(target=client.generate, args=(prompts, SHORT)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    assert len(echo.requests) == 120
+    assert 2 <= echo.most <= 5
+    assert echo.connections <= 5
+
+
+def busy(capacity: int, seconds: float, status: int = 429) -> Act:
+    """Works on so many at once, and refuses others."""
+    free = threading.Semaphore(capacity)
+
+    def act(client: socket.socket) -> None:
+        if not free.acquire(blocking=False):
+            return says({"error": {"message": "too many"}}, status)(client)
+        try:
+            time.sleep(seconds)
+        finally:
+            free.release()
+        says(ANSWER)(client)
+
+    return act
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_who_is_refused_waits_and_is_answered(status: int) -> None:
+    """The server works on four at once; all of them take three times as long as one request would try on its own."""
+    policy = RetryPolicy(max_lost=10, backoff_initial_s=0.01, backoff_max_s=0.1)
+    with serving(busy(4, 0.05, status)) as server, client_of(server, policy) as client:
+        outputs = client.generate(["x"] * 120, SHORT)
+    assert texts(outputs) == ["fine"] * 120
+    assert len(server.requests) < 4 * 120
+
+
+def test_a_server_that_is_busy_for_ever_is_an_error_that_says_so() -> None:
+    with serving(says({"error": {"message": "the house is full"}}, 429)) as server, client_of(server) as client:
+        started = time.monotonic()
+        found = client.generate(["x"] * 1000, SHORT, return_exceptions=True)
+        assert time.monotonic() - started < 25
+    assert [type(one) for one in found] == [ServerBusyError] * 1000
+    assert [one.index for one in found] == list(range(1000))
+    assert all(one.status == 429 and "the house is full" in str(one) for one in found)
+
+
+def test_without_file_descriptors_fewer_are_in_flight() -> None:
+    source = """if True:
+        import resource, sys
+        from managed_vllm import RetryPolicy, VLLMClient
+        resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+        policy = RetryPolicy(max_lost=8, backoff_initial_s=0.01, backoff_max_s=0.1)
+        outputs = VLLMClient(sys.argv[1], "", "m", retry=policy).generate(["x"] * 200, {"max_tokens": 4})
+        print([one.outputs[0].text for one in outputs] == ["fine"] * 200)
+    """
+
+    def slow(client: socket.socket) -> None:
+        time.sleep(0.1)
+        says(ANSWER)(client)
+
+    with serving(slow) as server:
+        words = [sys.executable, "-c", source, server.url]
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    assert (ended.stdout, ended.stderr) == ("True\n", "")
+
+
+def test_a_new_life_of_the_server_takes_in_as_many_as_the_first() -> None:
+    alive = threading.Event()
+    now = [1]
+
+    def act(client: socket.socket) -> None:
+        says(ANSWER if alive.is_set() else {"error": {"message": "dead"}}, 200 if alive.is_set() else 503)(client)
+
+    async def main() -> None:
+        with serving(act) as server:
+
+            def connection(lost: int | None, timeout_s: float | None, pause_s: float) -> tuple[Connection, int]:
+                if len(server.requests) > 100:
+                    alive.set()
+                    now[0] = 2
+                return Connection(base_url=f"{server.url}/v1", api_key="", model="m"), now[0]
+
+            client = AsyncVLLMClient(connection=connection, retry=RetryPolicy(backoff_initial_s=0.01, spread_s=0))
+            outputs = await client.generate(["x"] * 60, SHORT)
+            assert texts(outputs) == ["fine"] * 60
+            assert client._exchange.here().in_flight.limit >= FIRST
+            await client.aclose()
+
+    asyncio.run(main())
+
+
+# -- the bound itself --------------------------------------------------------------------------------------------------
+
+
+def run(body: Callable[[], Any]) -> None:
+    async def main() -> None:
+        await body()
+
+    asyncio.run(main())
+
+
+async def turn() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_refusals_of_one_round_halve_the_bound_once() -> None:
+    async def body() -> None:
+        bound = InFlight(16)
+        for _ in range(16):
+            await bound.enter()
+        for _ in range(16):
+            bound.refused()
+        assert bound.limit == 8
+        bound.refused()
+        assert bound.limit == 4
+
+    run(body)
+
+
+def test_answers_end_a_round_as_refusals_do() -> None:
+    async def body() -> None:
+        bound = InFlight(16)
+        for _ in range(16):
+            await bound.enter()
+        bound.refused()
+        assert bound.limit == 8
+        for _ in range(15):
+            bound.leave(answered=False)
+        for _ in range(7):
+            await bound.enter()
+        bound.refused()
+        assert bound.limit == 4
+
+    run(body)
+
+
+def test_the_bound_never_falls_below_one() -> None:
+    async def body() -> None:
+        bound = InFlight(3)
+        for _ in range(100):
+            bound.refused()
+        assert bound.limit == 1
+        await bound.enter()
+        waiting = asyncio.create_task(bound.enter())
+        await turn()
+        assert not waiting.done()
+        bound.leave(answered=True)
+        await waiting
+
+    run(body)
+
+
+def test_the_bound_doubles_in_each_round_until_the_first_refusal_and_then_grows_by_one() -> None:
+    async def body() -> None:
+        bound = InFlight(4096)
+        assert bound.limit == FIRST
+
+        async def round_() -> None:
+            count = bound.limit
+            for _ in range(count):
+                await bound.enter()
+            waiting = [asyncio.create_task(bound.enter()) for _ in range(2 * count)]
+            await turn()
+            for _ in range(count):
+                bound.leave(answered=True)
+            await turn()
+            while bound.now:
+                bound.leave(answered=False)
+                await asyncio.sleep(0)
+            await asyncio.gather(*waiting)
+
+        await round_()
+        assert bound.limit == 2 * FIRST
+        await round_()
+        assert bound.limit == 4 * FIRST
+        for _ in range(4 * FIRST):
+            await bound.enter()
+        for _ in range(4 * FIRST):
+            bound.refused()
+        for _ in range(4 * FIRST):
+            bound.leave(answered=False)
+        assert bound.limit == 2 * FIRST
+        await round_()
+        assert 2 * FIRST <= bound.limit <= 2 * FIRST + 2
+
+    run(body)
+
+
+def test_the_bound_does_not_grow_while_it_is_not_used_up() -> None:
+    async def body() -> None:
+        bound = InFlight(4096)
+        for _ in range(1000):
+            await bound.enter()
+            bound.leave(answered=True)
+        assert bound.limit == FIRST
+
+    run(body)
+
+
+def test_who_comes_first_is_served_first() -> None:
+    async def body() -> None:
+        bound = InFlight(2)
+        order: list[int] = []
+
+        async def one(number: int) -> None:
+            await bound.enter()
+            order.append(number)
+
+        await bound.enter()
+        await bound.enter()
+        tasks = [asyncio.create_task(one(number)) for number in range(10)]
+        await turn()
+        for _ in range(10):
+            bound.leave(answered=True)
+            late = asyncio.create_task(one(99))  # does not push in
+            await turn()
+            late.cancel()
+        await asyncio.gather(*tasks)
+        assert order == list(range(10))
+
+    run(body)
+
+
+def test_who_is_refused_waits_before_those_who_were_never_sent() -> None:
+    async def body() -> None:
+        bound = InFlight(2)
+        await bound.enter()
+        await bound.enter()
+        order: list[str] = []
+
+        async def new() -> None:
+            await bound.enter()
+            order.append("new")
+
+        async def refused() -> None:
+            bound.refused()
+            await bound.give_way()
+            order.append("refused")
+
+        tasks = [asyncio.create_task(new()), asyncio.create_task(refused())]
+        await turn()
+        assert (bound.now, bound.limit, order) == (1, 1, [])
+        bound.leave(answered=False)
+        await turn()
+        assert order == ["refused"]
+        bound.leave(answered=False)
+        await asyncio.gather(*tasks)
+        assert bound.now == 1
+
+    run(body)
+
+
+def test_cancelled_while_waiting_loses_no_place() -> None:
+    async def body() -> None:
+        bound = InFlight(1)
+        await bound.enter()
+        first, second = (asyncio.create_task(bound.enter()) for _ in range(2))
+        await turn()
+        first.cancel()
+        bound.leave(answered=True)  # before the cancelled one has noticed
+        results = await asyncio.gather(first, second, return_exceptions=True)
+        assert isinstance(results[0], asyncio.CancelledError)
+        assert results[1] is None
+        assert bound.now == 1
+
+        third, fourth = (asyncio.create_task(bound.enter()) for _ in range(2))
+        await turn()
+        bound.leave(answered=True)
+        third.cancel()  # it has the place already
+        results = await asyncio.gather(third, fourth, return_exceptions=True)
+        assert isinstance(results[0], asyncio.CancelledError)
+        assert results[1] is None
+        assert bound.now == 1
+
+    run(body)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 6),
+    st.lists(st.tuples(st.sampled_from("ecolrgt"), st.integers(0, 30)), max_size=80),
+)
+def test_whatever_happens_places_are_counted_right_and_nobody_waits_for_ever(most: int, acts: list[Any]) -> None:
+    """e: enter, c: cancel, l: leave answered, o: leave otherwise, r: refused, g: refused and give way, t: turns."""
+
+    async def body() -> None:
+        bound = InFlight(most)
+        ends: list[asyncio.Event] = []
+        answered: list[bool] = []
+        tasks: list[asyncio.Task[None]] = []
+        holding: set[int] = set()
+        giving: dict[int, asyncio.Event] = {}
+
+        async def one(number: int) -> None:
+            await bound.enter()
+            try:
+                holding.add(number)
+                while not ends[number].is_set():
+                    waits = [asyncio.create_task(event.wait()) for event in (ends[number], giving[number])]
+                    try:
+                        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        for wait in waits:
+                            wait.cancel()
+                    if giving[number].is_set():
+                        giving[number].clear()
+                        bound.refused()
+                        holding.discard(number)
+                        await bound.give_way()
+                        holding.add(number)
+            finally:
+                holding.discard(number)
+                bound.leave(answered=answered[number])
+
+        for act, which in acts:
+            if act == "e":
+                ends.append(asyncio.Event())
+                answered.append(True)
+                giving[len(tasks)] = asyncio.Event()
+                tasks.append(asyncio.create_task(one(len(tasks))))
+            elif act == "r":
+                bound.refused()
+            elif act == "t":
+                await turn()
+            elif tasks:
+                number = which % len(tasks)
+                if act == "c":
+                    tasks[number].cancel()
+                elif act == "g":
+                    giving[number].set()
+                else:
+                    answered[number] = act == "l"
+                    ends[number].set()
+            assert 1 <= bound.limit <= most
+        await turn()
+        await turn()
+        assert len(holding) == bound.now
+        for end in ends:
+            end.set()
+        async with asyncio.timeout(5):
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results)
+        assert bound.now == 0
+
+    run(body)
+
+
+# -- very many ---------------------------------------------------------------------------------------------------------
+
+WAVES = """if True:
+    import asyncio, sys, threading
+    sys.path.insert(0, sys.argv[1])
+    import stub_server
+    stub_server.raise_open_files()
+    held, stats = [], stub_server.Stats()
+
+    class Holding(stub_server.Connection):
+        def _write(self, answer):
+            held.append((super()._write, answer))
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: Holding(stats, 1e-9), "127.0.0.1", 0, backlog=4096)
+        print("http://127.0.0.1:%d" % server.sockets[0].getsockname()[1], flush=True)
+        waves, answered, before, quiet = [4096, 2048, 1024, 512, 1], 0, 0, 0
+        while True:
+            await asyncio.sleep(0.1)
+            quiet = quiet + 1 if len(held) == before else 0
+            before = len(held)
+            if held and (before >= min(waves[-1], 9001 - answered) or quiet > 50):
+                answered += len(held)
+                for write, answer in held:
+                    write(answer)
+                held.clear()
+                waves[1:] = waves[1:-1]
+
+    threading.Thread(target=asyncio.run, args=(main(),), daemon=True).start()
+    sys.stdin.read()
+"""
+"""The stub server, but it answers only when as many are in flight as the bound is by then, or all that are left."""
+MANY = """if True:
+    import os, sys, time
+    sys.path.insert(0, sys.argv[2])
+    import stub_server
+    stub_server.raise_open_files()
+    from managed_vllm import VLLMClient
+
+    def files():
+        return len(os.listdir("/proc/self/fd"))
+
+    with VLLMClient(sys.argv[1], "", "stub") as client:
+        client.generate(["x"], {"max_tokens": 4})
+        before = files()
+        outputs = client.generate([str(i) for i in range(9000)], {"max_tokens": 4})
+        assert len(outputs) == 9000
+        assert all(len(one.outputs[0].token_ids) == stub_server.TOKENS for one in outputs)
+        print("in flight", stub_server.stats_of(sys.argv[1]).most_in_flight)
+        assert files() <= before + 4096
+        deadline = time.monotonic() + 8
+        while files() > before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        print("left", files() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 5000, reason="too few file descriptors allowed")
+def test_9000_requests_in_one_call_with_about_4096_in_flight() -> None:
+    pipe = subprocess.PIPE
+    words = [sys.executable, "-c", WAVES, str(BENCHMARKS)]
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as server:
+        assert server.stdout is not None
+        words = [sys.executable, "-c", MANY, server.stdout.readline().strip(), str(BENCHMARKS)]
+        try:
+            ended = subprocess.run(words, capture_output=True, text=True, timeout=200)
+        finally:
+            server.kill()
+    assert ended.stderr == ""
+    said = dict(line.rsplit(" ", 1) for line in ended.stdout.splitlines())
+    assert 3500 < int(said["in flight"]) <= 4096  # the bound grows only while it is used up
+    assert int(said["left"]) <= 0
+
+
+# -- what the server refuses -------------------------------------------------------------------------------------------
+
+HERE = Connection(base_url="http://localhost:1/v1", api_key="", model="m")
+TOO_LONG: dict[str, tuple[str, tuple[int | None, int | None, int | None]]] = {
+    # vLLM 0.32, renderers/params.py
+    "_token_len_check": (
+        "This model's maximum context length is 128 tokens. However, your prompt contains 200 input tokens, which "
+        "exceeds this limit even without any output tokens. Please reduce the length of the input prompt. "
+        "(parameter=input_tokens, value=200)",
+        (128, 200, None),
+    ),
+    "_token_len_check, truncated": (
+        "This model's maximum context length is 128 tokens. However, your prompt contains at least 129 input tokens, "
+        "which exceeds this limit even without any output tokens. Please reduce the length of the input prompt. "
+        "(parameter=input_tokens, value=129)",
+        (128, 129, None),
+    ),
+    "_text_len_check": (
+        "This model's maximum context length is 128 tokens. However, your prompt contains 90000 characters (more than "
+        "2048 characters, which is the upper bound for 128 input tokens). Please reduce the length of the input "
+        "prompt. (parameter=input_text, value=90000)",
+        (128, None, None),
+    ),
+    "output tokens alone, completions": (
+        "max_tokens=4096 cannot be greater than max_model_len=128. Please request fewer output tokens. "
+        "(parameter=max_tokens, value=4096)",
+        (128, None, 4096),
+    ),
+    "output tokens alone, chat": (
+        "max_completion_tokens=4096 cannot be greater than max_model_len=128. Please request fewer output tokens. "
+        "(parameter=max_completion_tokens, value=4096)",
+        (128, None, 4096),
+    ),
+    "output tokens alone, without names": (
+        "max_output_tokens=4096 cannot be greater than max_total_tokens=128. Please request fewer output tokens.",
+        (128, None, 4096),
+    ),
+    "truncate_prompt_tokens": (
+        "truncate_prompt_tokens=512 cannot be greater than max_model_len = 128. Please request a smaller truncation "
+        "size. (parameter=truncate_prompt_tokens, value=512)",
+        (128, None, None),
+    ),
+    # v1/engine/input_processor.py
+    "_validate_prompt_len": (
+        "The decoder prompt (length 300) is longer than the maximum model length of 128. Make sure that "
+        "`max_model_len` is no smaller than the number of text tokens plus multimodal tokens. For image inputs, the "
+        "number of image tokens depends on the number of images, and possibly their aspect ratios as well.",
+        (128, 300, None),
+    ),
+    "_validate_prompt_len, just": (
+        "The decoder prompt (length 128) plus the number of requested output tokens (at least 1) is longer than the "
+        "maximum model length of 128. Make sure that `max_model_len` is no smaller than the number of text tokens "
+        "(prompt + requested output tokens).",
+        (128, 128, None),
+    ),
+    # entrypoints/serve/utils/api_utils.py
+    "get_max_tokens": ("Input length (300) exceeds model's maximum context length (128).", (128, 300, None)),
+    # entrypoints/openai/responses/serving.py
+    "responses": (
+        "The engine prompt length 300 exceeds the max_model_len 128. Please reduce prompt.",
+        (128, 300, None),
+    ),
+    # older versions, and OpenAI
+    "requested both": (
+        "This model's maximum context length is 128 tokens. However, you requested 140 tokens (100 in the messages, "
+        "40 in the completion). Please reduce the length of the messages or completion.",
+        (128, 100, 40),
+    ),
+    "output after input": (
+        "'max_tokens' or 'max_completion_tokens' is too large: 40. This model's maximum context length is 128 tokens "
+        "and your request has 100 input tokens (40 > 128 - 100).",
+        (128, 100, 40),
+    ),
+    "requested output": (
+        "This model's maximum context length is 128 tokens. However, you requested 40 output tokens and your prompt "
+        "contains at least 89 input tokens, for a total of at least 129 tokens. Please reduce the length of the input "
+        "prompt or the number of requested output tokens.",
+        (128, 89, 40),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LONG)
+def test_what_is_too_long_is_told_in_numbers(case: str) -> None:
+    message, (max_model_len, prompt, max_tokens) = TOO_LONG[case]
+    error = refusal(400, message, HERE)
+    assert isinstance(error, ContextLengthError), error
+    assert (error.max_model_len, error.prompt_tokens, error.max_tokens) == (max_model_len, prompt, max_tokens)
+    assert error.status == 400
+    assert message in str(error)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "temperature must be non-negative, got -1.0. (parameter=temperature, value=-1.0)",
+        "The model `m` is busy",
+        "max_tokens must be at least 1, got 0",
+        "maximum context length is 9" + "9" * 5000 + " tokens",
+        "Requested sample logprobs of 30, which is greater than max allowed: 20",
+        "",
+    ],
+)
+def test_other_refusals_are_bad_requests(message: str) -> None:
+    error = refusal(400, message, HERE)
+    assert type(error) is BadRequestError
+
+
+ERRORS: dict[str, tuple[Act, type[RequestError], str]] = {
+    "wrong key": (says({"error": "Unauthorized"}, 401), AuthenticationError, "Unauthorized"),
+    "forbidden": (says({"error": {"message": "no"}}, 403), AuthenticationError, "no"),
+    "unknown model": (
+        says({"error": {"message": "The model `m` does not exist. Valid aliases: x.", "code": 404}}, 404),
+        ModelNotFoundError,
+        "Valid aliases: x",
+    ),
+    "unknown route": (says({"error": {"message": "Not Found"}}, 404), BadRequestError, "Not Found"),
+    "FastAPI's own": (says({"detail": [{"msg": "field required"}]}, 422), BadRequestError, "field required"),
+    "no JSON": (lambda client: client.sendall(http(b"<h1>no</h1>", 400)), BadRequestError, "<h1>no</h1>"),
+    "not UTF-8": (lambda client: client.sendall(http(b"\xff\xfe", 400)), BadRequestError, "HTTP 400"),
+    "nothing": (lambda client: client.sendall(http(b"", 413)), BadRequestError, "HTTP 413"),
+    "too deep": (lambda client: client.sendall(http(b"[" * 100_000, 400)), BadRequestError, "HTTP 400"),
+    "a number": (says(5, 400), BadRequestError, "HTTP 400"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_refusals_come_in_types(case: str) -> None:
+    act, kind, words = ERRORS[case]
+    with serving(act) as server, client_of(server) as client, pytest.raises(kind) as caught:
+        client.generate("x", SHORT)
+    assert type(caught.value) is kind
+    assert words in str(caught.value)
+    if isinstance(caught.value, ModelNotFoundError):
+        assert caught.value.model == "m"
+    if isinstance(caught.value, AuthenticationError):
+        assert caught.value.base_url.startswith(server.url)
+    assert len(server.requests) == 1
+    assert caught.value.status is not None
+    assert type(pickle.loads(pickle.dumps(caught.value))) is kind
+
+
+def test_a_wrong_key_ends_each_request_of_a_batch() -> None:
+    with serving(says({"error": "Unauthorized"}, 401)) as server:
+        client = VLLMClient(server.url, "wrong", "m", retry=QUICK)
+        with pytest.raises(AuthenticationError) as caught:
+            client.generate(["a", "b", "c"], SHORT)
+        client.close()
+        assert caught.value.results is not None
+        assert [one.index for one in caught.value.results] == [0, 1, 2]
+        eventually(lambda: server.hung_up == server.connections, "no connection is left")
