@@ -282,11 +282,7 @@ class Exchange:
                 news()
 
         while True:
-            connection, epoch = await self._connect(here, lost, deadline, pause)
-            if lost is not None and epoch != lost:
-                pause = losses.new_epoch()
-                _raise_if_enough(losses)
-                await _sleep(here, pause, deadline)
+            connection, epoch = await self._next(here, losses, lost, deadline, pause)
             if epoch > here.epoch:
                 here.epoch = epoch
                 here.in_flight.renew()
@@ -333,11 +329,7 @@ class Exchange:
         lost: int | None = None
         pause = 0.0
         while True:
-            connection, epoch = await self._connect(here, lost, deadline, pause)
-            if lost is not None and epoch != lost:
-                pause = losses.new_epoch()
-                _raise_if_enough(losses)
-                await _sleep(here, pause, deadline)
+            connection, epoch = await self._next(here, losses, lost, deadline, pause)
             session = self._transport.session(connection)
             if session is None:
                 raise ServerDiedError("the client was closed under this request")
@@ -357,6 +349,15 @@ class Exchange:
             _raise_if_enough(losses, loss)
 
     # -- the server ----------------------------------------------------------------------------------------------------
+
+    async def _next(self, here: _Here, losses: Losses, lost: int | None, deadline: float | None, pause: float) -> Found:
+        """The connection for the next attempt, after a pause if another was lost. Raises when `losses` are enough."""
+        connection, epoch = await self._connect(here, lost, deadline, pause)
+        if lost is not None and epoch != lost:
+            spread = losses.new_epoch()
+            _raise_if_enough(losses)
+            await _sleep(here, spread, deadline)
+        return connection, epoch
 
     async def _connect(self, here: _Here, lost: int | None, deadline: float | None, pause: float) -> Found:
         if lost is None:

@@ -1,14 +1,14 @@
-"""Fixtures of all tests: a state directory for each test, and the check that nothing is left in it."""
+"""Fixtures of all tests: a state directory of a test's own, in which nothing may be left, and scripted servers."""
 
 from __future__ import annotations
 
 import signal
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import assert_nothing_left, end_everything
+from processes import own_state
+from scripted_server import Act, Script
 
 pytest_plugins = ["pytester"]
 
@@ -16,14 +16,6 @@ pytest_plugins = ["pytester"]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background by a shell: the processes of the tests would inherit it, and Ctrl-C could not be tested.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-_REDIRECTING = (
-    "VLLM_SERVER_URL",
-    "VLLM_MODEL_NAME",
-    "VLLM_API_KEY",
-    "MANAGED_VLLM_ATTACH",
-    "MANAGED_VLLM_KEEP_ALIVE",
-)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -38,16 +30,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def home() -> Iterator[Path]:
     """A state directory of the test's own; at the end no process, socket, lock or folder may be left in it."""
-    with tempfile.TemporaryDirectory(prefix="mvt-") as folder:
-        path = Path(folder) / "home"
-        monkeypatch.setenv("MANAGED_VLLM_HOME", str(path))
-        for name in _REDIRECTING:
-            monkeypatch.delenv(name, raising=False)
-        try:
-            yield path
-            assert_nothing_left(path)
-        finally:
-            if path.exists():
-                end_everything(path)
+    with own_state() as path:
+        yield path
+
+
+@pytest.fixture
+def script() -> Iterator[Callable[..., Script]]:
+    """Makes servers that play a script."""
+    made: list[Script] = []
+
+    def make(*acts: Act) -> Script:
+        made.append(Script(*acts))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.close()

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from managed_vllm import ManagedVLLM, registry
 
 INSTANT = 0.2
 """A keep_alive for tests that wait for the end."""
+REDIRECTING = ("VLLM_SERVER_URL", "VLLM_MODEL_NAME", "VLLM_API_KEY", "MANAGED_VLLM_ATTACH", "MANAGED_VLLM_KEEP_ALIVE")
+"""Variables that would lead a test to another server."""
+
+
+@contextlib.contextmanager
+def own_state() -> Iterator[Path]:
+    """A state directory of the caller's own; at the end no process, socket, lock or folder may be left in it."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mvt-") as folder:
+        home = Path(folder) / "home"
+        patch.setenv("MANAGED_VLLM_HOME", str(home))
+        for name in REDIRECTING:
+            patch.delenv(name, raising=False)
+        try:
+            yield home
+            assert_nothing_left(home)
+        finally:
+            if home.exists():
+                end_everything(home)
 
 
 def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 15.0) -> Any:

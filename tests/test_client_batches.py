@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import eventually
-from test_client_retries import ANSWER, QUICK, Act, Script, client_of, http, says
+from scripted_server import ANSWER, QUICK, Act, Script, client_of, http, says
 
 from managed_vllm import AsyncVLLMClient, RetryPolicy, VLLMClient
 from managed_vllm.control import Connection

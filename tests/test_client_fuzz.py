@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_client_retries import Script, client_of
+from scripted_server import Script, client_of
 
 from managed_vllm import RetryPolicy, VLLMClient
 from managed_vllm.client import _checked

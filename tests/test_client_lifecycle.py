@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from processes import eventually
-from test_client_retries import ANSWER, FIRST, QUICK, Act, Script, client_of, hangs, http, says, streams, token
+from scripted_server import ANSWER, FIRST, QUICK, Act, Script, client_of, hangs, http, says, streams, token
 
 from managed_vllm import AsyncVLLMClient, RetryPolicy, VLLMClient
 from managed_vllm.control import Connection

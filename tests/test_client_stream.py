@@ -10,12 +10,12 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from processes import eventually
-from test_client_retries import FIRST, QUICK, Act, Script, client_of, hangs, says, streams, token
+from scripted_server import FIRST, QUICK, Act, Script, client_of, hangs, says, streams, token
 
 from managed_vllm import AsyncVLLMClient, VLLMClient
 from managed_vllm.errors import (
@@ -48,19 +48,6 @@ def cut(*events: Any, rest: bytes = b"") -> Act:
         client.shutdown(socket.SHUT_RDWR)
 
     return act
-
-
-@pytest.fixture
-def script() -> Iterator[Callable[..., Script]]:
-    made: list[Script] = []
-
-    def make(*acts: Act) -> Script:
-        made.append(Script(*acts))
-        return made[-1]
-
-    yield make
-    for server in made:
-        server.close()
 
 
 def streamed(kind: str, server: Script, prompt: Any, params: Any = PARAMS, **options: Any) -> list[RequestOutput]:

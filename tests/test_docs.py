@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import inspect
 import re
 import subprocess
@@ -25,13 +24,10 @@ def test_the_generated_tables_are_those_of_the_code(tool: str) -> None:
 
 
 @pytest.mark.real
-def test_real_every_public_parameter_of_vllm_is_in_the_tables() -> None:
+def test_real_every_public_parameter_of_vllm_is_in_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm = pytest.importorskip("vllm", reason="vllm is not installed")
-    specification = importlib.util.spec_from_file_location("docs_parameters", ROOT / "tools" / "docs_parameters.py")
-    assert specification is not None
-    assert specification.loader is not None
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    tool = importlib.import_module("docs_parameters")
     for method, listed in ((vllm.LLM.generate, tool.GENERATE), (vllm.LLM.chat, tool.CHAT)):
         assert {name for name in inspect.signature(method).parameters if name != "self"} == set(listed)
     public = {name for name in vllm.SamplingParams.__struct_fields__ if not name.startswith("_")}

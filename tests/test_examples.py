@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import psutil
 import pytest
 import requests
 import standin
-from processes import assert_nothing_left, end_everything
+from processes import own_state
 
 from managed_vllm import ManagedVLLM, demo
 
@@ -100,17 +99,9 @@ def test_async_images(server_url: str, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def real_demo() -> Iterator[dict[str, str]]:
     """The environment in which one server of the demo model runs, for all examples that ask for it."""
-    with tempfile.TemporaryDirectory(prefix="mvt-") as folder, pytest.MonkeyPatch.context() as patch:
-        home = Path(folder) / "home"
-        for name in _OURS:
-            patch.delenv(name, raising=False)
-        patch.setenv("MANAGED_VLLM_HOME", str(home))
-        try:
-            with ManagedVLLM("demo", keep_alive=0):
-                yield dict(os.environ)
-            assert_nothing_left(home)
-        finally:
-            end_everything(home)
+    with own_state():
+        with ManagedVLLM("demo", keep_alive=0):
+            yield dict(os.environ)
 
 
 def test_an_evaluation_by_inspect_ai(server_url: str, tmp_path: Path) -> None:

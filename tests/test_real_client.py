@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import requests
-from processes import assert_nothing_left, end_everything, eventually
+from processes import eventually, own_state
 from pydantic import BaseModel
 
 from managed_vllm import ManagedVLLM, RequestOutput, demo
@@ -39,15 +38,9 @@ routes = pytest.mark.parametrize("prompt", [TEXT, SCREENS[0].messages()], ids=["
 @contextmanager
 def server(model: str, **arguments: Any) -> Iterator[ManagedVLLM]:
     """A server of its own; at the end nothing of it may be left."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mvt-") as folder:
-        home = Path(folder) / "home"
-        patch.setenv("MANAGED_VLLM_HOME", str(home))
-        try:
-            with ManagedVLLM(model, keep_alive=0, **arguments) as handle:
-                yield handle
-            assert_nothing_left(home)
-        finally:
-            end_everything(home)
+    with own_state():
+        with ManagedVLLM(model, keep_alive=0, **arguments) as handle:
+            yield handle
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import assert_nothing_left, end_everything, eventually, is_live, tree, tree_below
+from processes import eventually, is_live, own_state, tree, tree_below
 
 from managed_vllm import ManagedVLLM, RequestOutput, RestartPolicy, ServerState, demo, registry
 
@@ -50,22 +49,16 @@ class Load:
 @pytest.fixture(scope="module")
 def load() -> Iterator[Load]:
     """One server of the embedded model that may be restarted often; at the end nothing of it may be left."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mvt-") as folder:
-        home = Path(folder) / "home"
-        patch.setenv("MANAGED_VLLM_HOME", str(home))
-        try:
+    with own_state() as home:
+        started = time.monotonic()
+        with ManagedVLLM("demo", keep_alive=0, restart=POLICY) as llm:
+            start_s = time.monotonic() - started
+            llm.generate(PROMPTS, PARAMS)  # the first requests of a life are slower
             started = time.monotonic()
-            with ManagedVLLM("demo", keep_alive=0, restart=POLICY) as llm:
-                start_s = time.monotonic() - started
-                llm.generate(PROMPTS, PARAMS)  # the first requests of a life are slower
-                started = time.monotonic()
-                answers = token_ids(llm.generate(PROMPTS, PARAMS))
-                undisturbed_s = time.monotonic() - started
-                report(f"{IN_FLIGHT} requests undisturbed", start_s=start_s, all_answers_s=undisturbed_s)
-                yield Load(llm, home, answers, start_s, undisturbed_s)
-            assert_nothing_left(home)
-        finally:
-            end_everything(home)
+            answers = token_ids(llm.generate(PROMPTS, PARAMS))
+            undisturbed_s = time.monotonic() - started
+            report(f"{IN_FLIGHT} requests undisturbed", start_s=start_s, all_answers_s=undisturbed_s)
+            yield Load(llm, home, answers, start_s, undisturbed_s)
 
 
 def token_ids(outputs: Sequence[RequestOutput]) -> list[Answer]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import assert_nothing_left, end_everything, eventually, is_live, tree
+from processes import eventually, is_live, own_state, tree
 
 from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy, ServerState, ServerStatus, demo
 from managed_vllm.diagnosis import Cause
@@ -33,21 +32,15 @@ def heard() -> list[tuple[float, ServerStatus]]:
 @pytest.fixture(scope="module")
 def llm(heard: list[tuple[float, ServerStatus]]) -> Iterator[ManagedVLLM]:
     """A server with tight limits. Stopped processes are not looked for: only their silence gives them away."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mvt-") as folder:
-        home = Path(folder) / "home"
-        patch.setenv("MANAGED_VLLM_HOME", str(home))
-        try:
-            with ManagedVLLM(
-                "demo",
-                keep_alive=0,
-                hang=HangPolicy(stall_s=STALL_S, answer_s=ANSWER_S, stopped_s=math.inf),
-                restart=RestartPolicy(max_restarts=20, backoff_initial_s=0.1),
-                on_status=lambda status: heard.append((time.monotonic(), status)),
-            ) as handle:
-                yield handle
-            assert_nothing_left(home)
-        finally:
-            end_everything(home)
+    with own_state():
+        with ManagedVLLM(
+            "demo",
+            keep_alive=0,
+            hang=HangPolicy(stall_s=STALL_S, answer_s=ANSWER_S, stopped_s=math.inf),
+            restart=RestartPolicy(max_restarts=20, backoff_initial_s=0.1),
+            on_status=lambda status: heard.append((time.monotonic(), status)),
+        ) as handle:
+            yield handle
 
 
 def test_a_server_saturated_with_long_prompts_is_not_restarted(llm: ManagedVLLM) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import assert_nothing_left, end_everything
+from processes import own_state
 
 from managed_vllm import ManagedVLLM
 from managed_vllm.client import VLLMClient
@@ -37,24 +36,18 @@ PARAMS = {"temperature": 0, "max_tokens": 8, "logprobs": 0, "ignore_eos": True}
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ManagedVLLM]:
     """One server of the random vision-language model, with a small cache of images."""
     model = make_random_vlm(tmp_path_factory.mktemp("vlm") / "model")
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mvt-") as folder:
-        home = Path(folder) / "home"
-        patch.setenv("MANAGED_VLLM_HOME", str(home))
-        try:
-            with ManagedVLLM(
-                str(model),
-                keep_alive=0,
-                enforce_eager=True,
-                max_model_len=8192,
-                gpu_memory_utilization=0.1,
-                kv_cache_memory_bytes=2**28,
-                limit_mm_per_prompt={"image": 5},
-                mm_processor_cache_gb=HELD * 1.41e6 / 2**30,
-            ) as handle:
-                yield handle
-            assert_nothing_left(home)
-        finally:
-            end_everything(home)
+    with own_state():
+        with ManagedVLLM(
+            str(model),
+            keep_alive=0,
+            enforce_eager=True,
+            max_model_len=8192,
+            gpu_memory_utilization=0.1,
+            kv_cache_memory_bytes=2**28,
+            limit_mm_per_prompt={"image": 5},
+            mm_processor_cache_gb=HELD * 1.41e6 / 2**30,
+        ) as handle:
+            yield handle
 
 
 def screenshot(seed: int) -> Any:

@@ -16,16 +16,14 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import real_llm
-from processes import assert_nothing_left, end_everything
+from processes import own_state
 
 from managed_vllm import ManagedVLLM, demo
 
@@ -124,17 +122,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     theirs = json.loads(answered.read_text())
 
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mvt-") as home:
-        patch.setenv("MANAGED_VLLM_HOME", f"{home}/home")
-        try:
-            with ManagedVLLM("demo", keep_alive=0, **ENGINE) as llm:
-                one_by_one = [ask(llm, [one], chat=one["chat"])[0] for one in alone(asked)]
-                *_, last = alone(asked)
-                prompt = llm.chat(last["prompt"], {"max_tokens": 1}, return_prompt_text=True)[0].prompt
-                together = ask(llm, asked[:EACH], chat=False) + ask(llm, asked[EACH:], chat=True)
-            assert_nothing_left(Path(home) / "home")
-        finally:
-            end_everything(Path(home) / "home")
+    with own_state():
+        with ManagedVLLM("demo", keep_alive=0, **ENGINE) as llm:
+            one_by_one = [ask(llm, [one], chat=one["chat"])[0] for one in alone(asked)]
+            *_, last = alone(asked)
+            prompt = llm.chat(last["prompt"], {"max_tokens": 1}, return_prompt_text=True)[0].prompt
+            together = ask(llm, asked[:EACH], chat=False) + ask(llm, asked[EACH:], chat=True)
     return Answers(theirs["first"], theirs["second"], theirs["alone"], together, one_by_one, prompt)
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import random
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import assert_nothing_left, end_everything
+from processes import own_state
 from pydantic import BaseModel
 
 from managed_vllm import CompletionOutput, ManagedVLLM, RequestOutput, SamplingParams, demo
@@ -32,16 +30,10 @@ def llm() -> Iterator[ManagedVLLM]:
 
     The model is free to write spaces between the parts of JSON, and knows no JSON: it would write nothing else.
     """
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mvt-") as folder:
-        home = Path(folder) / "home"
-        patch.setenv("MANAGED_VLLM_HOME", str(home))
-        try:
-            compact = {"backend": "xgrammar", "disable_any_whitespace": True}
-            with ManagedVLLM("demo", keep_alive=0, structured_outputs_config=compact) as handle:
-                yield handle
-            assert_nothing_left(home)
-        finally:
-            end_everything(home)
+    with own_state():
+        compact = {"backend": "xgrammar", "disable_any_whitespace": True}
+        with ManagedVLLM("demo", keep_alive=0, structured_outputs_config=compact) as handle:
+            yield handle
 
 
 def whole(llm: ManagedVLLM, *, chat: bool = True, resume: bool | None = None, **given: Any) -> RequestOutput:

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from processes import assert_nothing_left, end_everything, eventually, tree
+from processes import assert_nothing_left, eventually, own_state, tree
 from startup_failures import STARTUP_FAILURES, StartupFailure
 
 from managed_vllm import ManagedVLLM, demo, registry
@@ -31,15 +30,9 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def llm() -> Iterator[ManagedVLLM]:
     """One server of the embedded model for the tests that don't break it; at the end nothing of it may be left."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mvt-") as folder:
-        home = Path(folder) / "home"
-        patch.setenv("MANAGED_VLLM_HOME", str(home))
-        try:
-            with ManagedVLLM("demo", keep_alive=0) as handle:
-                yield handle
-            assert_nothing_left(home)
-        finally:
-            end_everything(home)
+    with own_state():
+        with ManagedVLLM("demo", keep_alive=0) as handle:
+            yield handle
 
 
 def test_the_embedded_model_clicks_the_right_button(llm: ManagedVLLM) -> None:

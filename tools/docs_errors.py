@@ -9,13 +9,14 @@ the code. What stands outside of the two markers is written by hand and left alo
 
 from __future__ import annotations
 
-import argparse
 import ast
 import inspect
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from generated_page import main, table
 
 from managed_vllm import diagnosis, errors
 from managed_vllm.diagnosis import Cause, Diagnosis, Progress, Stage
@@ -117,26 +118,8 @@ def _attribute_docstrings(kind: type[object]) -> dict[str, str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(re.sub(r"\{(\w+)\}", r"‹\1›", cell).replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(head), line(("---",) * len(head)), *map(line, rows)])
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the page is out of date")
-    check = parser.parse_args().check
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = updated(page)
-    if wanted == page:
-        return 0
-    if check:
-        print(f"docs/{PAGE.name} is out of date; run: python tools/docs_errors.py", file=sys.stderr)
-        return 1
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return table(head, [[re.sub(r"\{(\w+)\}", r"‹\1›", cell) for cell in row] for row in rows])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(PAGE, Path(__file__).name, updated, __doc__))

@@ -9,12 +9,13 @@ vLLM's own parameters below are compared with the installed vllm by tests/test_d
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+
+from generated_page import main, table
 
 from managed_vllm import request_fields, sampling
 from managed_vllm.client import VLLMClient
@@ -79,7 +80,7 @@ def call(parameters: Iterable[str], *, chat: bool) -> str:
             rows.append((f"`{name}`", "refused", request_fields.OF_VLLM_LLM[name]))
         else:
             raise ValueError(f"what becomes of {name}= of vllm.LLM.{'chat' if chat else 'generate'}?")
-    return _table(("Parameter of `vllm.LLM`", "Here", "As, or why not"), rows)
+    return table(("Parameter of `vllm.LLM`", "Here", "As, or why not"), rows)
 
 
 def parameters() -> str:
@@ -93,7 +94,7 @@ def parameters() -> str:
         rows.append((f"`{name}`", here, reason))
     if missing := set(SAMPLING) - set(taken) - set(sampling.REFUSED):
         raise ValueError(f"what becomes of {sorted(missing)} of vllm.SamplingParams?")
-    return _table(("Sampling parameter", "Here", "Request field, or why not"), rows)
+    return table(("Sampling parameter", "Here", "Request field, or why not"), rows)
 
 
 def structured() -> str:
@@ -104,7 +105,7 @@ def structured() -> str:
     rows += [(f"`{name}`", "refused", why) for name, why in sampling.REFUSED_IN_STRUCTURED_OUTPUTS.items()]
     if missing := set(STRUCTURED) - set(taken) - set(sampling.REFUSED_IN_STRUCTURED_OUTPUTS):
         raise ValueError(f"what becomes of {sorted(missing)} of vLLM's StructuredOutputsParams?")
-    return _table(("Field", "Here", "As, or why not"), rows)
+    return table(("Field", "Here", "As, or why not"), rows)
 
 
 def known_fields() -> str:
@@ -117,9 +118,9 @@ def known_fields() -> str:
     ]
     refused = [(f"`{name}`", reason) for name, reason in request_fields.REFUSED.items()]
     return (
-        _table(("Taken by", "Fields, beside the sampling parameters"), rows)
+        table(("Taken by", "Fields, beside the sampling parameters"), rows)
         + "\n\n"
-        + _table(("Refused field", "Why"), refused)
+        + table(("Refused field", "Why"), refused)
     )
 
 
@@ -145,27 +146,5 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(head), line(("---",) * len(head)), *map(line, rows)])
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the page is out of date")
-    check = parser.parse_args().check
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = updated(page)
-    if wanted == page:
-        return 0
-    if check:
-        print(f"docs/{PAGE.name} is out of date; run: python tools/docs_parameters.py", file=sys.stderr)
-        return 1
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(PAGE, Path(__file__).name, updated, __doc__))

@@ -1,0 +1,130 @@
+"""A server that plays a script, one act for each request, raw bytes if need be; and a client that retries soon."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from managed_vllm import RetryPolicy, VLLMClient
+
+Act = Callable[[socket.socket], None]
+QUICK = RetryPolicy(max_lost=4, backoff_initial_s=0.01)
+
+ANSWER = {"id": "1", "choices": [{"index": 0, "text": "fine", "token_ids": [7], "finish_reason": "stop"}]}
+
+
+def http(body: bytes, status: int = 200, kind: str = "application/json", *, length: int | None = None) -> bytes:
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(body) if length is None else length}"
+    return head.encode() + b"\r\n\r\n" + body
+
+
+def says(answer: Any, status: int = 200) -> Act:
+    """Answers with JSON."""
+    return lambda client: client.sendall(http(json.dumps(answer).encode(), status))
+
+
+def sends(data: bytes, *, then_closes: bool = True) -> Act:
+    """Sends these bytes."""
+
+    def act(client: socket.socket) -> None:
+        client.sendall(data)
+        if then_closes:
+            client.shutdown(socket.SHUT_RDWR)
+
+    return act
+
+
+def drips(head: bytes, drop: bytes = b" ") -> Act:
+    """Sends the first bytes, then a little every 20 ms, for ever."""
+
+    def act(client: socket.socket) -> None:
+        client.sendall(head)
+        while True:
+            time.sleep(0.02)
+            client.sendall(drop)
+
+    return act
+
+
+def hangs(client: socket.socket) -> None:
+    """Never answers; returns when the client has hung up."""
+    while client.recv(1024):
+        pass
+
+
+def streams(*events: Any, ends: bool = True) -> Act:
+    """A stream of events, chunked as vLLM does it; `ends`: with its end."""
+
+    def act(client: socket.socket) -> None:
+        client.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n")
+        client.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
+        for event in events:
+            data = b"data: " + (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n\n"
+            client.sendall(b"%x\r\n%b\r\n" % (len(data), data))
+        if ends:
+            client.sendall(b"0\r\n\r\n")
+        else:
+            hangs(client)
+
+    return act
+
+
+def token(number: int, finish: str | None = None, **more: Any) -> dict[str, Any]:
+    choice = {"index": 0, "text": f"t{number} ", "token_ids": [number], "finish_reason": finish, **more}
+    return {"id": "1", "choices": [choice]}
+
+
+FIRST = token(1, prompt_token_ids=[50, 51])
+
+
+class Script:
+    """A server that does one act of its script for each request; the last one again and again."""
+
+    def __init__(self, *acts: Act) -> None:
+        self._acts = list(acts)
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.connections = 0
+        self.hung_up = 0
+        self._lock = threading.Lock()
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._socket.accept()
+                self.connections += 1
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client, client.makefile("rb") as file:
+            while line := file.readline():
+                size = 0
+                while (header := file.readline()) not in (b"\r\n", b""):
+                    if found := re.match(rb"content-length: (\d+)", header, re.IGNORECASE):
+                        size = int(found[1])
+                body = json.loads(file.read(size) or b"null")
+                with self._lock:
+                    self.requests.append((line.split()[1].decode(), body))
+                    act = self._acts.pop(0) if len(self._acts) > 1 else self._acts[0]
+                act(client)
+        self.hung_up += 1
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@contextlib.contextmanager
+def client_of(server: Script, retry: RetryPolicy = QUICK, **options: Any) -> Iterator[VLLMClient]:
+    client = VLLMClient(server.url, "key", "m", retry=retry, **options)
+    try:
+        yield client
+    finally:
+        client.close()
