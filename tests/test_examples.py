@@ -99,9 +99,9 @@ def test_async_images(server_url: str, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def real_demo() -> Iterator[dict[str, str]]:
     """The environment in which one server of the demo model runs, for all examples that ask for it."""
-    with own_state():
-        with ManagedVLLM("demo", keep_alive=0):
-            yield dict(os.environ)
+    with own_state(), ManagedVLLM("demo", keep_alive=0) as llm:
+        yield dict(os.environ)
+        llm.stop_server()  # the examples want it to outlive them for a while
 
 
 def test_an_evaluation_by_inspect_ai(server_url: str, tmp_path: Path) -> None:
@@ -122,6 +122,7 @@ def test_an_example_with_a_third_party_says_how_to_install_it(example: str) -> N
 @pytest.mark.skipif(not demo.weights_path().is_dir(), reason="the demo model's weights are not there")
 @pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("0*.py")))
 def test_with_the_real_model(real_demo: dict[str, str], example: str) -> None:
+    _skip_without_third_party(example)
     said = _run(example, real_demo, timeout_s=500)
     assert said.strip()
     if example.startswith(("01", "03")):
