@@ -16,7 +16,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Container, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Container, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,7 +35,6 @@ from managed_vllm.errors import (
     RequestTimeout,
     ServerBusyError,
     ServerDiedError,
-    StartupError,
 )
 from managed_vllm.in_flight import MOST, InFlight
 from managed_vllm.resume import Events, Losses, Lost, RetryPolicy, Step
@@ -334,7 +333,7 @@ class Exchange:
             if session is None:
                 raise ServerDiedError("the client was closed under this request")
             try:
-                async with asyncio.timeout(None if deadline is None else _left(deadline)):
+                async with self.bounded(None if deadline is None else _left(deadline)):
                     return await session.open(method, path, headers, body)
             except TimeoutError as error:
                 if not isinstance(error, aiohttp.ClientError):
@@ -347,6 +346,22 @@ class Exchange:
             loss = Lost(f"{type(cause).__name__}: {cause}", sent=not isinstance(cause, aiohttp.ClientConnectorError))
             pause, lost = losses.add(loss, progressed=False), epoch
             _raise_if_enough(losses, loss)
+
+    @contextlib.asynccontextmanager
+    async def bounded(self, seconds: float | None) -> AsyncIterator[None]:
+        """What is within ends after so many seconds (`TimeoutError`), and with the client (`ServerDiedError`)."""
+        here = self.here()
+        bound = asyncio.timeout(seconds)
+        here.bounds.add(bound)
+        try:
+            async with bound:
+                yield
+        except TimeoutError as error:
+            if self._closed:
+                raise ServerDiedError("the client was closed under this request") from error
+            raise
+        finally:
+            here.bounds.discard(bound)
 
     # -- the server ----------------------------------------------------------------------------------------------------
 
@@ -399,7 +414,7 @@ class Exchange:
                 raise RequestTimeout("the server was not ready before the deadline")
             try:
                 return found.result()
-            except (StartupError, ManagedVLLMError) as error:  # a start that timed out is a TimeoutError as well
+            except ManagedVLLMError as error:  # a start that timed out is a TimeoutError as well
                 raise _copy(error) from error
             except TimeoutError as error:  # of the one who asked for all
                 if deadline is not None and time.monotonic() >= deadline:

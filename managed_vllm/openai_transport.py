@@ -10,7 +10,6 @@ The SDK has changed its HTTP library from httpx to httpx2; so the classes are ma
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -57,6 +56,7 @@ def transport(httpx: ModuleType, exchange: Exchange) -> Any:
     class Stream(httpx.SyncByteStream):  # type: ignore[name-defined,misc]
         def __init__(self, answer: _Answer) -> None:
             self._answer = answer
+            self._where = portal.loop()
 
         def __iter__(self) -> Iterator[bytes]:
             while piece := portal.run(self._answer.read):
@@ -66,7 +66,7 @@ def transport(httpx: ModuleType, exchange: Exchange) -> Any:
             async def close() -> None:
                 self._answer.close()
 
-            portal.run(close)
+            portal.end(self._where, close)
 
     class Transport(httpx.BaseTransport):  # type: ignore[name-defined,misc]
         def handle_request(self, request: Any) -> Any:
@@ -89,14 +89,22 @@ async def _ask(httpx: ModuleType, exchange: Exchange, request: Any, body: bytes)
     deadline = None if read_s is None else time.monotonic() + read_s
     with _translated(httpx, request):
         response = await exchange.open(request.method, path, headers, body or None, deadline)
-    return _Answer(httpx, request, response, read_s)
+    return _Answer(httpx, exchange, request, response, read_s)
 
 
 class _Answer:
     """An answer on its way."""
 
-    def __init__(self, httpx: ModuleType, request: Any, response: aiohttp.ClientResponse, read_s: float | None) -> None:
+    def __init__(
+        self,
+        httpx: ModuleType,
+        exchange: Exchange,
+        request: Any,
+        response: aiohttp.ClientResponse,
+        read_s: float | None,
+    ) -> None:
         self._httpx = httpx
+        self._exchange = exchange
         self._request = request
         self._response = response
         self._read_s = read_s
@@ -107,7 +115,7 @@ class _Answer:
         """What has come; empty at the end."""
         content = self._response.content
         with _translated(self._httpx, self._request):
-            async with asyncio.timeout(self._read_s):
+            async with self._exchange.bounded(self._read_s):
                 data = await content.readany()
                 while not data and not content.at_eof():
                     data = await content.readany()

@@ -793,9 +793,9 @@ def _after_fork_in_child() -> None:
     """A forked child must not hold its parent's lease open; it takes one of its own when it uses the handle."""
     for session in list(_live):
         channel = session._channel
-        depth = session._depth
+        kept = session._depth, session._client, session._async_client, session._use  # they know of the fork themselves
         session._prepare()
-        session._depth = depth
+        session._depth, session._client, session._async_client, session._use = kept
         if channel is not None:
             channel.close()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,29 @@ def test_a_closed_handle_says_so(home: Path) -> None:
         handle.models.list()
     with pytest.raises(RuntimeError, match="closed"):
         handle.models.list()
+
+
+def test_closing_ends_a_stream_that_is_being_read(home: Path) -> None:
+    with server(token_s=0.5) as llm:
+        stream = llm.openai.chat.completions.create(model=llm.model, messages=MESSAGES, max_tokens=2000, stream=True)
+        parts = iter(stream)
+        next(parts)
+        threading.Timer(0.2, llm.client.close).start()
+        with pytest.raises(Exception, match=r"closed|Connection|disconnected"):
+            for _ in parts:
+                pass
+
+
+def test_a_client_that_was_taken_before_a_fork_works_in_the_child(home: Path) -> None:
+    with server() as llm:
+        client = llm.client
+        expected = client.generate("x", {"max_tokens": 5})[0].outputs[0].token_ids
+        child = multiprocessing.get_context("fork").Process(
+            target=lambda: os._exit(client.generate("x", {"max_tokens": 5})[0].outputs[0].token_ids != expected)
+        )
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
 
 
 def metrics(llm: ManagedVLLM) -> str:

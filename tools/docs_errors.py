@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from generated_page import main, table
+from generated_page import main, table, with_parts
 
 from managed_vllm import diagnosis, errors
 from managed_vllm.diagnosis import Cause, Diagnosis, Progress, Stage
@@ -59,13 +59,7 @@ def tree() -> str:
 
 def updated(page: str) -> str:
     """The page with its generated parts made anew. Raises `ValueError` where a marker is missing."""
-    for name, text in (("causes", causes()), ("tree", tree())):
-        begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
-        if page.count(begin) != 1 or page.count(end) != 1:
-            raise ValueError(f"{PAGE.name} must have the markers {begin} and {end} once each")
-        before, _, rest = page.partition(begin)
-        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-    return page
+    return with_parts(page, {"causes": causes(), "tree": tree()})
 
 
 def _remedies(cause: Cause) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
-from generated_page import main, table
+from generated_page import main, table, with_parts
 
 from managed_vllm import request_fields, sampling
 from managed_vllm.client import VLLMClient
@@ -133,13 +133,7 @@ def updated(page: str) -> str:
         "structured": structured(),
         "fields": known_fields(),
     }
-    for name, text in parts.items():
-        begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
-        if page.count(begin) != 1 or page.count(end) != 1:
-            raise ValueError(f"{PAGE.name} must have the markers {begin} and {end} once each")
-        before, _, rest = page.partition(begin)
-        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-    return page
+    return with_parts(page, parts)
 
 
 def _names(names: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -15,6 +15,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     return "\n".join([line(head), line(("---",) * len(head)), *map(line, rows)])
+
+
+def with_parts(page: str, parts: Mapping[str, str]) -> str:
+    """The page with these parts made anew, by name. Raises `ValueError` where a marker is missing."""
+    for name, text in parts.items():
+        begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
+        if page.count(begin) != 1 or page.count(end) != 1:
+            raise ValueError(f"the page must have the markers {begin} and {end} once each")
+        before, _, rest = page.partition(begin)
+        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    return page
 
 
 def main(page: Path, tool: str, updated: Callable[[str], str], about: str | None) -> int:
