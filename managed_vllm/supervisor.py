@@ -512,6 +512,9 @@ class Supervisor:
         return {
             # torch keeps its compiled kernels in the temp dir unless told otherwise; ours lives only as long as we do.
             "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",
+            # By its default of 5 s for idle connections, a server that was too busy for some seconds to look at its
+            # sockets closes those on which requests have come by then: uvloop runs timers before it reads.
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
             **{name: value for name, value in os.environ.items() if name != lifeline.ROOT},
             "PYTHONUNBUFFERED": "1",
             **self._spec.env,

@@ -33,7 +33,7 @@ from managed_vllm.media import Encoded
 CONNECT_S = 10.0
 """For connecting, at most; the caller's deadline may be sooner."""
 IDLE_S = 2.0
-"""vLLM's HTTP server closes a connection after 5 s without a request (uvicorn's default)."""
+"""A vLLM that others started closes a connection after 5 s without a request (uvicorn's default), ours after 60 s."""
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,27 @@ def tree(llm: ManagedVLLM) -> dict[str, psutil.Process]:
         assert len(spawned) == 1, spawned
         named[name] = spawned[0]
     return named
+
+
+@contextlib.contextmanager
+def engine_on_one_core(llm: ManagedVLLM) -> Iterator[None]:
+    """EngineCore and Worker of the real server share one core, so that the API server keeps up with them.
+
+    On two cores the demo model's engine is faster than vLLM's API server, which then comes to nothing else, neither to
+    its streams nor to who hangs up, until all is generated (vLLM 0.32: its output handler only waits for new outputs).
+    """
+    processes = tree(llm)
+    before: dict[int, set[int]] = {}
+    for name in ("EngineCore", "Worker"):
+        for thread in processes[name].threads():
+            before[thread.id] = os.sched_getaffinity(thread.id)
+            os.sched_setaffinity(thread.id, {min(before[thread.id])})
+    try:
+        yield
+    finally:
+        for thread_id, cores in before.items():
+            with contextlib.suppress(OSError):  # it has ended
+                os.sched_setaffinity(thread_id, cores)
 
 
 def left_of(home: Path) -> list[str]:
