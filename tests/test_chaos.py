@@ -31,6 +31,6 @@ def test_the_real_server_comes_back_and_answers_as_before(monkeypatch: pytest.Mo
     monkeypatch.setenv("MANAGED_VLLM_HOME", "")
     from chaos.real import run_real
 
-    outcomes = run_real(2)
+    outcomes = run_real(1)
     assert [line for outcome in outcomes for line in outcome.broken] == []
     assert all(outcome.answered for outcome in outcomes)

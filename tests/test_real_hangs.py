@@ -83,7 +83,7 @@ def test_a_server_that_stands_still_for_seconds_drops_no_request_on_an_idle_conn
     assert llm.status().epoch == epoch
 
 
-@pytest.mark.parametrize("victim", ["EngineCore", "Worker", "APIServer"])
+@pytest.mark.parametrize("victim", ["EngineCore", pytest.param("Worker", marks=pytest.mark.soak), "APIServer"])
 def test_a_frozen_process_is_found_within_the_limit_and_no_request_is_lost(
     llm: ManagedVLLM, heard: list[tuple[float, ServerStatus]], victim: str
 ) -> None:

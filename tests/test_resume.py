@@ -680,7 +680,8 @@ def test_real_a_killed_generation_is_the_unbroken_one(home: Path, chat: bool) ->
 
 @pytest.mark.real
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("kills", [2, 10])
 def test_real_2000_tokens_survive_kills_at_random_points(home: Path, kills: int) -> None:
     rng = random.Random(kills)
     points = sorted(rng.sample(range(20, 1200, 25), kills))  # a fast server is some tokens ahead of who looks
