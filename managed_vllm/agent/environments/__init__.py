@@ -1,0 +1,1 @@
+"""Environments: the embedded desktop, and adapters for gymnasium, OSWorld and MiniWoB++."""
