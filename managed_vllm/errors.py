@@ -269,3 +269,39 @@ class ServerDiedError(RequestError, ConnectionError):
 
 class RequestTimeout(RequestError, TimeoutError):
     """The caller's deadline passed before the answer came."""
+
+
+# -- rollouts ----------------------------------------------------------------------------------------------------------
+
+
+class EnvironmentFailure(ManagedVLLMError):
+    """An environment can't go on: it raised, died, or can't be made. The attempt fails, and has no reward."""
+
+
+class EnvironmentTimeout(EnvironmentFailure, TimeoutError):
+    """An environment did not return within its limit, and was ended."""
+
+
+class ActionParseError(ManagedVLLMError, ValueError):
+    """A model's answer is no action.
+
+    `text` is the answer, `span` the characters of it that are to blame: `text[span[0]:span[1]]`.
+    """
+
+    def __init__(self, message: str, *, text: str, span: tuple[int, int]) -> None:
+        super().__init__(message)
+        self.text = text
+        self.span = span
+
+
+class RunStoreError(ManagedVLLMError):
+    """A run's folder can't be used: it is none, belongs to another run, or another process writes to it. `path` names
+    it."""
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class ExportError(ManagedVLLMError, ValueError):
+    """A run can't be exported as asked: exact token ids or logprobs are missing, or the format can't hold it."""

@@ -14,15 +14,6 @@ from typing import Protocol, runtime_checkable
 
 from managed_vllm.agent.actions import Action
 from managed_vllm.agent.types import Observation, StepResult, Task
-from managed_vllm.errors import ManagedVLLMError
-
-
-class EnvironmentFailure(ManagedVLLMError):
-    """An environment can't go on: it died, it hung, or it can't be made. The attempt fails, and has no reward."""
-
-
-class EnvironmentTimeout(EnvironmentFailure, TimeoutError):
-    """An environment did not return within its limit, and was ended."""
 
 
 @runtime_checkable

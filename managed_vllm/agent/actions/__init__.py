@@ -17,9 +17,11 @@ from managed_vllm.agent.actions.types import (
     Type,
     Wait,
 )
+from managed_vllm.errors import ActionParseError
 
 __all__ = [
     "Action",
+    "ActionParseError",
     "Button",
     "CallUser",
     "Click",
