@@ -4,7 +4,7 @@ In the order in which they occur:
 
 - `Task`: what is to be done. One task has `n` rollouts, which together are its group.
 - `Observation`: what the environment shows: instruction, screenshot, text.
-- `Step`: one turn of an episode: the messages that were sent, exactly what the model answered (token ids, logprobs), the
+- `Step`: one turn of an episode: the messages that were sent, what the model answered to the token, the
   actions that this means, and what became of them.
 - `Trajectory`: one attempt at one rollout, from `reset` to its `StopReason`, with its reward or its `Failure`.
 
