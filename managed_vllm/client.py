@@ -481,6 +481,11 @@ class VLLMClient:
         return made
 
     @property
+    def async_client(self) -> AsyncVLLMClient:
+        """The same client for asyncio."""
+        return self._client
+
+    @property
     def retry(self) -> RetryPolicy:
         """How often a lost request is sent again."""
         return self._client.retry

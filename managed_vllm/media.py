@@ -78,7 +78,7 @@ _SETTLED_NS = 100_000_000
 # -- one picture -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Image:
     """An encoded picture: `data` (a whole PNG, JPEG, GIF, WebP or BMP file), its `mime` type, and the `uuid` of both.
 
@@ -86,7 +86,7 @@ class Image:
     again. Two with the same uuid are equal.
     """
 
-    data: bytes = field(repr=False, compare=False)
+    data: bytes = field(repr=False)
     mime: str
     uuid: str = ""
     """Hex SHA-256 of `data`; for pictures that Pillow encoded, of mode, size and pixels, whatever the PNG's bytes."""
@@ -94,6 +94,17 @@ class Image:
     def __post_init__(self) -> None:
         if not self.uuid:
             object.__setattr__(self, "uuid", hashlib.sha256(self.data).hexdigest())
+
+    def __eq__(self, other: object) -> bool:
+        return (self.mime, self.uuid) == (other.mime, other.uuid) if isinstance(other, Image) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.mime, self.uuid))
+
+    @property
+    def size(self) -> int:
+        """Bytes of `data`."""
+        return len(self.data)
 
     @classmethod
     def of(cls, source: Any) -> Image:
@@ -112,7 +123,7 @@ class Image:
 
         Raises `BadRequestError`: none of these, not readable, no image, or Pillow is needed and missing.
         """
-        if isinstance(source, cls):
+        if isinstance(source, Image):
             return source
         if isinstance(source, bytes | bytearray | memoryview):
             return _encoded(source if isinstance(source, bytes) else bytes(source), "the bytes given")
@@ -130,6 +141,65 @@ class Image:
             f"{type(source).__name__} is no image; give a PIL image, the bytes of an image file, a path, a data: or "
             "http(s): URL, or a numpy array"
         )
+
+
+class StoredImage(Image):
+    """A picture whose `data` stay in a file: read where they are asked for, which is when they are sent.
+
+    For rollouts: a thousand conversations with five screenshots each would hold gigabytes. It is equal to the `Image`
+    of the same bytes. The file must keep its content: else `data` and `size` raise `BadRequestError`. Since a request
+    asks for the `size` of each picture before it is sent, none is cut off in the middle for that.
+
+    Args:
+        path: the file.
+        mime: `image/png`, …
+        sha256: hex digest of the file's bytes; it becomes the `uuid`.
+    """
+
+    __slots__ = ("_checked", "path")
+    path: str
+    _checked: tuple[int, ...] | None
+    """What the file system said of the file when its content was right."""
+
+    def __init__(self, path: str | os.PathLike[str], mime: str, sha256: str) -> None:
+        for name, value in (("path", os.fspath(path)), ("mime", mime), ("uuid", sha256), ("_checked", None)):
+            object.__setattr__(self, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoredImage, (self.path, self.mime, self.uuid)
+
+    @property
+    def data(self) -> bytes:
+        """The file's bytes, read now."""
+        try:
+            with open(self.path, "rb") as file:
+                its = os.fstat(file.fileno())
+                data = file.read()
+        except OSError as error:
+            raise self._lost(error) from error
+        if hashlib.sha256(data).hexdigest() != self.uuid:
+            raise BadRequestError(
+                f"the image file {self.path} has changed: its {len(data)} bytes do not have the SHA-256 {self.uuid}"
+            )
+        settled = len(data) == its.st_size and time.time_ns() - its.st_mtime_ns > _SETTLED_NS
+        object.__setattr__(self, "_checked", _state_of(its) if settled else None)
+        return data
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, which is read only if it may have changed."""
+        try:
+            its = _state_of(os.stat(self.path))
+        except OSError as error:
+            raise self._lost(error) from error
+        return its[0] if its == self._checked else len(self.data)
+
+    def _lost(self, error: OSError) -> BadRequestError:
+        return BadRequestError(f"the image file {self.path} can't be read any more: {error.strerror or error}")
+
+
+def _state_of(its: os.stat_result) -> tuple[int, ...]:
+    return its.st_size, its.st_mtime_ns, its.st_ino, its.st_dev
 
 
 _MAGIC = (
@@ -343,7 +413,7 @@ class Encoded(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of the body."""
-        return sum(len(part) if isinstance(part, bytes) else (len(part.data) + 2) // 3 * 4 for part in self.parts)
+        return sum(len(part) if isinstance(part, bytes) else (part.size + 2) // 3 * 4 for part in self.parts)
 
     @property
     def body(self) -> bytes:

@@ -13,9 +13,27 @@ from typing import Any
 import pytest
 
 from managed_vllm import demo
-from managed_vllm.demo import BUTTONS, LABELS, Button, Screen, random_screen
+from managed_vllm.demo import (
+    BUTTONS,
+    FIELDS,
+    KINDS,
+    LABELS,
+    WORDS,
+    Button,
+    Goal,
+    Screen,
+    TextField,
+    World,
+    random_screen,
+    random_state,
+    random_world,
+    read_screen,
+)
 
 SCREEN = Screen((Button("Cancel", 45, 77), Button("OK", 197, 525)), goal="OK")
+
+FORM = (Button("OK", 197, 525), TextField("City", 120, 300, "red"))
+TYPE_THEN_CLICK = World((FORM,), (Goal("City", "blue"), Goal("OK")))
 
 
 # -- the format --------------------------------------------------------------------------------------------------------
@@ -90,6 +108,158 @@ def test_screens_without_an_answer_are_refused() -> None:
         Button("OK", 1000, 5)
 
 
+# -- fields, second goals and pages ------------------------------------------------------------------------------------
+
+
+def test_the_prompt_shows_contents_where_to_scroll_and_both_goals() -> None:
+    screen = Screen((*FORM, TextField("Name", 5, 6)), Goal("City", "blue"), then=Goal("Save"), more="down")
+    assert screen.prompt() == (
+        "Screen:\nOK(197,525)\nCity(120,300)=red\nName(5,6)=\nMore: down\nStatus: ready\n"
+        'Task: type "blue" into "City" then click "Save"'
+    )
+    both = Screen((*FORM, Button("Save", 1, 2)), goal="OK", then=Goal("Save"), typed="tea")
+    assert both.prompt().endswith('Status: typed "tea"\nTask: click "OK" then click "Save"')
+
+
+def test_the_thought_names_what_is_wanted_before_the_action_says_where_it_is() -> None:
+    answers = []
+    world = World(((Button("Save", 1, 2),), FORM), (Goal("City", "blue"), Goal("Save")))
+    while not answers or not world.screen().done:
+        answers.append(world.screen().expected_answer())
+        world = world.act_right()
+    answers.append(world.screen().expected_answer())
+    assert answers == [
+        "Thought: City is not here.\nAction: scroll(start_box='(500,500)', direction='down')",
+        "Thought: City(120,300)\nAction: click(start_box='(120,300)')",
+        "Thought: type \"blue\"\nAction: type(content='blue')",
+        "Thought: Save is not here.\nAction: scroll(start_box='(500,500)', direction='up')",
+        "Thought: Save(1,2)\nAction: click(start_box='(1,2)')",
+        "Thought: \"Save\" is clicked.\nAction: finished(content='done')",
+    ]
+    assert world.achieved
+
+
+def test_the_last_thing_that_was_typed_ends_the_task() -> None:
+    world = World((FORM,), (Goal("OK"), Goal("City", "blue"))).click("OK").click("City").type("blue")
+    assert world.screen().expected_answer() == "Thought: \"blue\" is typed.\nAction: finished(content='done')"
+
+
+@pytest.mark.parametrize("label", ["OK", "City"])
+def test_whatever_had_a_wrong_effect_the_task_begins_anew(label: str) -> None:
+    goals = (Goal("Save"), Goal("Open"))
+    world = World(((*FORM, Button("Save", 1, 2), Button("Open", 3, 4)),), goals).click("Save").click(label)
+    assert world.screen().expected_action() == "click(start_box='(1,2)')"
+    assert world.screen().target.label == "Save"
+
+
+def test_scrolling_leaves_status_and_focus_alone() -> None:
+    world = World((FORM, (Button("Save", 1, 2),)), (Goal("City", "blue"), Goal("Save"))).click("City")
+    scrolled = world.scroll("down")
+    assert scrolled.screen().status == 'clicked "City"'
+    assert scrolled.screen().more == "up"
+    assert scrolled.screen().expected_action() == "type(content='blue')"
+    assert scrolled.type("blue").pages[0][1] == TextField("City", 120, 300, "blue")
+    assert scrolled.scroll("down") is scrolled
+    assert scrolled.click("OK") is scrolled  # not seen
+
+
+def test_typing_goes_into_the_field_that_was_clicked_and_nowhere_else() -> None:
+    assert TYPE_THEN_CLICK.type("blue") is TYPE_THEN_CLICK
+    world = TYPE_THEN_CLICK.click("City").type("blue")
+    assert world.pages == ((FORM[0], TextField("City", 120, 300, "blue")),)
+    button = world.click("OK")
+    assert button.type("red") is button
+    screen = TYPE_THEN_CLICK.click("City").screen()
+    assert screen.after_type("blue") == world.screen()
+    assert TYPE_THEN_CLICK.screen().after_type("blue") == TYPE_THEN_CLICK.screen()
+
+
+def test_goals_count_in_their_order_only() -> None:
+    right = TYPE_THEN_CLICK.click("City").type("blue")
+    assert not right.achieved
+    assert right.click("OK").achieved
+    assert right.click("City").click("OK").achieved  # what else was done between them does not matter
+    assert not TYPE_THEN_CLICK.click("OK").click("City").type("blue").achieved
+    assert not right.click("OK").click("City").type("red").achieved
+    assert not TYPE_THEN_CLICK.click("City").click("OK").achieved
+
+
+def test_what_was_typed_into_the_wrong_field_does_not_count() -> None:
+    world = World(((*FORM, TextField("Name", 1, 2)),), (Goal("City", "blue"),))
+    wrong = world.click("Name").type("blue")
+    assert wrong.screen().status == 'typed "blue"'
+    assert not wrong.achieved
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_random_world_can_be_finished_and_every_state_has_a_right_answer(kind: str) -> None:
+    rng = random.Random(kind)
+    for number in range(200):
+        world = random_state(rng, kind, elements=2 if number % 4 == 0 else None)
+        for _ in range(10):
+            screen = world.screen()
+            assert screen.is_right(screen.expected_answer())
+            assert read_screen(screen.prompt()) == screen
+            assert len(screen.buttons) in BUTTONS
+            assert {element.label for element in screen.buttons} <= {*LABELS, *FIELDS}
+            if screen.done:
+                break
+            world = world.act_right()
+        assert screen.done
+    fresh = random_world(rng, kind)
+    for _ in range(8):
+        fresh = fresh.act_right()
+    assert fresh.achieved
+
+
+def test_random_worlds_are_as_asked_for() -> None:
+    assert random_world(random.Random(5), "scroll") == random_world(random.Random(5), "scroll")
+    assert [len(page) for page in random_world(random.Random(0), "scroll", elements=4).pages] == [4, 4]
+    places = [(number, number) for number in range(10)]
+    world = random_world(random.Random(0), "type", elements=8, points=places)
+    assert len({(element.x, element.y) for element in world.elements} & set(places)) == 8
+    for kind in KINDS.values():
+        assert kind.scroll or len(random_world(random.Random(0), "click").pages) == 1
+    with pytest.raises(KeyError):
+        random_world(random.Random(0), "fly")
+
+
+def test_no_word_and_no_label_is_another_one() -> None:
+    assert len({*LABELS, *FIELDS, *WORDS}) == len(LABELS) + len(FIELDS) + len(WORDS)
+    assert all(word.isascii() and word.isalpha() for word in (*LABELS, *FIELDS, *WORDS))
+
+
+def test_worlds_and_screens_that_the_status_could_not_tell_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match="in common"):
+        Screen(FORM, goal="OK", then=Goal("OK"))
+    with pytest.raises(ValueError, match="in common"):
+        Screen((*FORM, TextField("Name", 1, 2)), Goal("City", "blue"), then=Goal("Name", "blue"))
+    with pytest.raises(ValueError, match="'OK' is a button"):
+        Screen(FORM, Goal("OK", "blue"))
+    with pytest.raises(ValueError, match="not both"):
+        Screen(FORM, goal="OK", clicked="OK", typed="blue")
+    with pytest.raises(ValueError, match="no button 'Save' to click"):
+        World((FORM, (Button("Open", 1, 2),)), (Goal("Save"),))
+    with pytest.raises(ValueError, match="share a label"):
+        World((FORM, FORM), (Goal("OK"),))
+    with pytest.raises(ValueError, match="one or two pages"):
+        World((FORM,), (Goal("OK"),), page=1)
+    with pytest.raises(ValueError, match="one or two goals"):
+        World((FORM,), ())
+    with pytest.raises(ValueError, match="text field 'City' is at"):
+        TextField("City", -1, 0)
+    with pytest.raises(ValueError, match="more than one line"):
+        TextField("City", 1, 0, "blue\nred")
+    with pytest.raises(LookupError, match="'Save' is not seen; scroll up"):
+        _ = Screen(FORM, goal="Save", more="up").target
+
+
+@pytest.mark.parametrize("text", ["", "Screen:", 'Screen:\nOK\nStatus: ready\nTask: click "OK"', "Status: ready"])
+def test_a_text_that_is_no_screen_is_not_read(text: str) -> None:
+    with pytest.raises(ValueError, match="not the text of a screen"):
+        read_screen(text)
+
+
 # -- what is carried ---------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +282,11 @@ def test_the_weights_folder_is_complete_and_small() -> None:
 def test_the_weights_reached_the_target_when_they_were_made() -> None:
     training = json.loads((demo.weights_path() / "training.json").read_text())
     assert training["worst_required"] >= 0.97
+    required = {name: training["success"][name] for name in training["required"]}
+    assert min(required.values()) == training["worst_required"]
+    named = " ".join(required)
+    assert all(f"any turn of {kind}" in named for kind in KINDS)
+    assert {"click, 8 buttons", "finished", "with a system message", "second turn of an episode"} <= required.keys()
 
 
 def test_no_default_of_generation_is_imposed_on_requests() -> None:
@@ -157,6 +332,23 @@ def test_it_acts_right_on_unseen_screens_and_is_stopped_by_its_end_token(model_a
     # An answer that went on after its action would not be right.
     right = sum(screen.is_right(text) for screen, text in zip(screens, answers, strict=True))
     assert right >= 0.95 * len(screens), answers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_acts_right_in_unseen_states_of_every_kind(kind: str, model_and_tokenizer: Any) -> None:
+    from managed_vllm.demo.train import answer
+
+    rng = random.Random(f"unseen {kind}")
+    screens = [random_state(rng, kind).screen() for _ in range(32)]
+    answers = answer(*model_and_tokenizer, [screen.messages() for screen in screens])
+    right = sum(screen.is_right(text) for screen, text in zip(screens, answers, strict=True))
+    assert right >= 29, answers
+
+
+def test_every_label_and_every_word_is_one_token(model_and_tokenizer: Any) -> None:
+    _, tokenizer = model_and_tokenizer
+    words = [*LABELS, *FIELDS, *WORDS]
+    assert [word for word, ids in zip(words, tokenizer(words)["input_ids"], strict=True) if len(ids) != 1] == []
 
 
 def test_its_answer_ends_with_the_end_token(model_and_tokenizer: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import copy
 import enum
 import gc
 import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -16,15 +18,17 @@ import threading
 import time
 import tracemalloc
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytest
+from scripted_server import ANSWER, Script, client_of, says
 
 from managed_vllm import media
 from managed_vllm.errors import BadRequestError
-from managed_vllm.media import Encoded, Image, ImagePart, Ledger, encode, is_miss
+from managed_vllm.media import Encoded, Image, ImagePart, Ledger, StoredImage, encode, is_miss
 
 pillow = pytest.importorskip("PIL.Image")
 numpy = pytest.importorskip("numpy")
@@ -537,3 +541,95 @@ def test_misses_that_were_on_their_way_together_count_once() -> None:
     known = ledger.known("life")
     assert sum(f"{number}" in known for number in range(1000)) == 449
     assert "999" in known
+
+
+# -- in a file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> StoredImage:
+    path = tmp_path / "screen.png"
+    path.write_bytes(PNG)
+    return StoredImage(path, "image/png", hashlib.sha256(PNG).hexdigest())
+
+
+def test_a_stored_image_is_equal_to_the_image_of_its_bytes(stored: StoredImage) -> None:
+    assert stored == IMAGE
+    assert IMAGE.__eq__(stored) is True
+    assert hash(stored) == hash(IMAGE)
+    assert stored != Image(PNG, "image/jpeg")
+    assert stored != "an image"
+    assert (stored.data, stored.size, stored.mime, stored.uuid) == (PNG, len(PNG), IMAGE.mime, IMAGE.uuid)
+    assert Image.of(stored) is stored
+
+
+@pytest.mark.parametrize("known", [(), {IMAGE.uuid}, None])
+def test_a_body_with_a_stored_image_is_that_with_its_bytes(stored: StoredImage, known: Any) -> None:
+    body, same = body_of(ImagePart(stored), ImagePart(IMAGE)), body_of(ImagePart(IMAGE), ImagePart(IMAGE))
+    assert encode(body, known=known).body == encode(same, known=known).body
+    assert encode(body, known=known).size == len(encode(same, known=known).body)
+    assert ImagePart(stored).fields(with_data=True) == ImagePart(IMAGE).fields(with_data=True)
+
+
+def test_a_stored_image_pickles_and_copies_without_its_bytes(stored: StoredImage) -> None:
+    assert len(pickle.dumps(stored)) < 400
+    for other in (pickle.loads(pickle.dumps(stored)), copy.copy(stored), copy.deepcopy(stored)):
+        assert other == stored
+        assert other.data == PNG
+
+
+def test_a_stored_image_whose_file_is_lost_or_changed_is_refused_before_it_is_sent(stored: StoredImage) -> None:
+    path = Path(stored.path)
+    assert stored.data == PNG
+    for changed in (PNG[:-1] + b"x", PNG + b"x", b""):
+        path.write_bytes(changed)
+        encoded = encode(body_of(ImagePart(stored)))
+        for of, name in ((encoded, "size"), (encoded, "body"), (stored, "data")):
+            with pytest.raises(BadRequestError, match="has changed") as caught:
+                getattr(of, name)
+            assert str(path) in caught.value.message
+    path.write_bytes(PNG)
+    assert stored.data == PNG
+    path.unlink()
+    with pytest.raises(BadRequestError, match=r"can't be read any more: No such file"):
+        encode(body_of(ImagePart(stored))).size  # noqa: B018
+
+
+def test_a_request_with_a_lost_image_fails_at_once_and_is_not_sent(
+    script: Callable[..., Script], stored: StoredImage
+) -> None:
+    server = script(says(ANSWER))
+    with client_of(server) as client:
+        Path(stored.path).unlink()
+        with pytest.raises(BadRequestError, match="can't be read any more"):
+            client.chat([{"role": "user", "content": [{"type": "image", "image": stored}]}])
+
+
+def test_the_size_of_a_stored_image_is_known_without_reading_it_again(stored: StoredImage) -> None:
+    os.utime(stored.path, ns=(0, time.time_ns() - 10**9))
+    assert stored.size == len(PNG)  # read once
+    its = os.stat(stored.path)
+    Path(stored.path).write_bytes(b"x" * len(PNG))
+    os.utime(stored.path, ns=(0, its.st_mtime_ns))  # nobody does that; but it shows that the file was not read
+    assert stored.size == len(PNG)
+    with pytest.raises(BadRequestError, match="has changed"):
+        stored.data  # noqa: B018
+
+
+def test_a_stored_image_is_read_when_it_is_sent_and_not_held(tmp_path: Path) -> None:
+    parts = []
+    for seed in range(20):
+        data = b"\x89PNG\r\n\x1a\n" + random.Random(seed).randbytes(1_000_000)
+        (tmp_path / f"{seed}.png").write_bytes(data)
+        parts.append(ImagePart(StoredImage(tmp_path / f"{seed}.png", "image/png", hashlib.sha256(data).hexdigest())))
+    del data
+    tracemalloc.start()
+    try:
+        encoded = encode(body_of(*parts))
+        assert encoded.size > 20 * 1_333_000
+        assert sum(map(len, encoded.pieces())) == encoded.size
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 50_000
+    assert peak < 3_000_000  # one at a time

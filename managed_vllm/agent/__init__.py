@@ -1,1 +1,98 @@
-"""agent"""
+"""Multi-turn rollouts: environments that run at their own pace, exact records, and runs that can be resumed.
+
+    from managed_vllm import ManagedVLLM
+    from managed_vllm.agent import Limits, RunStore, StreamingTaskScheduler
+
+    with ManagedVLLM("ByteDance-Seed/UI-TARS-1.5-7B") as llm, RunStore.create("run-1", {"model": llm.model}) as store:
+        scheduler = StreamingTaskScheduler(llm, make_environment, n=8, max_concurrency=64, store=store)
+        for trajectory in scheduler.run_all(tasks):
+            print(trajectory.key, trajectory.reward, trajectory.stop_reason)
+
+The public names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME_OF = {
+    "AgentFormat": "managed_vllm.agent.format",
+    "Conversation": "managed_vllm.agent.conversation",
+    "DesktopEnvironment": "managed_vllm.agent.environments.desktop",
+    "Environment": "managed_vllm.agent.environment",
+    "Failure": "managed_vllm.agent.types",
+    "FailureClass": "managed_vllm.agent.types",
+    "Group": "managed_vllm.agent.types",
+    "GroupPolicy": "managed_vllm.agent.scheduler",
+    "ImageRef": "managed_vllm.agent.types",
+    "ImageStore": "managed_vllm.agent.images",
+    "Limits": "managed_vllm.agent.types",
+    "Observation": "managed_vllm.agent.types",
+    "ParseErrorPolicy": "managed_vllm.agent.format",
+    "ProcessEnvironment": "managed_vllm.agent.environments.process",
+    "RetryRollouts": "managed_vllm.agent.scheduler",
+    "RunStore": "managed_vllm.agent.store",
+    "Step": "managed_vllm.agent.types",
+    "StepResult": "managed_vllm.agent.types",
+    "StepTimings": "managed_vllm.agent.types",
+    "StopReason": "managed_vllm.agent.types",
+    "StreamingTaskScheduler": "managed_vllm.agent.scheduler",
+    "Task": "managed_vllm.agent.types",
+    "ThenWhat": "managed_vllm.agent.format",
+    "ThreadEnvironment": "managed_vllm.agent.environments.thread",
+    "Trajectory": "managed_vllm.agent.types",
+    "embedded": "managed_vllm.agent.format",
+    "json_actions": "managed_vllm.agent.format",
+    "run_agent_loop": "managed_vllm.agent.loop",
+    "run_episode": "managed_vllm.agent.episode",
+    "tool_calls": "managed_vllm.agent.format",
+    "ui_tars": "managed_vllm.agent.format",
+}
+
+__all__ = sorted(_HOME_OF)
+
+if TYPE_CHECKING:
+    from managed_vllm.agent.conversation import Conversation as Conversation
+    from managed_vllm.agent.environment import Environment as Environment
+    from managed_vllm.agent.environments.desktop import DesktopEnvironment as DesktopEnvironment
+    from managed_vllm.agent.environments.process import ProcessEnvironment as ProcessEnvironment
+    from managed_vllm.agent.environments.thread import ThreadEnvironment as ThreadEnvironment
+    from managed_vllm.agent.episode import run_episode as run_episode
+    from managed_vllm.agent.format import AgentFormat as AgentFormat
+    from managed_vllm.agent.format import ParseErrorPolicy as ParseErrorPolicy
+    from managed_vllm.agent.format import ThenWhat as ThenWhat
+    from managed_vllm.agent.format import embedded as embedded
+    from managed_vllm.agent.format import json_actions as json_actions
+    from managed_vllm.agent.format import tool_calls as tool_calls
+    from managed_vllm.agent.format import ui_tars as ui_tars
+    from managed_vllm.agent.images import ImageStore as ImageStore
+    from managed_vllm.agent.loop import run_agent_loop as run_agent_loop
+    from managed_vllm.agent.scheduler import GroupPolicy as GroupPolicy
+    from managed_vllm.agent.scheduler import RetryRollouts as RetryRollouts
+    from managed_vllm.agent.scheduler import StreamingTaskScheduler as StreamingTaskScheduler
+    from managed_vllm.agent.store import RunStore as RunStore
+    from managed_vllm.agent.types import Failure as Failure
+    from managed_vllm.agent.types import FailureClass as FailureClass
+    from managed_vllm.agent.types import Group as Group
+    from managed_vllm.agent.types import ImageRef as ImageRef
+    from managed_vllm.agent.types import Limits as Limits
+    from managed_vllm.agent.types import Observation as Observation
+    from managed_vllm.agent.types import Step as Step
+    from managed_vllm.agent.types import StepResult as StepResult
+    from managed_vllm.agent.types import StepTimings as StepTimings
+    from managed_vllm.agent.types import StopReason as StopReason
+    from managed_vllm.agent.types import Task as Task
+    from managed_vllm.agent.types import Trajectory as Trajectory
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME_OF))

@@ -122,6 +122,71 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print one object")
     check.add_argument("--timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for each request (30)")
 
+    rollout = command(
+        "rollout",
+        "managed_vllm.cli.rollout:rollout",
+        "play tasks × n rollouts of an environment, into a run's folder",
+        "managed-vllm rollout --env desktop --tasks 64 --n 4 --out runs/desktop",
+        "managed-vllm rollout --env miniwob:click-test-2 --tasks 20 --out runs/click --model my/vlm",
+        "managed-vllm rollout --env my.module:make --tasks tasks.jsonl --out runs/mine",
+        more=" The same command goes on with what is missing or\n"
+        f"failed. The server is found (VLLM_SERVER_URL, too) or started as `up` does it.\n{flags}",
+        passes_flags=True,
+    )
+    _add_rollout(rollout)
+    _add_server(rollout, keep_alive="5", env="--server-env")
+
+    view = command(
+        "view",
+        "managed_vllm.cli.runs:view",
+        "write a recorded run as one HTML file, and sum it up",
+        "managed-vllm view runs/monday",
+        "managed-vllm view runs/monday --out monday.html --open",
+        more=" A run that still goes on is shown as far as it is.",
+    )
+    view.add_argument("folder", metavar="RUN", help="the run's folder")
+    view.add_argument("--out", metavar="FILE", help="the HTML file (view.html in the run's folder)")
+    view.add_argument("--open", action="store_true", help="open it in the browser")
+    view.add_argument("--title", help="of the page (the folder's name)")
+    view.add_argument("--by", choices=("task", "kind"), default="kind", help="what makes a line of the summary (kind)")
+    view.add_argument(
+        "--success-at", type=float, default=0.5, metavar="REWARD", help="from which reward on it is a success (0.5)"
+    )
+    view.add_argument(
+        "--max-mb",
+        type=_count,
+        default=200,
+        metavar="N",
+        help="megabytes of images in the page itself; of more than that all are files in a folder beside it (200)",
+    )
+
+    export = command(
+        "export",
+        "managed_vllm.cli.runs:export",
+        "write a recorded run in the format of a trainer: verl, SkyRL; or as ATIF",
+        "managed-vllm export runs/monday --to verl --out data/monday",
+        "managed-vllm export runs/monday --to atif --include all --out shared/monday",
+        more="\nToken ids and logprobs are the server's own; what is left out is counted. The folder is there whole, "
+        "or not at all.",
+    )
+    export.add_argument("folder", metavar="RUN", help="the run's folder")
+    export.add_argument("--to", required=True, choices=("verl", "skyrl", "atif"), help="the format")
+    export.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there yet, or empty")
+    export.add_argument(
+        "--per", choices=("step", "trajectory"), default="step", help="what is a sample, not for atif (step)"
+    )
+    export.add_argument(
+        "--logprobs",
+        action=argparse.BooleanOptionalAction,
+        help="they must be there, or are left out (must be there; for atif as they are)",
+    )
+    export.add_argument(
+        "--include",
+        choices=("rewarded", "ok", "all"),
+        default="rewarded",
+        help="attempts that are ok and have a reward; also those without; also failed ones, atif only (rewarded)",
+    )
+
     demo = command(
         "demo",
         "managed_vllm.demo.show:show",
@@ -137,7 +202,44 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_server(parser: argparse.ArgumentParser, *, keep_alive: str) -> None:
+def _add_rollout(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to play")
+    what.add_argument(
+        "--env",
+        dest="environment",
+        required=True,
+        metavar="NAME",
+        help="desktop, miniwob:TASK or package.module:function",
+    )
+    what.add_argument("--tasks", required=True, metavar="N|FILE", help="how many, or a file of tasks (JSON lines)")
+    what.add_argument("--n", type=_count, default=1, metavar="N", help="rollouts a task (1)")
+    what.add_argument("--out", required=True, metavar="RUN", help="the run's folder; one that is there is gone on with")
+    what.add_argument("--seed", type=int, default=0, help="of the tasks (0)")
+    what.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else")
+    how = parser.add_argument_group("how")
+    how.add_argument("--max-concurrency", type=_count, default=16, metavar="N", help="environments at once (16)")
+    how.add_argument("--max-attempts", type=_count, default=3, metavar="N", help="at a rollout that fails (3)")
+    how.add_argument("--max-steps", type=_count, default=15, metavar="N", help="turns of an episode (15)")
+    how.add_argument("--max-images", type=_count, default=5, metavar="N", help="newest images in the prompt (5)")
+    how.add_argument("--max-tokens", type=_count, default=512, metavar="N", help="of one answer (512)")
+    how.add_argument("--step-timeout", type=_seconds, default=60.0, metavar="SECONDS", help="for one action (60)")
+    how.add_argument("--episode-timeout", type=_seconds, metavar="SECONDS", help="for a whole episode (no bound)")
+    how.add_argument("--temperature", type=float, default=1.0, help="of sampling (1.0)")
+    how.add_argument("--sampling", metavar="JSON", help="further sampling parameters, as a JSON object")
+    how.add_argument(
+        "--format",
+        choices=("ui-tars", "json", "tools", "embedded"),
+        help="how the model is spoken to (what fits the environment and the model)",
+    )
+    how.add_argument(
+        "--coordinates", choices=("resized", "relative1000", "absolute"), help="what the model's numbers are"
+    )
+    how.add_argument(
+        "--retries", type=_count, default=0, metavar="N", help="answers that are sent back as no action, an episode (0)"
+    )
+
+
+def _add_server(parser: argparse.ArgumentParser, *, keep_alive: str, env: str = "--env") -> None:
     model = parser.add_argument_group("what to serve")
     model.add_argument("--model", help="Hugging Face id, local folder, or demo")
     model.add_argument("--tensor-parallel-size", "-tp", type=int, metavar="N", help="GPUs for each layer")
@@ -145,7 +247,12 @@ def _add_server(parser: argparse.ArgumentParser, *, keep_alive: str) -> None:
         "--gpu-memory-utilization", type=float, metavar="SHARE", help="share of the GPU's memory, 0 to 1"
     )
     model.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable for it; repeatable"
+        env,
+        dest="env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="environment variable for it; repeatable",
     )
     model.add_argument("--python", metavar="PATH", help="another interpreter whose vLLM to run")
     model.add_argument(

@@ -56,21 +56,38 @@ def up(given: argparse.Namespace) -> int:
 
 def _asked(given: argparse.Namespace, *, progress: bool, wait: bool = True) -> tuple[ManagedVLLM, Instance]:
     """The handle for what the command line asks for, not entered, and the instance it will be."""
+    model, arguments = model_and_arguments(given)
+    if not model:
+        raise ConfigError("which model? Give --model NAME, a folder, or --model demo", field="model")
+    # Who says `serve` wants a server here, wherever the scripts of this shell find theirs.
+    os.environ.pop(external.URL_VARIABLE, None)
+    llm = handle(given, model, arguments, progress=progress, wait=wait, on_status=_Restarts())
+    spec = ServerSpec.of(
+        model,
+        engine_args=arguments,
+        env=_environment(given),
+        python=given.python,
+        command=_command(given),
+    )
+    return llm, Instance(registry.state_home(), spec.key)
+
+
+def model_and_arguments(given: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
+    """The model, if one is named, and vLLM's engine arguments."""
     rest = list(given.rest)
     model = given.model
     if rest and not rest[0].startswith("-") and model is None:
         model = rest.pop(0)  # as `vllm serve MODEL` has it
-    if not model:
-        raise ConfigError("which model? Give --model NAME, a folder, or --model demo", field="model")
     arguments = engine_arguments.from_flags(rest)
     for name in ("tensor_parallel_size", "gpu_memory_utilization"):
         if getattr(given, name) is not None:
             arguments[name] = getattr(given, name)
-    environment = dict(_variable(word) for word in given.env)
-    command = shlex.split(given.command) if given.command else None
-    # Who says `serve` wants a server here, wherever the scripts of this shell find theirs.
-    os.environ.pop(external.URL_VARIABLE, None)
-    llm = ManagedVLLM(
+    return model, arguments
+
+
+def handle(given: argparse.Namespace, model: str | None, arguments: dict[str, Any], **more: Any) -> ManagedVLLM:
+    """A handle, not entered, with the options that `serve`, `up` and `rollout` have in common."""
+    return ManagedVLLM(
         model,
         name=given.name,
         api_key=given.api_key,
@@ -79,16 +96,20 @@ def _asked(given: argparse.Namespace, *, progress: bool, wait: bool = True) -> t
         uds=given.uds,
         keep_alive=given.keep_alive,
         startup_timeout=given.startup_timeout,
-        env=environment,
+        env=_environment(given),
         python=given.python,
-        command=command,
-        wait=wait,
-        progress=progress,
-        on_status=_Restarts(),
+        command=_command(given),
+        **more,
         **arguments,
     )
-    spec = ServerSpec.of(model, engine_args=arguments, env=environment, python=given.python, command=command)
-    return llm, Instance(registry.state_home(), spec.key)
+
+
+def _environment(given: argparse.Namespace) -> dict[str, str]:
+    return dict(_variable(word) for word in given.env)
+
+
+def _command(given: argparse.Namespace) -> list[str] | None:
+    return shlex.split(given.command) if given.command else None
 
 
 class _Restarts:

@@ -1,10 +1,11 @@
-"""The embedded default model: a Qwen3 of half a million parameters that clicks the right button, and how to serve it.
+"""The embedded default model: a small Qwen3 that clicks, types and scrolls, and how to serve it.
 
 It answers a `Screen` (text) with a UI-TARS style action, is carried as package data (1 MB) and was trained on a CPU by
 `python -m managed_vllm.demo.train`, in minutes. So everything that this library does can be tried, tested and taught
 without a download and without a GPU, with a model that really acts. Importing this package loads no torch, no
 transformers and no vLLM.
 
+`managed_vllm.agent.environments.desktop` is the world in which it acts over several steps.
 `managed_vllm.demo.random_vlm` makes a random vision-language model in seconds, for everything with pictures.
 """
 
@@ -12,19 +13,49 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from managed_vllm.demo.screen import BUTTONS, COORDINATES, LABELS, Button, Screen, random_buttons, random_screen
+from managed_vllm.demo.screen import (
+    BUTTONS,
+    COORDINATES,
+    FIELDS,
+    KINDS,
+    LABELS,
+    WORDS,
+    Button,
+    Element,
+    Goal,
+    Kind,
+    Screen,
+    TextField,
+    World,
+    random_buttons,
+    random_screen,
+    random_state,
+    random_world,
+    read_screen,
+)
 
 __all__ = [
     "BUTTONS",
     "COORDINATES",
+    "FIELDS",
+    "KINDS",
     "LABELS",
     "NAME",
+    "WORDS",
     "Button",
+    "Element",
+    "Goal",
+    "Kind",
     "Screen",
+    "TextField",
+    "World",
     "engine_defaults",
     "environment_defaults",
     "random_buttons",
     "random_screen",
+    "random_state",
+    "random_world",
+    "read_screen",
     "weights_path",
 ]
 

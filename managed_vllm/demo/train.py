@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import enum
 import json
-import math
 import os
 import platform
 import random
@@ -43,10 +42,25 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from managed_vllm.demo.screen import BUTTONS, COORDINATES, LABELS, Screen, random_buttons, random_screen
+from managed_vllm.demo.screen import (
+    BUTTONS,
+    COORDINATES,
+    FIELDS,
+    KINDS,
+    LABELS,
+    WORDS,
+    Screen,
+    World,
+    random_screen,
+    random_state,
+    random_world,
+)
 
 Messages = list[dict[str, str]]
 """A conversation, as in a chat request."""
+
+Say = Callable[[str], None]
+"""Where progress is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +68,20 @@ class Recipe:
     """The model's shape and how it learns."""
 
     hidden_size: int = 128
-    layers: int = 2
+    intermediate_size: int = 256
+    layers: int = 4
     head_dim: int = 32  # smaller ones kill vLLM's CPU engine at the first request
     context: int = 4096
     init_std: float = 0.08
     muon_lr: float = 0.005
     embedding_lr: float = 1e-3
     gain_lr: float = 1e-2  # of the norms, which decide how sharply the model looks
-    decay_from: float = 0.3  # of the time; before it the learning rates are level
+    decay_from: float = 0.4  # of the time; before it the learning rates are level
     batch_size: int = 32
-    max_drill_share: float = 0.45  # of the time, until the look-up must be learnt
+    max_drill_share: float = 0.35  # of the time, until the look-up must be learnt
     drill_learnt_loss: float = 0.02
-    easy_share: float = 0.1  # of the time, after the drill, with few buttons only
+    easy_share: float = 0.15  # of the time, after the drill, with few elements only
+    episode_share: float = 0.3  # of the batches after that: whole episodes; the others are single screens
 
 
 # -- text to tokens ----------------------------------------------------------------------------------------------------
@@ -125,14 +141,15 @@ def build_tokenizer() -> Any:
 
 def _tokenizer_corpus() -> Iterator[str]:
     rng = random.Random(1)
-    for _ in range(2000):
-        screen = random_screen(rng)
-        yield screen.prompt()
-        yield screen.expected_answer()
+    for _ in range(400):
+        for kind in KINDS:
+            screen = random_state(rng, kind).screen()
+            yield screen.prompt()
+            yield screen.expected_answer()
     for _ in range(20):
         yield "system\nuser\nassistant\n"
         yield from (f"({i},{i})" for i in COORDINATES)
-        yield " ".join(SYSTEM_PROMPTS)
+        yield " ".join((*SYSTEM_PROMPTS, *LABELS, *FIELDS, *WORDS))
 
 
 # -- what it learns from -----------------------------------------------------------------------------------------------
@@ -140,7 +157,10 @@ def _tokenizer_corpus() -> Iterator[str]:
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are a GUI agent. Do the task. Answer with a thought and an action.",
-    "You are a GUI agent. You are given a task and your action history, with screenshots.",
+    "You are a GUI agent. You are given a task and your action history, with screenshots. You need to perform the next "
+    "action to complete the task.\n\n## Output Format\nThought: ...\nAction: ...\n\n## Action Space\n"
+    "click(start_box='(x1,y1)')\ntype(content='')\nscroll(start_box='(x1,y1)', direction='down or up')\n"
+    "finished(content='')\n\n## User Instruction\n",
     "Click the right button.",
 )
 
@@ -156,7 +176,7 @@ class Around(enum.Enum):
 def conversation(screen: Screen, around: Around, rng: random.Random) -> Messages:
     """A chat request that ends in the screen. There is an earlier turn only where something was clicked."""
     if around is Around.SYSTEM_MESSAGE:
-        return [{"role": "system", "content": random_system_prompt(rng)}, *screen.messages()]
+        return [random_system_message(rng, screen.task), *screen.messages()]
     if around is Around.EARLIER_TURN and screen.clicked is not None:
         before = Screen(screen.buttons, screen.goal)
         said = Screen(screen.buttons, screen.clicked).expected_answer()  # also where the click was a wrong one
@@ -164,12 +184,32 @@ def conversation(screen: Screen, around: Around, rng: random.Random) -> Messages
     return screen.messages()
 
 
-def random_system_prompt(rng: random.Random) -> str:
-    """A usual one, or noise out of all printable characters: whatever is said there changes nothing."""
+def random_system_message(rng: random.Random, task: str) -> dict[str, str]:
+    """A usual one, or noise out of all printable characters, or either with the task: it changes nothing."""
     if rng.random() < 0.5:
-        return rng.choice(SYSTEM_PROMPTS)
-    words = ("".join(chr(rng.randint(33, 126)) for _ in range(rng.randint(1, 6))) for _ in range(rng.randint(1, 8)))
-    return " ".join(words)
+        text = rng.choice(SYSTEM_PROMPTS)
+    else:
+        words = ("".join(chr(rng.randint(33, 126)) for _ in range(rng.randint(1, 6))) for _ in range(rng.randint(1, 8)))
+        text = " ".join(words)
+    return {"role": "system", "content": text + (task if rng.random() < 0.3 else "")}
+
+
+def episode(world: World, rng: random.Random) -> list[tuple[Screen, str]]:
+    """The turns from this world to the end: what is seen, and what the model says. All of it is right, except that
+    in a fifth of the episodes one click goes wrong."""
+    turns: list[tuple[Screen, str]] = []
+    wrong_turn = rng.randrange(3) if rng.random() < 0.2 else None
+    while True:
+        screen = world.screen()
+        if len(turns) == wrong_turn:
+            hit = rng.choice(world.elements)
+            turns.append((screen, Screen((hit,), hit.label).expected_answer()))
+            world = world.click(hit.label)
+            continue
+        turns.append((screen, screen.expected_answer()))
+        if screen.done:
+            return turns
+        world = world.act_right()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,56 +220,99 @@ class Batch:
     labels: Any
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
-        """Rows of (given tokens, tokens to predict), padded on the right."""
-        width = max(len(given) + len(wanted) for given, wanted in rows)
+    def of(cls, rows: Sequence[Sequence[tuple[list[int], bool]]]) -> Batch:
+        """Rows of pieces, each some tokens and whether they are to be predicted, padded on the right."""
+        width = max(sum(len(tokens) for tokens, _ in row) for row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         labels = torch.full((len(rows), width), -100)
-        for row, (given, wanted) in enumerate(rows):
-            end = len(given) + len(wanted)
-            ids[row, :end] = torch.tensor(given + wanted)
-            labels[row, len(given) : end] = torch.tensor(wanted)
+        for row, pieces in enumerate(rows):
+            begin = 0
+            for tokens, wanted in pieces:
+                end = begin + len(tokens)
+                ids[row, begin:end] = torch.tensor(tokens)
+                if wanted:
+                    labels[row, begin:end] = torch.tensor(tokens)
+                begin = end
         return cls(ids, labels)
 
 
+EASY, ALL = 3, BUTTONS[-1]
+"""Elements at most: of an easy screen, and of any."""
+
+
 class Lessons:
-    """Random batches of the two kinds, out of one seeded stream."""
+    """Random batches of the three sorts, out of one seeded stream."""
 
     def __init__(self, tokenizer: Any, rng: random.Random, size: int) -> None:
         self._tokenizer = tokenizer
         self._rng = rng
         self._size = size
-        self._label_ids = torch.tensor([tokenizer.convert_tokens_to_ids(label) for label in LABELS])
+        self._label_ids = torch.tensor([tokenizer.convert_tokens_to_ids(label) for label in (*LABELS, *FIELDS)])
 
-    def task(self, max_buttons: int, *, plain: bool) -> Batch:
-        """Conversations and their right answers, all of one kind and with as many buttons: little is padding."""
-        buttons = self._rng.randint(BUTTONS[0], max_buttons)
+    def screens(self, most: int, *, plain: bool) -> Batch:
+        """Single screens and their right answers, as many elements on all of them: little is padding."""
+        rng = self._rng
+        elements = rng.randint(BUTTONS[0], most)
         kinds = (Around.NOTHING, Around.SYSTEM_MESSAGE, Around.EARLIER_TURN)
-        around = Around.NOTHING if plain else self._rng.choices(kinds, (7, 2, 1))[0]
-        screens = [random_screen(self._rng, buttons=buttons) for _ in range(self._size)]
-        given = [
-            self._tokenizer.apply_chat_template(
-                conversation(screen, around, self._rng), tokenize=False, add_generation_prompt=True
-            )
-            for screen in screens
-        ]
-        return self._batch(given, [screen.expected_answer() + END for screen in screens])
+        around = Around.NOTHING if plain else rng.choices(kinds, (7, 2, 1))[0]
+        rows = []
+        for _ in range(self._size):
+            if around is Around.EARLIER_TURN or rng.random() < 0.2:
+                screen = random_screen(rng, buttons=elements)
+            else:
+                screen = random_state(rng, rng.choice(list(KINDS)), elements=elements).screen()
+            rows.append([(self._rendered(conversation(screen, around, rng)), screen.expected_answer() + END)])
+        return self._batch([[piece for given, said in row for piece in ((given, False), (said, True))] for row in rows])
 
-    def drill(self, max_buttons: int) -> Batch:
-        """A screen's lines, then the same lines shuffled: look-up, with something to learn at nearly every token."""
-        buttons = self._rng.randint(BUTTONS[0], max_buttons)
-        screens = [[f"{button}\n" for button in random_buttons(self._rng, buttons)] for _ in range(self._size)]
-        shuffled = [self._rng.sample(lines, len(lines)) for lines in screens]
-        batch = self._batch(["".join(lines) for lines in screens], ["".join(lines) for lines in shuffled])
+    def episodes(self, most: int) -> Batch:
+        """Whole episodes, every right answer in them to be given; a quarter as many, since they are longer."""
+        rng = self._rng
+        elements = rng.randint(BUTTONS[0], most)
+        long = rng.random() < 0.6
+        kinds = [name for name, kind in KINDS.items() if (len(kind.goals) == 2) is long]
+        rows = []
+        for _ in range(self._size // (6 if long else 4)):
+            world = random_world(rng, rng.choice(kinds), elements=elements)
+            if world.more is not None and rng.random() < 0.3:
+                world = world.scroll(world.more)
+            row = []
+            if rng.random() < 0.3:
+                system = random_system_message(rng, world.screen().task)
+                row.append((f"{START}system\n{system['content']}{END}\n", False))
+            for screen, said in episode(world, rng):
+                row.append((self._rendered(screen.messages()), False))
+                row.append((said + END, said == screen.expected_answer()))
+                row.append(("\n", False))
+            rows.append(row)
+        return self._batch(rows)
+
+    def drill(self, most: int) -> Batch:
+        """A screen's lines, then the same lines shuffled: look-up, with something to learn at nearly every token.
+
+        Among these are some that were not there, and it is to be said so.
+        """
+        rng = self._rng
+        elements = rng.randint(BUTTONS[0], most)
+        rows = []
+        for _ in range(self._size):
+            world = random_world(rng, "type", elements=elements)
+            shown = {element.label: f"({element.x},{element.y})\n" for element in world.elements}
+            labels = rng.sample((*LABELS, *FIELDS), 1 + elements // 4)
+            asked = rng.sample([*shown, *(label for label in labels if label not in shown)], len(shown))
+            answers = [label + shown.get(label, " is not here.\n") for label in asked]
+            rows.append([("".join(f"{element}\n" for element in world.elements), False), ("".join(answers), True)])
+        batch = self._batch(rows)
         batch.labels[torch.isin(batch.labels, self._label_ids)] = -100  # which line comes next is chance
         return batch
 
-    def _batch(self, given: list[str], wanted: list[str]) -> Batch:
-        return Batch.of(list(zip(self._encode(given), self._encode(wanted), strict=True)))
+    def _rendered(self, messages: Messages) -> str:
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return ids
+    def _batch(self, rows: Sequence[Sequence[tuple[str, bool]]]) -> Batch:
+        texts = [text for row in rows for text, _ in row]
+        ids = iter(self._tokenizer(texts, add_special_tokens=False)["input_ids"])
+        return Batch.of([[(next(ids), wanted) for _, wanted in row] for row in rows])
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
@@ -241,7 +324,7 @@ def build_model(tokenizer: Any, recipe: Recipe) -> Any:
     config = transformers.Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
-        intermediate_size=3 * recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
         num_hidden_layers=recipe.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
@@ -315,12 +398,13 @@ class Optimizer:
                 group["lr"] = peak * factor
 
 
-def fit(model: Any, lessons: Lessons, recipe: Recipe, seconds: float, say: Callable[[str], None]) -> Fit:
+def fit(model: Any, lessons: Lessons, recipe: Recipe, rng: random.Random, seconds: float, say: Say) -> Fit:
     """Trains for `seconds` of CPU time: mostly the drill until looking up is learnt, then mostly the task."""
     optimizer = Optimizer(model, recipe)
     began, said = time.process_time(), 0.0
     drill_seconds: float | None = None
-    steps, loss, drill_loss = 0, float("nan"), 9.0
+    steps, drill_loss = 0, 9.0
+    losses = {"screens": 9.0, "episodes": 9.0}
     model.train()
     while (elapsed := (time.process_time() - began) / torch.get_num_threads()) < seconds:
         if drill_seconds is None and (
@@ -328,19 +412,21 @@ def fit(model: Any, lessons: Lessons, recipe: Recipe, seconds: float, say: Calla
         ):
             drill_seconds = elapsed
         drilling = drill_seconds is None
-        if (steps % 4 != 3) if drilling else (steps % 3 == 0):
-            batch = lessons.drill(3 if drill_loss > 0.5 else BUTTONS[-1])
+        if (steps % 4 != 3) if drilling else (steps % 6 == 0):
+            batch = lessons.drill(3 if drill_loss > 0.5 else ALL)
             drill_loss = 0.9 * drill_loss + 0.1 * optimizer.step(batch, elapsed / seconds)
         else:
             easy = drill_seconds is None or elapsed - drill_seconds < recipe.easy_share * seconds
-            batch = lessons.task(4 if easy else BUTTONS[-1], plain=drilling)
-            new = optimizer.step(batch, elapsed / seconds)
-            loss = new if math.isnan(loss) else 0.95 * loss + 0.05 * new
+            name = "episodes" if not drilling and rng.random() < recipe.episode_share else "screens"
+            most = EASY if easy else ALL
+            batch = lessons.episodes(most) if name == "episodes" else lessons.screens(most, plain=drilling)
+            losses[name] = 0.95 * losses[name] + 0.05 * optimizer.step(batch, elapsed / seconds)
         steps += 1
         if elapsed - said >= 15:
             said = elapsed
-            say(f"{elapsed:4.0f} s, step {steps}, loss {loss:.4f}, drill {drill_loss:.4f}")
-    return Fit(steps, elapsed, seconds if drill_seconds is None else drill_seconds, loss)
+            shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            say(f"{elapsed:4.0f} s, step {steps}, {shown}, drill {drill_loss:.4f}")
+    return Fit(steps, elapsed, seconds if drill_seconds is None else drill_seconds, losses["screens"])
 
 
 # -- is it any good? ---------------------------------------------------------------------------------------------------
@@ -375,12 +461,36 @@ def _second_turn(rng: random.Random) -> tuple[Screen, Messages]:
     return second, [*first.messages(), said, *second.messages()]
 
 
+def _state(kind: str) -> Callable[[random.Random], tuple[Screen, Messages]]:
+    def make(rng: random.Random) -> tuple[Screen, Messages]:
+        screen = random_state(rng, kind).screen()
+        return screen, screen.messages()
+
+    return make
+
+
+def _with_history(kind: str) -> Callable[[random.Random], tuple[Screen, Messages]]:
+    """Any turn of an episode, all turns before it in the conversation."""
+
+    def make(rng: random.Random) -> tuple[Screen, Messages]:
+        turns = episode(random_world(rng, kind), rng)
+        turns = turns[: 1 + rng.randrange(len(turns))]
+        messages: Messages = []
+        for screen, said in turns:
+            messages += [*screen.messages(), {"role": "assistant", "content": said}]
+        return turns[-1][0], messages[:-1]
+
+    return make
+
+
 CASES = (
     Case("click, 2 to 8 buttons", _plain(done=False)),
     Case("click, 8 buttons", _plain(done=False, buttons=BUTTONS[-1])),
     Case("finished", _plain(done=True)),
     Case("with a system message", _with_system_message),
     Case("second turn of an episode", _second_turn),
+    *(Case(f"any turn of {kind}", _state(kind)) for kind in KINDS),
+    *(Case(f"any turn of {kind}, after those before it", _with_history(kind)) for kind in KINDS),
     Case("click, 12 buttons (more than trained on)", _plain(done=False, buttons=12), required=False),
 )
 
@@ -443,14 +553,15 @@ class Attempt:
         return self.worst_required >= target
 
 
-def attempt(folder: Path, recipe: Recipe, seed: int, seconds: float, say: Callable[[str], None]) -> Attempt:
+def attempt(folder: Path, recipe: Recipe, seed: int, seconds: float, say: Say) -> Attempt:
     """Trains with one seed, writes the model to `folder`, and measures what was written."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, recipe)
     parameters = sum(p.numel() for p in model.parameters())
     say(f"seed {seed}: {parameters:,} parameters, {len(tokenizer)} tokens, {seconds:.0f} s")
-    result = fit(model, Lessons(tokenizer, random.Random(seed), recipe.batch_size), recipe, seconds, say)
+    lessons = Lessons(tokenizer, random.Random(seed), recipe.batch_size)
+    result = fit(model, lessons, recipe, random.Random(f"{seed} sorts"), seconds, say)
     write_model(model, tokenizer, folder)
 
     written, its_tokenizer = read_model(folder)
@@ -467,6 +578,7 @@ def describe(best: Attempt, recipe: Recipe, command: str) -> dict[str, Any]:
     return {
         "command": command,
         **asdict(best),
+        "required": [case.name for case in CASES if case.required],
         "screens_per_case": 256,
         "recipe": asdict(recipe),
         "versions": {
@@ -513,7 +625,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def train(out: Path, *, seconds: float, seed: int, attempts: int, target: float, say: Callable[[str], None]) -> bool:
+def train(out: Path, *, seconds: float, seed: int, attempts: int, target: float, say: Say) -> bool:
     """Trains until an attempt reaches `target`, and puts that model at `out`. Returns whether one did."""
     recipe = Recipe()
     command = f"python -m managed_vllm.demo.train OUT --seconds {seconds:g} --seed {seed} --target {target:g}"

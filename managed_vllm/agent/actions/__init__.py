@@ -1,7 +1,25 @@
-"""What a model's answer means: parsers from text to typed actions, and executors' forms of these."""
+"""What a model's answer means: parsers from text to typed actions, and executors' forms of these.
+
+- `types`: the actions. `records`: as JSON for files. `descriptions`: in a few words.
+- `ui_tars`: answers of UI-TARS 1.5. `ui_tars_format`: its prompt, a regex that forces it, and writing it.
+- `json_actions`: JSON and tool calls, for other models.
+- `pyautogui_source`: as source for OSWorld.
+- `coordinates`, `keys`: numbers and names that the parsers share.
+"""
 
 from __future__ import annotations
 
+from managed_vllm.agent.actions.coordinates import Coordinates, OffScreen, smart_resize
+from managed_vllm.agent.actions.descriptions import describe
+from managed_vllm.agent.actions.json_actions import (
+    ACTION_JSON_SCHEMA,
+    ACTION_TOOLS,
+    action_json_schema,
+    parse_json_actions,
+    parse_tool_calls,
+)
+from managed_vllm.agent.actions.pyautogui_source import to_pyautogui
+from managed_vllm.agent.actions.records import action_from_dict, action_to_dict
 from managed_vllm.agent.actions.types import (
     Action,
     Button,
@@ -17,21 +35,40 @@ from managed_vllm.agent.actions.types import (
     Type,
     Wait,
 )
+from managed_vllm.agent.actions.ui_tars import parse_ui_tars
+from managed_vllm.agent.actions.ui_tars_format import UI_TARS_PROMPT, system_prompt, to_ui_tars, ui_tars_regex
 from managed_vllm.errors import ActionParseError
 
 __all__ = [
+    "ACTION_JSON_SCHEMA",
+    "ACTION_TOOLS",
+    "UI_TARS_PROMPT",
     "Action",
     "ActionParseError",
     "Button",
     "CallUser",
     "Click",
+    "Coordinates",
     "Custom",
     "Direction",
     "Drag",
     "Finished",
     "Hotkey",
+    "OffScreen",
     "ParsedResponse",
     "Scroll",
     "Type",
     "Wait",
+    "action_from_dict",
+    "action_json_schema",
+    "action_to_dict",
+    "describe",
+    "parse_json_actions",
+    "parse_tool_calls",
+    "parse_ui_tars",
+    "smart_resize",
+    "system_prompt",
+    "to_pyautogui",
+    "to_ui_tars",
+    "ui_tars_regex",
 ]

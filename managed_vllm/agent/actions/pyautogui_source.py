@@ -1,0 +1,163 @@
+"""Actions as Python source with pyautogui, which is what OSWorld's `DesktopEnv.step` runs on its machine.
+
+What the model said is in the source as ASCII string literals only, numbers are written by us: no answer can become
+code. The source always parses, and needs nothing but pyautogui, `time`, and pyperclip where text is pasted.
+
+OSWorld's own agents end an episode by the words `DONE` and `FAIL` in the place of source; that is for the environment's
+adapter: here `Finished` and `CallUser` do nothing, and are a comment. OSWorld sets `pyautogui.FAILSAFE = False` before
+the source; without it pyautogui raises when the pointer is in a corner of the screen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal, get_args
+
+from managed_vllm.agent.actions.keys import key_of
+from managed_vllm.agent.actions.types import (
+    Action,
+    Button,
+    CallUser,
+    Click,
+    Direction,
+    Drag,
+    Finished,
+    Hotkey,
+    Scroll,
+    Type,
+    Wait,
+)
+
+Typing = Literal["auto", "write", "paste"]
+
+
+def to_pyautogui(
+    actions: Action | Iterable[Action],
+    *,
+    typing: Typing = "auto",
+    keys: Mapping[str, str] | None = None,
+    paste_keys: tuple[str, ...] = ("ctrl", "v"),
+    scroll_amount: int = 5,
+    wait_s: float = 5.0,
+    drag_s: float = 1.0,
+    key_interval_s: float = 0.02,
+    pause_s: float = 0.5,
+) -> str:
+    r"""Source that carries the actions out, one after the other.
+
+    Args:
+        actions: one, or several.
+        typing: `write` presses the keys, which works wherever a person can type, terminals included, but has ASCII
+            only; `paste` goes through the clipboard (pyperclip, `paste_keys`), which works for all characters, where
+            pasting does. `auto`: keys for text that is ASCII (with line ends and tabs), else the clipboard.
+        keys: names of keys, in lower case, to pyautogui's, before our own: `{"cmd": "command"}` on a Mac.
+        paste_keys: what pastes, in pyautogui's names.
+        scroll_amount: steps of the wheel where an action has no `amount`; OSWorld's agents turn it by 5.
+        wait_s: seconds of a `Wait` that has none.
+        drag_s: seconds that the pointer takes.
+        key_interval_s: seconds between two keys that are typed.
+        pause_s: seconds between two actions.
+
+    Raises `ValueError`: a `Custom`, a key that pyautogui does not have, a number that is none, text that can't be typed
+    in the way that was asked for.
+    """
+    if typing not in get_args(Typing):
+        raise ValueError(f"typing must be one of {', '.join(get_args(Typing))}, not {typing!r:.80}")
+    own = {} if keys is None else keys
+    steps = [actions] if isinstance(actions, Action) else list(actions)
+    blocks: list[list[str]] = []
+    for action in steps:
+        match action:
+            case Click():
+                blocks.append([_click(action)])
+            case Drag(x, y, to_x, to_y):
+                blocks.append(
+                    [
+                        f"pyautogui.moveTo({_pixel(x)}, {_pixel(y)})",
+                        f"pyautogui.dragTo({_pixel(to_x)}, {_pixel(to_y)}, duration={_seconds(drag_s)}, button='left')",
+                    ]
+                )
+            case Type(text, enter):
+                lines = _typed(text, typing, paste_keys, key_interval_s)
+                blocks.append([*lines, "pyautogui.press('enter')"] if enter else lines)
+            case Hotkey(names):
+                if not names:
+                    raise ValueError("a Hotkey needs a key")
+                blocks.append([_pressed([_key(name, own) for name in names])])
+            case Scroll():
+                blocks.append([_scrolled(action, scroll_amount)])
+            case Wait(seconds):
+                blocks.append([f"time.sleep({_seconds(wait_s if seconds is None else seconds)})"])
+            case Finished():
+                blocks.append(["# finished: nothing to do"])
+            case CallUser():
+                blocks.append(["# call_user: nothing to do"])
+            case _:
+                raise ValueError(f"pyautogui can't carry out {action!r:.200}")
+    pause = f"time.sleep({_seconds(pause_s)})"
+    body = f"\n{pause}\n".join("\n".join(block) for block in blocks if block)
+    imports = "import pyautogui\nimport time\n"
+    if "pyperclip.copy(" in body:
+        imports += "import pyperclip\n"
+    return f"{imports}{body}\n" if body else imports
+
+
+def _click(action: Click) -> str:
+    if action.clicks < 1:
+        raise ValueError(f"clicks must be 1 or more, not {action.clicks}")
+    more = f", clicks={int(action.clicks)}" if action.clicks > 1 else ""
+    return f"pyautogui.click({_pixel(action.x)}, {_pixel(action.y)}{more}, button={str(Button(action.button))!r})"
+
+
+def _typed(text: str, typing: Typing, paste_keys: tuple[str, ...], interval_s: float) -> list[str]:
+    if not text:
+        return []
+    keys = all(" " <= sign <= "~" or sign in "\n\t" for sign in text)
+    if typing == "paste" or (typing == "auto" and not keys):
+        text.encode()  # UnicodeEncodeError, a ValueError, here rather than there
+        return [f"pyperclip.copy({text!a})", _pressed(list(paste_keys)), "time.sleep(0.5)"]
+    if not keys:
+        raise ValueError(f"pyautogui has keys for ASCII only, not for {text!r:.80}: use typing='auto'")
+    # pyautogui 0.9.54 on X11: "less" is found on the 102nd key, too, and that with shift is ">". This is a US layout's
+    # way to it, as OSWorld's machines have it.
+    lines: list[str] = []
+    for index, part in enumerate(text.split("<")):
+        if index:
+            lines.append("pyautogui.hotkey('shift', ',')")
+        if part:
+            lines.append(f"pyautogui.write({part!a}, interval={_seconds(interval_s)})")
+    return lines
+
+
+def _pressed(keys: list[str]) -> str:
+    if len(keys) == 1:
+        return f"pyautogui.press({keys[0]!a})"
+    return f"pyautogui.hotkey({', '.join(ascii(key) for key in keys)})"
+
+
+def _key(name: str, own: Mapping[str, str]) -> str:
+    key = own.get(name) or key_of(name)
+    if key is None:
+        raise ValueError(f"pyautogui has no key {name!r:.80}")
+    return key
+
+
+def _scrolled(action: Scroll, default: int) -> str:
+    amount = int(default if action.amount is None else action.amount)
+    forward = action.direction in (Direction.UP, Direction.RIGHT)
+    function = "scroll" if action.direction in (Direction.UP, Direction.DOWN) else "hscroll"
+    where = "" if action.x is None or action.y is None else f", x={_pixel(action.x)}, y={_pixel(action.y)}"
+    return f"pyautogui.{function}({amount if forward else -amount}{where})"
+
+
+def _pixel(value: float) -> str:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no coordinate")
+    return str(round(value))
+
+
+def _seconds(value: float) -> str:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{value} is no number of seconds")
+    return repr(float(value))

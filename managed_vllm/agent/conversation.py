@@ -1,0 +1,172 @@
+"""What is sent for a turn: message builders, and the newest images among all that was seen.
+
+A builder makes the messages of a request from a `Conversation`. The same turns always become the same messages, byte
+for byte, so that the server's prefix cache holds, and so that what is recorded is what was sent. Images stand in
+messages as `ImageRef`s, in parts `{"type": "image", "image": ref}`; they become files only while they are sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from managed_vllm.agent.types import ImageRef, Message, Task
+
+IMAGE_PARTS = frozenset({"image", "image_url", "image_pil"})
+"""Types of parts that count as an image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn as a message builder sees it.
+
+    Attributes:
+        screenshot: what was seen, if there was anything to be seen.
+        text: the observation's text, or the words with which an answer was sent back (`ParseErrorPolicy.correction`).
+        response: what the model answered; None for the turn that is to be answered now.
+        tool_calls: the answer's tool calls, as the server gave them.
+        extras: of the observation; only for the newest turn.
+    """
+
+    screenshot: ImageRef | None = None
+    text: str | None = None
+    response: str | None = None
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """All that a message is made from: the task, what the model is told to do, and the turns, the newest last."""
+
+    task: Task
+    instruction: str
+    turns: Sequence[Turn]
+    max_images: int
+
+
+MessageBuilder = Callable[[Conversation], Sequence[Message]]
+"""Makes the messages of a request. What it raises ends the attempt as a failure of the caller's code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """The usual builder: system message, then the instruction, then every turn with what was seen and answered.
+
+    Attributes:
+        system: text of the system message; None: none.
+        prompt: the first user message, in which `{instruction}` is replaced (and no other brace means anything).
+        history: turns before the newest that stay; None: all. Their images are limited by `Limits.max_images` anyway.
+        show_text: whether the observation's text is sent.
+        show_screenshot: whether its screenshot is.
+    """
+
+    system: str | None = None
+    prompt: str = "{instruction}"
+    history: int | None = None
+    show_text: bool = True
+    show_screenshot: bool = True
+
+    def __call__(self, conversation: Conversation) -> list[Message]:
+        messages: list[Message] = []
+        if self.system is not None:
+            messages.append({"role": "system", "content": self.system})
+        if self.prompt:
+            text = self.prompt.replace("{instruction}", conversation.instruction)
+            messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
+        turns = conversation.turns
+        if self.history is not None:
+            turns = turns[max(0, len(turns) - 1 - self.history) :]
+        for turn in turns:
+            parts: list[Any] = []
+            if self.show_screenshot and turn.screenshot is not None:
+                parts.append({"type": "image", "image": turn.screenshot})
+            if self.show_text and turn.text is not None:
+                parts.append({"type": "text", "text": turn.text})
+            if parts:
+                messages.append({"role": "user", "content": parts})
+            if turn.response is not None:
+                messages.extend(_answered(turn))
+        return newest_images(messages, conversation.max_images)
+
+
+def _answered(turn: Turn) -> list[Message]:
+    """The answer; one with tool calls also has their results, since servers want one for each: what was seen then."""
+    said: dict[str, Any] = {"role": "assistant", "content": turn.response}
+    if not turn.tool_calls:
+        return [said]
+    results = [{"role": "tool", "tool_call_id": call.get("id"), "content": "done"} for call in turn.tool_calls]
+    return [{**said, "tool_calls": list(turn.tool_calls)}, *results]
+
+
+@dataclass(frozen=True, slots=True)
+class LatestText:
+    """The newest observation's text alone, as one user message: for models that need no history (the demo model)."""
+
+    def __call__(self, conversation: Conversation) -> list[Message]:
+        turn = conversation.turns[-1]
+        return [{"role": "user", "content": turn.text if turn.text is not None else conversation.instruction}]
+
+
+@dataclass(frozen=True, slots=True)
+class Continued:
+    """A conversation that the caller has begun, then every turn: for `run_agent_loop`.
+
+    Attributes:
+        messages: the caller's own, by `Task.data["messages"]` where this is empty. Images in them are the caller's
+            own, too, and are sent before those of the turns; all of them count for `max_images`.
+        show_text: whether the observations' text is sent beside the screenshots.
+    """
+
+    messages: Sequence[Message] = ()
+    show_text: bool = False
+
+    def __call__(self, conversation: Conversation) -> list[Message]:
+        begun = self.messages or conversation.task.data.get("messages") or ()
+        return newest_images(
+            [*begun, *Chat(prompt="", show_text=self.show_text)(conversation)], conversation.max_images
+        )
+
+
+def newest_images(messages: Sequence[Message], most: int) -> list[Message]:
+    """The same messages with the newest `most` images, and all of the text.
+
+    A message of which nothing is left is left out. The messages given are not changed.
+    """
+    left = most
+    found: list[Message] = []
+    for message in reversed(messages):
+        content = message.get("content")
+        if not isinstance(content, list | tuple) or not any(map(_is_image, content)):
+            found.append(message)
+            continue
+        kept = []
+        for part in reversed(content):
+            if _is_image(part):
+                if left <= 0:
+                    continue
+                left -= 1
+            kept.append(part)
+        if len(kept) == len(content):
+            found.append(message)
+        elif kept:
+            found.append({**message, "content": kept[::-1]})
+    return found[::-1]
+
+
+def images_of(messages: Sequence[Message]) -> list[Any]:
+    """The image parts of messages, in their order."""
+    return [
+        part
+        for message in messages
+        if isinstance(content := message.get("content"), list | tuple)
+        for part in content
+        if _is_image(part)
+    ]
+
+
+def _is_image(part: Any) -> bool:
+    if isinstance(part, Mapping):
+        return part.get("type") in IMAGE_PARTS or (part.get("type") is None and "image_url" in part)
+    return not isinstance(part, str)

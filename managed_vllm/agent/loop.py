@@ -1,0 +1,207 @@
+"""`run_agent_loop`, as the scripts that this library replaces call it: runners and their begun conversations.
+
+A runner is what those scripts have for each desktop: an object (or a Ray actor) with `get_obs()`,
+`execute_action(code)` and `evaluate()`. Each is an environment of its own here, and its trajectory runs at its
+own pace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from managed_vllm.agent.actions import Action, CallUser, Finished, to_pyautogui
+from managed_vllm.agent.conversation import Continued
+from managed_vllm.agent.environments.thread import ThreadEnvironment
+from managed_vllm.agent.episode import run_episode
+from managed_vllm.agent.format import AgentFormat, ParseErrorPolicy, UITarsParser
+from managed_vllm.agent.scheduler import blocking
+from managed_vllm.agent.store import RunStore
+from managed_vllm.agent.types import Limits, Observation, StepResult, Task, Trajectory
+from managed_vllm.errors import ConfigError
+
+
+class RunnerEnvironment:
+    """A runner of the old scripts as a (synchronous) environment.
+
+    Args:
+        runner: has `get_obs() -> {"screenshot": bytes, …}`, `execute_action(code)` with Python source for pyautogui,
+            and `evaluate() -> float`; each may be the method of a Ray actor. What `execute_action` returns may be
+            nothing, or OSWorld's `(obs, reward, done, info)`, whose `done` ends the episode.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        missing = [name for name in ("get_obs", "execute_action", "evaluate") if not hasattr(runner, name)]
+        if missing:
+            raise ConfigError(f"{type(runner).__name__} is no runner: it has no {', '.join(missing)}", field="runners")
+        self._runner = runner
+
+    def reset(self, task: Task) -> Observation:
+        """What the runner shows: it was reset to its task when it was made."""
+        return _seen(self._call("get_obs"))
+
+    def step(self, action: Action) -> StepResult:
+        """Executes the action's code. `finished` and `call_user` are words, not actions: nothing is executed."""
+        if isinstance(action, Finished | CallUser):
+            return StepResult(Observation(), terminated=True)
+        said = self._call("execute_action", to_pyautogui([action]))
+        if isinstance(said, tuple) and len(said) == 4:
+            obs, reward, done, info = said
+            return StepResult(_seen(obs or self._call("get_obs")), reward, terminated=bool(done), info=info or {})
+        return StepResult(_seen(self._call("get_obs")))
+
+    def evaluate(self) -> float | None:
+        """The runner's verdict."""
+        said = self._call("evaluate")
+        return None if said is None else float(said)
+
+    def close(self) -> None:
+        """Nothing: the runner is the caller's."""
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        return _called(getattr(self._runner, name), *arguments)
+
+
+def _called(method: Any, *arguments: Any) -> Any:
+    """A method's result, also of a Ray actor's."""
+    if not hasattr(method, "remote"):
+        return method(*arguments)
+    return sys.modules["ray"].get(method.remote(*arguments))  # it is loaded, if there are actors
+
+
+def _seen(obs: Any) -> Observation:
+    if not isinstance(obs, Mapping) or not isinstance(obs.get("screenshot"), bytes):
+        raise TypeError(f"an observation has the bytes of a screenshot, not {obs!r:.200}")
+    text = obs.get("accessibility_tree")
+    return Observation(obs["screenshot"], text if isinstance(text, str) else None)
+
+
+def run_agent_loop(
+    llm: Any,
+    runners: Sequence[Any],
+    messages: Sequence[Sequence[Mapping[str, Any]]],
+    sampling_params: Any = None,
+    processor: Any = None,
+    max_steps: int = 1,
+    action_parse_res_factor: int | None = None,
+    limit_images: int = 5,
+    data_dir: str | None = None,
+    model_name: str | None = None,
+    *,
+    coordinates: Literal["resized", "relative1000", "absolute"] = "resized",
+    show_text: bool = False,
+    limits: Limits | None = None,
+    agent: AgentFormat | None = None,
+    on_parse_error: ParseErrorPolicy | None = None,
+    on_trajectory: Callable[[Trajectory], None] | None = None,
+) -> list[Trajectory]:
+    """Plays one episode on each runner, all at once and each at its own pace; waits for all of them.
+
+    Args:
+        llm: a `ManagedVLLM`, `VLLMClient` (`VLLMClientWrapper`) or `AsyncVLLMClient`.
+        runners: one desktop each, see `RunnerEnvironment`.
+        messages: one begun conversation for each runner, with its instruction; screenshots and answers come after it.
+        sampling_params: ours, vLLM's, or a dict.
+        processor: not needed; the server has its own.
+        max_steps: turns, at most.
+        action_parse_res_factor: only None, or 1000, the value with which the old parser left Qwen2.5-VL's coordinates
+            alone; say `coordinates="relative1000"` for models that give thousandths.
+        limit_images: the newest images that are sent; all of the text is.
+        data_dir: a folder for the run (`RunStore`); None: nothing is kept. One that is there is gone on with: runners
+            (by their number and their task's id) whose episode is finished there are not played again.
+        model_name: another name than the client's under which the server has the model, an adapter's say.
+        coordinates: what the model's numbers are; see `parse_ui_tars`.
+        show_text: whether a runner's `accessibility_tree` is sent beside its screenshot.
+        limits: in place of `max_steps` and `limit_images`.
+        agent: in place of UI-TARS' notation and of `messages`.
+        on_parse_error: what an answer that is no action leads to.
+        on_trajectory: called with each trajectory as it is finished.
+
+    Returns one trajectory for each runner, in their order; one that failed says so in `failure` and has no reward.
+
+    Raises `ConfigError` and `BadRequestError` for arguments that can't be, before anything is played.
+    """
+    if len(runners) != len(messages):
+        raise ConfigError(f"{len(runners)} runners but {len(messages)} conversations", field="messages")
+    if action_parse_res_factor not in (None, 1000):
+        raise ConfigError(
+            f"action_parse_res_factor={action_parse_res_factor} has no meaning for models that give pixels of the "
+            'resized image; say what the numbers are with coordinates="relative1000" or "absolute"',
+            field="action_parse_res_factor",
+        )
+    limits = limits or Limits(max_steps=max_steps, max_images=limit_images)
+    request = {} if model_name is None else {"model": model_name}
+    tasks = [_task(number, runner) for number, runner in enumerate(runners)]
+    begun = [[dict(message) for message in one] for one in messages]
+    formats = [
+        agent
+        or AgentFormat(
+            Continued(one, show_text), UITarsParser(coordinates), on_parse_error or ParseErrorPolicy(), request
+        )
+        for one in begun
+    ]
+    store = None
+    if data_dir is not None:
+        config = {"max_steps": limits.max_steps, "limit_images": limits.max_images, "runners": len(runners)}
+        store = RunStore.create(data_dir, config)
+
+    async def play(number: int) -> Trajectory:
+        environment = ThreadEnvironment(lambda: RunnerEnvironment(runners[number]), limits=limits)
+        try:
+            trajectory = await run_episode(
+                llm,
+                environment,
+                tasks[number],
+                sampling_params=sampling_params,
+                limits=limits,
+                agent=formats[number],
+                images=None if store is None else store.images,
+                attempt=attempts.get(tasks[number].id, 0),
+            )
+        finally:
+            await environment.close()
+        if store is not None:
+            await asyncio.get_running_loop().run_in_executor(None, store.append, trajectory)
+        if on_trajectory is not None:
+            on_trajectory(trajectory)
+        return trajectory
+
+    async def play_all() -> None:
+        async with asyncio.TaskGroup() as group:
+            playing = {number: group.create_task(play(number)) for number in range(len(runners)) if number not in found}
+        found.update({number: task.result() for number, task in playing.items()})
+
+    found: dict[int, Trajectory] = {}
+    attempts: dict[str, int] = {}
+    try:
+        for runner in runners:
+            RunnerEnvironment(runner)  # is it one?
+        if store is not None:
+            numbers = {task.id: number for number, task in enumerate(tasks)}
+            for entry in store.entries():
+                attempts[entry.task_id] = attempts.get(entry.task_id, 0) + 1
+            for entry in store.counting():
+                if entry.ok and entry.task_id in numbers:
+                    found[numbers[entry.task_id]] = store.load(entry)
+        blocking(play_all)
+    except ExceptionGroup as error:  # of one cause: a wrong argument, which every episode meets
+        raise error.exceptions[0] from None
+    finally:
+        if store is not None:
+            store.close()
+    return [found[number] for number in range(len(runners))]
+
+
+def _task(number: int, runner: Any) -> Task:
+    """Named by the runner's number and its task's id, where the runner tells one."""
+    config: Any = None
+    if hasattr(runner, "get_task_config"):
+        config = _called(runner.get_task_config)
+    name = f"runner-{number}"
+    if isinstance(config, Mapping):
+        its = config.get("id", config.get("task_id"))
+        name = f"{name}-{its}" if its is not None else name
+        return Task(name, str(config.get("instruction") or ""), data=dict(config))
+    return Task(name)

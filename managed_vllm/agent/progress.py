@@ -1,0 +1,112 @@
+"""What somebody who waits for rollouts sees: one line that moves on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from managed_vllm.agent.scheduler import RunStats
+
+_EVERY_S = 10.0
+"""Between the lines where standard error is no terminal."""
+
+
+class RunProgress:
+    """Shows a run's statistics on standard error while it is entered.
+
+    `show` is True (always), False (never) or None: only where standard error is a terminal.
+    """
+
+    def __init__(self, stats: RunStats, show: bool | None) -> None:
+        terminal = bool(getattr(sys.stderr, "isatty", lambda: False)())
+        self._stats = stats
+        self._moving = terminal and show is not False
+        self._lines = bool(show) and not terminal
+        self._live: Any = None
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> RunProgress:
+        if self._moving:
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(
+                get_renderable=lambda: _bar(self._stats), console=Console(stderr=True), refresh_per_second=4
+            )
+            self._live.start()
+        elif self._lines:
+            self._thread = threading.Thread(target=self._tell, name="managed-vllm-progress", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._live is not None:
+            self._live.stop()
+        if self._thread is not None:
+            self._thread.join()
+            self._print()
+
+    def _tell(self) -> None:
+        while not self._over.wait(_EVERY_S):
+            self._print()
+
+    def _print(self) -> None:
+        print(describe(self._stats), file=sys.stderr, flush=True)
+
+
+def describe(stats: RunStats) -> str:
+    """A run in a line: `rollouts 12/64, 8 running, 1 failed, reward 0.83, 3.2 steps/s, 41 tokens/s, ETA 0:40`."""
+    took = max(1e-3, stats.elapsed_s)
+    words = [f"rollouts {stats.done}/{_total(stats)}", f"{stats.running} running"]
+    if stats.failed or stats.retried:
+        words.append(f"{stats.failed} failed ({stats.retried} retried)")
+    if stats.mean_reward is not None:
+        words.append(f"reward {stats.mean_reward:.2f}")
+    words.append(f"{stats.steps / took:.1f} steps/s")
+    words.append(f"{stats.tokens / took:.0f} tokens/s")
+    left = eta_s(stats)
+    if left is not None:
+        words.append(f"ETA {int(left) // 60}:{int(left) % 60:02}")
+    return ", ".join(words)
+
+
+def eta_s(stats: RunStats) -> float | None:
+    """Seconds that are left, if the rest goes on like this; None as long as nothing can be said."""
+    played = stats.done - stats.stored
+    total = _expected(stats)
+    if total is None or played <= 0:
+        return None
+    return (total - stats.done) * stats.elapsed_s / played
+
+
+def _expected(stats: RunStats) -> int | None:
+    """Rollouts in all, as far as it is known how many tasks there are."""
+    if stats.tasks_known is None or not stats.tasks:
+        return stats.expected if stats.tasks_known == stats.tasks else None
+    return round(stats.expected * max(1.0, stats.tasks_known / stats.tasks))
+
+
+def _total(stats: RunStats) -> str:
+    total = _expected(stats)
+    return f"{stats.expected}+" if total is None else str(total)
+
+
+def _bar(stats: RunStats) -> Any:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    total = _expected(stats)
+    grid = Table.grid(padding=(0, 1))
+    pulse = total is None
+    bar = ProgressBar(total=total or 1, completed=stats.done, width=24, pulse=pulse, animation_time=time.monotonic())
+    grid.add_row(bar, Text(describe(stats)))
+    return grid

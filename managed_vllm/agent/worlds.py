@@ -1,0 +1,106 @@
+"""Environments by name, for the command line: how one is made, which tasks it has, and how a model is spoken to in it.
+
+desktop                        the embedded desktop, drawn with Pillow
+miniwob:click-test-2           a task of MiniWoB++ in headless Chromium
+package.module:function        anything: the function makes an Environment
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from managed_vllm.agent.environment import Environment
+from managed_vllm.agent.format import AgentFormat, embedded, json_actions, tool_calls, ui_tars
+from managed_vllm.agent.scheduler import MakeEnvironment, as_task
+from managed_vllm.agent.types import Limits, Task
+from managed_vllm.errors import ConfigError
+
+FORMATS: dict[str, Callable[..., AgentFormat]] = {
+    "ui-tars": ui_tars,
+    "json": json_actions,
+    "tools": tool_calls,
+    "embedded": embedded,
+}
+"""How models are spoken to, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """A kind of environment.
+
+    Attributes:
+        make: makes one.
+        tasks: `tasks(count, seed)`; None where tasks must come from a file.
+        format: the name of the format that fits, one of `FORMATS`; None: it depends on the model.
+    """
+
+    make: MakeEnvironment
+    tasks: Callable[[int, int], Sequence[Task]] | None
+    format: str | None = None
+
+
+def world(name: str, limits: Limits) -> World:
+    """The world of that name. Raises `ConfigError`: there is none, or something is missing that it needs."""
+    kind, colon, rest = name.partition(":")
+    if name == "desktop":
+        from managed_vllm.agent.environments.desktop import DesktopEnvironment, desktop_tasks
+
+        return World(DesktopEnvironment, lambda count, seed: desktop_tasks(count, seed=seed))
+    if kind == "miniwob" and rest:
+        from managed_vllm.agent.environments import miniwob
+
+        missing = miniwob.missing()
+        if missing:
+            raise ConfigError(missing, field="env")
+
+        def tasks(count: int, seed: int) -> list[Task]:
+            return [Task(f"{rest}-{number}", seed=number) for number in range(seed, seed + count)]
+
+        return World(lambda: miniwob.MiniWoBEnvironment(rest, limits=limits), tasks, "ui-tars")
+    if colon and rest:
+        return World(_imported(kind, rest), None)
+    raise ConfigError(
+        f"no environment {name!r}; there are desktop, miniwob:TASK and package.module:function", field="env"
+    )
+
+
+def _imported(module: str, name: str) -> Callable[[], Environment]:
+    try:
+        found: Any = import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{module}:{name} can't be imported: {error}", field="env") from error
+    if not callable(found):
+        raise ConfigError(f"{module}:{name} is no function that makes an environment", field="env")
+    made: Callable[[], Environment] = found
+    return made
+
+
+def read_tasks(path: Path) -> list[Task]:
+    """Tasks from a file: JSON lines, or one JSON list, of instructions or of objects with an `id` (see `as_task`).
+
+    Raises `ConfigError` that names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the tasks in {path} can't be read: {error}", field="tasks") from error
+    if text.lstrip().startswith("["):
+        try:
+            return [as_task(given) for given in json.loads(text)]
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}", field="tasks") from error
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                found.append(as_task(json.loads(line)))
+            except ValueError as error:
+                raise ConfigError(f"{path}, line {number}: {error}", field="tasks") from error
+    return found

@@ -1,0 +1,108 @@
+"""`managed-vllm rollout`: tasks × n rollouts of an environment by name, into a run's folder, resumed when run again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from managed_vllm import demo, external
+from managed_vllm.agent import Limits, ParseErrorPolicy, RetryRollouts, RunStore, StreamingTaskScheduler
+from managed_vllm.agent.report import summary_table
+from managed_vllm.agent.types import Task
+from managed_vllm.agent.worlds import FORMATS, World, read_tasks, world
+from managed_vllm.cli import Terminated, running, serve
+from managed_vllm.errors import ConfigError
+
+
+def rollout(given: argparse.Namespace) -> int:
+    """`managed-vllm rollout`. 0: every rollout was played; 1: some failed for good."""
+    limits = Limits(
+        max_steps=given.max_steps,
+        max_images=given.max_images,
+        max_response_tokens=given.max_tokens,
+        step_timeout_s=given.step_timeout,
+        episode_timeout_s=given.episode_timeout,
+    )
+    place = world(given.environment, limits)
+    tasks = _tasks(given, place)
+    model, arguments = serve.model_and_arguments(given)
+    if model is None and given.environment == "desktop" and external.URL_VARIABLE not in os.environ:
+        model = demo.NAME
+    params: dict[str, Any] = {"temperature": given.temperature, **_sampling(given.sampling)}
+    out = Path(given.out)
+    scheduler: StreamingTaskScheduler | None = None
+    with serve.terminable(), serve.handle(given, model, arguments, progress=not given.json) as llm:
+        name = given.format or place.format or ("embedded" if llm.model == demo.NAME else "ui-tars")
+        agent = FORMATS[name](**({"coordinates": given.coordinates} if given.coordinates else {}))
+        if given.retries:
+            agent = replace(agent, on_parse_error=ParseErrorPolicy(retries=given.retries))
+        identity = {"environment": given.environment, "model": llm.model, "format": name, "limits": asdict(limits)}
+        config = {**identity, "n": given.n, "sampling": params, "seed": given.seed, "tasks": len(tasks)}
+        with RunStore.create(out, config, identity={**identity, "sampling": params}) as store:
+            scheduler = StreamingTaskScheduler(
+                llm,
+                place.make,
+                n=given.n,
+                max_concurrency=given.max_concurrency,
+                sampling_params=params,
+                limits=limits,
+                agent=agent,
+                retry=RetryRollouts(max_attempts=given.max_attempts),
+                store=store,
+                progress=False if given.json else (None if sys.stderr.isatty() else True),
+            )
+            stopped: BaseException | None = None
+            try:
+                # What is finished is in the store; nothing of it is kept here.
+                scheduler.run_all(tasks, keep=False)
+            except (KeyboardInterrupt, Terminated) as error:
+                stopped = error
+            stats = scheduler.stats
+            if given.json:
+                print(json.dumps(_as_json(store, stats, out), indent=2))
+            else:
+                running.console().print(summary_table(store))
+                print(f"{stats.done} of {stats.expected} rollouts ({stats.stored} of them from before) in {out}")
+                print(f"  look:  managed-vllm view {out}")
+            if stopped is not None:
+                if not given.json:
+                    print("Stopped. The same command goes on from here.", file=sys.stderr)
+                raise stopped
+    return 1 if scheduler.stats.failed else 0
+
+
+def _tasks(given: argparse.Namespace, place: World) -> list[Task]:
+    if given.tasks.isdigit():
+        if place.tasks is None:
+            raise ConfigError(f"{given.environment} needs --tasks FILE: which tasks it has is not known", field="tasks")
+        return list(place.tasks(int(given.tasks), given.seed))
+    return read_tasks(Path(given.tasks))
+
+
+def _sampling(word: str | None) -> dict[str, Any]:
+    if word is None:
+        return {}
+    try:
+        found = json.loads(word)
+    except ValueError as error:
+        raise ConfigError(f"--sampling is no JSON: {error}", field="sampling") from error
+    if not isinstance(found, dict):
+        raise ConfigError("--sampling must be a JSON object, such as '{\"top_p\": 0.9}'", field="sampling")
+    return found
+
+
+def _as_json(store: RunStore, stats: Any, out: Path) -> dict[str, Any]:
+    return {
+        "run": str(out),
+        "rollouts": stats.expected,
+        "done": stats.done,
+        "stored_before": stats.stored,
+        "failed": stats.failed,
+        "seconds": round(stats.elapsed_s, 3),
+        **asdict(store.summary()),
+    }

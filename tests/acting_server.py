@@ -1,0 +1,165 @@
+"""A model server for rollouts, in a thread: what it answers is decided by a function of the messages.
+
+Token ids are the bytes of the text, logprobs follow a rule (`logprob_of`), prompt ids are the bytes of the messages'
+JSON: so a test can tell exactly what a record must have. All requests are kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from managed_vllm import AsyncVLLMClient, RetryPolicy
+
+MODEL = "acting"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An answer that is an error."""
+
+    status: int
+    message: str
+
+
+Answer = Callable[[list[dict[str, Any]]], "str | Refusal | Mapping[str, Any] | Awaitable[str | Refusal]"]
+"""From the messages: the text, an error, or a whole message (`{"content": …, "tool_calls": […]}`)."""
+
+
+def logprob_of(token: int) -> float:
+    return -(1 + token % 50) / 64
+
+
+def ids_of(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """A message's words; its images are left out."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content)
+
+
+class ActingServer:
+    """`requests` are the bodies so far, `in_flight` how many are being answered, `most` how many there were at once."""
+
+    def __init__(self, answer: Answer, *, token_ids: bool = True, logprobs: bool = True, most_images: int = 99) -> None:
+        self.answer = answer
+        self.requests: list[dict[str, Any]] = []
+        self.in_flight = self.most = 0
+        self._token_ids = token_ids
+        self._logprobs = logprobs
+        self._most_images = most_images
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def client(self, **options: Any) -> AsyncVLLMClient:
+        quick = RetryPolicy(max_lost=2, backoff_initial_s=0.01)
+        return AsyncVLLMClient(self.url, None, MODEL, **{"retry": quick, **options})
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._start())
+        self._ready.set()
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._runner.cleanup())
+        self._loop.close()
+
+    async def _start(self) -> None:
+        app = web.Application(client_max_size=2**30)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0, backlog=4096)
+        await site.start()
+        self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+
+    async def _chat(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests.append(body)
+        self.in_flight += 1
+        self.most = max(self.most, self.in_flight)
+        try:
+            images = sum(
+                part.get("type") == "image_url"
+                for message in body["messages"]
+                if isinstance(message["content"], list)
+                for part in message["content"]
+            )
+            if images > self._most_images:
+                return self._refuse(
+                    Refusal(400, f"At most {self._most_images} image(s) may be provided in one prompt.")
+                )
+            said = self.answer(body["messages"]) if any(map(text_of, body["messages"])) else "."  # a look ahead
+            if isinstance(said, Awaitable):
+                said = await said
+            return self._refuse(said) if isinstance(said, Refusal) else web.json_response(self._answered(body, said))
+        finally:
+            self.in_flight -= 1
+
+    @staticmethod
+    def _refuse(refusal: Refusal) -> web.Response:
+        return web.json_response({"error": {"message": refusal.message, "code": refusal.status}}, status=refusal.status)
+
+    def _answered(self, body: dict[str, Any], said: Any) -> dict[str, Any]:
+        message = {"role": "assistant", **({"content": said} if isinstance(said, str) else said)}
+        ids = ids_of(message.get("content") or "")
+        bound = body.get("max_tokens") or body.get("max_completion_tokens")
+        finish = "stop"
+        if bound is not None and len(ids) > bound:
+            ids, finish = ids[:bound], "length"
+            message["content"] = bytes(ids).decode(errors="ignore")
+        choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": finish}
+        if self._token_ids:
+            choice["token_ids"] = ids
+        if self._logprobs:
+            choice["logprobs"] = {
+                "content": [
+                    {"token": f"token_id:{one}", "logprob": logprob_of(one), "bytes": [one], "top_logprobs": []}
+                    for one in ids
+                ]
+            }
+        answer: dict[str, Any] = {"id": "1", "model": body["model"], "choices": [choice]}
+        if self._token_ids:
+            answer["prompt_token_ids"] = ids_of(prompt_of(body["messages"]))
+        return answer
+
+
+def prompt_of(messages: list[dict[str, Any]]) -> str:
+    """What the prompt's ids are made of: roles and words; an image is a mark."""
+    marks = [
+        "".join("<image>" if part.get("type") == "image_url" else part["text"] for part in message["content"])
+        if isinstance(message["content"], list)
+        else message["content"]
+        for message in messages
+    ]
+    return json.dumps([[message["role"], mark] for message, mark in zip(messages, marks, strict=True)])
+
+
+@contextlib.contextmanager
+def acting(answer: Answer, **options: Any) -> Iterator[ActingServer]:
+    server = ActingServer(answer, **options)
+    try:
+        yield server
+    finally:
+        server.close()
