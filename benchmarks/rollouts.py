@@ -207,11 +207,11 @@ def main() -> int:
     bound = list_scheduling(given, draws)
     print(f"{len(draws)} rollouts in {given.environments} environments; about {bound:.0f} s", file=sys.stderr)
     with stub_server.running(delay_s=given.delay) as address:
-        ours = asyncio.run(streaming(given, draws, f"http://{address}"))
+        ours = asyncio.run(streaming(given, draws, address))
         measured = None
         if given.measure_lock_step:
             print(f"the old loop: about {lock_step(given, draws):.0f} s", file=sys.stderr)
-            measured = asyncio.run(measured_lock_step(given, draws, f"http://{address}"))
+            measured = asyncio.run(measured_lock_step(given, draws, address))
     stuck = sum(drawn.stuck is not None for drawn in draws)
     found = {
         "rollouts": len(draws),

@@ -85,7 +85,7 @@ def check_source(source: str) -> list[str]:
     return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
-@settings(max_examples=2000, **QUIET)
+@settings(max_examples=1000, **QUIET)
 @given(st.lists(ACTIONS, max_size=4), st.sampled_from(["auto", "paste"]))
 def test_source_parses_and_has_the_models_text_in_literals_only(actions: list[Action], typing: Any) -> None:
     check_source(to_pyautogui(actions, typing=typing))
@@ -245,7 +245,7 @@ def test_words_are_one_short_line() -> None:
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=1000, **QUIET)
+@settings(max_examples=500, **QUIET)
 @given(ACTIONS)
 def test_a_record_is_the_same_action_again(action: Action) -> None:
     values = action_to_dict(action)

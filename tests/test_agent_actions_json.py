@@ -200,7 +200,7 @@ def instances(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     raise AssertionError(schema)
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(instances(action_json_schema(HD)))
 def test_every_value_of_the_schema_is_one_action(value: Any) -> None:
     response = parse_json_actions(json.dumps(value), HD)
@@ -255,7 +255,7 @@ PIECES = (
 )
 
 
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
 def test_any_text_is_actions_or_a_parse_error(text: str) -> None:
     try:

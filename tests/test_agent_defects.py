@@ -147,7 +147,7 @@ def images_of_step(trajectory: Trajectory, index: int) -> list[Any]:
 def test_a_server_that_takes_fewer_images_is_found_before_any_episode_meets_it() -> None:
     with acting(right, most_images=4) as server:
         worlds = Worlds()
-        with pytest.raises(ConfigError, match=r"takes 4 images .* max_images is 5.*limit_mm_per_prompt={.image.: 5}"):
+        with pytest.raises(ConfigError, match=r"takes 4 images .*max_images is 5.*limit_mm_per_prompt={.image.: 5}"):
             scheduler(server, worlds, limits=Limits(max_images=5)).run_all(tasks(3))
         assert worlds.calls["step"] == 0
         assert all(world.closed for world in worlds.made)

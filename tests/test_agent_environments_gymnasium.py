@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import io
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,6 +225,17 @@ def test_a_thread_is_the_environments_own_and_ends_with_close() -> None:
         eventually(lambda: left_running() == before, "threads ended")
 
     run(test)
+
+
+def test_a_thread_that_nobody_has_any_more_closes_its_environment(tmp_path: Path) -> None:
+    before = left_running()
+
+    async def begin() -> None:
+        await ThreadEnvironment(Obedient, arguments={"closed": str(tmp_path / "closed")}).reset(Task("t"))
+
+    asyncio.run(begin())
+    gc.collect()
+    eventually(lambda: left_running() == before and (tmp_path / "closed").exists(), "closed, and its thread ended")
 
 
 class Blocks:

@@ -461,6 +461,7 @@ def test_a_torn_last_line_does_not_count_and_is_cut_off_by_the_next_writer(path:
         assert lines.read_bytes() == whole[:cut]  # a reader changes nothing
         with RunStore.create(path) as store:
             assert store.finished() == {("t-1", 0), ("t-1", 1)}
+            assert lines.read_bytes() == whole[:last]  # what comes next may be shorter than what was left
             store.append(given[2])
             assert list(store) == given
 

@@ -209,6 +209,14 @@ _numbers = itertools.count()
 _making = threading.Lock()
 
 
+def _after_fork() -> None:
+    global _making
+    _making = threading.Lock()  # another thread may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def unusable(path: Path, error: OSError) -> RunStoreError:
     """What an error of the file system means for a store."""
     why = error.strerror or str(error)

@@ -415,9 +415,9 @@ class _Run:
     # -- its life ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self._workers.add(self.loop.create_task(self._guarded(self._feed())))
+        self._workers.add(self.loop.create_task(self._guarded(self._feed)))
         for _ in range(self._s._max_concurrency):
-            self._workers.add(self.loop.create_task(self._guarded(self._work())))
+            self._workers.add(self.loop.create_task(self._guarded(self._work)))
         self._finisher = self.loop.create_task(self._finish())
 
     async def results(self) -> AsyncIterator[Trajectory | _GroupEnd]:
@@ -454,10 +454,10 @@ class _Run:
                 log.warning("%d environments did not close within %g s", len(left), limits.close_timeout_s + _GRACE_S)
         self._writer.shutdown(wait=True)  # appends are short, and what was begun is to be whole
 
-    async def _guarded(self, part: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, part: Callable[[], Awaitable[None]]) -> None:
         """What a worker raises ends the run, and comes out of the iteration."""
         try:
-            await part
+            await part()
         except asyncio.CancelledError:
             if not self._stopping:
                 raise
@@ -578,7 +578,8 @@ class _Run:
             if job.playing.cancelled():
                 return None, None
             trajectory = job.playing.result()
-            fit = self._s._reuse and (trajectory.failure is None or trajectory.failure.kind in _HARMLESS)
+            unharmed = trajectory.failure is None or trajectory.failure.kind in _HARMLESS
+            fit = self._s._reuse and unharmed and fatal is None
         finally:
             job.playing = None
             if made is not None and not fit:
@@ -683,7 +684,7 @@ class _Run:
 
         def due() -> None:
             self._timers.discard(timer)
-            task = self.loop.create_task(self._guarded(give_out()))
+            task = self.loop.create_task(self._guarded(give_out))
             self._workers.add(task)
             task.add_done_callback(self._workers.discard)
 

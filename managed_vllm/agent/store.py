@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import logging
@@ -34,6 +35,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -42,7 +44,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import filelock
 import msgspec
 
 from managed_vllm.agent import records
@@ -164,7 +165,7 @@ class RunStore:
         duplicates: attempts that were `ok` though their rollout had one already: the first counts.
     """
 
-    def __init__(self, path: Path, run: _Run, lock: filelock.BaseFileLock | None) -> None:
+    def __init__(self, path: Path, run: _Run, lock: io.FileIO | None) -> None:
         """For `create` and `open`."""
         self.path = path
         self.config: dict[str, Any] = run.config
@@ -174,9 +175,10 @@ class RunStore:
         self.writable = lock is not None
         self.damaged: list[Damage] = []
         self.duplicates: list[AttemptEntry] = []
-        self._lock_file = lock
+        self._lock = lock
         self._pid = os.getpid()
         self._mutex = threading.RLock()
+        _stores.add(self)
         self._closed = False
         self._dirty = False
         self._entries: list[AttemptEntry] = []
@@ -248,7 +250,7 @@ class RunStore:
                 _replace(folder / _WRITER, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
             return cls(folder, run, lock)
         except BaseException:
-            lock.release()
+            lock.close()
             raise
 
     @classmethod
@@ -398,11 +400,10 @@ class RunStore:
         with self._mutex:
             self._closed = True
             self._files.close()
-            if self._lock_file is not None and self._pid == os.getpid():
+            if self._lock is not None and not self._lock.closed:  # in a fork it is
                 with contextlib.suppress(OSError):
                     (self.path / _WRITER).unlink()
-                self._lock_file.release()
-            self._lock_file = None
+                self._lock.close()
 
     def __enter__(self) -> RunStore:
         return self
@@ -536,6 +537,19 @@ class RunStore:
         self._dirty = False
 
 
+_stores: weakref.WeakSet[RunStore] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for store in list(_stores):
+        store._mutex = threading.RLock()  # another thread may have held it
+        if store._lock is not None:
+            store._lock.close()  # our copy only: the lock stays the parent's, and does not outlive it
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 # -- lines and blocks --------------------------------------------------------------------------------------------------
 
 
@@ -649,22 +663,33 @@ def _check_ours(folder: Path) -> None:
         )
 
 
-def _take_lock(folder: Path) -> filelock.BaseFileLock:
-    lock = filelock.FileLock(folder / _LOCK, timeout=0, thread_local=False)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        who = "another process"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            writer = json.loads((folder / _WRITER).read_bytes())
-            who = f"process {writer['pid']} on {writer['host']}"
-        raise RunStoreError(
-            f"{folder} is written by {who}; only one may at a time. Wait for it, or end it, or give another folder",
-            path=str(folder),
-        ) from error
-    except OSError as error:
-        raise unusable(folder, error) from error
+def _take_lock(folder: Path) -> io.FileIO:
+    """The lock belongs to the open file, and the kernel lets go of it however its process ends.
+
+    Not by filelock: a fork must close its copy, else one that outlives its parent keeps the lock (as with filelock
+    3.20, which we allow).
+    """
+    with _errors(folder):
+        lock = io.FileIO(folder / _LOCK, "a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException as error:
+            lock.close()
+            if not isinstance(error, BlockingIOError):
+                raise
+            raise RunStoreError(
+                f"{folder} is written by {_writer_of(folder)}; only one may at a time. Wait for it, or end it, or give "
+                "another folder",
+                path=str(folder),
+            ) from error
     return lock
+
+
+def _writer_of(folder: Path) -> str:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        writer = json.loads((folder / _WRITER).read_bytes())
+        return f"process {writer['pid']} on {writer['host']}"
+    return "another process"
 
 
 def _differences(has: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

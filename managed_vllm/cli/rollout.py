@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -57,11 +60,14 @@ def rollout(given: argparse.Namespace) -> int:
                 progress=False if given.json else (None if sys.stderr.isatty() else True),
             )
             stopped: BaseException | None = None
-            try:
-                # What is finished is in the store; nothing of it is kept here.
-                scheduler.run_all(tasks, keep=False)
-            except (KeyboardInterrupt, Terminated) as error:
-                stopped = error
+            with _stopping(scheduler) as terminated:
+                try:
+                    # What is finished is in the store; nothing of it is kept here.
+                    scheduler.run_all(tasks, keep=False)
+                except KeyboardInterrupt as error:
+                    stopped = error
+            if terminated:
+                stopped = Terminated()
             stats = scheduler.stats
             if given.json:
                 print(json.dumps(_as_json(store, stats, out), indent=2))
@@ -74,6 +80,25 @@ def rollout(given: argparse.Namespace) -> int:
                     print("Stopped. The same command goes on from here.", file=sys.stderr)
                 raise stopped
     return 1 if scheduler.stats.failed else 0
+
+
+@contextlib.contextmanager
+def _stopping(scheduler: StreamingTaskScheduler) -> Iterator[list[int]]:
+    """SIGTERM stops the run within the block, and is in the list then.
+
+    An exception from the handler, as elsewhere, could end up in any of asyncio's tasks, and be lost there.
+    """
+    received: list[int] = []
+
+    def on_sigterm(number: int, frame: Any) -> None:
+        received.append(number)
+        scheduler.stop()
+
+    previous = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _tasks(given: argparse.Namespace, place: World) -> list[Task]:

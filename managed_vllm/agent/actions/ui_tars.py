@@ -157,6 +157,8 @@ _BARE_WORD = re.compile(r"[^\s'\"(),=][^'\"(),=]{0,100}+(?=[,)])")
 
 _CLOSING = {quote: re.compile(rf"{quote}\s*+\)") for quote in "'\""}
 _UNQUOTED = {quote: re.compile(rf"(?:[^{quote}\\]++|\\.)*+", re.DOTALL) for quote in "'\""}
+_END_OF_WORD = {quote: re.compile(rf"{quote}(?=\s*+[,)])") for quote in "'\""}
+_ESCAPED_SIGN = re.compile(r"\\([\\'\"])")
 _TRIPLE = {quote: re.compile(rf"{quote}{{3}}(?=\s*+\))") for quote in "'\""}
 _ENDS_HERE = re.compile(
     rf"(?:{_SKIPPED}|\#[^\n'\"]*+(?=\n|\Z))*+"
@@ -374,22 +376,25 @@ class _Answer:
             if kind == "box":
                 point, end = self._box(at, None)
                 return _Value(at, end, point=point), end
-            word = _BARE_WORD.match(text, at) if kind == "word" else None
-            if word is None:
+            bare = _BARE_WORD.match(text, at) if kind == "word" else None
+            if bare is None:
                 self.fail(f"{parameter} of {name} must be in quotes", at)
-            return _Value(at, word.end(), word=word[0]), word.end()
+            return _Value(at, bare.end(), word=bare[0]), bare.end()
         if kind == "text":
             begin, close, end = self._text_span(quote, name, start, at)
             return _Value(begin, close, word=text[begin:close]), end
-        run = _UNQUOTED[quote].match(text, at + 1)
-        assert run is not None
-        close = run.end()
-        if close >= len(text):
-            self._cut_off(start)
         if kind == "box":
+            close = text.find(quote, at + 1)
+            if close < 0:
+                self._cut_off(start)
             point, _ = self._box(at + 1, close)
             return _Value(at + 1, close, point=point), close + 1
-        return _Value(at + 1, close, word=text[at + 1 : close]), close + 1
+        # A key may be a quote or a backslash itself.
+        last = _END_OF_WORD[quote].search(text, at + 1)
+        if last is None:
+            self._cut_off(start)
+        word = _ESCAPED_SIGN.sub(r"\1", text[at + 1 : last.start()])
+        return _Value(at + 1, last.start(), word=word), last.end()
 
     # -- texts
 

@@ -111,7 +111,7 @@ def _written(action: Action, frame: Frame, decimals: int | None) -> str:
         case Type(text, enter):
             return f"type(content='{_escaped(text)}{_ENTER if enter else ''}')"
         case Hotkey(keys):
-            return f"hotkey(key='{' '.join(keys)}')"
+            return f"hotkey(key='{_escaped(_combined(keys))}')"
         case Scroll(direction, x, y, None):
             if x is None or y is None:
                 return f"scroll(direction='{direction}')"
@@ -123,6 +123,17 @@ def _written(action: Action, frame: Frame, decimals: int | None) -> str:
         case CallUser(content):
             return f"call_user(content='{_escaped(content)}')" if content else "call_user()"
     raise ValueError(f"UI-TARS's format can't say {action!r:.200}")
+
+
+def _combined(keys: tuple[str, ...]) -> str:
+    text = ""
+    for index, key in enumerate(keys):
+        # A sign between other keys would separate them: it is written as in `ctrl++ c`.
+        if key in ("+", "-") and 0 < index < len(keys) - 1:
+            text += key * 2
+        else:
+            text += f" {key}" if index else key
+    return text
 
 
 _ENTER = "\\n"

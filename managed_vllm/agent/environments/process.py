@@ -26,6 +26,7 @@ import contextlib
 import json
 import os
 import pickle
+import select
 import shutil
 import signal
 import socket
@@ -33,8 +34,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,9 @@ _LAST_S = 1.0
 
 _KEEPER_S = 15.0
 """In which the keeper has killed everything; it gives up after 10."""
+
+_LOOK_MS = 1000
+"""Between two looks whether a keeper that was told to end does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +158,8 @@ class ProcessEnvironment:
         """Closes the environment, and ends its process and all its descendants, within `close_timeout_s`.
 
         Where a call goes on at the same time, or one was not over in time, they are killed. Returns when nothing is
-        left. Raises what the environment's own `close` raised, after that; a second time it does nothing.
+        left; if it is cancelled, the end goes on without it. Raises what the environment's own `close` raised, after
+        that. A second time it does nothing.
         """
         if self._closed:
             return
@@ -171,7 +177,7 @@ class ProcessEnvironment:
             if self._writer is not None and self._loop is not None and not self._loop.is_closed():
                 with contextlib.suppress(RuntimeError):
                     self._writer.close()
-            await _to_the_end(self._gone(kept))
+            await self._gone(kept)
         if raised is not None:
             raise raised
 
@@ -297,17 +303,13 @@ class ProcessEnvironment:
         """Has everything killed, and waits for that."""
         assert self._kept is not None
         self._kept.tell(word)
-        return await _to_the_end(self._gone(self._kept))
+        return await self._gone(self._kept)
 
     async def _gone(self, kept: _Kept) -> Ending:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._grace_s + _KEEPER_S):
+            async with asyncio.timeout(self._grace_s + _KEEPER_S + 10.0):
                 return await kept.wait()
-        kept.kill_all()  # it was stopped, or hangs in the kernel
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(5.0):
-                return await kept.wait()
-        return Ending("killed", output="(the keeper does not end)")
+        return Ending("killed", output="(something hangs in the kernel, and can't be killed)")
 
 
 class _Kept:
@@ -344,15 +346,25 @@ class _Kept:
         """How it ended, once it has."""
         return await asyncio.wrap_future(self._ending)
 
-    def kill_all(self) -> None:
-        """Kills the keeper, and all below it; for one that does nothing any more."""
-        pid = self.pid
-        if pid is not None:
-            with contextlib.suppress(psutil.Error):
-                keeper = psutil.Process(pid)
-                for process in [*keeper.children(recursive=True), keeper]:
-                    with contextlib.suppress(psutil.Error):
-                        process.kill()
+    def _report(self, pid: int, grace_s: float) -> bytes:
+        """What the keeper says in the end. If it does not end though it was told, it is killed with all below it."""
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        report = b""
+        told_at: float | None = None
+        while True:
+            if poll.poll(_LOOK_MS):
+                try:
+                    chunk = self._control.recv(65536)
+                except OSError:
+                    return report
+                if not chunk:
+                    return report
+                report += chunk
+            elif self.told and told_at is None:
+                told_at = time.monotonic()
+            elif told_at is not None and time.monotonic() - told_at > grace_s + _KEEPER_S:
+                _kill_tree(pid)  # it was stopped, say
 
     def _keep(
         self, message: socket.socket, theirs: socket.socket, python: str, environ: dict[str, str], grace_s: float
@@ -379,10 +391,7 @@ class _Kept:
                     start_new_session=True,
                 )
             self.pid = process.pid
-            with contextlib.suppress(OSError):
-                report = b""
-                while chunk := self._control.recv(65536):
-                    report += chunk
+            report = self._report(process.pid, grace_s)
             process.wait()
             self.pid = None
             try:
@@ -445,6 +454,14 @@ def _how(ending: Ending) -> str:
     return f"killed by {name}" + (", by the kernel if memory ran out" if -code == signal.SIGKILL else "")
 
 
+def _kill_tree(pid: int) -> None:
+    with contextlib.suppress(psutil.Error):
+        root = psutil.Process(pid)
+        for process in [*root.children(recursive=True), root]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
 def _kill_marked(folder: str) -> None:
     """Kills what a keeper left that was killed itself: whoever has its folder as `MARKER`."""
     wanted = f"{MARKER}={folder}".encode()
@@ -461,26 +478,6 @@ def _kill_marked(folder: str) -> None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         threading.Event().wait(0.05)
-
-
-async def _to_the_end(work: Coroutine[Any, Any, Ending]) -> Ending:
-    """Awaits it also if the caller is cancelled meanwhile, which is then raised afterwards. It must be bounded."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as error:
-            if task.cancelled():
-                raise
-            cancelled = error
-        except BaseException:
-            break
-    if cancelled is not None:
-        if not task.cancelled():
-            task.exception()  # retrieved
-        raise cancelled
-    return task.result()
 
 
 def _short_temp() -> str:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, cast
@@ -30,6 +31,10 @@ from managed_vllm.errors import EnvironmentFailure, EnvironmentTimeout
 
 MAX_ABANDONED = 16
 """Threads that did not return in time and still run, of all environments of this process."""
+
+_LEFT = "its thread can't be killed and was abandoned (a process could be: isolation='process', ProcessEnvironment)"
+
+_Calls = queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[Any]] | None]
 
 _abandoned: set[threading.Thread] = set()
 _lock = threading.Lock()
@@ -57,7 +62,7 @@ class ThreadEnvironment:
         self._arguments = dict(arguments or {})
         self._limits = limits or Limits()
         self._name = name or name_of(make)
-        self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[Any]] | None] = queue.SimpleQueue()
+        self._calls: _Calls = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._calling: str | None = None
         self._unusable: str | None = None
@@ -135,6 +140,7 @@ class ThreadEnvironment:
 
     def _begin(self) -> None:
         with _lock:
+            _abandoned.intersection_update(threading.enumerate())
             hung = len(_abandoned)
         if hung >= MAX_ABANDONED:
             raise EnvironmentFailure(
@@ -142,8 +148,14 @@ class ThreadEnvironment:
                 "in this process. They can't be killed; let environments that hang have processes of their own "
                 "(ProcessEnvironment, isolation='process')"
             )
-        self._thread = threading.Thread(target=self._run, name=f"environment {self._name}", daemon=True)
+        self._thread = threading.Thread(
+            target=_serve,
+            args=(self._calls, self._make, self._arguments, self._name),
+            name=f"environment {self._name}",
+            daemon=True,
+        )
         self._thread.start()
+        weakref.finalize(self, self._calls.put, None)
 
     def _abandon(self) -> None:
         """The thread is left to itself; if its call returns, it closes the environment and ends."""
@@ -158,34 +170,30 @@ class ThreadEnvironment:
             self._calls.put(("close", (), done))
             self._calls.put(None)
 
-    def _run(self) -> None:
-        environment: SyncEnvironment | None = None
-        try:
-            while (call := self._calls.get()) is not None:
-                method, arguments, done = call
-                where = method
-                try:
-                    if environment is None and method != "close":
-                        where = "make"
-                        environment = self._make(**self._arguments)
-                        where = method
-                    value = None
-                    if environment is not None:
-                        value = checked(method, getattr(environment, method)(*arguments))
-                        if method == "close":
-                            environment = None
-                except BaseException as error:  # SystemExit, too: it is not the rollout's
-                    done.set_exception(
-                        EnvironmentRaised(self._name, where, type_name(error), str(error), whole_traceback(error))
-                    )
-                else:
-                    done.set_result(value)
-        finally:
-            with contextlib.suppress(Exception):
-                if environment is not None:
-                    environment.close()
-            with _lock:
-                _abandoned.discard(threading.current_thread())
 
-
-_LEFT = "its thread can't be killed and was abandoned (a process could be: isolation='process', ProcessEnvironment)"
+def _serve(calls: _Calls, make: Callable[..., SyncEnvironment], arguments: dict[str, Any], name: str) -> None:
+    """The life of a thread. It does not hold the `ThreadEnvironment`, so that it ends with it, closed or not."""
+    environment: SyncEnvironment | None = None
+    try:
+        while (call := calls.get()) is not None:
+            method, given, done = call
+            where = method
+            try:
+                if environment is None and method != "close":
+                    where = "make"
+                    environment = make(**arguments)
+                    where = method
+                value = None
+                called, environment = environment, None if method == "close" else environment
+                if called is not None:
+                    value = checked(method, getattr(called, method)(*given))
+            except BaseException as error:  # SystemExit, too: it is not the rollout's
+                done.set_exception(EnvironmentRaised(name, where, type_name(error), str(error), whole_traceback(error)))
+            else:
+                done.set_result(value)
+    finally:
+        with contextlib.suppress(Exception):
+            if environment is not None:
+                environment.close()
+        with _lock:
+            _abandoned.discard(threading.current_thread())

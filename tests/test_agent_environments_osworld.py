@@ -1,0 +1,368 @@
+"""OSWorld's `DesktopEnv`, by a stand-in of its shape with a machine that misbehaves: what fails there is a failure."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import importlib.util
+import inspect
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import standin_osworld
+from processes import eventually
+from standin_osworld import SIGNATURES, DesktopEnv, Machine, WithoutEvaluate
+
+from managed_vllm.agent import Environment, Limits, Task
+from managed_vllm.agent.actions import Button, CallUser, Click, Drag, Finished, Hotkey, Scroll, Type, Wait
+from managed_vllm.agent.actions.types import Direction
+from managed_vllm.agent.environments.osworld import OSWorldEnvironment
+from managed_vllm.agent.environments.synchronous import EnvironmentRaised
+from managed_vllm.errors import EnvironmentTimeout
+
+pillow = pytest.importorskip("PIL.Image")
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    made = Machine()
+    yield made
+    made.close()
+
+
+def task(func: str = "clicked", **more: Any) -> Task:
+    return Task("os-1", "Click somewhere.", data={"evaluator": {"func": func}, "source": "a test", **more})
+
+
+SET_UP = [{"type": "launch", "parameters": {"command": ["gimp"]}}]
+
+
+@contextlib.asynccontextmanager
+async def desktop(machine: Machine, make: Any = DesktopEnv, **options: Any) -> AsyncIterator[OSWorldEnvironment]:
+    arguments = {"path_to_vm": machine.address, "provider_name": "docker"} if make is DesktopEnv else {}
+    arguments |= options.pop("arguments", {})
+    env = OSWorldEnvironment(make, arguments=arguments, pause_s=options.pop("pause_s", 0.01), **options)
+    try:
+        yield env
+    finally:
+        await env.close()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]
+
+
+def red(screenshot: bytes | None) -> int:
+    """How many commands the machine had carried out."""
+    assert screenshot is not None
+    return int(pillow.open(io.BytesIO(screenshot)).getpixel((0, 0))[0])
+
+
+# -- what works --------------------------------------------------------------------------------------------------------
+
+
+def test_an_episode_from_set_up_to_evaluation(machine: Machine) -> None:
+    async def test() -> None:
+        async with desktop(machine, accessibility_tree=True) as env:
+            assert isinstance(env, Environment)
+            seen = await env.reset(task(config=SET_UP))
+            assert (seen.instruction, red(seen.screenshot)) == ("Click somewhere.", 0)
+            assert seen.text == "<desktop><button name='OK'/></desktop>"
+            assert await env.evaluate() == 0.0
+            result = await env.step(Click(100.4, 50.2))
+            assert (result.reward, result.terminated, result.truncated) == (None, False, False)
+            assert red(result.observation.screenshot) == 1
+            last = await env.step(Finished("it is done"))
+            assert (last.terminated, last.info) == (True, {"done": True})
+            assert await env.evaluate() == 1.0
+            state = machine.state()
+            assert (state["used"], state["setups"]) == (True, ["/setup/launch"])
+        assert not machine.state()["used"]
+
+    run(test)
+
+
+def test_each_action_reaches_the_machine_as_pyautogui(machine: Machine) -> None:
+    text = 'it\'s "50" {x} \\n'
+
+    async def test() -> None:
+        async with desktop(machine) as env:
+            await env.reset(task())
+            for action in (
+                Click(10, 20),
+                Click(10, 20, Button.RIGHT),
+                Click(10, 20, clicks=2),
+                Drag(1, 2, 3, 4),
+                Type(text, enter=True),
+                Hotkey(("ctrl", "c")),
+                Scroll(Direction.DOWN, 5, 6),
+            ):
+                result = await env.step(action)
+                assert result.info == {}, action
+                assert result.reward is None
+            calls = machine.state()["calls"]
+            names = {name for name, _, _ in calls}
+            assert {"click", "hotkey", "scroll"} <= names
+            # Typing is not bound to one function; all that was typed is the argument of some.
+            assert any(text in arguments for _, arguments, _ in calls)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("action", "word", "terminated"),
+    [(Finished(), "DONE", True), (CallUser(), "FAIL", True), (Wait(), "WAIT", False), (Wait(0.1), "WAIT", False)],
+)
+def test_actions_that_are_words(action: Any, word: str, terminated: bool) -> None:
+    async def test() -> None:
+        env = OSWorldEnvironment(WithoutEvaluate, evaluate=False, pause_s=0)
+        await env.reset(Task("t", "Do."))
+        result = await env.step(action)
+        assert result.info["actions"] == [word]
+        assert result.terminated is terminated
+        await env.close()
+
+    run(test)
+
+
+def test_calling_the_user_succeeds_where_the_task_is_infeasible(machine: Machine) -> None:
+    async def test() -> None:
+        async with desktop(machine) as env:
+            for func, reward in (("infeasible", 1.0), ("clicked", 0.0)):
+                await env.reset(task(func))
+                await env.step(CallUser())
+                assert await env.evaluate() == reward
+
+    run(test)
+
+
+def test_waiting_takes_as_long_as_it_says(machine: Machine) -> None:
+    async def test() -> None:
+        async with desktop(machine, pause_s=5) as env:
+            await env.reset(task())
+            began = time.monotonic()
+            await env.step(Wait(0.4))
+            assert 0.4 <= time.monotonic() - began < 3
+
+    run(test)
+
+
+def test_without_an_evaluator_there_is_no_reward(machine: Machine) -> None:
+    async def test() -> None:
+        async with desktop(machine, WithoutEvaluate, evaluate=False) as env:
+            await env.reset(Task("t", "Do."))
+            await env.step(Click(1, 1))
+            assert await env.evaluate() is None
+        async with desktop(machine, WithoutEvaluate) as env:
+            await env.reset(task())
+            assert await env.evaluate() is None
+        async with desktop(machine) as env:
+            await env.reset(task("nothing"))
+            assert await env.evaluate() is None
+
+    run(test)
+
+
+# -- what fails --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["error", "garbage"])
+def test_a_screenshot_that_fails_three_times_fails_the_attempt(machine: Machine, fault: str) -> None:
+    async def test() -> None:
+        machine.faults(screenshot=fault)
+        async with desktop(machine) as env:
+            with pytest.raises(EnvironmentRaised, match="no screenshot after reset"):
+                await env.reset(task())
+        machine.faults()
+        async with desktop(machine) as env:
+            await env.reset(task())
+            machine.faults(screenshot=fault)
+            with pytest.raises(EnvironmentRaised, match="no screenshot after step"):
+                await env.step(Click(1, 1))
+            machine.faults()
+        assert not machine.state()["used"]
+
+    run(test)
+
+
+def test_a_tree_that_was_asked_for_and_is_missing_fails_the_attempt(machine: Machine) -> None:
+    async def test() -> None:
+        machine.faults(accessibility="error")
+        async with desktop(machine, accessibility_tree=True) as env:
+            with pytest.raises(EnvironmentRaised, match="no accessibility tree after reset"):
+                await env.reset(task())
+        async with desktop(machine) as env:
+            assert (await env.reset(task())).text is None
+
+    run(test)
+
+
+def test_a_set_up_that_failed_five_times_fails_the_attempt(machine: Machine) -> None:
+    async def test() -> None:
+        machine.faults(setup="error")
+        async with desktop(machine) as env:
+            with pytest.raises(EnvironmentRaised, match="OSWorld could not set task os-1 up"):
+                await env.reset(task(config=SET_UP))
+        async with desktop(machine) as env:
+            await env.reset(task())  # nothing to set up
+
+    run(test)
+
+
+def test_a_command_that_the_machine_does_not_take_fails_the_attempt(machine: Machine) -> None:
+    async def test() -> None:
+        async with desktop(machine) as env:
+            await env.reset(task())
+            machine.faults(execute="error")
+            with pytest.raises(EnvironmentRaised, match="the machine did not execute Click"):
+                await env.step(Click(1, 1))
+
+    run(test)
+
+
+def test_a_script_that_raises_on_the_machine_is_told_and_fails_nothing(machine: Machine) -> None:
+    async def test() -> None:
+        async with desktop(machine, _broken_prefix, arguments={"address": machine.address}) as env:
+            await env.reset(task())
+            result = await env.step(Click(1, 1))
+            assert "ZeroDivisionError" in result.info["execute_error"]
+            assert result.reward is None
+
+    run(test)
+
+
+def _broken_prefix(address: str) -> DesktopEnv:
+    env = DesktopEnv(provider_name="docker", path_to_vm=address)
+    env.controller.pkgs_prefix = "1 / 0; {command}"
+    return env
+
+
+def test_a_command_that_hangs_is_ended_and_the_machine_given_back(machine: Machine) -> None:
+    async def test() -> None:
+        async with desktop(machine, limits=Limits(step_timeout_s=2.0)) as env:
+            await env.reset(task())
+            machine.faults(execute="hang")
+            began = time.monotonic()
+            with pytest.raises(EnvironmentTimeout, match=r"OSWorld: step was not over within 2 s"):
+                await env.step(Click(1, 1))
+            assert time.monotonic() - began < 10
+            assert not machine.state()["used"]  # within release_s
+
+    run(test)
+
+
+def test_an_evaluation_that_raises_is_a_failure_and_one_that_hangs_is_ended(machine: Machine) -> None:
+    async def test() -> None:
+        async with desktop(machine) as env:
+            await env.reset(task("no_such_metric"))
+            with pytest.raises(EnvironmentRaised, match=r"evaluate raised AttributeError: .*no_such_metric"):
+                await env.evaluate()
+        async with desktop(machine, limits=Limits(evaluate_timeout_s=1.0)) as env:
+            await env.reset(task("hang"))
+            with pytest.raises(EnvironmentTimeout):
+                await env.evaluate()
+
+    run(test)
+
+
+def test_a_machine_that_is_gone_fails_the_step(machine: Machine) -> None:
+    async def test() -> None:
+        env = OSWorldEnvironment(
+            DesktopEnv, arguments={"path_to_vm": machine.address, "provider_name": "docker"}, pause_s=0.01
+        )
+        await env.reset(task())
+        machine.process.kill()
+        machine.process.wait()
+        with pytest.raises(EnvironmentRaised, match=r"no screenshot after step|did not execute"):
+            await env.step(Click(1, 1))
+        with pytest.raises(EnvironmentRaised, match="close raised"):
+            await env.close()
+
+    run(test)
+
+
+def test_a_task_without_evaluator_and_another_action_space_are_refused(machine: Machine) -> None:
+    async def test() -> None:
+        async with desktop(machine) as env:
+            with pytest.raises(EnvironmentRaised, match="task t has no 'evaluator' in its data"):
+                await env.reset(Task("t", "Do."))
+        async with desktop(machine, arguments={"action_space": "computer_13"}) as env:
+            with pytest.raises(EnvironmentRaised, match="make it with action_space='pyautogui'"):
+                await env.reset(task())
+        assert not machine.state()["used"]
+
+    run(test)
+
+
+def test_sigkill_of_the_rollout_gives_the_machine_back(machine: Machine) -> None:
+    source = (
+        "import asyncio, sys\n"
+        "from standin_osworld import DesktopEnv\n"
+        "from managed_vllm.agent import Task\n"
+        "from managed_vllm.agent.environments.osworld import OSWorldEnvironment\n"
+        "async def main():\n"
+        "    env = OSWorldEnvironment(DesktopEnv, arguments={'path_to_vm': sys.argv[1], 'provider_name': 'docker'})\n"
+        "    await env.reset(Task('t', 'Do.', data={'evaluator': {'func': 'hang'}}))\n"
+        "    print('ready', flush=True)\n"
+        "    await env.evaluate()\n"
+        "asyncio.run(main())\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", source, machine.address],
+        env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}"},
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"ready\n"
+        assert machine.state()["used"]
+        owner.send_signal(signal.SIGKILL)
+        eventually(lambda: not machine.state()["used"], "the machine given back", 10)
+    finally:
+        owner.kill()
+        owner.wait()
+        if owner.stdout is not None:
+            owner.stdout.close()
+
+
+# -- the stand-in itself -----------------------------------------------------------------------------------------------
+
+
+def parameters(function: Any) -> list[tuple[str, Any]]:
+    found = list(inspect.signature(function).parameters.values())[1:]
+    return [(one.name, ... if one.default is inspect.Parameter.empty else one.default) for one in found]
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_the_stand_in_has_the_signatures_of_the_real_one(name: str) -> None:
+    kind, _, method = name.partition(".")
+    assert parameters(getattr(getattr(standin_osworld, kind), method)) == SIGNATURES[name]
+
+
+def test_the_recorded_signatures_are_those_of_the_installed_one() -> None:
+    found = importlib.util.find_spec("desktop_env")
+    if found is None or found.origin is None:
+        pytest.skip("pip install --no-deps desktop-env==1.0.2, to compare with its source")
+    for path in ("desktop_env.py", "controllers/python.py"):
+        tree = ast.parse((Path(found.origin).parent / path).read_text())
+        for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            for method in (node for node in kind.body if isinstance(node, ast.FunctionDef)):
+                name = f"{kind.name}.{method.name}"
+                if name in SIGNATURES:
+                    assert [argument.arg for argument in method.args.args[1:]] == [one for one, _ in SIGNATURES[name]]
+                    defaults = [ast.unparse(default) for default in method.args.defaults]
+                    for (_, recorded), default in zip(
+                        [one for one in SIGNATURES[name] if one[1] is not ...], defaults, strict=True
+                    ):
+                        if "environ" not in default:
+                            assert repr(recorded) == default, name

@@ -1,0 +1,259 @@
+"""Rollouts while things are killed: the process that plays them, and the server that answers."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import standin
+from acting_server import acting
+from counting_world import CountingWorld, Worlds, right, tasks
+from processes import INSTANT, eventually
+
+from managed_vllm import ManagedVLLM
+from managed_vllm.agent import Limits, RunStore, StepResult, StreamingTaskScheduler, Trajectory
+from managed_vllm.agent.actions import ParsedResponse, Wait
+from managed_vllm.agent.conversation import Chat
+from managed_vllm.agent.format import AgentFormat
+
+TESTS = Path(__file__).resolve().parent
+
+
+def grown(log: Path, size: int) -> bool:
+    return log.stat().st_size > size
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_killed_at_20_random_moments_has_every_rollout_once_and_plays_no_finished_one_again(
+    tmp_path: Path,
+) -> None:
+    count, n = 40, 3
+    rng = random.Random(5)
+    run, log = tmp_path / "run", tmp_path / "resets"
+    log.touch()
+    kills = 0
+    finished: set[tuple[str, int]] = set()
+    with acting(right) as server:
+        while True:
+            words = [sys.executable, TESTS / "rollout_process.py", server.url, run, log, str(count), str(n)]
+            seen = log.stat().st_size
+            process = subprocess.Popen([str(word) for word in words])
+            try:
+                if kills < 20:
+                    # At any moment of its life: of its start, of the first episodes, or later on.
+                    if kills % 4:
+                        eventually(functools.partial(grown, log, seen), "a reset", 60)
+                    time.sleep(rng.uniform(0, 0.12))
+                    process.kill()
+                    process.wait()
+                    kills += 1
+                else:
+                    assert process.wait(120) == 0
+            finally:
+                process.kill()
+                process.wait()
+            played = Counter(line.split()[1] for line in log.read_bytes()[seen:].decode().splitlines())
+            # Of a task all of whose rollouts were finished before, none was begun again.
+            whole = {task for task, many in Counter(task for task, _ in finished).items() if many == n}
+            assert not whole & played.keys()
+            for task, many in Counter(task for task, _ in finished).items():
+                assert played[task] <= n - many
+            if not run.exists() or not (run / "run.json").exists():
+                continue
+            with RunStore.open(run) as store:
+                now = store.finished()
+                assert finished <= now, "what was finished stays so"
+                finished = now
+                if kills >= 20 and len(now) == count * n:
+                    oks = Counter(entry.key for entry in store.entries() if entry.ok)
+                    assert set(oks.values()) == {1}, "each exactly once"
+                    for trajectory in store.trajectories():
+                        assert trajectory.reward == 1.0
+                        assert len(trajectory.steps) == int(trajectory.task.data["presses"]) + 1
+                    break
+
+
+def answered(answer: Any, size: Any) -> ParsedResponse:
+    return ParsedResponse("", (Wait(),))
+
+
+class Counting(CountingWorld):
+    """Ends by itself after so many turns, whatever the model says."""
+
+    async def step(self, action: Any) -> StepResult:
+        await self._may("step")
+        self.left -= 1
+        return StepResult(self._seen(), reward=1.0, terminated=self.left == 0)
+
+    async def evaluate(self) -> None:
+        return None
+
+
+def play_while_killing(llm: ManagedVLLM, kill: Any, *, count: int, turns: int, kills: int) -> list[Trajectory]:
+    """Plays, and has the server killed so many times, each time that a share of the turns was played."""
+    worlds = Worlds()
+    scheduler = StreamingTaskScheduler(
+        llm,
+        lambda: Counting(None, worlds),
+        n=2,
+        max_concurrency=8,
+        sampling_params={"max_tokens": 24, "temperature": 0},
+        limits=Limits(max_steps=turns + 1),
+        agent=AgentFormat(Chat(show_screenshot=False), answered),
+    )
+    over = threading.Event()
+    failed: list[BaseException] = []
+
+    def killer() -> None:
+        try:
+            epochs = set()
+            for number in range(1, kills + 1):
+                while worlds.calls["step"] < number * count * 2 * turns // (kills + 1):
+                    if over.wait(0.01):
+                        return
+                status = llm.wait_ready(timeout=300)
+                assert status.epoch not in epochs
+                epochs.add(status.epoch)
+                kill(status)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=killer)
+    thread.start()
+    try:
+        found = scheduler.run_all(tasks(count, turns))
+    finally:
+        over.set()
+        thread.join()
+    assert not failed, failed
+    return found
+
+
+def check_after_kills(found: list[Trajectory], *, count: int, turns: int, kills: int) -> None:
+    """No trajectory is lost or scored because of it, and every record is exact."""
+    assert len(found) == count * 2
+    assert {one.reward for one in found} == {float(turns)}
+    assert {one.attempt for one in found} == {0}
+    assert all(len(one.steps) == turns for one in found)
+    epochs = {step.epoch for one in found for step in one.steps}
+    assert len(epochs) == kills + 1
+    assert max(step.attempts for one in found for step in one.steps) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_no_trajectory_is_lost_when_the_server_is_killed_three_times(home: Path) -> None:
+    def kill(status: Any) -> None:
+        os.kill(status.server_pid, signal.SIGKILL)
+
+    count, turns = 12, 6
+    environment = standin.orders(token_s=0.005)
+    with ManagedVLLM("demo", command=standin.command(), env=environment, keep_alive=INSTANT, progress=False) as llm:
+        found = play_while_killing(llm, kill, count=count, turns=turns, kills=3)
+    check_after_kills(found, count=count, turns=turns, kills=3)
+    for one in found:
+        for step in one.steps:
+            # The stand-in's rule: what follows from the prompt, whichever life has answered.
+            assert list(step.response_token_ids) == standin.continuation(list(step.prompt_token_ids), 24)
+            assert list(step.response_logprobs or ()) == [standin.logprob_of(one) for one in step.response_token_ids]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_server_that_is_stopped_for_good_ends_the_run_and_leaves_what_was_finished(
+    home: Path, tmp_path: Path
+) -> None:
+    environment = standin.orders(token_s=0.002)
+    worlds = Worlds()
+    with (
+        RunStore.create(tmp_path / "run", {}) as store,
+        ManagedVLLM("demo", command=standin.command(), env=environment, keep_alive=INSTANT, progress=False) as llm,
+    ):
+
+        def stop_in_the_middle(trajectory: Trajectory) -> None:
+            if len(store) == 10:
+                llm.stop_server()
+
+        scheduler = StreamingTaskScheduler(
+            llm,
+            lambda: Counting(None, worlds),
+            max_concurrency=4,
+            sampling_params={"max_tokens": 8},
+            agent=AgentFormat(Chat(show_screenshot=False), answered),
+            store=store,
+            on_attempt=stop_in_the_middle,
+        )
+        with pytest.raises(Exception, match=r"stopped|gone"):
+            scheduler.run_all(tasks(200, 2))
+        assert 10 <= len(store.finished()) < 200
+        assert all(world.closed for world in worlds.made)
+        assert all(entry.reward is None for entry in store.entries() if not entry.ok)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_ends_cleanly_by_a_signal_and_goes_on_when_it_is_run_again(
+    home: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """`managed-vllm rollout` on the embedded desktop; the stand-in says nothing sensible, but answers."""
+    run = tmp_path / "run"
+    words = [
+        sys.executable,
+        "-m",
+        "managed_vllm.cli",
+        "rollout",
+        "--env",
+        "desktop",
+        "--tasks",
+        "300",
+        "--out",
+        str(run),
+    ]
+    words += ["--model", "demo", "--command", " ".join(standin.command()), "--keep-alive", "0.2", "--max-tokens", "8"]
+    words += [
+        "--server-env",
+        f"STANDIN={standin.orders(token_s=0.002)['STANDIN']}",
+        "--max-steps",
+        "3",
+        "--retries",
+        "2",
+    ]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def finished() -> int:
+        if not (run / "run.json").exists():
+            return 0
+        with RunStore.open(run) as store:
+            return len(store.finished())
+
+    try:
+        eventually(lambda: finished() > 5 or process.poll() is not None, "some rollouts", 60)
+        process.send_signal(number)
+        said, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == (130 if number == signal.SIGINT else 143), errors
+    assert "The same command goes on from here" in errors
+    assert "managed-vllm view" in said
+    before = finished()
+    assert 5 < before < 300
+    again = subprocess.run([*words, "--json"], capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0, again.stderr
+    assert f'"stored_before": {before}' in again.stdout
+    assert '"done": 300' in again.stdout
+    assert finished() == 300
+    assert not [one for one in psutil.process_iter(["cmdline"]) if str(run) in (one.info["cmdline"] or [])]
