@@ -41,5 +41,5 @@ format: setup
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv .venv-setup.* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov
+	rm -rf .venv .venv-setup.* demo-run build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov
 	find managed_vllm tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -312,7 +312,8 @@ def actions_in(draw: st.DrawFn, size: tuple[int, int]) -> Action:
         text, enter = draw(TEXTS), draw(st.booleans())
         return Type(text, enter or text.endswith("\n"))
     if kind is Hotkey:
-        return Hotkey(tuple(draw(st.lists(KEYS, min_size=1, max_size=3))))
+        keys = draw(st.lists(KEYS, min_size=1, max_size=3).filter(lambda keys: "++" not in "".join(keys)))
+        return Hotkey(tuple(keys))
     if kind is Scroll:
         direction = draw(st.sampled_from(list(Direction)))
         return Scroll(direction, *draw(points(size))) if draw(st.booleans()) else Scroll(direction)
@@ -353,6 +354,7 @@ def test_coordinates_are_written_as_short_as_can_be() -> None:
         Hotkey(("ctrl c",)),
         Hotkey(("Ctrl",)),
         Hotkey(("x'",)),
+        Hotkey(("+", "+", "c")),
         Scroll(Direction.UP, amount=3),
         Wait(5),
         Custom("fly"),

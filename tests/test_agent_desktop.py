@@ -94,7 +94,7 @@ def test_tasks_are_plain_json_with_ids_that_name_number_and_kind() -> None:
     tasks = desktop_tasks(25)
     assert [task.id for task in tasks[:2]] == ["desktop-0000-click", "desktop-0001-type"]
     assert len({task.id for task in tasks}) == 25
-    assert {task.data["kind"] for task in tasks} == set(KINDS)
+    assert {task.data["kind"] for task in tasks} == set(demo.LEARNT)
     for task in tasks:
         assert json.loads(json.dumps(task.data)) == task.data
         assert task.instruction
@@ -163,7 +163,9 @@ def test_clicking_elsewhere_earns_nothing() -> None:
             answer = oracle(observation)
             return re.sub(r"click\(.*", "click(start_box='(2,50)')", answer)
 
-        return {(await run(DesktopEnvironment(), task, elsewhere))[0] for task in desktop_tasks(len(KINDS))}
+        return {
+            (await run(DesktopEnvironment(), task, elsewhere))[0] for task in desktop_tasks(len(KINDS), kinds=KINDS)
+        }
 
     assert asyncio.run(rewards()) == {0.0}
 

@@ -18,6 +18,7 @@ from managed_vllm.demo import (
     FIELDS,
     KINDS,
     LABELS,
+    LEARNT,
     WORDS,
     Button,
     Goal,
@@ -121,7 +122,7 @@ def test_the_prompt_shows_contents_where_to_scroll_and_both_goals() -> None:
     assert both.prompt().endswith('Status: typed "tea"\nTask: click "OK" then click "Save"')
 
 
-def test_the_thought_names_what_is_wanted_before_the_action_says_where_it_is() -> None:
+def test_the_thought_says_the_status_again_and_names_what_is_wanted_before_the_action_says_where_it_is() -> None:
     answers = []
     world = World(((Button("Save", 1, 2),), FORM), (Goal("City", "blue"), Goal("Save")))
     while not answers or not world.screen().done:
@@ -129,19 +130,19 @@ def test_the_thought_names_what_is_wanted_before_the_action_says_where_it_is() -
         world = world.act_right()
     answers.append(world.screen().expected_answer())
     assert answers == [
-        "Thought: City is not here.\nAction: scroll(start_box='(500,500)', direction='down')",
-        "Thought: City(120,300)\nAction: click(start_box='(120,300)')",
-        "Thought: type \"blue\"\nAction: type(content='blue')",
-        "Thought: Save is not here.\nAction: scroll(start_box='(500,500)', direction='up')",
-        "Thought: Save(1,2)\nAction: click(start_box='(1,2)')",
-        "Thought: \"Save\" is clicked.\nAction: finished(content='done')",
+        "Thought: ready, next City is not here.\nAction: scroll(start_box='(500,500)', direction='down')",
+        "Thought: ready, next City(120,300)\nAction: click(start_box='(120,300)')",
+        'Thought: clicked "City", next type "blue"\nAction: type(content=\'blue\')',
+        "Thought: typed \"blue\", next Save is not here.\nAction: scroll(start_box='(500,500)', direction='up')",
+        "Thought: typed \"blue\", next Save(1,2)\nAction: click(start_box='(1,2)')",
+        "Thought: clicked \"Save\", done.\nAction: finished(content='done')",
     ]
     assert world.achieved
 
 
 def test_the_last_thing_that_was_typed_ends_the_task() -> None:
     world = World((FORM,), (Goal("OK"), Goal("City", "blue"))).click("OK").click("City").type("blue")
-    assert world.screen().expected_answer() == "Thought: \"blue\" is typed.\nAction: finished(content='done')"
+    assert world.screen().expected_answer() == "Thought: typed \"blue\", done.\nAction: finished(content='done')"
 
 
 @pytest.mark.parametrize("label", ["OK", "City"])
@@ -285,7 +286,7 @@ def test_the_weights_reached_the_target_when_they_were_made() -> None:
     required = {name: training["success"][name] for name in training["required"]}
     assert min(required.values()) == training["worst_required"]
     named = " ".join(required)
-    assert all(f"any turn of {kind}" in named for kind in KINDS)
+    assert all(f"any turn of {kind}" in named for kind in LEARNT)
     assert {"click, 8 buttons", "finished", "with a system message", "second turn of an episode"} <= required.keys()
 
 
@@ -334,7 +335,7 @@ def test_it_acts_right_on_unseen_screens_and_is_stopped_by_its_end_token(model_a
     assert right >= 0.95 * len(screens), answers
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LEARNT)
 def test_it_acts_right_in_unseen_states_of_every_kind(kind: str, model_and_tokenizer: Any) -> None:
     from managed_vllm.demo.train import answer
 

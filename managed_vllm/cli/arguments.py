@@ -190,13 +190,16 @@ def build_parser() -> argparse.ArgumentParser:
     demo = command(
         "demo",
         "managed_vllm.demo.show:show",
-        "show the whole thing: several processes share one server of the embedded model",
+        "show the whole thing: several processes share one server of the embedded model, which plays a desktop",
         "managed-vllm demo",
-        "managed-vllm demo --workers 5 --screens 20",
+        "managed-vllm demo --workers 5 --screens 20 --tasks 100 --n 4 --out runs/demo",
     )
     demo.add_argument("--workers", type=_count, default=3, metavar="N", help="worker processes, at least 3 (3)")
     demo.add_argument("--screens", type=_count, default=8, metavar="N", help="screens for each worker (8)")
-    demo.add_argument("--seed", type=int, default=0, help="of the random screens (0)")
+    demo.add_argument("--tasks", type=_count, default=48, metavar="N", help="tasks of the embedded desktop (48)")
+    demo.add_argument("--n", type=_count, default=2, metavar="N", help="rollouts of each (2)")
+    demo.add_argument("--out", default="demo-run", metavar="RUN", help="folder of the rollouts, made anew (demo-run)")
+    demo.add_argument("--seed", type=int, default=0, help="of the random screens and tasks (0)")
     demo.add_argument("--command", help=argparse.SUPPRESS)
     demo.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return parser

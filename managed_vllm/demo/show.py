@@ -1,4 +1,4 @@
-"""`managed-vllm demo`: several processes ask for the demo model at the same moment, share one server, and leave it.
+"""`managed-vllm demo`: several processes share one server of the demo model; then it plays the embedded desktop.
 
 The parent process starts the workers (`managed-vllm demo --worker N`), and all of them enter `ManagedVLLM("demo")` on
 its word. A worker speaks in JSON lines on its standard output, and waits for a line on its standard input wherever all
@@ -7,7 +7,8 @@ have to be together:
 1. `here` → waits → enters → `ready` (after how many seconds, did it start the server?)
 2. waits → answers its screens → `answers` → leaves → `left`
 
-Or `error`, with a message. When all have left, the server must be gone, with every process and its folder.
+Or `error`, with a message. When the workers have left, the parent plays rollouts (`demo.rollouts`) and leaves, too. Then
+the server must be gone, with every process and its folder.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from managed_vllm import ManagedVLLM, SamplingParams, demo, external, registry
@@ -34,7 +36,8 @@ from managed_vllm.errors import ConfigError, ManagedVLLMError
 from managed_vllm.registry import Instance
 
 ENOUGH_RIGHT = 0.8
-"""Share of right answers below which the demo has failed. The weights were accepted at 0.97 on other screens."""
+"""Share of right answers, and of rollouts that succeed, below which the demo has failed. The weights were accepted at
+0.97 on other screens."""
 
 _PATIENCE_S = 3600.0
 """For any one step of the workers; their server's own time-outs come long before."""
@@ -158,12 +161,31 @@ class _Demo:
                 seconds = time.monotonic() - began
                 right = self._show_answers(seconds)
                 self._await("left")
+                played = None if self._given.command else self._play(llm)
         finally:
             self._end_workers()
         self._see_server_gone(instance, status.supervisor_pid)
         if right is not None and right < ENOUGH_RIGHT:
             raise DemoError(f"only {right:.0%} of the answers were right; at least {ENOUGH_RIGHT:.0%} should be")
+        if played is not None and played < ENOUGH_RIGHT:
+            raise DemoError(f"only {played:.0%} of the rollouts succeeded; at least {ENOUGH_RIGHT:.0%} should")
         return 0
+
+    def _play(self, llm: ManagedVLLM) -> float:
+        """Rollouts on the embedded desktop. Returns the share that succeeded."""
+        from managed_vllm.demo import rollouts
+
+        given = self._given
+        self._say(
+            f"\n[bold]The model now plays the embedded desktop:[/] {given.tasks} tasks, {given.n} rollouts each, "
+            f"{rollouts.ENVIRONMENTS} at once, each at its own pace."
+        )
+        finished, share = rollouts.play(
+            llm, Path(given.out), self._console, tasks=given.tasks, n=given.n, seed=given.seed
+        )
+        if finished < given.tasks * given.n:
+            raise DemoError(f"only {finished} of {given.tasks * given.n} rollouts were finished")
+        return share
 
     # -- workers -------------------------------------------------------------------------------------------------------
 

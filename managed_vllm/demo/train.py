@@ -4,16 +4,21 @@ An attempt is one seed: train for `--seconds`, write the model in bf16, read it 
 often it acts right on screens it has not seen. The first attempt whose worst required case reaches `--target` is
 put at OUT; if none does, nothing is written there and the exit status is 1.
 
-What makes a model this small learn it in minutes:
+What makes a model this small learn it in a quarter of an hour:
 
 1. Qwen3, whose queries and keys are normalised. Qwen2 stopped at 88 %.
 2. Weights with a standard deviation of 0.08, not 0.02, and every block silent at first (`o_proj`, `down_proj` zero).
 3. Muon for the matrices, AdamW for the embedding and, ten times faster, for the gains of the norms: they decide how
    sharply the model looks. With 0.003 instead of 0.01 the same seed ended at 66 % on eight buttons, not at 99.6 %.
-4. First of all a drill: a screen's lines, then the same lines shuffled. Nearly every token of it teaches looking up.
+4. First of all a drill: a screen's lines, then the same lines shuffled, among them some that are not there. Nearly
+   every token of it teaches looking up.
 5. As many screens on which the goal was clicked as on which another button was. With fewer of both, a run could still
    be guessing at its end whether it was done.
 6. Tokens that make a look-up one step: a word, a digit, and "(" with the digit after it.
+7. A thought that turns what is hard into look-ups: first the status again, then what the task says after it, then where
+   that is. Without the status, a run ended at 99 % on single clicks, at 82 to 92 % on the kinds with two goals (50 %
+   after a wrong click), and at 58 % where two texts are typed.
+8. Few elements for a quarter of the time: the shorter a screen, the more of its tokens teach what comes next.
 
 Seconds are of CPU time, so that other work on the machine makes it slower and not worse. The random numbers are seeded,
 but the learning rate follows that clock, so that two runs are alike and not the same.
@@ -48,6 +53,7 @@ from managed_vllm.demo.screen import (
     FIELDS,
     KINDS,
     LABELS,
+    LEARNT,
     WORDS,
     Screen,
     World,
@@ -68,20 +74,20 @@ class Recipe:
     """The model's shape and how it learns."""
 
     hidden_size: int = 128
-    intermediate_size: int = 256
-    layers: int = 4
+    intermediate_size: int = 384
+    layers: int = 2
     head_dim: int = 32  # smaller ones kill vLLM's CPU engine at the first request
     context: int = 4096
     init_std: float = 0.08
     muon_lr: float = 0.005
     embedding_lr: float = 1e-3
     gain_lr: float = 1e-2  # of the norms, which decide how sharply the model looks
-    decay_from: float = 0.4  # of the time; before it the learning rates are level
+    decay_from: float = 0.45  # of the time; before it the learning rates are level
     batch_size: int = 32
     max_drill_share: float = 0.35  # of the time, until the look-up must be learnt
     drill_learnt_loss: float = 0.02
-    easy_share: float = 0.15  # of the time, after the drill, with few elements only
-    episode_share: float = 0.3  # of the batches after that: whole episodes; the others are single screens
+    easy_share: float = 0.25  # of the time, after the drill, with few elements only
+    episode_share: float = 0.25  # of the batches after that: whole episodes; the others are single screens
 
 
 # -- text to tokens ----------------------------------------------------------------------------------------------------
@@ -191,7 +197,8 @@ def random_system_message(rng: random.Random, task: str) -> dict[str, str]:
     else:
         words = ("".join(chr(rng.randint(33, 126)) for _ in range(rng.randint(1, 6))) for _ in range(rng.randint(1, 8)))
         text = " ".join(words)
-    return {"role": "system", "content": text + (task if rng.random() < 0.3 else "")}
+    role = "system" if rng.random() < 0.8 else "user"
+    return {"role": role, "content": text + (task if rng.random() < 0.3 else "")}
 
 
 def episode(world: World, rng: random.Random) -> list[tuple[Screen, str]]:
@@ -260,7 +267,8 @@ class Lessons:
             if around is Around.EARLIER_TURN or rng.random() < 0.2:
                 screen = random_screen(rng, buttons=elements)
             else:
-                screen = random_state(rng, rng.choice(list(KINDS)), elements=elements).screen()
+                (kind,) = rng.choices(list(KINDS), [len(kind.goals) for kind in KINDS.values()])
+                screen = random_state(rng, kind, elements=elements).screen()
             rows.append([(self._rendered(conversation(screen, around, rng)), screen.expected_answer() + END)])
         return self._batch([[piece for given, said in row for piece in ((given, False), (said, True))] for row in rows])
 
@@ -278,7 +286,7 @@ class Lessons:
             row = []
             if rng.random() < 0.3:
                 system = random_system_message(rng, world.screen().task)
-                row.append((f"{START}system\n{system['content']}{END}\n", False))
+                row.append((f"{START}{system['role']}\n{system['content']}{END}\n", False))
             for screen, said in episode(world, rng):
                 row.append((self._rendered(screen.messages()), False))
                 row.append((said + END, said == screen.expected_answer()))
@@ -412,7 +420,7 @@ def fit(model: Any, lessons: Lessons, recipe: Recipe, rng: random.Random, second
         ):
             drill_seconds = elapsed
         drilling = drill_seconds is None
-        if (steps % 4 != 3) if drilling else (steps % 6 == 0):
+        if (steps % 4 != 3) if drilling else (steps % 8 == 0):
             batch = lessons.drill(3 if drill_loss > 0.5 else ALL)
             drill_loss = 0.9 * drill_loss + 0.1 * optimizer.step(batch, elapsed / seconds)
         else:
@@ -469,18 +477,14 @@ def _state(kind: str) -> Callable[[random.Random], tuple[Screen, Messages]]:
     return make
 
 
-def _with_history(kind: str) -> Callable[[random.Random], tuple[Screen, Messages]]:
-    """Any turn of an episode, all turns before it in the conversation."""
-
-    def make(rng: random.Random) -> tuple[Screen, Messages]:
-        turns = episode(random_world(rng, kind), rng)
-        turns = turns[: 1 + rng.randrange(len(turns))]
-        messages: Messages = []
-        for screen, said in turns:
-            messages += [*screen.messages(), {"role": "assistant", "content": said}]
-        return turns[-1][0], messages[:-1]
-
-    return make
+def _with_history(rng: random.Random) -> tuple[Screen, Messages]:
+    """Any turn of an episode of any kind, all turns before it in the conversation."""
+    turns = episode(random_world(rng, rng.choice(LEARNT)), rng)
+    turns = turns[: 1 + rng.randrange(len(turns))]
+    messages: Messages = []
+    for screen, said in turns:
+        messages += [*screen.messages(), {"role": "assistant", "content": said}]
+    return turns[-1][0], messages[:-1]
 
 
 CASES = (
@@ -489,8 +493,8 @@ CASES = (
     Case("finished", _plain(done=True)),
     Case("with a system message", _with_system_message),
     Case("second turn of an episode", _second_turn),
-    *(Case(f"any turn of {kind}", _state(kind)) for kind in KINDS),
-    *(Case(f"any turn of {kind}, after those before it", _with_history(kind)) for kind in KINDS),
+    *(Case(f"any turn of {kind}", _state(kind), required=kind in LEARNT) for kind in KINDS),
+    Case("any turn of these, after those before it", _with_history),
     Case("click, 12 buttons (more than trained on)", _plain(done=False, buttons=12), required=False),
 )
 
@@ -596,9 +600,10 @@ def model_card(best: Attempt) -> str:
     return f"""\
 # The demo model of managed_vllm
 
-A Qwen3 of {best.parameters:,} parameters that reads a screen of labelled buttons as text and answers with a UI-TARS
-style action. It was trained from scratch, on random screens only, by `python -m managed_vllm.demo.train`, and comes
-under this project's license. The format is defined in `managed_vllm/demo/screen.py`; it understands nothing else.
+A Qwen3 of {best.parameters:,} parameters that reads a screen of buttons and text fields as text and answers with a
+UI-TARS style action: a click, a text to type, a scroll, or that it is finished. It was trained from scratch, on random
+screens only, by `python -m managed_vllm.demo.train`, and comes under this project's license. The format is defined in
+`managed_vllm/demo/screen.py`; it understands nothing else.
 
 Right greedy answers on 256 unseen screens per case, computed in fp32 from these weights:
 
@@ -646,7 +651,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m managed_vllm.demo.train", description="Trains the demo model.")
     parser.add_argument("out", type=Path, help="folder to write; what is there is replaced on success")
-    parser.add_argument("--seconds", type=float, default=400, help="CPU time to train, per attempt (400)")
+    parser.add_argument("--seconds", type=float, default=1000, help="CPU time to train, per attempt (1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the first attempt; the next one takes the next (0)")
     parser.add_argument("--attempts", type=int, default=3, help="seeds to try at most (3)")
     parser.add_argument("--target", type=float, default=0.97, help="right answers needed in every required case (0.97)")

@@ -48,8 +48,6 @@ END = b"K"
 """On the control socket: end everything, now or after the grace."""
 STACKS = b"T"
 """The same, but the worker writes its stacks first: it did not return in time."""
-AT_ONCE = b"X"
-"""End everything, without grace."""
 
 
 class Keeper:
@@ -65,7 +63,7 @@ class Keeper:
         self._status: int | None = None
         self._told = b""
         self._signalled = False
-        self._owner_ended = False
+        self._orphaned = False
         self._output = bytearray()
         self._wake, self._waker = socket.socketpair()
         for end in (self._wake, self._waker):
@@ -99,43 +97,44 @@ class Keeper:
         if reason == "stacks":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._worker, signal.SIGUSR2)
-            self._look(_STACKS_S, until=lambda: self._status is not None, quiet_s=0.1)
-        if reason != "ended" and self._grace_s > 0 and not self._at_once():
+            self._look(_STACKS_S, until=self._worker_ended, quiet_s=0.1)
+        if reason != "ended" and self._grace_s > 0:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._worker, signal.SIGTERM)
-            self._look(self._grace_s, until=lambda: self._status is not None or self._at_once())
+            self._look(self._grace_s, until=self._worker_ended)
         left = self._kill()
         self._look(0.5, until=lambda: self._reading < 0)
         _remove(self._folder)
         self._report(reason, left)
 
+    def _worker_ended(self) -> bool:
+        return self._status is not None
+
     def _wait(self) -> str:
+        """Until there is a reason to end."""
         while True:
-            self._look(1.0, until=lambda: True)
+            self._look(1.0, until=lambda: bool(self._told) or self._worker_ended() or self._signalled or self._orphaned)
             if self._told:
-                return "stacks" if STACKS in self._told and AT_ONCE not in self._told else "told"
-            if self._status is not None:
+                return "stacks" if STACKS in self._told else "told"
+            if self._worker_ended():
                 return "ended"
             if self._signalled:
                 return "signal"
-            if os.getppid() != self._owner or self._owner_ended:
+            if self._orphaned or os.getppid() != self._owner:
                 return "owner"
 
-    def _at_once(self) -> bool:
-        return AT_ONCE in self._told
-
     def _look(self, timeout_s: float, *, until: Callable[[], bool], quiet_s: float | None = None) -> None:
-        """Takes what comes until the condition holds, after at least one look, or nothing was written for so long."""
+        """Takes what comes until the condition holds, or nothing was written for `quiet_s` after something was."""
         deadline = time.monotonic() + timeout_s
         written = False
-        while True:
-            wait = deadline - time.monotonic()
+        while not until():
+            wait = max(0.0, deadline - time.monotonic())
             if quiet_s is not None and written:
                 wait = min(wait, quiet_s)
-            events = self._poll.poll(max(0.0, wait) * 1000)
+            events = self._poll.poll(wait * 1000)
             for descriptor, _ in events:
                 written |= self._take(descriptor)
-            if until() or time.monotonic() >= deadline or (quiet_s is not None and written and not events):
+            if time.monotonic() >= deadline or (quiet_s is not None and written and not events):
                 return
 
     def _take(self, descriptor: int) -> bool:
@@ -168,7 +167,7 @@ class Keeper:
             if not told:
                 self._poll.unregister(descriptor)
         elif descriptor == self._pidfd:
-            self._owner_ended = True
+            self._orphaned = True
             self._poll.unregister(descriptor)
         return False
 
