@@ -282,6 +282,37 @@ class EnvironmentTimeout(EnvironmentFailure, TimeoutError):
     """An environment did not return within its limit, and was ended."""
 
 
+class EnvironmentRaised(EnvironmentFailure):
+    """A method of a synchronous environment raised, in its process or thread.
+
+    `call` is `make`, `reset`, `step`, `evaluate` or `close`; `error_type` the class of what was raised, with its module
+    where it is no builtin; `error_message` its text, `error_traceback` the whole traceback.
+    """
+
+    def __init__(
+        self, message: str, *, call: str, error_type: str, error_message: str, error_traceback: str
+    ) -> None:
+        super().__init__(message)
+        self.call = call
+        self.error_type = error_type
+        self.error_message = error_message
+        self.error_traceback = error_traceback
+
+
+class EnvironmentDied(EnvironmentFailure):
+    """The process of an environment ended by itself, or was killed from outside.
+
+    `call` is what was being done, or `between two calls`; `exit_code` as `subprocess.Popen.returncode` (negative for a
+    signal; None if it is not known); `output` the last of what it wrote to standard output and error.
+    """
+
+    def __init__(self, message: str, *, call: str, exit_code: int | None, output: str) -> None:
+        super().__init__(message)
+        self.call = call
+        self.exit_code = exit_code
+        self.output = output
+
+
 class ActionParseError(ManagedVLLMError, ValueError):
     """A model's answer is no action.
 

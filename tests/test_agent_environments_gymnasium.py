@@ -20,9 +20,8 @@ from managed_vllm.agent import Environment, Limits, Observation, Task
 from managed_vllm.agent.actions import Action, CallUser, Click, Custom, Finished, Wait
 from managed_vllm.agent.environments import thread
 from managed_vllm.agent.environments.gymnasium import GymnasiumEnvironment
-from managed_vllm.agent.environments.synchronous import EnvironmentDied, EnvironmentRaised
 from managed_vllm.agent.environments.thread import ThreadEnvironment
-from managed_vllm.errors import EnvironmentFailure, EnvironmentTimeout
+from managed_vllm.errors import EnvironmentDied, EnvironmentFailure, EnvironmentRaised, EnvironmentTimeout
 
 pytest.importorskip("numpy")
 pillow = pytest.importorskip("PIL.Image")

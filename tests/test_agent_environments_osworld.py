@@ -26,8 +26,7 @@ from managed_vllm.agent import Environment, Limits, Task
 from managed_vllm.agent.actions import Button, CallUser, Click, Drag, Finished, Hotkey, Scroll, Type, Wait
 from managed_vllm.agent.actions.types import Direction
 from managed_vllm.agent.environments.osworld import OSWorldEnvironment
-from managed_vllm.agent.environments.synchronous import EnvironmentRaised
-from managed_vllm.errors import EnvironmentTimeout
+from managed_vllm.errors import EnvironmentRaised, EnvironmentTimeout
 
 pillow = pytest.importorskip("PIL.Image")
 HERE = Path(__file__).parent

@@ -23,8 +23,7 @@ from standin_environment import NoEnvironment, Obedient, WrongReturns
 from managed_vllm.agent import Environment, Limits, Task
 from managed_vllm.agent.actions import Custom, Wait
 from managed_vllm.agent.environments.process import MARKER, ProcessEnvironment
-from managed_vllm.agent.environments.synchronous import EnvironmentDied, EnvironmentRaised
-from managed_vllm.errors import EnvironmentFailure, EnvironmentTimeout
+from managed_vllm.errors import EnvironmentDied, EnvironmentFailure, EnvironmentRaised, EnvironmentTimeout
 
 HERE = Path(__file__).parent
 TASK = Task("t")
@@ -660,6 +659,16 @@ def test_bad_arguments_are_refused_at_once() -> None:
         ProcessEnvironment(Obedient, arguments={"file": sys.stdout})
     with pytest.raises(ValueError, match="grace_s"):
         ProcessEnvironment(Obedient, grace_s=-1)
+
+
+def test_an_action_that_can_not_be_pickled_is_named() -> None:
+    async def test() -> None:
+        async with environment() as env:
+            await env.reset(TASK)
+            with pytest.raises(EnvironmentFailure, match=r"Custom\(name='x'.*can't be pickled"):
+                await env.step(Custom("x", {"file": sys.stdout}))
+
+    run(test)
 
 
 def test_an_interpreter_that_does_not_exist_is_a_failure_not_a_hang() -> None:

@@ -36,8 +36,7 @@ from managed_vllm.agent.actions import (
     smart_resize,
 )
 from managed_vllm.agent.environments.miniwob import MiniWoBEnvironment, SyncMiniWoB, missing, task_names
-from managed_vllm.agent.environments.synchronous import EnvironmentRaised
-from managed_vllm.errors import EnvironmentFailure, EnvironmentTimeout
+from managed_vllm.errors import EnvironmentFailure, EnvironmentRaised, EnvironmentTimeout
 
 pillow = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
@@ -243,6 +242,20 @@ def test_the_time_of_a_page_is_ours_to_choose() -> None:
     run(test)
 
 
+@pytest.mark.soak
+def test_every_page_is_shown_and_takes_a_click() -> None:
+    async def test() -> None:
+        async with browser(scale=2) as env:
+            for page in task_names():
+                seen = await env.reset(on(page, 3))
+                assert seen.instruction, page
+                assert size(seen) == ((750, 1334) if page.startswith("flight.") else (320, 420)), page
+                width, height = size(seen)
+                assert "ignored" not in (await env.step(Click(width / 2, height - 20))).info, page
+
+    run(test)
+
+
 # -- actions -----------------------------------------------------------------------------------------------------------
 
 
@@ -388,7 +401,7 @@ def test_sigkill_of_the_rollout_leaves_no_browser_and_no_file(tmp_path: Path) ->
         words = owner.stdout.readline().split()
         family = set().union(*(tree_below(int(word)) for word in words[:2]))
         folders = [Path(word) for word in words[2:]]
-        commands = [words(process) for process in family]
+        commands = [command_of(process) for process in family]
         assert sum("chromedriver" in command for command in commands) >= 2
         assert sum("--type=renderer" in command for command in commands) >= 2
         assert all(folder.exists() for folder in folders)

@@ -5,7 +5,9 @@ An environment serves one episode at a time, and any number one after the other:
 comes in through an adapter of `managed_vllm.agent.environments`, in a thread or a process of its own.
 
 Whoever calls puts a time-out around each call (`Limits`), and cancels it. After a call that raised, was cancelled or
-timed out an environment is not used again, only closed: a retry gets a new one.
+timed out an environment is not used again, only closed: a retry gets a new one. An environment with time-outs of its
+own, which end a call more gently or tell more about it, has an attribute `patience_s`: the caller's come so many
+seconds later.
 """
 
 from __future__ import annotations

@@ -331,8 +331,9 @@ class Episode:
 
     async def _call(self, stage: str, make: Callable[[], Awaitable[T]], seconds: float) -> T:
         """One call of the environment; what it raises ends the episode."""
+        patience_s = float(getattr(self._environment, "patience_s", 0.0))
         try:
-            return await bounded(make, seconds, f"the environment's {stage}")
+            return await bounded(make, seconds + patience_s, f"the environment's {stage}")
         except Exception as error:
             raise self._failed(StopReason.ENV_FAILURE, FailureClass.ENVIRONMENT, stage, error) from error
 

@@ -66,8 +66,9 @@ MakeEnvironment = Callable[[], Environment | Awaitable[Environment]]
 Tasks = Iterable[Task | str | Mapping[str, Any]] | AsyncIterable[Task | str | Mapping[str, Any]]
 
 _LONGEST_DELAY_S = 30.0
-_GRACE_S = 10.0
-"""On top of the environments' own limit for closing, when a run is stopped."""
+_GRACE_S = 40.0
+"""On top of the environments' own limit for closing, when a run is stopped: for calls that do not heed cancellation,
+and for the `patience_s` of environments."""
 
 
 class GroupPolicy(enum.StrEnum):
@@ -617,7 +618,8 @@ class _Run:
     async def _close(self, environment: Environment) -> None:
         """What closing raises is told in the log: the trajectory is over."""
         try:
-            await bounded(environment.close, self._s.limits.close_timeout_s, "closing the environment")
+            seconds = self._s.limits.close_timeout_s + float(getattr(environment, "patience_s", 0.0))
+            await bounded(environment.close, seconds, "closing the environment")
         except Exception as error:
             log.warning("an environment could not be closed: %s: %s", type(error).__name__, error)
 

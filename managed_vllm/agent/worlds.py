@@ -61,7 +61,7 @@ def world(name: str, limits: Limits) -> World:
         def tasks(count: int, seed: int) -> list[Task]:
             return [Task(f"{rest}-{number}", seed=number) for number in range(seed, seed + count)]
 
-        return World(lambda: miniwob.MiniWoBEnvironment(rest, limits=limits), tasks, "ui-tars")
+        return World(lambda: miniwob.MiniWoBEnvironment(rest, scale=3, limits=limits), tasks, "ui-tars")
     if colon and rest:
         return World(_imported(kind, rest), None)
     raise ConfigError(

@@ -7,8 +7,8 @@ have to be together:
 1. `here` → waits → enters → `ready` (after how many seconds, did it start the server?)
 2. waits → answers its screens → `answers` → leaves → `left`
 
-Or `error`, with a message. When the workers have left, the parent plays rollouts (`demo.rollouts`) and leaves, too. Then
-the server must be gone, with every process and its folder.
+Or `error`, with a message. When the workers have left, the parent plays rollouts (`demo.rollouts`) and leaves, too.
+Then the server must be gone, with every process and its folder.
 """
 
 from __future__ import annotations

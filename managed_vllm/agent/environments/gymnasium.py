@@ -93,6 +93,11 @@ class GymnasiumEnvironment:
         else:
             self._environment = ThreadEnvironment(SyncGymnasium, arguments=arguments, limits=limits, name=name)
 
+    @property
+    def patience_s(self) -> float:
+        """See `Environment`."""
+        return self._environment.patience_s
+
     async def reset(self, task: Task) -> Observation:
         """See `Environment.reset`."""
         return await self._environment.reset(task)

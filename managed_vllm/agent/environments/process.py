@@ -48,16 +48,16 @@ from managed_vllm.agent.actions import Action
 from managed_vllm.agent.environments import process_keeper
 from managed_vllm.agent.environments.process_worker import MAX_MESSAGE, Start, framed
 from managed_vllm.agent.environments.synchronous import (
-    EnvironmentDied,
-    EnvironmentRaised,
     SyncEnvironment,
+    died,
     last_lines,
     name_of,
+    raised,
     type_name,
     whole_traceback,
 )
 from managed_vllm.agent.types import Limits, Observation, StepResult, Task
-from managed_vllm.errors import EnvironmentFailure, EnvironmentTimeout
+from managed_vllm.errors import EnvironmentFailure, EnvironmentRaised, EnvironmentTimeout
 
 MARKER = "MANAGED_VLLM_ENVIRONMENT"
 """Environment variable of all processes of one environment: the path of its temporary folder, which is theirs alone."""
@@ -141,6 +141,11 @@ class ProcessEnvironment:
         self._closed = False
 
     # -- the protocol --------------------------------------------------------------------------------------------------
+
+    @property
+    def patience_s(self) -> float:
+        """See `Environment`."""
+        return self._grace_s + 5.0
 
     async def reset(self, task: Task) -> Observation:
         """See `Environment.reset`. The first one starts the process, within the same limit."""
@@ -230,9 +235,10 @@ class ProcessEnvironment:
             ending = await self._end(process_keeper.END)
             if self._closed:
                 raise EnvironmentFailure(f"{self._name} was closed during {method}") from None
-            raise EnvironmentDied(self._name, method, _how(ending), ending.exit_code, ending.output) from None
+            raise died(self._name, method, _how(ending), ending.exit_code, ending.output) from None
         except BaseException as error:
-            self._unusable = f"{method} was cancelled or failed ({type_name(error)})"
+            cause = f"{method} was cancelled or failed ({type_name(error)})"
+            self._unusable = "it could not be made" if isinstance(error, EnvironmentRaised) else cause
             if self._kept is not None:
                 self._kept.tell(process_keeper.END)
             raise
@@ -245,7 +251,7 @@ class ProcessEnvironment:
 
     def _raised(self, answer: tuple[str, str, str, str, str], advice: str = "") -> EnvironmentRaised:
         _, call, error_type, error_message, error_traceback = answer
-        return EnvironmentRaised(self._name, call, error_type, error_message, error_traceback, advice)
+        return raised(self._name, call, error_type, error_message, error_traceback, advice)
 
     async def _begin(self) -> None:
         ours, theirs = socket.socketpair()
@@ -262,13 +268,16 @@ class ProcessEnvironment:
         self._writer.write(len(start).to_bytes(8, "big") + start)
         made = await self._exchange(self._start)
         if made[0] == "raised":
-            self._unusable = "it could not be made"
             raise self._raised(made, _advice(made[2]))
 
     async def _exchange(self, message: object) -> Any:
         assert self._reader is not None
         assert self._writer is not None
-        self._writer.write(framed(message))
+        try:
+            data = framed(message)
+        except Exception as error:
+            raise EnvironmentFailure(f"{self._name}: {message!r:.200} can't be pickled: {error}") from error
+        self._writer.write(data)
         await self._writer.drain()
         size = int.from_bytes(await self._reader.readexactly(8), "big")
         if size > MAX_MESSAGE:

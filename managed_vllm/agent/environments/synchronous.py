@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from managed_vllm.agent.actions import Action
 from managed_vllm.agent.types import Observation, StepResult, Task
-from managed_vllm.errors import EnvironmentFailure
+from managed_vllm.errors import EnvironmentDied, EnvironmentRaised
 
 _SHOWN_LINES = 20
 """Of a process's output in a message; all that is kept of it is in the error's `output`."""
@@ -39,41 +39,25 @@ class SyncEnvironment(Protocol):
         ...
 
 
-class EnvironmentRaised(EnvironmentFailure):
-    """A method of a synchronous environment raised, in its process or thread.
-
-    Attributes:
-        call: `make`, `reset`, `step`, `evaluate` or `close`.
-        error_type: the class of what was raised, with its module where it is not a builtin.
-        error_message: its text.
-        error_traceback: the whole traceback, as text.
-    """
-
-    def __init__(
-        self, name: str, call: str, error_type: str, error_message: str, error_traceback: str, advice: str = ""
-    ) -> None:
-        super().__init__(f"{name}: {call} raised {error_type}: {error_message}{advice}")
-        self.call = call
-        self.error_type = error_type
-        self.error_message = error_message
-        self.error_traceback = error_traceback
-        self.add_note(error_traceback.rstrip())
+def raised(
+    name: str, call: str, error_type: str, error_message: str, error_traceback: str, advice: str = ""
+) -> EnvironmentRaised:
+    """The error for a method that raised; its traceback is a note."""
+    error = EnvironmentRaised(
+        f"{name}: {call} raised {error_type}: {error_message}{advice}",
+        call=call,
+        error_type=error_type,
+        error_message=error_message,
+        error_traceback=error_traceback,
+    )
+    error.add_note(error_traceback.rstrip())
+    return error
 
 
-class EnvironmentDied(EnvironmentFailure):
-    """The process of an environment ended by itself, or was killed from outside.
-
-    Attributes:
-        call: what was being done, or `between two calls`.
-        exit_code: as `subprocess.Popen.returncode`: negative for a signal. None if it is not known.
-        output: the last of what it wrote to standard output and error, as text.
-    """
-
-    def __init__(self, name: str, call: str, ending: str, exit_code: int | None, output: str) -> None:
-        super().__init__(f"{name}: its process ended ({ending}) during {call}{last_lines(output)}")
-        self.call = call
-        self.exit_code = exit_code
-        self.output = output
+def died(name: str, call: str, ending: str, exit_code: int | None, output: str) -> EnvironmentDied:
+    """The error for a process that ended by itself, `ending` in words."""
+    message = f"{name}: its process ended ({ending}) during {call}{last_lines(output)}"
+    return EnvironmentDied(message, call=call, exit_code=exit_code, output=output)
 
 
 def last_lines(output: str) -> str:
@@ -111,7 +95,7 @@ def checked(call: str, value: Any) -> Any:
     if expected and not isinstance(value, expected):
         raise TypeError(f"{call} must return {expected[0].__name__}, not {type(value).__name__}")
     if call == "evaluate" and value is not None:
-        if isinstance(value, bool) or not hasattr(value, "__float__"):
+        if not hasattr(value, "__float__"):
             raise TypeError(f"evaluate must return a number or None, not {type(value).__name__}")
         value = float(value)
         if value != value:

@@ -19,15 +19,15 @@ from typing import Any, cast
 
 from managed_vllm.agent.actions import Action
 from managed_vllm.agent.environments.synchronous import (
-    EnvironmentRaised,
     SyncEnvironment,
     checked,
     name_of,
+    raised,
     type_name,
     whole_traceback,
 )
 from managed_vllm.agent.types import Limits, Observation, StepResult, Task
-from managed_vllm.errors import EnvironmentFailure, EnvironmentTimeout
+from managed_vllm.errors import EnvironmentFailure, EnvironmentRaised, EnvironmentTimeout
 
 MAX_ABANDONED = 16
 """Threads that did not return in time and still run, of all environments of this process."""
@@ -42,6 +42,8 @@ _lock = threading.Lock()
 
 class ThreadEnvironment:
     """An `Environment` around a `SyncEnvironment` all of whose methods are called in one thread of its own."""
+
+    patience_s = 1.0
 
     def __init__(
         self,
@@ -188,7 +190,7 @@ def _serve(calls: _Calls, make: Callable[..., SyncEnvironment], arguments: dict[
                 if called is not None:
                     value = checked(method, getattr(called, method)(*given))
             except BaseException as error:  # SystemExit, too: it is not the rollout's
-                done.set_exception(EnvironmentRaised(name, where, type_name(error), str(error), whole_traceback(error)))
+                done.set_exception(raised(name, where, type_name(error), str(error), whole_traceback(error)))
             else:
                 done.set_result(value)
     finally:
