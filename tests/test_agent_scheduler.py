@@ -439,7 +439,7 @@ def test_pause_waits_for_what_is_on_its_way_and_holds_back_the_rest() -> None:
     found = asyncio.run(main())
     assert [one.reward for one in found] == [1.0] * 4
     assert {tuple(step.weight_version for step in one.steps) for one in found} == {("v1", "v2", "v2")}
-    assert all(one.steps[1].timings.queue_s >= 0.2 for one in found)
+    assert all(one.steps[1].timings.queue_s > 0.05 for one in found)
 
 
 def test_the_time_of_a_pause_does_not_count_for_the_episode(server: ActingServer) -> None:

@@ -8,12 +8,14 @@ own pace.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from managed_vllm.agent.actions import Action, CallUser, Finished, to_pyautogui
 from managed_vllm.agent.conversation import Continued
+from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.environments.thread import ThreadEnvironment
 from managed_vllm.agent.episode import run_episode
 from managed_vllm.agent.format import AgentFormat, ParseErrorPolicy, UITarsParser
@@ -101,7 +103,7 @@ def run_agent_loop(
 
     Args:
         llm: a `ManagedVLLM`, `VLLMClient` (`VLLMClientWrapper`) or `AsyncVLLMClient`.
-        runners: one desktop each, see `RunnerEnvironment`.
+        runners: one desktop each, see `RunnerEnvironment`; or an `Environment`, which is reset, and stays the caller's.
         messages: one begun conversation for each runner, with its instruction; screenshots and answers come after it.
         sampling_params: ours, vLLM's, or a dict.
         processor: not needed; the server has its own.
@@ -148,7 +150,9 @@ def run_agent_loop(
         store = RunStore.create(data_dir, config)
 
     async def play(number: int) -> Trajectory:
-        environment = ThreadEnvironment(lambda: RunnerEnvironment(runners[number]), limits=limits)
+        runner = runners[number]
+        ours = not _is_environment(runner)
+        environment = ThreadEnvironment(lambda: RunnerEnvironment(runner), limits=limits) if ours else runner
         try:
             trajectory = await run_episode(
                 llm,
@@ -161,7 +165,8 @@ def run_agent_loop(
                 attempt=attempts.get(tasks[number].id, 0),
             )
         finally:
-            await environment.close()
+            if ours:
+                await environment.close()
         if store is not None:
             await asyncio.get_running_loop().run_in_executor(None, store.append, trajectory)
         if on_trajectory is not None:
@@ -177,7 +182,8 @@ def run_agent_loop(
     attempts: dict[str, int] = {}
     try:
         for runner in runners:
-            RunnerEnvironment(runner)  # is it one?
+            if not _is_environment(runner):
+                RunnerEnvironment(runner)  # is it one?
         if store is not None:
             numbers = {task.id: number for number, task in enumerate(tasks)}
             for entry in store.entries():
@@ -192,6 +198,10 @@ def run_agent_loop(
         if store is not None:
             store.close()
     return [found[number] for number in range(len(runners))]
+
+
+def _is_environment(runner: Any) -> bool:
+    return isinstance(runner, Environment) and inspect.iscoroutinefunction(runner.step)
 
 
 def _task(number: int, runner: Any) -> Task:

@@ -73,7 +73,8 @@ def rollout(given: argparse.Namespace) -> int:
                 print(json.dumps(_as_json(store, stats, out), indent=2))
             else:
                 running.console().print(summary_table(store))
-                print(f"{stats.done} of {stats.expected} rollouts ({stats.stored} of them from before) in {out}")
+                asked = max(stats.expected, len(tasks) * given.n)
+                print(f"{stats.done} of {asked} rollouts ({stats.stored} of them from before) in {out}")
                 print(f"  look:  managed-vllm view {out}")
             if stopped is not None:
                 if not given.json:
