@@ -502,6 +502,16 @@ def test_what_the_store_has_finished_is_not_played_again_and_comes_with_the_rest
         assert asyncio.run(collect(fresh, tasks(4))) == []
 
 
+def test_rollouts_that_decide_n_had_asked_for_are_not_played_again(server: ActingServer, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"n": 2, "decide_n": lambda *_: 5}
+    with RunStore.create(tmp_path / "run", {}) as store:
+        scheduler(server, Worlds(), store=store, **options).run_all(tasks(2))
+        worlds = Worlds()
+        found = scheduler(server, worlds, store=store, **options).run_all(tasks(2))
+    assert worlds.calls["reset"] == 0
+    assert Counter(one.task.id for one in found) == {"task-000": 5, "task-001": 5}
+
+
 def test_attempts_of_earlier_runs_count_on(server: ActingServer, tmp_path: Path) -> None:
     with RunStore.create(tmp_path / "run", {}) as store:
         once = RetryRollouts(max_attempts=1)

@@ -400,10 +400,11 @@ class _Run:
         self._whole = whole
         self._stats = scheduler.stats
         self._pending: deque[_Job] = deque()
-        self._changed = asyncio.Condition()
+        self._given = asyncio.Condition()  # jobs were given out, or there will be none any more
+        self._room = asyncio.Event()
         self._fed = False
         self._busy = 0  # jobs that are played, or wait for their next attempt
-        self._groups: dict[str, _Group] = {}
+        self._ids: set[str] = set()
         self._error: BaseException | None = None
         self._stopping = False
         self._out: asyncio.Queue[Trajectory | _GroupEnd | None] = asyncio.Queue(scheduler._max_ahead)
@@ -470,10 +471,11 @@ class _Run:
     async def _feed(self) -> None:
         """Takes tasks as there is room for them."""
         async for task in _each(self._tasks):
-            if task.id in self._groups:
+            if task.id in self._ids:
                 raise ConfigError(f"two tasks have the id {task.id!r}; resuming and groups go by it", field="id")
-            group = self._groups[task.id] = _Group(task, self._s._n)
-            self._known.fill(group)
+            self._ids.add(task.id)
+            group = _Group(task, self._s._n)
+            self._known.fill(group, all_of_them=self._s._decide_n is not None)
             self._stats.tasks += 1
             self._stats.expected += group.n
             self._stats.done += len(group.stored)
@@ -481,46 +483,49 @@ class _Run:
             if group.stored and (self._s._decide_n is not None or self._whole):
                 group.results.update(await self.loop.run_in_executor(self._writer, self._known.read, group))
                 self._set_n(group, self._wanted_n(group))
-            async with self._changed:
-                self._extend(group)
-                self._changed.notify_all()
+            await self._extend(group)
             await self._settle(group)
-            async with self._changed:
-                await self._changed.wait_for(lambda: len(self._pending) < self._s._max_concurrency)
-        async with self._changed:
-            self._fed = True
-            self._changed.notify_all()
+            while len(self._pending) >= self._s._max_concurrency:
+                self._room.clear()
+                await self._room.wait()
+        self._fed = True
+        await self._maybe_over()
 
-    def _extend(self, group: _Group) -> None:
+    async def _extend(self, group: _Group) -> None:
         """Gives out the rollouts that the group is to have and that nobody has begun, lowest numbers first."""
         numbers = itertools.count()
+        before = len(self._pending)
         while len(group.results) + len(group.jobs) < group.n:
             rollout = next(numbers)
             if rollout not in group.results and rollout not in group.jobs:
                 job = _Job(group, rollout, group.attempts[rollout], round=group.round)
                 group.jobs[rollout] = job
                 self._pending.append(job)
+        async with self._given:
+            self._given.notify(len(self._pending) - before)
 
     # -- workers -------------------------------------------------------------------------------------------------------
 
     async def _take(self) -> _Job | None:
         """The next rollout; None when there will be none any more."""
-        async with self._changed:
+        async with self._given:
             while True:
                 while self._pending:
                     job = self._pending.popleft()
-                    self._changed.notify_all()  # the feeder has room
+                    self._room.set()
                     if not job.unwanted:
                         self._busy += 1
                         return job
                 if self._fed and not self._busy:
+                    self._given.notify_all()
                     return None
-                await self._changed.wait()
+                await self._given.wait()
 
-    async def _release(self) -> None:
-        async with self._changed:
-            self._busy -= 1
-            self._changed.notify_all()
+    async def _maybe_over(self) -> None:
+        """Sends the workers home, if nobody has anything to do any more, or can get it."""
+        if self._fed and not self._busy:
+            async with self._given:
+                self._given.notify_all()
 
     async def _work(self) -> None:
         environment: Environment | None = None
@@ -536,7 +541,8 @@ class _Run:
                     if trajectory is not None:
                         await self._ended(job, trajectory)
                 finally:
-                    await self._release()
+                    self._busy -= 1
+                    await self._maybe_over()
         finally:
             if environment is not None:
                 await self._close(environment)
@@ -669,9 +675,7 @@ class _Run:
             await self._broken(group)
         elif self._s._decide_n is not None:
             self._set_n(group, self._wanted_n(group))
-            async with self._changed:
-                self._extend(group)
-                self._changed.notify_all()
+            await self._extend(group)
         await self._settle(group)
 
     def _later(self, job: _Job, seconds: float) -> None:
@@ -679,10 +683,10 @@ class _Run:
         self._busy += 1
 
         async def give_out() -> None:
-            async with self._changed:
+            async with self._given:
                 self._busy -= 1
                 self._pending.appendleft(job)
-                self._changed.notify_all()
+                self._given.notify()
 
         def due() -> None:
             self._timers.discard(timer)
@@ -721,9 +725,7 @@ class _Run:
             group.round += 1
             group.results.clear()
             group.stored.clear()
-            async with self._changed:
-                self._extend(group)
-                self._changed.notify_all()
+            await self._extend(group)
             return
         self._stats.expected -= group.n - len(group.results)
         await self._tell(group, dropped=True)
@@ -764,10 +766,10 @@ class _Known:
             if entry.ok:
                 self._finished.setdefault(entry.task_id, {})[entry.rollout] = entry
 
-    def fill(self, group: _Group) -> None:
-        """The group as the earlier runs left it."""
+    def fill(self, group: _Group, *, all_of_them: bool) -> None:
+        """The group as the earlier runs left it; `all_of_them`: also rollouts beyond its `n`."""
         task_id = group.task.id
-        group.stored = {number for number in self._finished.get(task_id, ()) if number < group.n}
+        group.stored = {number for number in self._finished.get(task_id, ()) if all_of_them or number < group.n}
         group.results.update(dict.fromkeys(group.stored))
         group.attempts.update(self._attempts.get(task_id, ()))
         group.round = self._rounds.get(task_id, 0)
