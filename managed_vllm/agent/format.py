@@ -20,6 +20,7 @@ from managed_vllm.agent.actions import (
     parse_ui_tars,
 )
 from managed_vllm.agent.conversation import Chat, LatestText, MessageBuilder
+from managed_vllm.errors import ConfigError
 from managed_vllm.outputs import CompletionOutput
 
 Size = tuple[int, int]
@@ -66,7 +67,7 @@ class ParseErrorPolicy:
 
     def __post_init__(self) -> None:
         if self.retries < 0:
-            raise ValueError(f"retries must be 0 or more, not {self.retries}")
+            raise ConfigError(f"retries must be 0 or more, not {self.retries}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ class RetryRollouts:
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1 or self.max_rounds < 1 or self.delay_s < 0:
-            raise ValueError("max_attempts and max_rounds must be 1 or more, delay_s not negative")
+            raise ConfigError("max_attempts and max_rounds must be 1 or more, delay_s not negative")
 
 
 @dataclass

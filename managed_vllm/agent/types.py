@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from managed_vllm.agent.actions import Action
+from managed_vllm.errors import ConfigError
 
 Message = Mapping[str, Any]
 """One message of a chat request. In records an image is an `ImageRef` in a part `{"type": "image", "image": ref}`."""
@@ -127,7 +128,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if not self.id:
-            raise ValueError("a task needs an id")
+            raise ConfigError("a task needs an id", field="id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,9 +362,9 @@ class Limits:
         for name in ("max_steps", "max_response_tokens", "max_episode_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, not {value}")
+                raise ConfigError(f"{name} must be 1 or more, not {value}", field=name)
         if self.max_images < 0:
-            raise ValueError(f"max_images must be 0 or more, not {self.max_images}")
+            raise ConfigError(f"max_images must be 0 or more, not {self.max_images}", field="max_images")
         for name in self.__slots__:
             if name.endswith("_s") and (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name} must be more than 0 s, not {value}")
+                raise ConfigError(f"{name} must be more than 0 s, not {value}", field=name)

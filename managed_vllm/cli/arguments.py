@@ -196,8 +196,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--workers", type=_count, default=3, metavar="N", help="worker processes, at least 3 (3)")
     demo.add_argument("--screens", type=_count, default=8, metavar="N", help="screens for each worker (8)")
-    demo.add_argument("--tasks", type=_count, default=48, metavar="N", help="tasks of the embedded desktop (48)")
-    demo.add_argument("--n", type=_count, default=2, metavar="N", help="rollouts of each (2)")
+    demo.add_argument("--tasks", type=_positive, default=48, metavar="N", help="tasks of the embedded desktop (48)")
+    demo.add_argument("--n", type=_positive, default=2, metavar="N", help="rollouts of each (2)")
     demo.add_argument("--out", default="demo-run", metavar="RUN", help="folder of the rollouts, made anew (demo-run)")
     demo.add_argument("--seed", type=int, default=0, help="of the random screens and tasks (0)")
     demo.add_argument("--command", help=argparse.SUPPRESS)
@@ -215,16 +215,16 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
         help="desktop, miniwob:TASK or package.module:function",
     )
     what.add_argument("--tasks", required=True, metavar="N|FILE", help="how many, or a file of tasks (JSON lines)")
-    what.add_argument("--n", type=_count, default=1, metavar="N", help="rollouts a task (1)")
+    what.add_argument("--n", type=_positive, default=1, metavar="N", help="rollouts a task (1)")
     what.add_argument("--out", required=True, metavar="RUN", help="the run's folder; one that is there is gone on with")
     what.add_argument("--seed", type=int, default=0, help="of the tasks (0)")
     what.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else")
     how = parser.add_argument_group("how")
-    how.add_argument("--max-concurrency", type=_count, default=16, metavar="N", help="environments at once (16)")
-    how.add_argument("--max-attempts", type=_count, default=3, metavar="N", help="at a rollout that fails (3)")
-    how.add_argument("--max-steps", type=_count, default=15, metavar="N", help="turns of an episode (15)")
+    how.add_argument("--max-concurrency", type=_positive, default=16, metavar="N", help="environments at once (16)")
+    how.add_argument("--max-attempts", type=_positive, default=3, metavar="N", help="at a rollout that fails (3)")
+    how.add_argument("--max-steps", type=_positive, default=15, metavar="N", help="turns of an episode (15)")
     how.add_argument("--max-images", type=_count, default=5, metavar="N", help="newest images in the prompt (5)")
-    how.add_argument("--max-tokens", type=_count, default=512, metavar="N", help="of one answer (512)")
+    how.add_argument("--max-tokens", type=_positive, default=512, metavar="N", help="of one answer (512)")
     how.add_argument("--step-timeout", type=_seconds, default=60.0, metavar="SECONDS", help="for one action (60)")
     how.add_argument("--episode-timeout", type=_seconds, metavar="SECONDS", help="for a whole episode (no bound)")
     how.add_argument("--temperature", type=float, default=1.0, help="of sampling (1.0)")
@@ -301,6 +301,13 @@ def _count(word: str) -> int:
     number = int(word)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{word} is negative")
+    return number
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{word} must be 1 or more")
     return number
 
 

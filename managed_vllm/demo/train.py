@@ -267,7 +267,7 @@ class Lessons:
             if around is Around.EARLIER_TURN or rng.random() < 0.2:
                 screen = random_screen(rng, buttons=elements)
             else:
-                (kind,) = rng.choices(list(KINDS), [len(kind.goals) for kind in KINDS.values()])
+                (kind,) = rng.choices(LEARNT, [len(KINDS[kind].goals) for kind in LEARNT])
                 screen = random_state(rng, kind, elements=elements).screen()
             rows.append([(self._rendered(conversation(screen, around, rng)), screen.expected_answer() + END)])
         return self._batch([[piece for given, said in row for piece in ((given, False), (said, True))] for row in rows])
@@ -277,7 +277,7 @@ class Lessons:
         rng = self._rng
         elements = rng.randint(BUTTONS[0], most)
         long = rng.random() < 0.6
-        kinds = [name for name, kind in KINDS.items() if (len(kind.goals) == 2) is long]
+        kinds = [kind for kind in LEARNT if (len(KINDS[kind].goals) == 2) is long]
         rows = []
         for _ in range(self._size // (6 if long else 4)):
             world = random_world(rng, rng.choice(kinds), elements=elements)
