@@ -588,7 +588,8 @@ def test_the_limits_of_retrying_are_the_handles(home: Path, tmp_path: Path) -> N
 class Killer:
     """Kills the API server each time one life of it has generated the next number of `tokens`; counts all tokens.
 
-    EngineCore and the Worker are stopped before, so that the count is exact, and nothing is generated behind it.
+    EngineCore and the Worker are stopped before, so that the count is exact, and nothing is generated behind it. In
+    each life they share one core, or the generation could be over before the API server comes to tell how far it is.
     """
 
     def __init__(self, llm: ManagedVLLM, tokens: Sequence[int]) -> None:
@@ -611,19 +612,19 @@ class Killer:
 
     def _run(self) -> None:
         status = self._llm.status()
-        processes = tree(self._llm)
         for tokens in self._tokens:
-            while self._count(status) - self._before < tokens:
-                if self._stop.is_set():
-                    return
-            processes["EngineCore"].suspend()
-            processes["Worker"].suspend()
-            self.generated += self._count(status) - self._before
-            self._before = 1  # the token for which a new life is asked before it is ready
-            processes["APIServer"].kill()
+            with engine_on_one_core(self._llm):
+                while self._count(status) - self._before < tokens:
+                    if self._stop.is_set():
+                        return
+                processes = tree(self._llm)
+                processes["EngineCore"].suspend()
+                processes["Worker"].suspend()
+                self.generated += self._count(status) - self._before
+                self._before = 1  # the token for which a new life is asked before it is ready
+                processes["APIServer"].kill()
             self.kills += 1
             status = self._llm.wait_ready(after_epoch=status.epoch)
-            processes = tree(self._llm)
 
     def _count(self, status: ServerStatus) -> int:
         connection = status.connection
@@ -669,7 +670,7 @@ def test_real_a_killed_generation_is_the_unbroken_one(home: Path, chat: bool) ->
         unbroken = ask(resume=False)
         assert len(unbroken.outputs[0].token_ids) == 1000
         assert_same(ask(resume=True), unbroken)
-        with engine_on_one_core(llm), Killer(llm, [150]) as killer:
+        with Killer(llm, [150]) as killer:
             resumed = ask(resume=True)
         assert killer.kills == 1
         assert_same(resumed, unbroken)
