@@ -127,7 +127,7 @@ def summary_table(
     max_rows: int = 50,
     title: str | None = None,
 ) -> Table:
-    """The run as a table for `rich.print`: rollouts, success, mean reward, steps, failures by class.
+    """The run as a table for `rich.print`: rollouts, success, and means of reward, steps and tokens; failures by class.
 
     Args:
         source: a `RunStore`, or trajectories, or rows made of these before.
@@ -161,9 +161,9 @@ def summary_table(
         lines = [*lines[:max_rows], (f"… {len(lines) - max_rows} more", rest)]
 
     above = None if title is None else Text(printable(title))
-    table = Table(title=above, box=box.SIMPLE_HEAD, show_footer=len(groups) > 1)
+    table = Table(title=above, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_footer=len(groups) > 1)
     total = _cells(everything, success_at)
-    heads = ("rollouts", "success", "mean reward", "steps", "tokens", "failures")
+    heads = ("rollouts", "success", "reward", "steps", "tokens", "failures")
     table.add_column(name, footer="all", overflow="fold")
     for head, footer in zip(heads, total, strict=True):
         numeric = head != "failures"
