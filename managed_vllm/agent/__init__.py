@@ -25,9 +25,12 @@ _HOME_OF = {
     "FailureClass": "managed_vllm.agent.types",
     "Group": "managed_vllm.agent.types",
     "GroupPolicy": "managed_vllm.agent.scheduler",
+    "GymnasiumEnvironment": "managed_vllm.agent.environments.gymnasium",
     "ImageRef": "managed_vllm.agent.types",
     "ImageStore": "managed_vllm.agent.images",
     "Limits": "managed_vllm.agent.types",
+    "MiniWoBEnvironment": "managed_vllm.agent.environments.miniwob",
+    "OSWorldEnvironment": "managed_vllm.agent.environments.osworld",
     "Observation": "managed_vllm.agent.types",
     "ParseErrorPolicy": "managed_vllm.agent.format",
     "ProcessEnvironment": "managed_vllm.agent.environments.process",
@@ -56,6 +59,9 @@ if TYPE_CHECKING:
     from managed_vllm.agent.conversation import Conversation as Conversation
     from managed_vllm.agent.environment import Environment as Environment
     from managed_vllm.agent.environments.desktop import DesktopEnvironment as DesktopEnvironment
+    from managed_vllm.agent.environments.gymnasium import GymnasiumEnvironment as GymnasiumEnvironment
+    from managed_vllm.agent.environments.miniwob import MiniWoBEnvironment as MiniWoBEnvironment
+    from managed_vllm.agent.environments.osworld import OSWorldEnvironment as OSWorldEnvironment
     from managed_vllm.agent.environments.process import ProcessEnvironment as ProcessEnvironment
     from managed_vllm.agent.environments.thread import ThreadEnvironment as ThreadEnvironment
     from managed_vllm.agent.episode import run_episode as run_episode
