@@ -289,9 +289,7 @@ class EnvironmentRaised(EnvironmentFailure):
     where it is no builtin; `error_message` its text, `error_traceback` the whole traceback.
     """
 
-    def __init__(
-        self, message: str, *, call: str, error_type: str, error_message: str, error_traceback: str
-    ) -> None:
+    def __init__(self, message: str, *, call: str, error_type: str, error_message: str, error_traceback: str) -> None:
         super().__init__(message)
         self.call = call
         self.error_type = error_type

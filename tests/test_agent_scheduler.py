@@ -26,8 +26,8 @@ from managed_vllm.agent import (
     Trajectory,
     ui_tars,
 )
-from managed_vllm.agent.progress import describe, eta_s
-from managed_vllm.agent.scheduler import RunStats, as_task
+from managed_vllm.agent.progress import RunStats, describe, eta_s
+from managed_vllm.agent.tasks import as_task
 from managed_vllm.errors import AuthenticationError, ConfigError, ModelNotFoundError
 
 PARAMS = {"max_tokens": 200, "temperature": 0}

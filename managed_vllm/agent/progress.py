@@ -1,22 +1,67 @@
-"""What somebody who waits for rollouts sees: one line that moves on a terminal, a line now and then elsewhere."""
+"""What a run has done so far (`RunStats`), and what of it somebody who waits sees (`RunProgress`)."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from managed_vllm.agent.scheduler import RunStats
+from managed_vllm.agent.types import FailureClass, StopReason
 
 _EVERY_S = 10.0
 """Between the lines where standard error is no terminal."""
 
 
+@dataclass
+class RunStats:
+    """What a run has done so far. Only the scheduler changes it.
+
+    Attributes:
+        started_at: of the monotonic clock.
+        tasks: taken from the caller's iterable. tasks_known: of how many; None if it does not say.
+        expected: rollouts of the tasks taken, those that the store had included.
+        done: rollouts that ended for good, those that failed for good and those that the store had included.
+        stored: those that the store had.
+        failed: those that failed for good.
+        running: episodes that run now.
+        retried: attempts that failed and were tried again.
+        steps, tokens: turns, and tokens of answers, of all attempts.
+        rewards: how many trajectories have a reward, reward_sum: the sum of them.
+        stop_reasons, failures: of attempts, by kind.
+    """
+
+    started_at: float = field(default_factory=time.monotonic)
+    tasks: int = 0
+    tasks_known: int | None = None
+    expected: int = 0
+    done: int = 0
+    stored: int = 0
+    failed: int = 0
+    running: int = 0
+    retried: int = 0
+    steps: int = 0
+    tokens: int = 0
+    rewards: int = 0
+    reward_sum: float = 0.0
+    stop_reasons: Counter[StopReason] = field(default_factory=Counter)
+    failures: Counter[FailureClass] = field(default_factory=Counter)
+
+    @property
+    def mean_reward(self) -> float | None:
+        """Over all trajectories of this run that have one."""
+        return self.reward_sum / self.rewards if self.rewards else None
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started_at
+
+
 class RunProgress:
-    """Shows a run's statistics on standard error while it is entered.
+    """Shows a run's statistics on standard error while it is entered: one line that moves, or lines now and then.
 
     `show` is True (always), False (never) or None: only where standard error is a terminal.
     """

@@ -21,19 +21,14 @@ import enum
 import inspect
 import itertools
 import logging
-import threading
 import time
 import traceback
 from collections import Counter, deque
 from collections.abc import (
     AsyncGenerator,
-    AsyncIterable,
     AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
-    Iterable,
-    Mapping,
     Sequence,
     Sized,
 )
@@ -41,12 +36,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from managed_vllm.agent.blocking import blocking
 from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.episode import Episode, Gate, Preflight, Rules, StepHook, bounded, own_images
 from managed_vllm.agent.format import AgentFormat
 from managed_vllm.agent.images import ImageStore
-from managed_vllm.agent.progress import RunProgress
+from managed_vllm.agent.progress import RunProgress, RunStats
 from managed_vllm.agent.store import AttemptEntry, RunStore
+from managed_vllm.agent.tasks import Tasks, each_task
 from managed_vllm.agent.types import (
     Failure,
     FailureClass,
@@ -63,7 +60,6 @@ log = logging.getLogger("managed_vllm.agent")
 T = TypeVar("T")
 
 MakeEnvironment = Callable[[], Environment | Awaitable[Environment]]
-Tasks = Iterable[Task | str | Mapping[str, Any]] | AsyncIterable[Task | str | Mapping[str, Any]]
 
 _LONGEST_DELAY_S = 30.0
 _GRACE_S = 40.0
@@ -105,50 +101,6 @@ class RetryRollouts:
     def __post_init__(self) -> None:
         if self.max_attempts < 1 or self.max_rounds < 1 or self.delay_s < 0:
             raise ConfigError("max_attempts and max_rounds must be 1 or more, delay_s not negative")
-
-
-@dataclass
-class RunStats:
-    """What a run has done so far. Only the scheduler changes it.
-
-    Attributes:
-        started_at: of the monotonic clock.
-        tasks: taken from the caller's iterable. tasks_known: of how many; None if it does not say.
-        expected: rollouts of the tasks taken, those that the store had included.
-        done: rollouts that ended for good, those that failed for good and those that the store had included.
-        stored: those that the store had.
-        failed: those that failed for good.
-        running: episodes that run now.
-        retried: attempts that failed and were tried again.
-        steps, tokens: turns, and tokens of answers, of all attempts.
-        rewards: how many trajectories have a reward, reward_sum: the sum of them.
-        stop_reasons, failures: of attempts, by kind.
-    """
-
-    started_at: float = field(default_factory=time.monotonic)
-    tasks: int = 0
-    tasks_known: int | None = None
-    expected: int = 0
-    done: int = 0
-    stored: int = 0
-    failed: int = 0
-    running: int = 0
-    retried: int = 0
-    steps: int = 0
-    tokens: int = 0
-    rewards: int = 0
-    reward_sum: float = 0.0
-    stop_reasons: Counter[StopReason] = field(default_factory=Counter)
-    failures: Counter[FailureClass] = field(default_factory=Counter)
-
-    @property
-    def mean_reward(self) -> float | None:
-        """Over all trajectories of this run that have one."""
-        return self.reward_sum / self.rewards if self.rewards else None
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self.started_at
 
 
 class StreamingTaskScheduler:
@@ -274,7 +226,7 @@ class StreamingTaskScheduler:
         order: dict[str, int] = {}
 
         async def ordered() -> AsyncIterator[Task]:
-            async for task in _each(tasks):
+            async for task in each_task(tasks):
                 order.setdefault(task.id, len(order))
                 yield task
 
@@ -470,7 +422,7 @@ class _Run:
 
     async def _feed(self) -> None:
         """Takes tasks as there is room for them."""
-        async for task in _each(self._tasks):
+        async for task in each_task(self._tasks):
             if task.id in self._ids:
                 raise ConfigError(f"two tasks have the id {task.id!r}; resuming and groups go by it", field="id")
             self._ids.add(task.id)
@@ -779,87 +731,3 @@ class _Known:
         assert self._store is not None
         entries = self._finished[group.task.id]
         return {number: self._store.load(entries[number]) for number in sorted(group.stored)}
-
-
-# -- the caller's tasks ------------------------------------------------------------------------------------------------
-
-
-async def _each(tasks: Tasks) -> AsyncIterator[Task]:
-    """Tasks, from whatever the caller gave."""
-    if isinstance(tasks, str | Mapping | Task):
-        raise ConfigError("tasks must be an iterable of tasks", field="tasks")
-    if isinstance(tasks, AsyncIterable):
-        async for given in tasks:
-            yield as_task(given)
-    else:
-        for given in tasks:
-            yield as_task(given)
-
-
-def as_task(given: Task | str | Mapping[str, Any]) -> Task:
-    """A task, from one, from its instruction (which is its id, too), or from a mapping.
-
-    A mapping has `id` (or `task_id`) and may have `instruction` and `seed`; all of it becomes `data`, as an OSWorld
-    task configuration does. Raises `ConfigError` for anything else.
-    """
-    if isinstance(given, Task):
-        return given
-    if isinstance(given, str) and given:
-        return Task(given, given)
-    if isinstance(given, Mapping):
-        name = given.get("id", given.get("task_id"))
-        if isinstance(name, str | int) and str(name):
-            seed = given.get("seed")
-            instruction = given.get("instruction")
-            return Task(
-                str(name),
-                instruction if isinstance(instruction, str) else "",
-                seed if isinstance(seed, int) else None,
-                dict(given),
-            )
-    raise ConfigError(f"not a task: {given!r:.200}; give a Task, an instruction, or a dict with an id", field="tasks")
-
-
-def blocking(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Runs the coroutine in an event loop of its own and waits, also where a loop runs already (a notebook).
-
-    Ctrl-C cancels it, and its own clean-up is waited for.
-    """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(make())
-    result: list[T] = []
-    error: list[BaseException] = []
-    ready = threading.Event()
-    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = []
-
-    async def inside() -> T:
-        task = asyncio.current_task()
-        assert task is not None
-        running.append((asyncio.get_running_loop(), task))
-        ready.set()
-        return await make()
-
-    def whole() -> None:
-        try:
-            result.append(asyncio.run(inside()))
-        except BaseException as raised:
-            error.append(raised)
-        finally:
-            ready.set()
-
-    thread = threading.Thread(target=whole, name="managed-vllm-run")
-    thread.start()
-    try:
-        thread.join()
-    except BaseException:
-        ready.wait()
-        for loop, task in running:
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(task.cancel)
-        thread.join()
-        raise
-    if error:
-        raise error[0]
-    return result[0]
