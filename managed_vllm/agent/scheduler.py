@@ -34,7 +34,7 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from managed_vllm.agent.blocking import blocking
 from managed_vllm.agent.environment import Environment
@@ -57,7 +57,6 @@ from managed_vllm.errors import ConfigError, ManagedVLLMError
 
 log = logging.getLogger("managed_vllm.agent")
 
-T = TypeVar("T")
 
 MakeEnvironment = Callable[[], Environment | Awaitable[Environment]]
 
