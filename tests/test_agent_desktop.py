@@ -31,6 +31,7 @@ from managed_vllm.agent.actions import (
     Scroll,
     Type,
     Wait,
+    parse_ui_tars,
 )
 from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.environments import desktop
@@ -155,6 +156,23 @@ def test_right_answers_earn_the_reward(kind: str) -> None:
 @pytest.mark.parametrize("size", [(320, 200), (1280, 720), (641, 399)])
 def test_thousandths_hit_at_any_size(size: tuple[int, int]) -> None:
     asyncio.run(_all_right(desktop_tasks(20), DesktopEnvironment(width=size[0], height=size[1])))
+
+
+def test_the_parser_of_rollouts_understands_right_answers() -> None:
+    async def rewards(tasks: list[Task]) -> list[float]:
+        environment, size = DesktopEnvironment(width=1280, height=720), (1280, 720)
+        got = []
+        for task in tasks:
+            observation, ended = await environment.reset(task), False
+            while not ended:
+                (action,) = parse_ui_tars(oracle(observation), size, coordinates="relative1000").actions
+                result = await environment.step(action)
+                assert result.info["effect"] is not None
+                observation, ended = result.observation, result.terminated
+            got.append(await environment.evaluate())
+        return got
+
+    assert asyncio.run(rewards(desktop_tasks(40, kinds=KINDS))) == [1.0] * 40
 
 
 def test_clicking_elsewhere_earns_nothing() -> None:
@@ -292,7 +310,7 @@ actions = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(actions, max_size=8))
 def test_no_sequence_of_actions_raises_and_the_text_says_what_is_there(sequence: list[Action]) -> None:
     async def check() -> None:
