@@ -431,15 +431,16 @@ def test_supervisor_killed_its_server_falls_and_a_user_starts_the_next(home: Pat
     with server(order={"tree": True}) as llm:
         status = llm.status()
         assert status.supervisor_pid is not None
+        assert status.server_pid is not None
+        pid = status.server_pid
         os.kill(status.supervisor_pid, signal.SIGKILL)
+        # Until the kernel has ended it, it may still answer.
+        eventually(lambda: start_time(pid) is None, "the old server is gone", 2)
         assert llm.generate("next")[0].outputs[0].text.startswith("echo next")
         again = llm.status()
         assert again.supervisor_pid != status.supervisor_pid
         assert again.connection is not None
         assert again.connection.api_key == status.connection.api_key  # type: ignore[union-attr]
-        assert status.server_pid is not None
-        pid = status.server_pid
-        eventually(lambda: start_time(pid) is None, "the old server is gone", 2)
 
 
 def test_a_bad_request_is_not_retried(home: Path) -> None:

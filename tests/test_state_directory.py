@@ -18,6 +18,7 @@ from processes import INSTANT, eventually
 from managed_vllm import ManagedVLLM, registry
 from managed_vllm.config import ServerSpec
 from managed_vllm.errors import StateDirectoryError
+from managed_vllm.in_server.managed_vllm_lifeline import start_time
 from managed_vllm.registry import Instance
 
 
@@ -110,7 +111,11 @@ def test_a_predecessors_scratch_folder_and_processes_are_cleared(home: Path) -> 
         scratch = Path(record["scratch"])
         assert scratch.exists()
         assert status.supervisor_pid is not None
+        pid = status.server_pid
+        assert pid is not None
         os.kill(status.supervisor_pid, 9)
+        # Until the kernel has ended it, the old server may still answer.
+        eventually(lambda: start_time(pid) is None, "the old server is gone", 5)
         assert llm.generate("hi")
         assert not scratch.exists()
 
