@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -598,33 +599,36 @@ class Killer:
         self.generated = 0
         self.kills = 0
         self._stop = threading.Event()
+        self._slow = contextlib.ExitStack()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Killer:
         self._before = self._count(self._llm.status())
+        self._slow.enter_context(engine_on_one_core(self._llm))  # before anything is asked
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._slow.close()
         self.generated += self._count(self._llm.wait_ready(60)) - self._before
 
     def _run(self) -> None:
         status = self._llm.status()
         for tokens in self._tokens:
-            with engine_on_one_core(self._llm):
-                while self._count(status) - self._before < tokens:
-                    if self._stop.is_set():
-                        return
-                processes = tree(self._llm)
-                processes["EngineCore"].suspend()
-                processes["Worker"].suspend()
-                self.generated += self._count(status) - self._before
-                self._before = 1  # the token for which a new life is asked before it is ready
-                processes["APIServer"].kill()
+            processes = tree(self._llm)
+            while self._count(status) - self._before < tokens:
+                if self._stop.is_set():
+                    return
+            processes["EngineCore"].suspend()
+            processes["Worker"].suspend()
+            self.generated += self._count(status) - self._before
+            self._before = 1  # the token for which a new life is asked before it is ready
+            processes["APIServer"].kill()
             self.kills += 1
             status = self._llm.wait_ready(after_epoch=status.epoch)
+            self._slow.enter_context(engine_on_one_core(self._llm))
 
     def _count(self, status: ServerStatus) -> int:
         connection = status.connection
