@@ -170,10 +170,11 @@ def test_the_supervisor_killed_under_load_is_replaced_by_exactly_one(load: Load)
         hear = [client.stdout for client in clients if client.stdout]
         say = [client.stdin for client in clients if client.stdin]
         assert [lines.readline() for lines in hear] == ["ready\n"] * CLIENTS
-        for number, lines in enumerate(say):
-            print(json.dumps([PROMPTS[number::CLIENTS], PARAMS]), file=lines, flush=True)
-        # Not all: a client that began earlier may have its first answers before the last one has sent its prompts.
-        eventually(lambda: in_flight(llm) > IN_FLIGHT // 2, "every client has requests in flight", 60)
+        with engine_on_one_core(llm):
+            for number, lines in enumerate(say):
+                print(json.dumps([PROMPTS[number::CLIENTS], PARAMS]), file=lines, flush=True)
+            # Not all: a client that began earlier may have its first answers before the last one has sent its prompts.
+            eventually(lambda: in_flight(llm) > IN_FLIGHT // 2, "every client has requests in flight", 60)
         killed_at = time.monotonic()
         os.kill(supervisor.pid, signal.SIGKILL)
         eventually(lambda: not any(is_live(process) for process in everything), "the old server fell", 10)
