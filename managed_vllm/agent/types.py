@@ -262,7 +262,7 @@ class Trajectory:
         task: what was to be done.
         rollout: 0 … n-1 within the task's group.
         attempt: 0 for the first, counted up by retries.
-        steps: the turns, complete ones only.
+        steps: the turns; the last one is cut short where `failure` names its step (see `Step.executed`).
         stop_reason: why it ended.
         reward: what the evaluator said, else the sum of the steps' rewards; None if neither said anything, and always
             None where `failure` is set.
