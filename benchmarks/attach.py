@@ -31,11 +31,12 @@ from typing import Any
 import httpx
 import psutil
 
-from managed_vllm import demo, registry
+from managed_vllm import demo
 from managed_vllm.config import ServerSpec, installed_vllm
+from managed_vllm.instance import directory
 from managed_vllm.session import ATTACH_VARIABLE, ManagedVLLM
 
-STAND_IN = Path(__file__).resolve().parent.parent / "tests" / "standin.py"
+STAND_IN = Path(__file__).resolve().parent.parent / "tests" / "helpers" / "standin.py"
 
 ATTACH_MS = 50.0
 IMPORT_MS = 50.0
@@ -153,7 +154,7 @@ def managed() -> float:
     with ManagedVLLM("demo", keep_alive=0, progress=False) as llm:
         took = time.perf_counter() - started
         assert llm.id is not None
-        instance = registry.Instance(registry.state_home(), llm.id)
+        instance = directory.Instance(directory.state_home(), llm.id)
     wait_until_gone(instance)
     return took
 
@@ -221,13 +222,13 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    registry.end_processes(descendants)
+    directory.end_processes(descendants)
 
 
-def wait_until_gone(instance: registry.Instance, timeout_s: float = 60.0) -> None:
+def wait_until_gone(instance: directory.Instance, timeout_s: float = 60.0) -> None:
     """Until no process and no folder of the instance is left."""
     deadline = time.monotonic() + timeout_s
-    while instance.folder.exists() or registry.marked_processes(instance):
+    while instance.folder.exists() or directory.marked_processes(instance):
         if time.monotonic() > deadline:
             raise SystemExit(f"{instance.id} is still there after {timeout_s:g} s")
         time.sleep(0.05)
@@ -238,17 +239,17 @@ def own_state_directory() -> Iterator[None]:
     """A state directory for this run, and none of the variables that would lead us to another server."""
     for name in ("VLLM_SERVER_URL", "VLLM_MODEL_NAME", "VLLM_API_KEY", "MANAGED_VLLM_KEEP_ALIVE", ATTACH_VARIABLE):
         os.environ.pop(name, None)
-    before = os.environ.get(registry.HOME_VARIABLE)
+    before = os.environ.get(directory.HOME_VARIABLE)
     with tempfile.TemporaryDirectory(prefix="mvllm-bench-") as folder:
-        os.environ[registry.HOME_VARIABLE] = folder
+        os.environ[directory.HOME_VARIABLE] = folder
         try:
             yield
         finally:
-            for instance in registry.instances(Path(folder)):
+            for instance in directory.instances(Path(folder)):
                 wait_until_gone(instance)
-            os.environ.pop(registry.HOME_VARIABLE)
+            os.environ.pop(directory.HOME_VARIABLE)
             if before is not None:
-                os.environ[registry.HOME_VARIABLE] = before
+                os.environ[directory.HOME_VARIABLE] = before
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

@@ -400,7 +400,7 @@ async def _settle(cell: Cell) -> None:
 
 
 def in_sync_batches(cell: Cell, address: str, seconds: float) -> None:
-    from managed_vllm import portal
+    from managed_vllm.request import portal
 
     clock = _Clock(cell)
     batches = _batches(cell.concurrency)

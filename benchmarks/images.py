@@ -34,7 +34,7 @@ from managed_vllm import ManagedVLLM
 from managed_vllm.client import VLLMClient
 from managed_vllm.config import installed_vllm
 from managed_vllm.demo.random_vlm import make_random_vlm
-from managed_vllm.media import Image
+from managed_vllm.request.images import Image
 
 IN_VIEW = 5
 TURNS = 15

@@ -1,6 +1,7 @@
 """What it costs to read a generation as a stream, so that it can be resumed, against waiting for the whole of it.
 
-What is measured, and what follows from it, stands in benchmarks/README.md and at `managed_vllm.resume.RESUME_FROM`.
+What is measured, and what follows from it, stands in benchmarks/README.md and at
+`managed_vllm.request.resume.RESUME_FROM`.
 Variants take turns, so that a change of the machine's load meets all of them.
 """
 

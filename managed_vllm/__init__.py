@@ -21,17 +21,17 @@ _HOME_OF = {
     "AsyncVLLMClient": "managed_vllm.client",
     "VLLMClient": "managed_vllm.client",
     "VLLMClientWrapper": "managed_vllm.client",
-    "Image": "managed_vllm.media",
-    "SamplingParams": "managed_vllm.sampling",
-    "StructuredOutputsParams": "managed_vllm.sampling",
-    "RequestOutput": "managed_vllm.outputs",
-    "CompletionOutput": "managed_vllm.outputs",
-    "Logprob": "managed_vllm.outputs",
+    "Image": "managed_vllm.request.images",
+    "SamplingParams": "managed_vllm.request.sampling",
+    "StructuredOutputsParams": "managed_vllm.request.sampling",
+    "RequestOutput": "managed_vllm.request.outputs",
+    "CompletionOutput": "managed_vllm.request.outputs",
+    "Logprob": "managed_vllm.request.outputs",
     "RestartPolicy": "managed_vllm.config",
     "HangPolicy": "managed_vllm.config",
-    "RetryPolicy": "managed_vllm.resume",
-    "ServerState": "managed_vllm.control",
-    "ServerStatus": "managed_vllm.control",
+    "RetryPolicy": "managed_vllm.request.resume",
+    "ServerState": "managed_vllm.status",
+    "ServerStatus": "managed_vllm.status",
     "ManagedVLLMError": "managed_vllm.errors",
 }
 
@@ -43,17 +43,17 @@ if TYPE_CHECKING:
     from managed_vllm.client import VLLMClientWrapper as VLLMClientWrapper
     from managed_vllm.config import HangPolicy as HangPolicy
     from managed_vllm.config import RestartPolicy as RestartPolicy
-    from managed_vllm.control import ServerState as ServerState
-    from managed_vllm.control import ServerStatus as ServerStatus
     from managed_vllm.errors import ManagedVLLMError as ManagedVLLMError
-    from managed_vllm.media import Image as Image
-    from managed_vllm.outputs import CompletionOutput as CompletionOutput
-    from managed_vllm.outputs import Logprob as Logprob
-    from managed_vllm.outputs import RequestOutput as RequestOutput
-    from managed_vllm.resume import RetryPolicy as RetryPolicy
-    from managed_vllm.sampling import SamplingParams as SamplingParams
-    from managed_vllm.sampling import StructuredOutputsParams as StructuredOutputsParams
+    from managed_vllm.request.images import Image as Image
+    from managed_vllm.request.outputs import CompletionOutput as CompletionOutput
+    from managed_vllm.request.outputs import Logprob as Logprob
+    from managed_vllm.request.outputs import RequestOutput as RequestOutput
+    from managed_vllm.request.resume import RetryPolicy as RetryPolicy
+    from managed_vllm.request.sampling import SamplingParams as SamplingParams
+    from managed_vllm.request.sampling import StructuredOutputsParams as StructuredOutputsParams
     from managed_vllm.session import ManagedVLLM as ManagedVLLM
+    from managed_vllm.status import ServerState as ServerState
+    from managed_vllm.status import ServerStatus as ServerStatus
 
 
 def __getattr__(name: str) -> Any:

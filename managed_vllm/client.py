@@ -22,24 +22,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from managed_vllm import portal
-from managed_vllm.answers import Decoded
-from managed_vllm.control import Connection
 from managed_vllm.errors import (
     BadRequestError,
     ManagedVLLMError,
     RequestError,
     UnsupportedParameterError,
 )
-from managed_vllm.exchange import Exchange, Found, Question, Told
-from managed_vllm.external import normalized_url
-from managed_vllm.in_flight import MOST
-from managed_vllm.messages import conversation
-from managed_vllm.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput, ScoringOutput
-from managed_vllm.outputs import ScoringRequestOutput as ScoringRequestOutput
-from managed_vllm.request_fields import Common
-from managed_vllm.resume import Generation, RetryPolicy, is_long, obstacle
-from managed_vllm.sampling import SamplingParams
+from managed_vllm.instance.external import normalized_url
+from managed_vllm.request import portal
+from managed_vllm.request.answers import Decoded
+from managed_vllm.request.attempts import Exchange, Found, Question, Told
+from managed_vllm.request.concurrency import MOST
+from managed_vllm.request.fields import Common
+from managed_vllm.request.messages import conversation
+from managed_vllm.request.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput, ScoringOutput
+from managed_vllm.request.outputs import ScoringRequestOutput as ScoringRequestOutput
+from managed_vllm.request.resume import Generation, RetryPolicy, is_long, obstacle
+from managed_vllm.request.sampling import SamplingParams
+from managed_vllm.status import Connection
 
 P = ParamSpec("P")
 T = TypeVar("T")

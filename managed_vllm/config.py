@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from managed_vllm import demo, engine_arguments
-from managed_vllm.diagnosis import Cause
 from managed_vllm.errors import ConfigError
+from managed_vllm.status import Cause, is_loopback
 
 PROTOCOL = 1
 """Version of the control channel and of the records; part of the key, so that versions never meet."""
@@ -44,7 +44,7 @@ class RestartPolicy:
     Before the n-th restart in a row the supervisor waits `backoff_initial_s * backoff_factor**(n-1)`, at most
     `backoff_max_s` seconds. More than `max_restarts` within `window_s` seconds: the server has failed. A cause that
     will not go away by itself (no such model, invalid argument, does not fit) is never retried.
-    `not_retried` names further causes (`managed_vllm.diagnosis.Cause`, as text) after which the server is given up at
+    `not_retried` names further causes (`managed_vllm.status.Cause`, as text) after which the server is given up at
     once, e.g. `{"worker_died"}`.
     """
 
@@ -311,11 +311,6 @@ class ServerSpec:
             else ["-m", "vllm.entrypoints.cli.main", "serve", self.model]
         )
         return [python, *launch, *where, "--middleware", "managed_vllm_guard.KeyGuard", *flags]
-
-
-def is_loopback(host: str) -> bool:
-    """True for `localhost`, 127.0.0.0/8 and ::1."""
-    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", host) is not None
 
 
 def installed_vllm(python: str | os.PathLike[str] | None = None) -> str:

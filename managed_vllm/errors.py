@@ -8,10 +8,9 @@ pytest-xdist), so every one of them pickles: positional arguments are never need
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from managed_vllm.diagnosis import Diagnosis
+from managed_vllm.status import Cause, Diagnosis
 
 
 class ManagedVLLMError(Exception):
@@ -181,6 +180,54 @@ class EngineDiedError(StartupError):
 
 class StartupTimeoutError(StartupError, TimeoutError):
     """The server was not ready within `startup_timeout`, or said nothing for `startup_silence` seconds."""
+
+
+_ERROR_OF: dict[Cause, type[StartupError]] = {
+    Cause.MODEL_NOT_FOUND: ModelUnavailableError,
+    Cause.HUB_OFFLINE: ModelUnavailableError,
+    Cause.GATED_MODEL: ModelUnavailableError,
+    Cause.NO_CONFIG: ModelUnavailableError,
+    Cause.CORRUPT_WEIGHTS: BrokenModelError,
+    Cause.NO_WEIGHTS: BrokenModelError,
+    Cause.NO_TOKENIZER: BrokenModelError,
+    Cause.UNSUPPORTED_ARCHITECTURE: BrokenModelError,
+    Cause.INVALID_FLAG: EngineArgumentError,
+    Cause.INVALID_ENGINE_ARGUMENT: EngineArgumentError,
+    Cause.MAX_MODEL_LEN: EngineArgumentError,
+    Cause.TENSOR_PARALLEL_HEADS: EngineArgumentError,
+    Cause.LORA_NOT_FOUND: EngineArgumentError,
+    Cause.CHAT_TEMPLATE: EngineArgumentError,
+    Cause.PORT_IN_USE: AddressError,
+    Cause.BAD_HOST: AddressError,
+    Cause.KV_CACHE_TOO_SMALL: OutOfMemoryError,
+    Cause.GPU_MEMORY: OutOfMemoryError,
+    Cause.HOST_MEMORY: OutOfMemoryError,
+    Cause.NO_DEVICE: DeviceError,
+    Cause.TENSOR_PARALLEL_DEVICES: DeviceError,
+    Cause.NCCL: DeviceError,
+    Cause.VLLM_MISSING: LaunchError,
+    Cause.BROKEN_INSTALL: LaunchError,
+    Cause.LAUNCHER_NOT_FOUND: LaunchError,
+    Cause.DISK_FULL: LaunchError,
+    Cause.SHM_FULL: LaunchError,
+    Cause.ENGINE_TIMEOUT: EngineDiedError,
+    Cause.ENGINE_DIED: EngineDiedError,
+    Cause.WORKER_DIED: EngineDiedError,
+    Cause.KILLED: EngineDiedError,
+    Cause.CRASH_LOOP: EngineDiedError,
+    Cause.ENGINE_HUNG: EngineDiedError,
+    Cause.API_SERVER_HUNG: EngineDiedError,
+    Cause.PROCESS_STOPPED: EngineDiedError,
+    Cause.ENGINE_BROKEN: EngineDiedError,
+    Cause.STARTUP_TIMEOUT: StartupTimeoutError,
+    Cause.STARTUP_SILENCE: StartupTimeoutError,
+    Cause.UNKNOWN: EngineDiedError,
+}
+
+
+def error_for(diagnosis: Diagnosis, *, instance: str | None, log_path: str | None) -> StartupError:
+    """The exception for `diagnosis`: the subclass of `StartupError` that its cause belongs to."""
+    return _ERROR_OF[diagnosis.cause](diagnosis, instance=instance, log_path=log_path)
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------

@@ -26,10 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import filelock
 
-from managed_vllm import external, registry
 from managed_vllm.config import Address, HangPolicy, RestartPolicy, ServerSpec, WatchPolicy
-from managed_vllm.control import Channel, Connection, ServerState, ServerStatus
-from managed_vllm.diagnosis import error_for
 from managed_vllm.errors import (
     ConfigError,
     ConfigMismatchError,
@@ -38,16 +35,20 @@ from managed_vllm.errors import (
     ServerStoppedError,
     StateDirectoryError,
     SupervisorError,
+    error_for,
 )
-from managed_vllm.progress import StartupProgress
-from managed_vllm.registry import Instance
+from managed_vllm.instance import directory, external
+from managed_vllm.instance.channel import Channel
+from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.startup_view import StartupProgress
+from managed_vllm.status import Connection, ServerState, ServerStatus
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
     from managed_vllm.client import AsyncVLLMClient, VLLMClient
-    from managed_vllm.outputs import RequestOutput
-    from managed_vllm.resume import RetryPolicy
+    from managed_vllm.request.outputs import RequestOutput
+    from managed_vllm.request.resume import RetryPolicy
 
 log = logging.getLogger("managed_vllm")
 
@@ -120,7 +121,7 @@ class ManagedVLLM:
         **engine_args: Any,
     ) -> None:
         if name is not None:
-            registry.check_name(name)
+            directory.check_name(name)
         if keep_alive is None:
             keep_alive = float(os.environ.get("MANAGED_VLLM_KEEP_ALIVE") or KEEP_ALIVE_S)
         if keep_alive < 0:
@@ -259,10 +260,10 @@ class ManagedVLLM:
             self._external = external.attach(self._base_url, self._api_key, model)
             log.info("attached to %s, which somebody else runs: not supervised", self._external.base_url)
             return
-        home = registry.state_home()
+        home = directory.state_home()
         instance = self._target or self._find(home)
         if self._name is not None and self._spec is not None:
-            registry.claim_name(home, self._name, instance.id, self._differences)
+            directory.claim_name(home, self._name, instance.id, self._differences)
         self._channel = self._lease(instance, deadline)
         self._target = instance
 
@@ -270,10 +271,10 @@ class ManagedVLLM:
         """The instance that is meant."""
         if self._spec is not None:
             return Instance(home, self._spec.key)
-        alive = [instance for instance in registry.instances(home) if registry.is_alive(instance)]
+        alive = [instance for instance in directory.instances(home) if directory.is_alive(instance)]
         names = tuple(instance.id for instance in alive)
         if self._name is not None:
-            holder = registry.named(home, self._name)
+            holder = directory.named(home, self._name)
             if holder is None or holder.id not in names:
                 raise NoServerError(
                     f"no server named {self._name!r} is running{_listed(names)}; give model= to start one",
@@ -372,7 +373,7 @@ class ManagedVLLM:
             instance.create()
             left = max(0.0, until - time.monotonic())
             with instance.start_lock().acquire(timeout=left, poll_interval=0.01):
-                if registry.is_alive(instance):
+                if directory.is_alive(instance):
                     time.sleep(0.01)
                     return True
                 self._started_it = supervisor.spawn(instance, spec, self._watch, self._address)
@@ -624,13 +625,13 @@ class ManagedVLLM:
                 return kept[1]
             import importlib
 
-            from managed_vllm import openai_transport
+            from managed_vllm.request import openai_sdk
 
             sdk = importlib.import_module("openai")
             make_http = getattr(sdk, http)
             # The SDK moved from httpx to httpx2: the transport must be of the one it uses.
             module = importlib.import_module(make_http.__mro__[1].__module__.partition(".")[0])
-            make = openai_transport.async_transport if kind.startswith("Async") else openai_transport.transport
+            make = openai_sdk.async_transport if kind.startswith("Async") else openai_sdk.transport
             client = getattr(sdk, kind)(
                 base_url=connection.base_url,
                 api_key=connection.api_key or "none",
@@ -674,7 +675,7 @@ class ManagedVLLM:
         path = self.status().log_path
         if path is None:
             raise ConfigError("an external server's log is not here", field="base_url")
-        return registry.tail(Path(path), lines)
+        return directory.tail(Path(path), lines)
 
     def restart(self, timeout: float | None = None) -> ServerStatus:
         """Stops the server and starts it again, for all its users; waits until it is ready."""
@@ -721,7 +722,7 @@ class ManagedVLLM:
             }
         assert self._target is not None
         return {
-            registry.HOME_VARIABLE: str(self._target.home),
+            directory.HOME_VARIABLE: str(self._target.home),
             ATTACH_VARIABLE: self._target.id,
             external.URL_VARIABLE: "",
         }

@@ -7,8 +7,8 @@ order:
    that user and handed on.
 2. Ends what a predecessor may have left, then starts vLLM and follows its log until one token has been generated.
 3. Watches: an exit that nobody asked for is a crash, whatever its code; what runs but does not work is found by
-   `managed_vllm.watch`. Before a restart, by `RestartPolicy`, nothing of the old server is left: no process, socket,
-   shared memory, memory of a GPU.
+   `managed_vllm.server.hangs`. Before a restart, by `RestartPolicy`, nothing of the old server is left: no process,
+   socket, shared memory, memory of a GPU.
 4. Counts leases (open connections). None left for `keep_alive` seconds and not pinned: it stops the server, leaves no
    process, removes the instance's folder and ends.
 
@@ -43,18 +43,19 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 import managed_vllm
-from managed_vllm import control, diagnosis, leftovers, registry, stacks
-from managed_vllm.config import Address, ServerSpec, WatchPolicy, is_loopback
-from managed_vllm.control import Connection, ServerState, ServerStatus
-from managed_vllm.diagnosis import Cause, Diagnosis, Progress, Stage, StartupLog
+from managed_vllm.config import Address, ServerSpec, WatchPolicy
 from managed_vllm.errors import SupervisorError
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
-from managed_vllm.registry import Instance
-from managed_vllm.server_process import ServerProcess
+from managed_vllm.instance import channel, directory
+from managed_vllm.instance.directory import Instance
+from managed_vllm.server import diagnosis, leftovers, stacks
+from managed_vllm.server.process import ServerProcess
+from managed_vllm.server.startup_log import StartupLog
+from managed_vllm.status import Cause, Connection, Diagnosis, Progress, ServerState, ServerStatus, Stage, is_loopback
 
 if TYPE_CHECKING:
-    from managed_vllm.health import Probe
-    from managed_vllm.watch import Stopped, Watch
+    from managed_vllm.server.hangs import Stopped, Watch
+    from managed_vllm.server.probe import Probe
 
 log = logging.getLogger("managed_vllm.supervisor")
 
@@ -311,9 +312,9 @@ class Supervisor:
         While we hold `supervisor.lock` nobody keeps `start.lock` for longer than a look.
         """
         # Names before the folder: a name must never stand for a folder of somebody else's.
-        await asyncio.to_thread(registry.drop_names, self._instance.home, self._instance.id)
+        await asyncio.to_thread(directory.drop_names, self._instance.home, self._instance.id)
         if self._scratch is not None:
-            await asyncio.to_thread(registry.remove_scratch, self._scratch)
+            await asyncio.to_thread(directory.remove_scratch, self._scratch)
         with contextlib.suppress(OSError):
             self._instance.socket_path.unlink()
         start_lock = self._instance.start_lock()
@@ -377,8 +378,8 @@ class Supervisor:
         except _NotLaunched as not_launched:
             return not_launched.reason
         # Only now, while vLLM imports as well: httpx takes a while.
-        from managed_vllm.health import Probe
-        from managed_vllm.watch import Stopped, Watch
+        from managed_vllm.server.hangs import Stopped, Watch
+        from managed_vllm.server.probe import Probe
 
         probe = Probe(connection, is_vllm=self._spec.command is None)
         try:
@@ -504,7 +505,7 @@ class Supervisor:
     def _environment(self) -> dict[str, str]:
         """The server's environment: ours, what was asked for, and what marks and guards it."""
         if self._scratch is None:
-            self._scratch = registry.make_scratch()
+            self._scratch = directory.make_scratch()
             self._write_record()
         in_server = str(Path(lifeline.__file__).parent)
         inherited = self._spec.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
@@ -586,7 +587,7 @@ class Supervisor:
             if remaining:
                 log.error("could not end %s", [p.pid for p in remaining])
             if self._scratch is not None:
-                await asyncio.to_thread(registry.empty_scratch, self._scratch)
+                await asyncio.to_thread(directory.empty_scratch, self._scratch)
             await self._wait_for_gpu_memory(process.pids_ever)
         self._status = dataclasses.replace(self._status, server_pid=None)
         with contextlib.suppress(OSError):
@@ -604,12 +605,12 @@ class Supervisor:
 
     async def _clear_leftovers(self) -> None:
         """Ends what a predecessor that was killed may have left, and removes what it had outside of its folder."""
-        strays = await asyncio.to_thread(registry.marked_processes, self._instance)
+        strays = await asyncio.to_thread(directory.marked_processes, self._instance)
         if strays:
             log.warning("ending processes left by a predecessor: %s", [p.pid for p in strays])
-            await asyncio.to_thread(registry.end_processes, strays)
+            await asyncio.to_thread(directory.end_processes, strays)
         if self._predecessor is not None:
-            await asyncio.to_thread(registry.remove_leftovers, self._predecessor)
+            await asyncio.to_thread(directory.remove_leftovers, self._predecessor)
             pid = self._predecessor.get("server_pid")
             await self._wait_for_gpu_memory({pid} if isinstance(pid, int) else set())
 
@@ -668,7 +669,7 @@ class Supervisor:
             log.warning("can't write the record: %s", error)
 
     def _broadcast(self, *, droppable: bool = False) -> None:
-        line = control.encode({"status": self._public_status()})
+        line = channel.encode({"status": self._public_status()})
         for user in list(self._users):
             # A user that is stopped must not make us hoard progress for it.
             if user.leased and not (droppable and user.writer.transport.get_write_buffer_size() > 1 << 16):
@@ -693,12 +694,12 @@ class Supervisor:
         path = self._instance.socket_path
         path.unlink(missing_ok=True)  # stale: we hold the lock
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with control.short_path(path) as name:
+        with channel.short_path(path) as name:
             listener.bind(name)  # mode 0700 by our umask
-        return await asyncio.start_unix_server(self._attend, sock=listener, limit=control.MAX_LINE, backlog=1024)
+        return await asyncio.start_unix_server(self._attend, sock=listener, limit=channel.MAX_LINE, backlog=1024)
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        pid, uid = control.peer(writer.get_extra_info("socket"))
+        pid, uid = channel.peer(writer.get_extra_info("socket"))
         if uid != os.getuid():
             log.warning("refused pid %d of uid %d", pid, uid)
             writer.close()
@@ -709,7 +710,7 @@ class Supervisor:
             while line := await reader.readline():
                 message = json.loads(line)
                 reply = self._answer(user, message)
-                writer.write(control.encode({"id": message.get("id"), **reply}))
+                writer.write(channel.encode({"id": message.get("id"), **reply}))
                 await writer.drain()
         except (ConnectionError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.debug("user %d: %r", pid, error)

@@ -3,8 +3,8 @@
     python tools/docs_errors.py            brings the page up to date
     python tools/docs_errors.py --check    only says whether it is: exit status 1 if not
 
-The tables come from `managed_vllm.diagnosis` and `managed_vllm.errors`, so that the page can't say anything else than
-the code. What stands outside of the two markers is written by hand and left alone.
+The tables come from `managed_vllm.status`, `managed_vllm.server.failure_rules` and `managed_vllm.errors`, so that the
+page can't say anything else than the code. What stands outside of the two markers is written by hand and left alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 
 from generated_page import main, table, with_parts
 
-from managed_vllm import diagnosis, errors
-from managed_vllm.diagnosis import Cause, Diagnosis, Progress, Stage
+from managed_vllm import errors
+from managed_vllm.server import diagnosis, failure_rules
+from managed_vllm.status import Cause, Diagnosis, Progress, Stage
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "errors.md"
 
@@ -34,7 +35,7 @@ def causes() -> str:
             if remedy and remedy not in remedies:
                 remedies.append(remedy)
             retried.add(is_retried)
-        error = diagnosis.error_for(Diagnosis(cause, ""), instance=None, log_path=None)
+        error = errors.error_for(Diagnosis(cause, ""), instance=None, log_path=None)
         answer = retried.pop() if len(retried) == 1 else "depends"
         rows.append((f"`{cause}`", meanings[cause.name], f"`{type(error).__name__}`", "<br>".join(remedies), answer))
     return _table(("`diagnosis.cause`", "What it means", "Error", "What to do", "Restarted?"), rows)
@@ -64,7 +65,7 @@ def updated(page: str) -> str:
 
 def _remedies(cause: Cause) -> Iterator[tuple[str, str]]:
     """(what to do, is it retried) for each way in which the cause is found out."""
-    for rule in (*diagnosis._RULES, *diagnosis._DEATHS, *diagnosis._FIRST_REQUEST):
+    for rule in (*failure_rules.RULES, *failure_rules.DEATHS, *failure_rules.FIRST_REQUEST):
         if rule.cause is cause:
             yield rule.remedy, "depends" if callable(rule.permanent) else _retried(rule.permanent)
     # These come from functions, not from a table: for each of them an example.

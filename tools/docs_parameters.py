@@ -3,23 +3,23 @@
     python tools/docs_parameters.py            brings the page up to date
     python tools/docs_parameters.py --check    only says whether it is: exit status 1 if not
 
-The tables come from `managed_vllm.sampling`, `managed_vllm.request_fields` and the client's signatures. The lists of
-vLLM's own parameters below are compared with the installed vllm by tests/test_docs.py.
+The tables come from `managed_vllm.request.sampling`, `managed_vllm.request.fields` and the client's signatures. The
+lists of vLLM's own parameters below are compared with the installed vllm by tests/project/test_docs.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 
 from generated_page import main, table, with_parts
 
-from managed_vllm import request_fields, sampling
 from managed_vllm.client import VLLMClient
-from managed_vllm.sampling import SamplingParams, StructuredOutputsParams
+from managed_vllm.request import fields, sampling
+from managed_vllm.request.sampling import SamplingParams, StructuredOutputsParams
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "parameters.md"
 
@@ -74,10 +74,10 @@ def call(parameters: Iterable[str], *, chat: bool) -> str:
     for name in parameters:
         if name in ours:
             rows.append((f"`{name}`", "supported", "argument"))
-        elif name in request_fields.known(chat=chat):
+        elif name in fields.known(chat=chat):
             rows.append((f"`{name}`", "supported", NOTES.get(name, "request field")))
-        elif name in request_fields.OF_VLLM_LLM:
-            rows.append((f"`{name}`", "refused", request_fields.OF_VLLM_LLM[name]))
+        elif name in fields.OF_VLLM_LLM:
+            rows.append((f"`{name}`", "refused", fields.OF_VLLM_LLM[name]))
         else:
             raise ValueError(f"what becomes of {name}= of vllm.LLM.{'chat' if chat else 'generate'}?")
     return table(("Parameter of `vllm.LLM`", "Here", "As, or why not"), rows)
@@ -85,7 +85,7 @@ def call(parameters: Iterable[str], *, chat: bool) -> str:
 
 def parameters() -> str:
     """One row per sampling parameter, vLLM's and others that are known."""
-    taken = [field.name for field in fields(SamplingParams)]
+    taken = [field.name for field in dataclasses.fields(SamplingParams)]
     rows = [(f"`{name}`", "supported", NOTES.get(name, f"`{name}`")) for name in taken]
     for name, reason in sampling.REFUSED.items():
         here = "refused"
@@ -100,7 +100,7 @@ def parameters() -> str:
 def structured() -> str:
     """One row per field of `structured_outputs`."""
     notes = {"json": "a dict, a text or a pydantic model class", "structural_tag": "a dict or a text"}
-    taken = [field.name for field in fields(StructuredOutputsParams)]
+    taken = [field.name for field in dataclasses.fields(StructuredOutputsParams)]
     rows = [(f"`{name}`", "supported", notes.get(name, "")) for name in taken]
     rows += [(f"`{name}`", "refused", why) for name, why in sampling.REFUSED_IN_STRUCTURED_OUTPUTS.items()]
     if missing := set(STRUCTURED) - set(taken) - set(sampling.REFUSED_IN_STRUCTURED_OUTPUTS):
@@ -110,13 +110,13 @@ def structured() -> str:
 
 def known_fields() -> str:
     """The request fields by route, and those that are not passed on."""
-    own = {field.name for field in fields(SamplingParams)}
+    own = {field.name for field in dataclasses.fields(SamplingParams)}
     rows = [
-        ("`generate` and `chat`", _names(request_fields.BOTH_ROUTES - own)),
-        ("only `chat`", _names(request_fields.CHAT_ONLY)),
-        ("only `generate`", _names(request_fields.COMPLETIONS_ONLY)),
+        ("`generate` and `chat`", _names(fields.BOTH_ROUTES - own)),
+        ("only `chat`", _names(fields.CHAT_ONLY)),
+        ("only `generate`", _names(fields.COMPLETIONS_ONLY)),
     ]
-    refused = [(f"`{name}`", reason) for name, reason in request_fields.REFUSED.items()]
+    refused = [(f"`{name}`", reason) for name, reason in fields.REFUSED.items()]
     return (
         table(("Taken by", "Fields, beside the sampling parameters"), rows)
         + "\n\n"

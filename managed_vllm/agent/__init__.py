@@ -27,7 +27,7 @@ _HOME_OF = {
     "GroupPolicy": "managed_vllm.agent.scheduler",
     "GymnasiumEnvironment": "managed_vllm.agent.environments.gymnasium",
     "ImageRef": "managed_vllm.agent.types",
-    "ImageStore": "managed_vllm.agent.images",
+    "ImageStore": "managed_vllm.agent.image_store",
     "Limits": "managed_vllm.agent.types",
     "MiniWoBEnvironment": "managed_vllm.agent.environments.miniwob",
     "OSWorldEnvironment": "managed_vllm.agent.environments.osworld",
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from managed_vllm.agent.format import json_actions as json_actions
     from managed_vllm.agent.format import tool_calls as tool_calls
     from managed_vllm.agent.format import ui_tars as ui_tars
-    from managed_vllm.agent.images import ImageStore as ImageStore
+    from managed_vllm.agent.image_store import ImageStore as ImageStore
     from managed_vllm.agent.loop import run_agent_loop as run_agent_loop
     from managed_vllm.agent.scheduler import GroupPolicy as GroupPolicy
     from managed_vllm.agent.scheduler import RetryRollouts as RetryRollouts

@@ -1,6 +1,6 @@
 """`blocking`: a coroutine run to its end by callers without an event loop, and by those within one (a notebook).
 
-Unlike `managed_vllm.portal` the loop is the call's own, and Ctrl-C waits until the coroutine has cleaned up:
+Unlike `managed_vllm.request.portal` the loop is the call's own, and Ctrl-C waits until the coroutine has cleaned up:
 environments are closed, and what has finished is on disk.
 """
 

@@ -37,7 +37,7 @@ from managed_vllm.agent.actions import Action, ActionParseError, CallUser, Finis
 from managed_vllm.agent.conversation import Conversation, Turn, images_of
 from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.format import NO_SCREENSHOT, AgentFormat, ThenWhat, ui_tars
-from managed_vllm.agent.images import ImageStore
+from managed_vllm.agent.image_store import ImageStore
 from managed_vllm.agent.types import (
     Failure,
     FailureClass,
@@ -68,9 +68,9 @@ from managed_vllm.errors import (
     StartupError,
     UnsupportedParameterError,
 )
-from managed_vllm.media import Image
-from managed_vllm.outputs import RequestOutput
-from managed_vllm.sampling import SamplingParams
+from managed_vllm.request.images import Image
+from managed_vllm.request.outputs import RequestOutput
+from managed_vllm.request.sampling import SamplingParams
 
 log = logging.getLogger("managed_vllm.agent")
 

@@ -21,7 +21,7 @@ from managed_vllm.agent.actions import (
 )
 from managed_vllm.agent.conversation import Chat, LatestText, MessageBuilder
 from managed_vllm.errors import ConfigError
-from managed_vllm.outputs import CompletionOutput
+from managed_vllm.request.outputs import CompletionOutput
 
 Size = tuple[int, int]
 """Width and height in pixels."""

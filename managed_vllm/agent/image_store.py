@@ -30,7 +30,7 @@ import psutil
 
 from managed_vllm.agent.types import ImageRef
 from managed_vllm.errors import BadRequestError, RunStoreError
-from managed_vllm.media import Image, StoredImage
+from managed_vllm.request.images import Image, StoredImage
 
 _SUFFIXES = {
     "image/png": ".png",

@@ -40,8 +40,8 @@ from managed_vllm.agent.blocking import blocking
 from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.episode import Episode, Gate, Preflight, Rules, StepHook, bounded, own_images
 from managed_vllm.agent.format import AgentFormat
-from managed_vllm.agent.images import ImageStore
-from managed_vllm.agent.progress import RunProgress, RunStats
+from managed_vllm.agent.image_store import ImageStore
+from managed_vllm.agent.run_progress import RunProgress, RunStats
 from managed_vllm.agent.store import AttemptEntry, RunStore
 from managed_vllm.agent.tasks import Tasks, each_task
 from managed_vllm.agent.types import (

@@ -46,8 +46,8 @@ from typing import Any
 
 import msgspec
 
-from managed_vllm.agent import records
-from managed_vllm.agent.images import ImageStore, unusable
+from managed_vllm.agent import trajectory_codec
+from managed_vllm.agent.image_store import ImageStore, unusable
 from managed_vllm.agent.types import FailureClass, StopReason, Trajectory
 from managed_vllm.errors import ConfigError, RunStoreError
 
@@ -302,7 +302,7 @@ class RunStore:
             why = f"{_LINES} at byte {entry.offset}"
             _, body = _split(line)
             why = f"{_ARRAYS} at byte {entry.block[0]}"
-            return records.decode(body, _numbers_of(block, entry.block[2]))
+            return trajectory_codec.decode(body, _numbers_of(block, entry.block[2]))
         except ValueError as error:
             self._distrust(entry, why, str(error))
             raise RunStoreError(
@@ -325,7 +325,7 @@ class RunStore:
                 trajectory = self.load(entry)
             except RunStoreError:
                 continue
-            for ref in records.encode(trajectory).images:
+            for ref in trajectory_codec.encode(trajectory).images:
                 try:
                     self.images.read(ref)
                 except RunStoreError as error:
@@ -362,7 +362,7 @@ class RunStore:
         (the message names it), the disk is full, the store is closed, only read, or was inherited by a fork.
         """
         try:
-            record = records.encode(trajectory)
+            record = trajectory_codec.encode(trajectory)
             head = _head(trajectory)
         except ValueError as error:
             raise RunStoreError(
@@ -375,7 +375,7 @@ class RunStore:
             self._check_open(to_write=True)
             block = _BLOCK.pack(_MAGIC, zlib.crc32(record.numbers), len(record.numbers)) + record.numbers
             head["block"] = self._arrays_end, len(block), zlib.crc32(block)
-            summed = b'"head":' + records.as_json(head) + _BEFORE_BODY + record.text
+            summed = b'"head":' + trajectory_codec.as_json(head) + _BEFORE_BODY + record.text
             line = b"%b%08x%b%b}\n" % (_BEFORE_SUM, zlib.crc32(summed), _AFTER_SUM, summed)
             entry = _entry(head, self._end, len(line))
             with _errors(self.path):
@@ -573,7 +573,7 @@ def _head(trajectory: Trajectory) -> dict[str, Any]:
             "started_at": float(trajectory.started_at),
             "duration_s": float(trajectory.duration_s),
         }
-        records.as_json(head)
+        trajectory_codec.as_json(head)
     except TypeError as error:
         raise ValueError(str(error)) from error
     return head

@@ -189,7 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = command(
         "demo",
-        "managed_vllm.demo.show:show",
+        "managed_vllm.cli.demo:show",
         "show the whole thing: several processes share one server of the embedded model, which plays a desktop",
         "managed-vllm demo",
         "managed-vllm demo --workers 5 --screens 20 --tasks 100 --n 4 --out runs/demo",

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import requests
 
-from managed_vllm import external, registry
 from managed_vllm.cli import running
-from managed_vllm.control import Connection
 from managed_vllm.errors import ConfigError, ExternalServerError, NoServerError
+from managed_vllm.instance import directory, external
+from managed_vllm.status import Connection
 
 _ABSENT = (404, 405, 501)
 
@@ -58,7 +58,7 @@ def _target(given: argparse.Namespace) -> tuple[str, str | None, str | None]:
     if url:
         return external.normalized_url(url), key, model
     try:
-        instance = running.the_only_one(registry.state_home())
+        instance = running.the_only_one(directory.state_home())
     except NoServerError as error:
         raise ConfigError(f"{error.message}; give a URL, or set {external.URL_VARIABLE}", field="url") from None
     seen = running.peek(instance)

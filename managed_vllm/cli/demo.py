@@ -29,11 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from managed_vllm import ManagedVLLM, SamplingParams, demo, external, registry
+from managed_vllm import ManagedVLLM, SamplingParams, demo
 from managed_vllm.cli import running
 from managed_vllm.cli.serve import terminable
 from managed_vllm.errors import ConfigError, ManagedVLLMError
-from managed_vllm.registry import Instance
+from managed_vllm.instance import directory, external
+from managed_vllm.instance.directory import Instance
 
 ENOUGH_RIGHT = 0.8
 """Share of right answers, and of rollouts that succeed, below which the demo has failed. The weights were accepted at
@@ -148,7 +149,7 @@ class _Demo:
                 seconds = time.monotonic() - began
                 self._await("ready")
                 assert llm.id is not None
-                instance = Instance(registry.state_home(), llm.id)
+                instance = Instance(directory.state_home(), llm.id)
                 status = llm.status()
                 self._show_arrivals(seconds, llm.started_it)
                 self._say(
@@ -173,14 +174,14 @@ class _Demo:
 
     def _play(self, llm: ManagedVLLM) -> float:
         """Rollouts on the embedded desktop. Returns the share that succeeded."""
-        from managed_vllm.demo import rollouts
+        from managed_vllm.cli import demo_rollouts
 
         given = self._given
         self._say(
             f"\n[bold]The model now plays the embedded desktop:[/] {given.tasks} tasks, {given.n} rollouts each, "
-            f"{rollouts.ENVIRONMENTS} at once, each at its own pace."
+            f"{demo_rollouts.ENVIRONMENTS} at once, each at its own pace."
         )
-        finished, share = rollouts.play(
+        finished, share = demo_rollouts.play(
             llm, Path(given.out), self._console, tasks=given.tasks, n=given.n, seed=given.seed
         )
         if finished < given.tasks * given.n:
@@ -298,7 +299,7 @@ class _Demo:
             return
         began = time.monotonic()
         gone = running.wait_until_gone(instance, supervisor_pid, running.GONE_WITHIN_S + keep_alive_s)
-        left = [process.pid for process in registry.marked_processes(instance)]
+        left = [process.pid for process in directory.marked_processes(instance)]
         if not gone or left or instance.folder.exists():
             raise DemoError(
                 f"all have left, but something of {instance.id} is still there: processes {left}, {instance.folder}"

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from managed_vllm import registry
 from managed_vllm.cli import running
-from managed_vllm.control import Channel
 from managed_vllm.errors import NoServerError
-from managed_vllm.registry import Instance
+from managed_vllm.instance import directory
+from managed_vllm.instance.channel import Channel
+from managed_vllm.instance.directory import Instance
 
 _PATIENCE_S = 3.0
 """How long a killed supervisor may be missing before the server counts as gone: one of its users starts the next."""
@@ -107,7 +107,7 @@ class _Presence:
 
 def logs(given: argparse.Namespace) -> int:
     """`managed-vllm logs`."""
-    home = registry.state_home()
+    home = directory.state_home()
     if given.failed:
         return _show_failed(home, given.which or "", given.lines)
     try:

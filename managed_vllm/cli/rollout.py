@@ -13,13 +13,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from managed_vllm import demo, external
+from managed_vllm import demo
 from managed_vllm.agent import Limits, ParseErrorPolicy, RetryRollouts, RunStore, StreamingTaskScheduler
 from managed_vllm.agent.report import summary_table
 from managed_vllm.agent.types import Task
 from managed_vllm.agent.worlds import FORMATS, World, read_tasks, world
 from managed_vllm.cli import Terminated, running, serve
 from managed_vllm.errors import ConfigError
+from managed_vllm.instance import external
 
 
 def rollout(given: argparse.Namespace) -> int:

@@ -18,12 +18,13 @@ from typing import Any
 import filelock
 import psutil
 
-from managed_vllm import external, registry
-from managed_vllm.control import Channel, ServerState, ServerStatus
 from managed_vllm.errors import ConfigError, NoServerError, SupervisorError
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
-from managed_vllm.progress import describe
-from managed_vllm.registry import Instance
+from managed_vllm.instance import directory, external
+from managed_vllm.instance.channel import Channel
+from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.startup_view import describe
+from managed_vllm.status import ServerState, ServerStatus
 
 GONE_WITHIN_S = 60.0
 """How long a server that is being stopped may take; the supervisor itself allows 5 s before SIGKILL."""
@@ -37,8 +38,8 @@ _JUST_MADE_S = 60.0
 
 def find(home: Path, which: str) -> Instance:
     """The instance of that name, id, or unique beginning of an id. Raises `NoServerError` with the candidates."""
-    known = registry.instances(home)
-    holder = registry.named(home, which)
+    known = directory.instances(home)
+    holder = directory.named(home, which)
     if holder is not None and holder.folder.is_dir():
         return holder
     found = [i for i in known if i.id == which] or [i for i in known if which and i.id.startswith(which)]
@@ -50,8 +51,8 @@ def find(home: Path, which: str) -> Instance:
 
 def the_only_one(home: Path) -> Instance:
     """The one server that runs. Raises `NoServerError` if there are none or several."""
-    known = registry.instances(home)
-    alive = [instance for instance in known if registry.is_alive(instance)]
+    known = directory.instances(home)
+    alive = [instance for instance in known if directory.is_alive(instance)]
     if len(alive) == 1:
         return alive[0]
     if alive:
@@ -77,7 +78,7 @@ def names_by_id(home: Path) -> dict[str, list[str]]:
     """The names of each instance."""
     names: dict[str, list[str]] = {}
     for path in sorted((home / "names").glob("[!.]*.json")):
-        holder = registry.named(home, path.stem)
+        holder = directory.named(home, path.stem)
         if holder is not None:
             names.setdefault(holder.id, []).append(path.stem)
     return names
@@ -102,8 +103,8 @@ def peek(instance: Instance) -> ServerStatus | None:
 
 def status(given: argparse.Namespace) -> int:
     """`managed-vllm status`."""
-    home = registry.state_home()
-    chosen = [find(home, given.which)] if given.which else registry.instances(home)
+    home = directory.state_home()
+    chosen = [find(home, given.which)] if given.which else directory.instances(home)
     names = names_by_id(home)
     rows = [to_json(i, names.get(i.id, []), peek(i), show_key=given.show_key) for i in chosen]
     if given.json:
@@ -163,7 +164,7 @@ def to_json(instance: Instance, names: Sequence[str], seen: ServerStatus | None,
 
 def _unanswered(instance: Instance, has_record: bool) -> tuple[str, str]:
     """State and detail of an instance whose supervisor does not answer."""
-    if registry.is_alive(instance):
+    if directory.is_alive(instance):
         return ("unresponsive", "its supervisor does not answer") if has_record else ("starting", "")
     with contextlib.suppress(OSError):
         if not has_record and time.time() - instance.folder.stat().st_mtime < _JUST_MADE_S:
@@ -235,9 +236,9 @@ def down(given: argparse.Namespace) -> int:
     """`managed-vllm down`."""
     if given.all and given.which:
         raise ConfigError("--all and names exclude each other")
-    home = registry.state_home()
+    home = directory.state_home()
     if given.all:
-        chosen = registry.instances(home)
+        chosen = directory.instances(home)
         if not chosen:
             print("Nothing is running.")
     else:
@@ -278,7 +279,7 @@ def _end(instance: Instance, *, force: bool) -> int:
             f"its log is {instance.supervisor_log}",
             instance=instance.id,
         )
-    if instance.folder.exists() and peek(instance) is None and not registry.is_alive(instance):
+    if instance.folder.exists() and peek(instance) is None and not directory.is_alive(instance):
         return _clear(instance)
     print(f"{instance.id} is stopped.")
     return 0
@@ -286,7 +287,7 @@ def _end(instance: Instance, *, force: bool) -> int:
 
 def _end_without_supervisor(instance: Instance, *, force: bool) -> int:
     """For a supervisor that is dead, or hangs: then only by force."""
-    if registry.is_alive(instance):
+    if directory.is_alive(instance):
         if not force:
             raise SupervisorError(
                 f"the supervisor does not answer; kill it and its server: managed-vllm down {instance.id} --force",
@@ -305,7 +306,7 @@ def _reach(instance: Instance) -> Channel | None:
         except TimeoutError:
             return None
         except OSError:
-            if time.monotonic() > deadline or not registry.is_alive(instance):
+            if time.monotonic() > deadline or not directory.is_alive(instance):
                 return None
             time.sleep(0.05)
 
@@ -320,7 +321,7 @@ def wait_until_gone(instance: Instance, supervisor_pid: int | None, timeout_s: f
         try:
             channel = Channel.connect(instance.socket_path, timeout_s=min(2.0, left))
         except OSError:
-            if not registry.is_alive(instance):
+            if not directory.is_alive(instance):
                 return True
             time.sleep(0.05)
             continue
@@ -342,10 +343,10 @@ def _kill_supervisor(instance: Instance) -> None:
     pid = record.get("pid")
     if isinstance(pid, int) and pid > 1 and lifeline.start_time(pid) == record.get("pid_start_time"):
         with contextlib.suppress(psutil.Error):
-            registry.end_processes([psutil.Process(pid)])
+            directory.end_processes([psutil.Process(pid)])
         # Its main thread may be a zombie while another one still holds the lock.
         deadline = time.monotonic() + 5.0
-        while registry.is_alive(instance) and time.monotonic() < deadline:
+        while directory.is_alive(instance) and time.monotonic() < deadline:
             time.sleep(0.05)
 
 
@@ -353,14 +354,14 @@ def _clear(instance: Instance) -> int:
     """Removes what a dead instance has left: processes, names, its folder."""
     try:
         with instance.start_lock().acquire(timeout=10.0):
-            if registry.is_alive(instance):
+            if directory.is_alive(instance):
                 print(f"error: somebody has just started {instance.id} again", file=sys.stderr)
                 return 1
-            left = registry.end_processes(registry.marked_processes(instance))
+            left = directory.end_processes(directory.marked_processes(instance))
             if left:
                 print(f"error: can't end {', '.join(str(p.pid) for p in left)} of {instance.id}", file=sys.stderr)
                 return 1
-            registry.drop_names(instance.home, instance.id)
+            directory.drop_names(instance.home, instance.id)
             instance.remove()
     except FileNotFoundError:
         pass  # the folder went in the meantime

@@ -14,13 +14,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from managed_vllm import ManagedVLLM, engine_arguments, external, registry
+from managed_vllm import ManagedVLLM, engine_arguments
 from managed_vllm.cli import Terminated, running
 from managed_vllm.cli.logs import LogReader, write
 from managed_vllm.config import ServerSpec
-from managed_vllm.control import ServerState, ServerStatus
 from managed_vllm.errors import ConfigError
-from managed_vllm.registry import Instance
+from managed_vllm.instance import directory, external
+from managed_vllm.instance.directory import Instance
+from managed_vllm.status import ServerState, ServerStatus
 
 
 def serve(given: argparse.Namespace) -> int:
@@ -69,7 +70,7 @@ def _asked(given: argparse.Namespace, *, progress: bool, wait: bool = True) -> t
         python=given.python,
         command=_command(given),
     )
-    return llm, Instance(registry.state_home(), spec.key)
+    return llm, Instance(directory.state_home(), spec.key)
 
 
 def model_and_arguments(given: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:

@@ -8,7 +8,6 @@ reader needs no history. Both ends check the other's uid (`SO_PEERCRED`).
 from __future__ import annotations
 
 import contextlib
-import enum
 import json
 import os
 import socket
@@ -16,82 +15,14 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from managed_vllm.diagnosis import Diagnosis
 from managed_vllm.errors import SupervisorError
+from managed_vllm.status import ServerStatus
 
 MAX_LINE = 4 << 20
 """Longest line in bytes that either end accepts."""
-
-
-class ServerState(enum.StrEnum):
-    """Where a server is in its life. `supervisor.Supervisor._move` is the one place that changes it."""
-
-    STARTING = "starting"
-    """Launched for the first time, not ready yet; `stage` says how far."""
-    READY = "ready"
-    """Healthy, lists its model, and has generated a token."""
-    SLEEPING = "sleeping"
-    """Asleep by request (vLLM's sleep mode); memory is released."""
-    RESTARTING = "restarting"
-    """It crashed or hung, or a restart was asked for; the next epoch is coming up."""
-    FAILED = "failed"
-    """Given up; `diagnosis` says why."""
-    STOPPING = "stopping"
-    """Being stopped; who wants a server waits until this one is gone."""
-    GONE = "gone"
-    """Nothing of it is left."""
-
-
-@dataclass(frozen=True)
-class Connection:
-    """How to reach a server that is ready. `base_url` ends in `/v1`; with `uds`, HTTP goes over that socket path."""
-
-    base_url: str
-    api_key: str
-    model: str
-    uds: str | None = None
-
-
-@dataclass(frozen=True)
-class ServerStatus:
-    """All that is to know about a server at one moment. Times are seconds since the epoch (Unix time)."""
-
-    state: ServerState
-    epoch: int = 0
-    stage: str = ""
-    detail: str = ""
-    started_at: float = 0.0
-    ready_at: float | None = None
-    connection: Connection | None = None
-    diagnosis: Diagnosis | None = None
-    log_path: str | None = None
-    restarts: int = 0
-    users: int = 0
-    pinned: bool = False
-    server_pid: int | None = None
-    supervisor_pid: int | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, with the key inside `connection`: only for the channel, never for a file."""
-        data = asdict(self)
-        data["diagnosis"] = self.diagnosis.to_dict() if self.diagnosis else None
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ServerStatus:
-        """The inverse of `to_dict`; fields of a newer version are ignored."""
-        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
-        known["state"] = ServerState(known["state"])
-        if known.get("connection"):
-            known["connection"] = Connection(**known["connection"])
-        if known.get("diagnosis"):
-            known["diagnosis"] = Diagnosis.from_dict(known["diagnosis"])
-        return cls(**known)
 
 
 # -- sockets -----------------------------------------------------------------------------------------------------------

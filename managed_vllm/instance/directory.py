@@ -31,9 +31,9 @@ from typing import Any
 import filelock
 import psutil
 
-from managed_vllm import leftovers
 from managed_vllm.errors import ConfigError, ConfigMismatchError, StateDirectoryError
 from managed_vllm.in_server.managed_vllm_lifeline import MARKER
+from managed_vllm.server import leftovers
 
 HOME_VARIABLE = "MANAGED_VLLM_HOME"
 _KEPT_LOGS = 20

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 import requests
 
-from managed_vllm.control import Connection
 from managed_vllm.errors import AuthenticationError, ConfigError, ModelNotServedError, ServerUnreachableError
+from managed_vllm.status import Connection
 
 URL_VARIABLE, MODEL_VARIABLE, KEY_VARIABLE = "VLLM_SERVER_URL", "VLLM_MODEL_NAME", "VLLM_API_KEY"
 

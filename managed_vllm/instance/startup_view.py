@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from managed_vllm.control import ServerState, ServerStatus
+from managed_vllm.status import ServerState, ServerStatus
 
 log = logging.getLogger("managed_vllm")
 

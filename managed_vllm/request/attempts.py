@@ -23,8 +23,6 @@ from typing import Any, Protocol
 import aiohttp
 import msgspec
 
-from managed_vllm import media
-from managed_vllm.control import Connection
 from managed_vllm.errors import (
     AuthenticationError,
     BadRequestError,
@@ -36,9 +34,11 @@ from managed_vllm.errors import (
     ServerBusyError,
     ServerDiedError,
 )
-from managed_vllm.in_flight import MOST, InFlight
-from managed_vllm.resume import Events, Losses, Lost, RetryPolicy, Step
-from managed_vllm.transport import Session, Transport
+from managed_vllm.request import images
+from managed_vllm.request.concurrency import MOST, InFlight
+from managed_vllm.request.connections import Session, Transport
+from managed_vllm.request.resume import Events, Losses, Lost, RetryPolicy, Step
+from managed_vllm.status import Connection
 
 Found = tuple[Connection, int]
 
@@ -180,7 +180,7 @@ class Exchange:
         self._closed = False
         self._bytes_sent = 0
         self._here: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Here] = weakref.WeakKeyDictionary()
-        self._ledger = media.Ledger() if media_ids else None
+        self._ledger = images.Ledger() if media_ids else None
         _live.add(self)
 
     @property
@@ -211,7 +211,7 @@ class Exchange:
         self._lock = threading.Lock()
         self._here = weakref.WeakKeyDictionary()
         if self._ledger is not None:
-            self._ledger = media.Ledger()  # another thread may have held its lock
+            self._ledger = images.Ledger()  # another thread may have held its lock
         self._transport.forget()
 
     def here(self) -> _Here:
@@ -465,12 +465,12 @@ class Exchange:
         if session is None:
             raise ServerDiedError("the client was closed under this request")
         life = (connection.base_url, epoch)
-        encoded: media.Encoded | None = None
+        encoded: images.Encoded | None = None
         if step.body is not None:
             known: Container[str] | None = None
             if self._ledger is not None:
                 known = () if again else self._ledger.known(life)
-            encoded = media.encode({"model": connection.model, **step.body}, known=known)
+            encoded = images.encode({"model": connection.model, **step.body}, known=known)
             here.bytes_sent += encoded.size
         try:
             response = await _open(session, step, encoded, connection)
@@ -495,7 +495,7 @@ class Exchange:
         if self._ledger is not None and encoded is not None and encoded.uuids:
             if response.status == 200:
                 self._ledger.learn(life, encoded.uuids)
-            elif encoded.as_ids and media.is_miss(response.status, said := _message(data or b"")):
+            elif encoded.as_ids and images.is_miss(response.status, said := _message(data or b"")):
                 self._ledger.missed(life, encoded.as_ids, said)
                 return await self._send(here, connection, epoch, work, step, news, again=True)
         if data is not None:
@@ -503,7 +503,7 @@ class Exchange:
 
 
 async def _open(
-    session: Session, step: Step, body: media.Encoded | None, connection: Connection
+    session: Session, step: Step, body: images.Encoded | None, connection: Connection
 ) -> aiohttp.ClientResponse:
     try:
         return await session.request(step.method, step.path, body)

@@ -26,9 +26,8 @@ import aiohttp
 from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
-from managed_vllm.config import is_loopback
-from managed_vllm.control import Connection
-from managed_vllm.media import Encoded
+from managed_vllm.request.images import Encoded
+from managed_vllm.status import Connection, is_loopback
 
 CONNECT_S = 10.0
 """For connecting, at most; the caller's deadline may be sooner."""

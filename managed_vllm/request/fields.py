@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
-from managed_vllm.sampling import nearest
+from managed_vllm.request.sampling import nearest
 
 BOTH_ROUTES = frozenset(
     {

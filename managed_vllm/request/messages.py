@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from managed_vllm.errors import BadRequestError
-from managed_vllm.media import Image, ImagePart
+from managed_vllm.request.images import Image, ImagePart
 
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "image_url": ("image_url",),

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from managed_vllm import portal
 from managed_vllm.errors import RequestTimeout, ServerDiedError
+from managed_vllm.request import portal
 
 if TYPE_CHECKING:
-    from managed_vllm.exchange import Exchange
+    from managed_vllm.request.attempts import Exchange
 
 _OURS = frozenset({b"host", b"content-length", b"connection", b"transfer-encoding"})
 """Headers that are made anew for the connection that a request goes by."""

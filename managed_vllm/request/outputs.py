@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import msgspec
 
-from managed_vllm.answers import Choice, Decoded, Logprobs, TokenLogprob, converted
+from managed_vllm.request.answers import Choice, Decoded, Logprobs, TokenLogprob, converted
 
 if TYPE_CHECKING:
-    from managed_vllm.exchange import Told
+    from managed_vllm.request.attempts import Told
 
 _ID = "token_id:"
 _SHOWN = 60

@@ -22,11 +22,11 @@ import time
 
 import psutil
 
-from managed_vllm import diagnosis
 from managed_vllm.config import HangPolicy
-from managed_vllm.diagnosis import Cause, Diagnosis
-from managed_vllm.health import Answer, Probe
-from managed_vllm.server_process import ServerProcess
+from managed_vllm.server import diagnosis
+from managed_vllm.server.probe import Answer, Probe
+from managed_vllm.server.process import ServerProcess
+from managed_vllm.status import Cause, Diagnosis
 
 _LOOK_S = 2.0
 _METRICS_S = 10.0

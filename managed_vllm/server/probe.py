@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from managed_vllm.control import Connection
+from managed_vllm.status import Connection
 
 _GENERATE = (
     ("/v1/completions", {"prompt": "Hi", "max_tokens": 1, "temperature": 0}),

@@ -22,8 +22,9 @@ from typing import IO
 
 import psutil
 
-from managed_vllm import diagnosis, leftovers, registry
-from managed_vllm.registry import Instance
+from managed_vllm.instance import directory
+from managed_vllm.instance.directory import Instance
+from managed_vllm.server import leftovers, startup_log
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ class ServerProcess:
         await self.record_shared_memory()
         spared_until = time.monotonic() + _TRACKER_S
         while True:
-            processes = {*self._descendants, *await asyncio.to_thread(registry.marked_processes, self._instance)}
+            processes = {*self._descendants, *await asyncio.to_thread(directory.marked_processes, self._instance)}
             if self.returncode is None:
                 with contextlib.suppress(psutil.Error):
                     processes.add(psutil.Process(self.pid))
@@ -206,13 +207,13 @@ class ServerProcess:
                 if self.returncode is None or not psutil.pid_exists(self.pid):  # the number was not given away again
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.killpg(self.pid, signal.SIGKILL)
-            remaining = await asyncio.to_thread(registry.end_processes, list(processes), timeout_s=2.0)
+            remaining = await asyncio.to_thread(directory.end_processes, list(processes), timeout_s=2.0)
             self.reap()
             if self.returncode is None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.exited.wait(), 0.5)
             # A process that was forked while we killed its parent shows up in the next look.
-            left = await asyncio.to_thread(registry.marked_processes, self._instance)
+            left = await asyncio.to_thread(directory.marked_processes, self._instance)
             if self.returncode is not None and not remaining and not left:
                 break
             if time.monotonic() > deadline:
@@ -250,7 +251,7 @@ class ServerProcess:
             self.lines.append(line)
             if not self._started:
                 # vLLM goes on saying that it waits, with a new time each time: that is no sign of life.
-                news = hash(diagnosis.message_of(line))
+                news = hash(startup_log.message_of(line))
                 if news not in self._said:
                     self.last_news = time.monotonic()
                     self._said.add(news)

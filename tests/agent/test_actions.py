@@ -44,7 +44,7 @@ from managed_vllm.agent.actions import (
 from managed_vllm.agent.actions.coordinates import MAX_PIXELS, MIN_PIXELS
 from managed_vllm.errors import ConfigError, ManagedVLLMError
 
-CORPUS = Path(__file__).parent / "data" / "ui_tars" / "answers.jsonl"
+CORPUS = Path(__file__).parent.parent / "data" / "ui_tars" / "answers.jsonl"
 CASES: list[dict[str, Any]] = [json.loads(line) for line in CORPUS.read_text(encoding="utf-8").splitlines()]
 SIZE = (1932, 1092)
 """The same after resizing: pixels of the model are pixels of the screenshot."""

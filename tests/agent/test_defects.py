@@ -202,7 +202,7 @@ def test_a_server_that_does_not_tell_them_fails_the_attempt(without: str) -> Non
 
 
 def test_retokenizing_is_nowhere_in_the_agent() -> None:
-    package = Path(__file__).resolve().parent.parent / "managed_vllm" / "agent"
+    package = Path(__file__).resolve().parent.parent.parent / "managed_vllm" / "agent"
     sources = {path: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
     assert len(sources) > 15
     for path, source in sources.items():

@@ -24,12 +24,12 @@ from standin_osworld import SIGNATURES, DesktopEnv, Machine, WithoutEvaluate
 
 from managed_vllm.agent import Environment, Limits, Task
 from managed_vllm.agent.actions import Button, CallUser, Click, Drag, Finished, Hotkey, Scroll, Type, Wait
-from managed_vllm.agent.actions.types import Direction
+from managed_vllm.agent.actions.typed import Direction
 from managed_vllm.agent.environments.osworld import OSWorldEnvironment
 from managed_vllm.errors import EnvironmentRaised, EnvironmentTimeout
 
 pillow = pytest.importorskip("PIL.Image")
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent / "helpers"
 
 
 @pytest.fixture
@@ -318,7 +318,7 @@ def test_sigkill_of_the_rollout_gives_the_machine_back(machine: Machine) -> None
     )
     owner = subprocess.Popen(
         [sys.executable, "-c", source, machine.address],
-        env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}"},
+        env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent.parent}"},
         stdout=subprocess.PIPE,
     )
     try:

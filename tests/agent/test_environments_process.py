@@ -25,7 +25,7 @@ from managed_vllm.agent.actions import Custom, Wait
 from managed_vllm.agent.environments.process import MARKER, ProcessEnvironment
 from managed_vllm.errors import EnvironmentDied, EnvironmentFailure, EnvironmentRaised, EnvironmentTimeout
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent / "helpers"
 TASK = Task("t")
 QUICK = Limits(step_timeout_s=0.3, reset_timeout_s=20, close_timeout_s=5)
 
@@ -124,7 +124,7 @@ def threads() -> int:
 
 def test_another_interpreter_can_be_its_home() -> None:
     async def test() -> None:
-        there = {"PYTHONPATH": f"{HERE}:{HERE.parent}"}
+        there = {"PYTHONPATH": f"{HERE}:{HERE.parent.parent}"}
         async with environment("standin_environment:Obedient", python=sys.executable, environ=there) as env:
             assert (await env.reset(TASK)).extras["executable"] == sys.executable
 
@@ -160,7 +160,7 @@ def test_a_function_of_the_main_script_can_make_it(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}"},
+        env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent.parent}"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -548,7 +548,7 @@ asyncio.run(main())
 def test_sigkill_of_the_rollout_leaves_nothing(forked: bool) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, *(["fork"] if forked else [])],
-        env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}"},
+        env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent.parent}"},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -689,4 +689,4 @@ def test_the_adapters_import_nothing_heavy() -> None:
         "heavy = {'numpy', 'PIL', 'gymnasium', 'miniwob', 'selenium', 'jinja2'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    subprocess.run([sys.executable, "-c", source], check=True, cwd=HERE.parent)
+    subprocess.run([sys.executable, "-c", source], check=True, cwd=HERE.parent.parent)

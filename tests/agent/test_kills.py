@@ -27,7 +27,7 @@ from managed_vllm.agent.actions import ParsedResponse, Wait
 from managed_vllm.agent.conversation import Chat
 from managed_vllm.agent.format import AgentFormat
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parent.parent / "helpers"
 
 
 def grown(log: Path, size: int) -> bool:

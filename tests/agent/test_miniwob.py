@@ -41,7 +41,7 @@ from managed_vllm.errors import EnvironmentFailure, EnvironmentRaised, Environme
 pillow = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent / "helpers"
 PATIENT = Limits(reset_timeout_s=90, step_timeout_s=60, close_timeout_s=20)
 """The browser's start takes 1.5 s by itself, and ten times that beside others."""
 
@@ -392,7 +392,7 @@ def test_sigkill_of_the_rollout_leaves_no_browser_and_no_file(tmp_path: Path) ->
     home.mkdir()
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER],
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "HOME": str(home)},
+        env={**os.environ, "PYTHONPATH": str(HERE.parent.parent), "HOME": str(home)},
         stdout=subprocess.PIPE,
         text=True,
     )

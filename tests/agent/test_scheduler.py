@@ -26,7 +26,7 @@ from managed_vllm.agent import (
     Trajectory,
     ui_tars,
 )
-from managed_vllm.agent.progress import RunStats, describe, eta_s
+from managed_vllm.agent.run_progress import RunStats, describe, eta_s
 from managed_vllm.agent.tasks import as_task
 from managed_vllm.errors import AuthenticationError, ConfigError, ModelNotFoundError
 

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 from processes import eventually
 
-from managed_vllm.agent import records
+from managed_vllm.agent import trajectory_codec
 from managed_vllm.agent.actions import (
     Button,
     CallUser,
@@ -68,9 +68,9 @@ def attempt(rollout: int = 0, **more: Any) -> Trajectory:
 
 
 def round_trip(trajectory: Trajectory) -> Trajectory:
-    record = records.encode(trajectory)
+    record = trajectory_codec.encode(trajectory)
     assert b"\n" not in record.text
-    return records.decode(record.text, record.numbers)
+    return trajectory_codec.decode(record.text, record.numbers)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5, 12])
@@ -236,18 +236,18 @@ def test_what_is_nested_without_end_is_refused(path: Path) -> None:
 
 
 def test_a_field_of_a_later_version_is_not_dropped_in_silence() -> None:
-    record = records.encode(attempt())
+    record = trajectory_codec.encode(attempt())
     values = json.loads(record.text)
     values["steps"][1]["mood"] = "good"
     with pytest.raises(ValueError, match="Step has no field mood: a later version"):
-        records.decode(json.dumps(values).encode(), record.numbers)
+        trajectory_codec.decode(json.dumps(values).encode(), record.numbers)
 
 
 @pytest.mark.parametrize("max_images", [5, 1000])
 def test_an_episode_grows_with_its_length_and_not_with_its_square(max_images: int) -> None:
     def size(length: int) -> int:
         made = sample_trajectory(steps=length, max_images=max_images, seed=3)
-        record = records.encode(made)
+        record = trajectory_codec.encode(made)
         return len(record.text) + len(record.numbers)
 
     assert size(80) < 2.3 * size(40)

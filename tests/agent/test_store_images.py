@@ -19,10 +19,10 @@ import pytest
 from agent_samples import screenshot
 from PIL import Image as pillow
 
-from managed_vllm.agent.images import TEMPORARY_PREFIX, ImageStore
+from managed_vllm.agent.image_store import TEMPORARY_PREFIX, ImageStore
 from managed_vllm.agent.types import ImageRef
 from managed_vllm.errors import BadRequestError, RunStoreError
-from managed_vllm.media import Image
+from managed_vllm.request.images import Image
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_file_that_was_cut_off_is_healed_by_the_next_put(images: ImageStore) -
 PUTTING = """
 import sys
 from agent_samples import screenshot
-from managed_vllm.agent.images import ImageStore
+from managed_vllm.agent.image_store import ImageStore
 images = ImageStore(sys.argv[1])
 pictures = [screenshot("OK", (60 + n, 80)) for n in range(40)]
 print("ready", flush=True)
@@ -256,7 +256,7 @@ def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(program: str) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    prelude = "from agent_samples import screenshot\nfrom managed_vllm.agent.images import ImageStore\nimport os\n"
+    prelude = "from agent_samples import screenshot\nfrom managed_vllm.agent.image_store import ImageStore\nimport os\n"
     prelude += "images = ImageStore.temporary()\nimages.put(screenshot('OK', (100, 80)))\n"
     command = [sys.executable, "-c", prelude + program]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout

@@ -23,7 +23,7 @@ from agent_samples import sample_failure, sample_trajectory
 from processes import eventually
 
 from managed_vllm.agent.actions import Click, Custom, Direction, Drag, Finished, Hotkey, Scroll, Type, Wait
-from managed_vllm.agent.images import ImageStore
+from managed_vllm.agent.image_store import ImageStore
 from managed_vllm.agent.report import SUCCESS_AT, Row, rows, summary_table
 from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.types import FailureClass, ImageRef, Step, StopReason, Task, Trajectory

@@ -15,7 +15,7 @@ from managed_vllm.agent.worlds import FORMATS, read_tasks, world
 from managed_vllm.cli import main
 from managed_vllm.errors import ConfigError
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parent.parent / "helpers"
 
 
 def test_the_embedded_desktop_has_tasks_of_its_own() -> None:

@@ -32,7 +32,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+_TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(_TESTS), str(_TESTS / "helpers")]
 
 import standin
 
@@ -371,7 +372,7 @@ class Run:
 def prepare() -> None:
     """Starts the process from which clients are forked, and waits until it has imported what they need."""
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *([before] if before else [])])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_TESTS), str(_TESTS / "helpers"), *([before] if before else [])])
     try:
         _forks.set_forkserver_preload(["chaos.client"])
         first = _forks.Process(target=_nothing)

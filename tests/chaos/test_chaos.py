@@ -6,6 +6,7 @@ All of it: `python tests/chaos/run.py --runs 500`.
 from __future__ import annotations
 
 import pytest
+
 from chaos.plan import plan_for, real_plan_for
 from chaos.run import run_many
 

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import standin
 
-from managed_vllm import registry
 from managed_vllm.cli.logs import LogReader
-from managed_vllm.control import Channel
-from managed_vllm.registry import Instance
+from managed_vllm.instance import directory
+from managed_vllm.instance.channel import Channel
+from managed_vllm.instance.directory import Instance
 
 PROGRAM = [sys.executable, "-m", "managed_vllm.cli"]
 STANDIN = ["--command", shlex.join(standin.command())]
@@ -84,7 +84,7 @@ class Cli:
         self.started: list[Started] = []
         foreign = ("VLLM_", "MANAGED_VLLM_", "STANDIN")
         self.env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-        self.env[registry.HOME_VARIABLE] = str(home)
+        self.env[directory.HOME_VARIABLE] = str(home)
 
     def __call__(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run([*PROGRAM, *words], env={**self.env, **env}, capture_output=True, text=True, timeout=120)
@@ -115,7 +115,7 @@ class Cli:
 
     def left(self) -> list[Any]:
         """Folders and processes of instances."""
-        return [(i.id, registry.marked_processes(i)) for i in registry.instances(self.home)]
+        return [(i.id, directory.marked_processes(i)) for i in directory.instances(self.home)]
 
 
 @pytest.fixture
@@ -346,7 +346,7 @@ def test_what_a_killed_supervisor_left_is_shown_as_dead_and_removed(cli: Cli) ->
     assert "managed-vllm down --all" in cli("down").stderr
     assert cli("down", "--all").returncode == 0
     assert not cli.left()
-    assert registry.named(cli.home, "mine") is None
+    assert directory.named(cli.home, "mine") is None
 
 
 def test_a_supervisor_that_hangs_is_ended_by_force(cli: Cli) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from managed_vllm.agent.actions import Action, Click, Finished, Hotkey, Scroll, Type, Wait
-from managed_vllm.agent.actions.types import Direction
-from managed_vllm.agent.images import ImageStore
+from managed_vllm.agent.actions.typed import Direction
+from managed_vllm.agent.image_store import ImageStore
 from managed_vllm.agent.types import (
     Failure,
     FailureClass,

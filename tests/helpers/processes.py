@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from managed_vllm import ManagedVLLM, registry
+from managed_vllm import ManagedVLLM
+from managed_vllm.instance import directory
 
 INSTANT = 0.2
 """A keep_alive for tests that wait for the end."""
@@ -133,10 +134,10 @@ def assert_nothing_left(home: Path, timeout_s: float = 10.0) -> None:
 
 def end_everything(home: Path) -> None:
     """For tear-down: whatever a failed test left is ended."""
-    for instance in registry.instances(home):
+    for instance in directory.instances(home):
         record = instance.read_record() or {}
-        supervisors = [p for p in registry.marked_processes(instance)]
+        supervisors = [p for p in directory.marked_processes(instance)]
         pid = record.get("pid")
-        if isinstance(pid, int) and registry.is_alive(instance):
+        if isinstance(pid, int) and directory.is_alive(instance):
             supervisors.append(psutil.Process(pid))
-        registry.end_processes(supervisors)
+        directory.end_processes(supervisors)

@@ -1,6 +1,6 @@
-"""A program that runs `vllm.LLM` in a process of its own, for tests/test_real_llm.py: JSON in, JSON out.
+"""A program that runs `vllm.LLM` in a process of its own, for tests/real/test_real_llm.py: JSON in, JSON out.
 
-    python tests/real_llm.py ORDER ANSWERS
+    python tests/helpers/real_llm.py ORDER ANSWERS
 
 `ORDER` is a file with `{"engine": {engine arguments}, "runs": {name: run}}`; a run is `{"requests": [request, …],
 "how": how}`, a request `{"chat": bool, "prompt": text, token ids or messages, "params": {sampling parameters}}`. `how`

@@ -1,6 +1,6 @@
 """Record the logs below `data/startup_logs/` from a real vLLM. Run by hand, when a new version of vLLM comes out:
 
-    python tests/record_startup_logs.py MODEL [--python VENV/bin/python] [--output DIR] [NAME …]
+    python tests/helpers/record_startup_logs.py MODEL [--python VENV/bin/python] [--output DIR] [NAME …]
 
 MODEL is a small model's folder (the demo model). Each failure of `startup_failures.py` is started in turn, one vLLM at
 a time, and each log is written as it came out, but for paths, ports' holders and the long middle of tracebacks:
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("names", nargs="*", help="only these (default: all)")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has vLLM")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "data" / "startup_logs")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "data" / "startup_logs")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     outcomes_path = args.output / "outcomes.json"

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from managed_vllm.diagnosis import Cause
 from managed_vllm.errors import (
     AddressError,
     BrokenModelError,
@@ -28,6 +27,7 @@ from managed_vllm.errors import (
     OutOfMemoryError,
     StartupError,
 )
+from managed_vllm.status import Cause
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import pytest
 import standin
 from processes import INSTANT, eventually
 
-from managed_vllm import ManagedVLLM, registry
+from managed_vllm import ManagedVLLM
 from managed_vllm.config import ServerSpec
 from managed_vllm.errors import StateDirectoryError
 from managed_vllm.in_server.managed_vllm_lifeline import start_time
-from managed_vllm.registry import Instance
+from managed_vllm.instance import directory
+from managed_vllm.instance.directory import Instance
 
 
 def server() -> ManagedVLLM:
@@ -37,7 +38,7 @@ def instance_of(home: Path) -> Instance:
     ids=["empty", "text", "list", "torn", "binary", "deep", "foreign"],
 )
 def test_a_garbage_record_is_the_same_as_none(home: Path, content: bytes) -> None:
-    registry.state_home()
+    directory.state_home()
     instance = instance_of(home)
     instance.create()
     instance.record_path.write_bytes(content)
@@ -48,7 +49,7 @@ def test_a_garbage_record_is_the_same_as_none(home: Path, content: bytes) -> Non
 
 
 def test_a_record_that_is_a_link_or_a_pipe_is_not_read(home: Path) -> None:
-    registry.state_home()
+    directory.state_home()
     instance = instance_of(home)
     instance.create()
     target = home / "target.json"
@@ -64,7 +65,7 @@ def test_a_record_that_is_a_link_or_a_pipe_is_not_read(home: Path) -> None:
 
 
 def test_a_stale_socket_and_stale_locks_are_no_server(home: Path) -> None:
-    registry.state_home()
+    directory.state_home()
     instance = instance_of(home)
     instance.create()
     stale = socket.socket(socket.AF_UNIX)
@@ -72,13 +73,13 @@ def test_a_stale_socket_and_stale_locks_are_no_server(home: Path) -> None:
     stale.close()
     (instance.folder / "supervisor.lock").touch()
     (instance.folder / "start.lock").touch()
-    assert not registry.is_alive(instance)
+    assert not directory.is_alive(instance)
     with server() as llm:
         assert llm.generate("hi")
 
 
 def test_a_reused_pid_is_neither_attached_to_nor_touched(home: Path) -> None:
-    registry.state_home()
+    directory.state_home()
     instance = instance_of(home)
     instance.create()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
@@ -95,10 +96,10 @@ def test_a_reused_pid_is_neither_attached_to_nor_touched(home: Path) -> None:
 def test_a_scratch_folder_is_removed_only_if_it_is_one(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
-    registry.remove_scratch(precious)
+    directory.remove_scratch(precious)
     assert precious.exists()
-    scratch = registry.make_scratch()
-    registry.remove_scratch(scratch)
+    scratch = directory.make_scratch()
+    directory.remove_scratch(scratch)
     assert not scratch.exists()
 
 
@@ -182,7 +183,7 @@ def test_a_disk_that_fills_up_does_not_take_the_server_down(tiny_disk: Path) -> 
             assert llm.generate("hi")
             assert llm.restart(20).epoch == 2
             (tiny_disk / "filler").unlink()
-        eventually(lambda: not registry.instances(tiny_disk), "gone")
+        eventually(lambda: not directory.instances(tiny_disk), "gone")
     finally:
         subprocess.run(["umount", "-l", str(tiny_disk)], check=True)
 
@@ -202,4 +203,4 @@ def test_a_long_state_directory_still_has_working_sockets(monkeypatch: pytest.Mo
     monkeypatch.setenv("MANAGED_VLLM_HOME", str(deep))
     with server() as llm:
         assert llm.generate("hi")
-    eventually(lambda: not registry.instances(deep), "gone")
+    eventually(lambda: not directory.instances(deep), "gone")

@@ -21,7 +21,7 @@ from managed_vllm.errors import (
     ModelNotServedError,
     ServerUnreachableError,
 )
-from managed_vllm.external import normalized_url
+from managed_vllm.instance.external import normalized_url
 
 
 def free_port() -> int:

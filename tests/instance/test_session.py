@@ -21,8 +21,7 @@ import pytest
 import standin
 from processes import INSTANT, assert_nothing_left, eventually, left_of
 
-from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, registry
-from managed_vllm.diagnosis import Cause
+from managed_vllm import ManagedVLLM, RestartPolicy, ServerState
 from managed_vllm.errors import (
     BadRequestError,
     ConfigError,
@@ -37,8 +36,10 @@ from managed_vllm.errors import (
     SupervisorError,
 )
 from managed_vllm.in_server.managed_vllm_lifeline import start_time
+from managed_vllm.instance import directory
+from managed_vllm.status import Cause
 
-TESTS = Path(__file__).parent
+PATH = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "helpers")]
 
 
 def server(keep_alive: float = INSTANT, *, order: dict[str, Any] | None = None, **options: Any) -> ManagedVLLM:
@@ -50,7 +51,11 @@ def server(keep_alive: float = INSTANT, *, order: dict[str, Any] | None = None, 
 def script(code: str, **env: str) -> subprocess.Popen[str]:
     """A user in a process of its own, which finds `server` as `s`."""
     return subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_session as s\n{code}"],
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path[:0] = {PATH!r}; import test_session as s\n{code}",
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -491,4 +496,4 @@ def test_records_never_hold_the_key_or_a_secret(home: Path) -> None:
                 assert key not in text, path
                 assert "hf_very_secret" not in text, path
         assert json.loads(next(home.glob("*/instance.json")).read_text())["state"] == "ready"
-    assert registry.state_home() == home
+    assert directory.state_home() == home

@@ -20,7 +20,7 @@ from processes import own_state
 
 from managed_vllm import ManagedVLLM, demo
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"
 _OURS = ("VLLM_SERVER_URL", "VLLM_MODEL_NAME", "VLLM_API_KEY", "MANAGED_VLLM_ATTACH", "MANAGED_VLLM_HOME")
 
@@ -36,7 +36,7 @@ def server_url() -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    words = [sys.executable, ROOT / "tests" / "standin.py", "--port", str(port), "--model", "demo"]
+    words = [sys.executable, ROOT / "tests" / "helpers" / "standin.py", "--port", str(port), "--model", "demo"]
     process = subprocess.Popen([*words, "--served-model-name", "demo"], env=_environment(**standin.orders(echo=True)))
     try:
         session = requests.Session()

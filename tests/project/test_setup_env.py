@@ -17,7 +17,7 @@ from types import ModuleType
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.skipif(not (REPOSITORY / "tools").is_dir(), reason="tools/ is only in a checkout")
 
 NO_TORCH = "ERROR: No matching distribution found for torch==2.13.0+cpu"

@@ -13,7 +13,7 @@ import pytest
 from processes import eventually, is_live, own_state, tree
 
 from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy, ServerState, ServerStatus, demo
-from managed_vllm.diagnosis import Cause
+from managed_vllm.status import Cause
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 

@@ -17,8 +17,8 @@ from managed_vllm import ManagedVLLM
 from managed_vllm.client import VLLMClient
 from managed_vllm.demo.random_vlm import make_random_vlm
 from managed_vllm.errors import BadRequestError
-from managed_vllm.media import Image
-from managed_vllm.outputs import RequestOutput
+from managed_vllm.request.images import Image
+from managed_vllm.request.outputs import RequestOutput
 
 pillow = pytest.importorskip("PIL.Image")
 draw = pytest.importorskip("PIL.ImageDraw")

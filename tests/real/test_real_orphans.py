@@ -24,7 +24,7 @@ import psutil
 import pytest
 from processes import assert_nothing_left, eventually, is_live, tree_below
 
-from managed_vllm import registry
+from managed_vllm.instance import directory
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
@@ -53,7 +53,7 @@ class Moment(enum.StrEnum):
     """The API server has mapped torch's library and has no child yet."""
     INSPECTING = "inspecting"
     """An interpreter of the API server's looks at the class of a model that vLLM has not met before (vLLM 0.32:
-    `model_executor/models/registry.py`, `_run_in_subprocess`), which takes it some ten seconds of imports."""
+    `model_executor/models/directory.py`, `_run_in_subprocess`), which takes it some ten seconds of imports."""
     ENGINE_SPAWNED = "engine spawned"
     """EngineCore's process exists; its interpreter has hardly begun."""
     WORKER_SPAWNED = "worker spawned"
@@ -87,8 +87,8 @@ class Scene:
     known: set[psutil.Process] = field(default_factory=set)
 
     @property
-    def instance(self) -> registry.Instance:
-        (instance,) = registry.instances(self.home)
+    def instance(self) -> directory.Instance:
+        (instance,) = directory.instances(self.home)
         return instance
 
 
@@ -145,7 +145,7 @@ def wait_for(moment: Moment, scene: Scene) -> None:
     """Returns as soon as the server is where it shall be."""
 
     def supervisor() -> int | None:
-        records = [instance.read_record() for instance in registry.instances(scene.home)]
+        records = [instance.read_record() for instance in directory.instances(scene.home)]
         return next((record["pid"] for record in records if record), None)
 
     scene.supervisor = watch(supervisor, "the supervisor wrote its record")
@@ -167,7 +167,7 @@ def wait_for(moment: Moment, scene: Scene) -> None:
                 server["Worker"] = watch(lambda: child_of(server["EngineCore"]), "the Worker appeared")
         case Moment.LOADING:
             log = scene.instance.server_log
-            eventually(lambda: "Starting to load model" in registry.tail(log, 1000), "loading", 240)
+            eventually(lambda: "Starting to load model" in directory.tail(log, 1000), "loading", 240)
             scene.known |= tree_below(server["APIServer"])
         case Moment.SERVING:
             assert [user.stdout.readline() for user in scene.users if user.stdout] == ["ready\n"] * len(scene.users)
@@ -205,8 +205,8 @@ def kill(victims: Victims, scene: Scene) -> float:
 def alive(scene: Scene) -> set[psutil.Process]:
     """Everything of the server that lives: by our marker in its environment, or because it was seen before the kill."""
     found = {process for process in scene.known if is_live(process)}
-    for instance in registry.instances(scene.home):
-        found.update(process for process in registry.marked_processes(instance) if is_live(process))
+    for instance in directory.instances(scene.home):
+        found.update(process for process in directory.marked_processes(instance) if is_live(process))
     return found
 
 
@@ -245,7 +245,7 @@ def put_to_the_test(moment: Moment, victims: Victims, scene: Scene, delay_s: flo
 
 def go_on(victims: Victims, moment: Moment, scene: Scene) -> None:
     """Lets the next one come: the supervisor, the users, or `managed-vllm down --all`; nothing may be left by it."""
-    record = scene.instance.read_record() if registry.instances(scene.home) else None
+    record = scene.instance.read_record() if directory.instances(scene.home) else None
     match victims:
         case Victims.API_SERVER:
             os.kill(scene.supervisor, signal.SIGCONT)

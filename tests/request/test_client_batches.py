@@ -26,7 +26,6 @@ from processes import eventually
 from scripted_server import ANSWER, QUICK, Act, Script, client_of, http, says
 
 from managed_vllm import AsyncVLLMClient, RetryPolicy, VLLMClient
-from managed_vllm.control import Connection
 from managed_vllm.errors import (
     AuthenticationError,
     BadRequestError,
@@ -36,12 +35,13 @@ from managed_vllm.errors import (
     ServerBusyError,
     ServerDiedError,
 )
-from managed_vllm.exchange import refusal
-from managed_vllm.in_flight import FIRST, InFlight
-from managed_vllm.outputs import RequestOutput
+from managed_vllm.request.attempts import refusal
+from managed_vllm.request.concurrency import FIRST, InFlight
+from managed_vllm.request.outputs import RequestOutput
+from managed_vllm.status import Connection
 
 SHORT = {"max_tokens": 4}
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
 
 class Echo(Script):

@@ -22,11 +22,11 @@ from scripted_server import Script, client_of
 
 from managed_vllm import RetryPolicy, VLLMClient
 from managed_vllm.client import _checked
-from managed_vllm.control import Connection
 from managed_vllm.errors import ManagedVLLMError, RequestError, ServerDiedError
-from managed_vllm.exchange import Told, take
-from managed_vllm.outputs import CompletionOutput, Logprob, RequestOutput
-from managed_vllm.resume import Events, Generation, Lost
+from managed_vllm.request.attempts import Told, take
+from managed_vllm.request.outputs import CompletionOutput, Logprob, RequestOutput
+from managed_vllm.request.resume import Events, Generation, Lost
+from managed_vllm.status import Connection
 
 HERE = Connection(base_url="http://localhost:1/v1", api_key="", model="m")
 TOLD = Told("m", 1, 1, 0, 0.0, 0.1, None)
@@ -746,7 +746,7 @@ def test_what_is_no_stream_is_lost_and_no_more(server: Damaged, client: VLLMClie
 @pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
 def test_checking_an_answer_is_cheap(chat: bool) -> None:
     """30 tokens with logprobs, from bytes to the output: no more than looking at each value once in Python."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
     try:
         import stub_server
     finally:

@@ -21,8 +21,8 @@ from processes import eventually
 from scripted_server import ANSWER, FIRST, QUICK, Act, Script, client_of, hangs, http, says, streams, token
 
 from managed_vllm import AsyncVLLMClient, RetryPolicy, VLLMClient
-from managed_vllm.control import Connection
 from managed_vllm.errors import RequestTimeout, ServerDiedError
+from managed_vllm.status import Connection
 
 SHORT = {"max_tokens": 4}
 SOURCE = """

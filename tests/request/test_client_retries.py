@@ -28,7 +28,6 @@ from scripted_server import (
 )
 
 from managed_vllm import RetryPolicy, VLLMClient
-from managed_vllm.control import Connection
 from managed_vllm.errors import (
     BadRequestError,
     RequestError,
@@ -36,7 +35,8 @@ from managed_vllm.errors import (
     ServerDiedError,
     UnsupportedParameterError,
 )
-from managed_vllm.resume import Losses, Lost
+from managed_vllm.request.resume import Losses, Lost
+from managed_vllm.status import Connection
 
 LOSSES: dict[str, Act] = {
     **{f"HTTP {status}": says({"error": {"message": "x"}}, status) for status in (500, 502, 503, 504)},

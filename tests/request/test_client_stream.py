@@ -25,7 +25,7 @@ from managed_vllm.errors import (
     ServerDiedError,
     UnsupportedParameterError,
 )
-from managed_vllm.outputs import Logprob, RequestOutput
+from managed_vllm.request.outputs import Logprob, RequestOutput
 
 TEXT = "x"
 CHAT = [{"role": "user", "content": "x"}]
@@ -318,7 +318,7 @@ def test_leaving_an_asynchronous_stream_ends_it_on_the_server(script: Callable[.
 
 def test_a_stream_that_becomes_garbage_in_the_clients_own_loop_is_ended(script: Callable[..., Script]) -> None:
     """The garbage collector runs in whatever thread it likes."""
-    from managed_vllm import portal
+    from managed_vllm.request import portal
 
     server = script(streams(FIRST, token(2), ends=False))
     with client_of(server) as client:

@@ -26,9 +26,9 @@ from typing import Any
 import pytest
 from scripted_server import ANSWER, Script, client_of, says
 
-from managed_vllm import media
 from managed_vllm.errors import BadRequestError
-from managed_vllm.media import Encoded, Image, ImagePart, Ledger, StoredImage, encode, is_miss
+from managed_vllm.request import images
+from managed_vllm.request.images import Encoded, Image, ImagePart, Ledger, StoredImage, encode, is_miss
 
 pillow = pytest.importorskip("PIL.Image")
 numpy = pytest.importorskip("numpy")
@@ -51,7 +51,7 @@ def pixels(image: Image) -> bytes:
 
 @pytest.fixture(autouse=True)
 def _empty_cache() -> None:
-    media._cache.reset()
+    images._cache.reset()
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ import sys
 sys.modules["PIL"] = None
 import numpy
 from managed_vllm.errors import BadRequestError
-from managed_vllm.media import Image
+from managed_vllm.request.images import Image
 Image.of(bytes.fromhex(sys.argv[1]))
 try:
     Image.of(numpy.zeros((4, 4, 3), numpy.uint8))
@@ -144,7 +144,7 @@ except BadRequestError as error:
 
 
 def test_neither_pillow_nor_numpy_is_imported_by_this_module() -> None:
-    program = "import sys; import managed_vllm.messages; print({'PIL', 'numpy'} & {name for name in sys.modules})"
+    program = "import sys; import managed_vllm.request.messages; print({'PIL', 'numpy'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout == b"set()\n"
 
 
@@ -198,8 +198,8 @@ def test_the_same_bytes_in_another_size_or_mode_are_another_picture() -> None:
 def test_what_info_says_beside_the_pixels_does_not_count() -> None:
     plain, profiled = picture(), picture()
     profiled.info.update(icc_profile=b"x" * 1000, dpi=(72, 72))
-    media._cache.reset()
-    assert Image.of(profiled).data == (media._cache.reset(), Image.of(plain).data)[1]
+    images._cache.reset()
+    assert Image.of(profiled).data == (images._cache.reset(), Image.of(plain).data)[1]
 
 
 # -- what is held ------------------------------------------------------------------------------------------------------
@@ -230,18 +230,18 @@ def test_what_is_kept_is_bounded_in_bytes_and_what_is_in_use_is_found_all_the_sa
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one = len(Image.of(picture(0)).data)
-    monkeypatch.setattr(media, "_cache", media._Cache(3 * one + 100))
+    monkeypatch.setattr(images, "_cache", images._Cache(3 * one + 100))
     used = Image.of(picture(0))
     for seed in range(1, 20):
         Image.of(picture(seed))
-    assert one <= media._cache.kept_bytes <= 3 * one + 100
+    assert one <= images._cache.kept_bytes <= 3 * one + 100
     assert Image.of(picture(0)) is used
     newest, used = Image.of(picture(19)), None  # type: ignore[assignment]
     for seed in range(20, 40):
         Image.of(picture(seed))
     assert newest.uuid == Image.of(picture(19)).uuid
     large = Image.of(picture(99, size=(400, 300)))
-    assert media._cache.kept_bytes <= 3 * one + 100
+    assert images._cache.kept_bytes <= 3 * one + 100
     assert Image.of(picture(99, size=(400, 300))) is large
 
 
@@ -258,7 +258,7 @@ def test_many_threads_get_one_image_and_the_count_stays_right() -> None:
     for thread in threads:
         thread.join()
     assert all(mine[index] is found[0][index] for mine in found for index in range(8))
-    assert media._cache.kept_bytes == sum(len(image.data) for image in found[0])
+    assert images._cache.kept_bytes == sum(len(image.data) for image in found[0])
 
 
 def test_a_thousand_conversations_with_five_images_each_cost_little_more_than_the_images() -> None:
@@ -490,7 +490,7 @@ def episodes(conversations: int, steps: int, *, others: int = 0, flushed_at: int
     rng = random.Random(5)
     server, ledger = Server(745), Ledger()
     at = [0] * conversations
-    misses = images = as_ids = 0
+    misses = total = as_ids = 0
     for turn in range(conversations * steps):
         shown = 745 if turn == flushed_at else others
         server.answers(Encoded((), tuple(f"of another {turn} {number}" for number in range(shown))))
@@ -505,8 +505,8 @@ def episodes(conversations: int, steps: int, *, others: int = 0, flushed_at: int
             sent = Encoded((), tuple(uuids))
             assert server.answers(sent)
         ledger.learn("life", sent.uuids)
-        images, as_ids = images + len(uuids), as_ids + len(sent.as_ids)
-    return misses / (conversations * steps), as_ids / images
+        total, as_ids = total + len(uuids), as_ids + len(sent.as_ids)
+    return misses / (conversations * steps), as_ids / total
 
 
 def test_what_fits_into_the_server_goes_as_ids() -> None:

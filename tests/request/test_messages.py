@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from managed_vllm.errors import BadRequestError
-from managed_vllm.media import Image, ImagePart
-from managed_vllm.messages import conversation
+from managed_vllm.request.images import Image, ImagePart
+from managed_vllm.request.messages import conversation
 
 pillow = pytest.importorskip("PIL.Image")
 numpy = pytest.importorskip("numpy")

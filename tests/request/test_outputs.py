@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from managed_vllm.outputs import CompletionOutput, Logprob, RequestOutput
-from managed_vllm.request_fields import with_candidates_as_ids
-from managed_vllm.sampling import SamplingParams
+from managed_vllm.request.fields import with_candidates_as_ids
+from managed_vllm.request.outputs import CompletionOutput, Logprob, RequestOutput
+from managed_vllm.request.sampling import SamplingParams
 
 # -- vLLM's own way from an engine's logprobs to a route's answer ------------------------------------------------------
 

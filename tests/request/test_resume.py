@@ -24,8 +24,8 @@ from processes import INSTANT, engine_on_one_core, tree
 
 from managed_vllm import ManagedVLLM, RestartPolicy, RetryPolicy, ServerStatus, demo
 from managed_vllm.errors import ConfigError, ServerDiedError
-from managed_vllm.outputs import RequestOutput
-from managed_vllm.resume import RESUME_FROM, Events, Generation, Lost, is_long, obstacle
+from managed_vllm.request.outputs import RequestOutput
+from managed_vllm.request.resume import RESUME_FROM, Events, Generation, Lost, is_long, obstacle
 
 # -- a model of vLLM's answers -----------------------------------------------------------------------------------------
 

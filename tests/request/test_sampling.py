@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from managed_vllm import SamplingParams
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
-from managed_vllm.request_fields import BOTH_ROUTES, CHAT_ONLY, COMPLETIONS_ONLY, REFUSED, Common, checked, known
-from managed_vllm.sampling import REFUSED as REFUSED_PARAMETERS
-from managed_vllm.sampling import REFUSED_IN_STRUCTURED_OUTPUTS, StructuredOutputsParams
+from managed_vllm.request.fields import BOTH_ROUTES, CHAT_ONLY, COMPLETIONS_ONLY, REFUSED, Common, checked, known
+from managed_vllm.request.sampling import REFUSED as REFUSED_PARAMETERS
+from managed_vllm.request.sampling import REFUSED_IN_STRUCTURED_OUTPUTS, StructuredOutputsParams
 
 FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
 

@@ -16,24 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from startup_failures import STARTUP_FAILURES, StartupFailure
 
-from managed_vllm import diagnosis as diagnosis_module
-from managed_vllm.diagnosis import (
-    Cause,
-    Diagnosis,
-    Progress,
-    Stage,
-    StartupLog,
+from managed_vllm.errors import EngineDiedError, LaunchError, StartupError, StartupTimeoutError, error_for
+from managed_vllm.server import diagnosis as diagnosis_module
+from managed_vllm.server import failure_rules
+from managed_vllm.server.diagnosis import (
     could_not_launch,
     crash_loop,
     diagnose,
     diagnose_first_request,
-    error_for,
     timed_out,
     unwell,
 )
-from managed_vllm.errors import EngineDiedError, LaunchError, StartupError, StartupTimeoutError
+from managed_vllm.server.startup_log import StartupLog
+from managed_vllm.status import Cause, Diagnosis, Progress, Stage
 
-LOGS = Path(__file__).parent / "data" / "startup_logs"
+LOGS = Path(__file__).parent.parent / "data" / "startup_logs"
 OUTCOMES = json.loads((LOGS / "outcomes.json").read_text())
 
 
@@ -625,7 +622,7 @@ def test_no_answer_makes_diagnose_first_request_raise(status: int | None, body: 
 def test_a_long_log_with_long_lines_is_read_within_a_second() -> None:
     lines = [line for name in OUTCOMES if name != "vllm_missing" for line in recorded(name)]
     found = subprocess.run(
-        [sys.executable, "-c", "import sys, time\nfrom managed_vllm.diagnosis import diagnose\n"
+        [sys.executable, "-c", "import sys, time\nfrom managed_vllm.server.diagnosis import diagnose\n"
          "lines = sys.stdin.read().split('\\n') + ['Loading x shards' * 5000, 'x' * 100000]\n"
          "began = time.process_time(); diagnose(lines, returncode=1); print(time.process_time() - began)"],
         input="\n".join(lines), capture_output=True, text=True, check=True,
@@ -686,7 +683,7 @@ def test_every_rule_fills_its_texts_from_its_own_groups() -> None:
     import re
     import string
 
-    rules = (*diagnosis_module._RULES, *diagnosis_module._DEATHS, *diagnosis_module._FIRST_REQUEST)
+    rules = (*failure_rules.RULES, *failure_rules.DEATHS, *failure_rules.FIRST_REQUEST)
     for rule in rules:
         assert rule.summary
         assert rule.remedy
@@ -727,7 +724,9 @@ def test_a_timeout_says_how_far_the_start_had_come() -> None:
 
 
 def test_importing_it_takes_the_standard_library_only() -> None:
-    code = "import sys; import managed_vllm.diagnosis; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    code = (
+        "import sys; import managed_vllm.server.diagnosis; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    )
     before = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     ours = {name for name in before if name not in sys.stdlib_module_names and not name.startswith("_")}
     assert ours <= {

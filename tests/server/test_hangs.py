@@ -16,8 +16,8 @@ from processes import INSTANT, eventually, tree
 
 from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy, ServerStatus
 from managed_vllm.config import WatchPolicy
-from managed_vllm.diagnosis import Cause, Diagnosis, Stage
 from managed_vllm.errors import ConfigError, StartupTimeoutError
+from managed_vllm.status import Cause, Diagnosis, Stage
 
 PROMPT = "what next?"
 EXPECTED = standin.continuation(standin.prompt_ids(PROMPT), 8)
@@ -120,7 +120,7 @@ def test_a_hang_under_a_request_is_found_and_the_request_is_answered(
 def test_stacks_come_from_within_where_py_spy_is_missing(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from managed_vllm import stacks
+    from managed_vllm.server import stacks
 
     monkeypatch.setattr(stacks, "_py_spy", lambda: None)
     with server(HangPolicy.never(), faults=str(tmp_path)) as llm:

@@ -16,7 +16,8 @@ import pytest
 import standin
 from processes import eventually
 
-from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, leftovers
+from managed_vllm import ManagedVLLM, RestartPolicy, ServerState
+from managed_vllm.server import leftovers
 
 _NVML = """
 import json, os

@@ -15,12 +15,13 @@ import pytest
 import standin
 from processes import INSTANT, assert_nothing_left, eventually, is_live, tree
 
-from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, ServerStatus, registry
-from managed_vllm.diagnosis import Cause
+from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, ServerStatus
 from managed_vllm.errors import EngineArgumentError, EngineDiedError, ManagedVLLMError, RequestTimeout
 from managed_vllm.in_server.managed_vllm_lifeline import start_time
+from managed_vllm.instance import directory
+from managed_vllm.status import Cause
 
-TESTS = Path(__file__).parent
+PATH = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "helpers")]
 AT_ONCE = RestartPolicy(max_restarts=100, backoff_initial_s=0.05, backoff_max_s=0.2)
 
 
@@ -36,7 +37,7 @@ def server(restart: RestartPolicy = AT_ONCE, *, on_status: Any = None, wait: boo
     )
 
 
-def segments(instance: registry.Instance) -> list[Path]:
+def segments(instance: directory.Instance) -> list[Path]:
     """The server's segments of shared memory, once they are recorded."""
     return [
         Path(path)
@@ -116,7 +117,7 @@ def test_a_crash_loop_is_given_up_and_every_waiter_gets_the_same_diagnosis(
             [
                 sys.executable,
                 "-c",
-                f"import sys, time; sys.path.insert(0, {str(TESTS)!r}); import test_recovery as s\n{code}",
+                f"import sys, time; sys.path[:0] = {PATH!r}; import test_recovery as s\n{code}",
             ],
             stdout=subprocess.PIPE,
             text=True,
@@ -177,7 +178,7 @@ def test_the_supervisor_learns_of_an_exit_from_the_kernel(home: Path) -> None:
 
 def test_leaked_shared_memory_and_sockets_are_gone_before_the_next_start(home: Path) -> None:
     with server(tree=True, shm=True) as llm:
-        instance = registry.instances(home)[0]
+        instance = directory.instances(home)[0]
         leaked = segments(instance)
         assert all(path.exists() for path in leaked)
         record = instance.read_record()
@@ -198,7 +199,7 @@ def test_leaked_shared_memory_and_sockets_are_gone_before_the_next_start(home: P
 
 def test_an_ordinary_end_leaves_the_resource_tracker_the_time_to_tidy_up(home: Path) -> None:
     with server(tree=True, shm=True) as llm:
-        instance = registry.instances(home)[0]
+        instance = directory.instances(home)[0]
         own = segments(instance)
         llm.restart()
         assert not any(path.exists() for path in own)
@@ -209,7 +210,7 @@ def test_an_ordinary_end_leaves_the_resource_tracker_the_time_to_tidy_up(home: P
 
 def test_shared_memory_of_a_server_whose_supervisor_was_killed_is_removed_by_down(home: Path) -> None:
     with server(tree=True, shm=True) as llm:
-        leaked = segments(registry.instances(home)[0])
+        leaked = segments(directory.instances(home)[0])
         supervisor = psutil.Process(llm.status().supervisor_pid)
         supervisor.suspend()
         _kill_at_once(llm)
@@ -236,10 +237,10 @@ def _kill_at_once(llm: ManagedVLLM) -> None:
 
 def test_an_orphan_in_a_session_of_its_own_is_ended_before_the_next_start(home: Path) -> None:
     with server(orphans=True) as llm:
-        instance = registry.instances(home)[0]
+        instance = directory.instances(home)[0]
         pid = llm.status().server_pid
         orphans = eventually(
-            lambda: [p for p in registry.marked_processes(instance) if p.pid != pid], "it has left an orphan"
+            lambda: [p for p in directory.marked_processes(instance) if p.pid != pid], "it has left an orphan"
         )
         llm.restart()
         assert not any(is_live(process) for process in orphans)
@@ -286,11 +287,11 @@ def test_a_fault_of_the_supervisor_itself_is_told_and_leaves_nothing(
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "if any('managed_vllm.supervisor' in word for word in sys.orig_argv):\n"
-        "    import managed_vllm.diagnosis as d\n"
+        "    import managed_vllm.server.diagnosis as d\n"
         "    def broken(*a, **k): raise RuntimeError('a fault of ours')\n"
         "    d.StartupLog.__init__ = broken\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(registry.__file__).parent.parent}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(directory.__file__).parent.parent}")
     with pytest.raises(ManagedVLLMError, match="supervisor failed") as caught, server():
         pass
     assert "a fault of ours" in str(caught.value)
@@ -301,14 +302,14 @@ def test_a_flooded_log_takes_nothing_down(home: Path, tmp_path: Path) -> None:
     with server(faults=str(tmp_path)) as llm:
         (tmp_path / "1-flood").touch()
         assert llm.generate("x", {"max_tokens": 4}, timeout=60)[0].epoch == 1
-        folder = registry.instances(home)[0].folder
+        folder = directory.instances(home)[0].folder
         assert sum(path.stat().st_size for path in folder.glob("server.log*")) < 80 << 20
         assert start_time(llm.status().server_pid or 0) is not None
 
 
 def test_a_starter_killed_in_the_middle_leads_to_no_second_supervisor(home: Path) -> None:
     # The supervisor is slow to import, and its starter is killed before it listens: the next user waits for that one.
-    code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_recovery as s\ns.server(tree=True).start()"
+    code = f"import sys; sys.path[:0] = {PATH!r}; import test_recovery as s\ns.server(tree=True).start()"
     for _ in range(3):
         starter = subprocess.Popen([sys.executable, "-c", code])
         eventually(lambda: list(home.glob("*/supervisor.lock")), "it has begun")
@@ -316,7 +317,7 @@ def test_a_starter_killed_in_the_middle_leads_to_no_second_supervisor(home: Path
         starter.wait()
         with server(tree=True) as llm:
             assert llm.generate("x")[0].outputs[0].text.startswith("echo x")
-            instance = registry.instances(home)[0]
+            instance = directory.instances(home)[0]
             supervisors = [
                 process
                 for process in psutil.process_iter(["cmdline"])

@@ -18,9 +18,9 @@ from managed_vllm.agent.actions.json_actions import (
     parse_json_actions,
     parse_tool_calls,
 )
+from managed_vllm.agent.actions.json_form import action_from_dict, action_to_dict
 from managed_vllm.agent.actions.pyautogui_source import to_pyautogui
-from managed_vllm.agent.actions.records import action_from_dict, action_to_dict
-from managed_vllm.agent.actions.types import (
+from managed_vllm.agent.actions.typed import (
     Action,
     Button,
     CallUser,

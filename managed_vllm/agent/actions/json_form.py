@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from managed_vllm.agent.actions.types import (
+from managed_vllm.agent.actions.typed import (
     Action,
     Button,
     CallUser,

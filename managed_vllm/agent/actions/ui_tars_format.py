@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 
 from managed_vllm.agent.actions.coordinates import FACTOR, MAX_PIXELS, MIN_PIXELS, Coordinates, Frame
-from managed_vllm.agent.actions.types import (
+from managed_vllm.agent.actions.typed import (
     Action,
     Button,
     CallUser,

@@ -298,7 +298,7 @@ _DONE = (26, 122, 66)
 _LIGHTS = ((236, 106, 94), (244, 191, 79), (97, 197, 84))
 
 _COMPRESS_LEVEL = 1
-"""zlib's for PNG, as in `managed_vllm.media`."""
+"""zlib's for PNG, as in `managed_vllm.request.images`."""
 
 
 @functools.lru_cache(maxsize=32)

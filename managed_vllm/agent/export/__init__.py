@@ -28,7 +28,7 @@ from typing import Literal, Protocol, get_args
 
 from managed_vllm.agent.export import skyrl, verl
 from managed_vllm.agent.export.atif import AtifWriter
-from managed_vllm.agent.export.images import ExportedImages
+from managed_vllm.agent.export.image_files import ExportedImages
 from managed_vllm.agent.export.lines import ABOUT, LinesWriter
 from managed_vllm.agent.export.samples import Per
 from managed_vllm.agent.export.skyrl import TrajectoryID, load_skyrl

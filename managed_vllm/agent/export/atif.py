@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from managed_vllm.agent.actions import Custom, action_to_dict
-from managed_vllm.agent.export.images import ExportedImages
+from managed_vllm.agent.export.image_files import ExportedImages
 from managed_vllm.agent.export.samples import name_of, reward_of
 from managed_vllm.agent.types import ImageRef, Message, Step, Trajectory
 from managed_vllm.errors import ExportError

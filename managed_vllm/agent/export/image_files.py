@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from managed_vllm.agent.images import ImageStore
+from managed_vllm.agent.image_store import ImageStore
 from managed_vllm.agent.types import ImageRef
 from managed_vllm.errors import ExportError
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from managed_vllm.agent.export.images import ExportedImages
+from managed_vllm.agent.export.image_files import ExportedImages
 from managed_vllm.agent.export.samples import Per, Sample, samples_of
 from managed_vllm.agent.types import Trajectory
 from managed_vllm.errors import ExportError

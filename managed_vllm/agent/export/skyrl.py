@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from managed_vllm.agent.export.images import ExportedImages, load_images
+from managed_vllm.agent.export.image_files import ExportedImages, load_images
 from managed_vllm.agent.export.lines import read_lines
 from managed_vllm.agent.export.samples import Sample, name_of, reward_of
 from managed_vllm.errors import ExportError

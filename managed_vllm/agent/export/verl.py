@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from managed_vllm.agent.export.images import ExportedImages, load_images
+from managed_vllm.agent.export.image_files import ExportedImages, load_images
 from managed_vllm.agent.export.lines import read_lines
 from managed_vllm.agent.export.samples import Sample, reward_of, turns_of
 
