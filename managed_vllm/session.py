@@ -366,7 +366,7 @@ class ManagedVLLM:
 
         False: the one that was spawned was killed at once.
         """
-        from managed_vllm import supervisor
+        from managed_vllm.instance import spawn  # here: import time
 
         spec.check()
         try:
@@ -376,7 +376,7 @@ class ManagedVLLM:
                 if directory.is_alive(instance):
                     time.sleep(0.01)
                     return True
-                self._started_it = supervisor.spawn(instance, spec, self._watch, self._address)
+                self._started_it = spawn.start_supervisor(instance, spec, self._watch, self._address)
                 return self._started_it
         except (StateDirectoryError, SupervisorError):
             raise

@@ -1,7 +1,7 @@
 """The supervisor: one small process per server; it alone starts, restarts and ends vLLM.
 
-`spawn` is called by the first user, under the instance's start lock; `main` is the process. What the process does, in
-order:
+It is spawned by the first user (`managed_vllm.instance.spawn`), under the instance's start lock; `main` is its entry
+point. What it does, in order:
 
 1. Detaches from the user that started it, becomes subreaper, listens on `control.sock`. `supervisor.lock` was taken by
    that user and handed on.
@@ -28,10 +28,8 @@ import json
 import logging
 import os
 import secrets
-import select
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,9 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-import managed_vllm
 from managed_vllm.config import Address, ServerSpec, WatchPolicy
-from managed_vllm.errors import SupervisorError
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance import channel, directory
 from managed_vllm.instance.directory import Instance
@@ -67,87 +63,6 @@ _LOOK_S = 1.0
 _SHARED_MEMORY_S = 60.0
 _PR_SET_CHILD_SUBREAPER = 36
 _PORT_RACES = 5
-
-
-# -- spawning, in the user's process -----------------------------------------------------------------------------------
-
-
-def spawn(
-    instance: Instance, spec: ServerSpec, watch: WatchPolicy, address: Address, *, timeout_s: float = 45.0
-) -> bool:
-    """Starts the supervisor of an instance; returns True as soon as it listens on the control socket.
-
-    True, too, if there is one already. False: it was killed before it came so far, and another one may be started. The
-    caller holds the instance's start lock. Raises `SupervisorError` if it fails, or does not come up within
-    `timeout_s` seconds.
-    """
-    # The supervisor's lock is taken here and handed on: if we are killed in the middle, nobody starts a second one.
-    lock = instance.take_supervisor_lock()
-    if lock is None:
-        return True
-    try:
-        return _spawn(instance, spec, watch, address, lock, timeout_s)
-    finally:
-        instance.hand_on_lock(lock)
-
-
-def _spawn(
-    instance: Instance, spec: ServerSpec, watch: WatchPolicy, address: Address, lock: int, timeout_s: float
-) -> bool:
-    order = {
-        "home": str(instance.home),
-        "id": instance.id,
-        "spec": spec.to_dict(),
-        "watch": watch.to_dict(),
-        "address": dataclasses.asdict(address),
-    }
-    package_parent = str(Path(managed_vllm.__file__).parent.parent)
-    code = f"import sys; sys.path.insert(0, {package_parent!r}); from managed_vllm.supervisor import main; main()"
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in (lifeline.MARKER, lifeline.SUPERVISOR, lifeline.ROOT, "PYTHONHOME")
-    }
-    failed = instance.folder / "supervisor.failed"
-    failed.unlink(missing_ok=True)
-    # A pipe as its sign of life: it says when it listens, and the kernel closes it when it dies.
-    life, theirs = os.pipe()
-    try:
-        try:
-            with open(os.open(instance.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
-                starter = subprocess.Popen(
-                    [sys.executable, "-P", "-c", code, instance.id],
-                    stdin=subprocess.PIPE,
-                    stdout=output,
-                    stderr=output,
-                    cwd="/",
-                    env=environment,
-                    start_new_session=True,
-                    pass_fds=(theirs, lock),
-                )
-        finally:
-            os.close(theirs)
-        # The first process forks the supervisor proper and ends, so the supervisor is nobody's child.
-        try:
-            starter.communicate(json.dumps({**order, "life": theirs, "lock": lock}).encode(), timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            starter.kill()
-            starter.wait()
-            raise SupervisorError("the supervisor process did not start", instance=instance.id) from None
-        came, _, _ = select.select([life], [], [], timeout_s)
-        if came and os.read(life, 1):
-            return True
-        if came and starter.returncode <= 0 and not failed.exists():
-            return False
-    finally:
-        os.close(life)
-    said = ""
-    with contextlib.suppress(OSError):
-        said = instance.supervisor_log.read_text(errors="replace")[-2000:]
-    raise SupervisorError(f"the supervisor process did not come up; it said:\n{said}", instance=instance.id)
-
-
-# -- the process -------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -179,7 +94,7 @@ def main() -> None:
     except BaseException:
         log.exception("the supervisor failed")
         with contextlib.suppress(OSError):
-            (instance.folder / "supervisor.failed").touch()
+            instance.failed_mark.touch()
         raise
 
 

@@ -111,6 +111,11 @@ class Instance:
         return self.folder / "supervisor.log"
 
     @property
+    def failed_mark(self) -> Path:
+        """Made by a supervisor that ends by a fault of its own: who waits for it must not start another one."""
+        return self.folder / "supervisor.failed"
+
+    @property
     def events_path(self) -> Path:
         return self.folder / "events.jsonl"
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import standin
 
-import managed_vllm.supervisor  # noqa: F401  # what the first use would import, before the fork
+import managed_vllm.instance.spawn  # noqa: F401  # what the first use would import, before the fork
 from managed_vllm import HangPolicy, ManagedVLLM, ManagedVLLMError, RestartPolicy
 
 _TOKENS = (2, 3, 5, 16, 16, 40, 120)

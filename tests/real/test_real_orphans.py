@@ -32,7 +32,7 @@ VERDICT_S = 10.0
 """After this long nothing may be alive."""
 
 NEXT_S = 15.0
-"""A user whose supervisor dies before it has been reached finds out after 45 s (`supervisor.spawn`)."""
+"""A user whose supervisor dies before it has been reached finds out after 45 s (`instance.spawn`)."""
 
 USER = """
 import sys

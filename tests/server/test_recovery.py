@@ -287,11 +287,11 @@ def test_a_fault_of_the_supervisor_itself_is_told_and_leaves_nothing(
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "if any('managed_vllm.supervisor' in word for word in sys.orig_argv):\n"
-        "    import managed_vllm.server.diagnosis as d\n"
+        "    import managed_vllm.server.startup_log as d\n"
         "    def broken(*a, **k): raise RuntimeError('a fault of ours')\n"
         "    d.StartupLog.__init__ = broken\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(directory.__file__).parent.parent}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(directory.__file__).parents[2]}")
     with pytest.raises(ManagedVLLMError, match="supervisor failed") as caught, server():
         pass
     assert "a fault of ours" in str(caught.value)

@@ -1,0 +1,105 @@
+"""Starting a supervisor, from the user's side.
+
+The first user of an instance spawns its supervisor under the instance's start lock and waits until it listens. What
+must hold:
+
+1. `supervisor.lock` is taken here and handed on by its descriptor, so that there is no moment in which a second user
+   finds it free, whoever is killed.
+2. Nobody waits for a supervisor that is dead: it holds the end of a pipe, and the kernel closes that with it.
+
+The process itself is `managed_vllm.supervisor`, run by its name: no user imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import managed_vllm
+from managed_vllm.config import Address, ServerSpec, WatchPolicy
+from managed_vllm.errors import SupervisorError
+from managed_vllm.in_server import managed_vllm_lifeline as lifeline
+from managed_vllm.instance.directory import Instance
+
+_NOT_INHERITED = (lifeline.MARKER, lifeline.SUPERVISOR, lifeline.ROOT, "PYTHONHOME")
+"""Variables of ours that belong to one server: whoever spawns may itself run inside of another one."""
+
+
+def start_supervisor(
+    instance: Instance, spec: ServerSpec, watch: WatchPolicy, address: Address, *, timeout_s: float = 45.0
+) -> bool:
+    """Starts the supervisor of an instance; returns True as soon as it listens on the control socket.
+
+    True, too, if there is one already. False: it was killed before it came so far, and another one may be started. The
+    caller holds the instance's start lock. Raises `SupervisorError` if it fails, or does not come up within
+    `timeout_s` seconds.
+    """
+    lock = instance.take_supervisor_lock()
+    if lock is None:
+        return True
+    try:
+        return _spawn(
+            instance,
+            {"spec": spec.to_dict(), "watch": watch.to_dict(), "address": asdict(address)},
+            lock,
+            timeout_s,
+        )
+    finally:
+        instance.hand_on_lock(lock)
+
+
+def _spawn(instance: Instance, order: dict[str, Any], lock: int, timeout_s: float) -> bool:
+    instance.failed_mark.unlink(missing_ok=True)
+    life, theirs = os.pipe()
+    try:
+        order = {"home": str(instance.home), "id": instance.id, "life": theirs, "lock": lock, **order}
+        try:
+            starter = _run_starter(instance, order, timeout_s)
+        finally:
+            os.close(theirs)
+        listens_or_ended, _, _ = select.select([life], [], [], timeout_s)
+        if listens_or_ended and os.read(life, 1):
+            return True
+        if listens_or_ended and starter.returncode <= 0 and not instance.failed_mark.exists():
+            return False  # killed, by no fault of its own
+    finally:
+        os.close(life)
+    raise SupervisorError(f"the supervisor process did not come up; it said:\n{_said(instance)}", instance=instance.id)
+
+
+def _run_starter(instance: Instance, order: dict[str, Any], timeout_s: float) -> subprocess.Popen[bytes]:
+    """Runs the process that forks the supervisor proper and ends, so that the supervisor is nobody's child."""
+    package_parent = str(Path(managed_vllm.__file__).parent.parent)
+    code = f"import sys; sys.path.insert(0, {package_parent!r}); from managed_vllm.supervisor import main; main()"
+    with open(os.open(instance.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
+        starter = subprocess.Popen(
+            [sys.executable, "-P", "-c", code, instance.id],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            cwd="/",
+            env={name: value for name, value in os.environ.items() if name not in _NOT_INHERITED},
+            start_new_session=True,
+            pass_fds=(order["life"], order["lock"]),
+        )
+    try:
+        starter.communicate(json.dumps(order).encode(), timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        starter.kill()
+        starter.wait()
+        raise SupervisorError("the supervisor process did not start", instance=instance.id) from None
+    return starter
+
+
+def _said(instance: Instance) -> str:
+    """The end of the supervisor's log."""
+    with contextlib.suppress(OSError):
+        return instance.supervisor_log.read_text(errors="replace")[-2000:]
+    return ""
