@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import os
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+from managed_vllm import forks
 from managed_vllm.errors import (
     BadRequestError,
     ManagedVLLMError,
@@ -737,7 +737,7 @@ def _encoders() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(4, thread_name_prefix="managed-vllm-images")
 
 
-os.register_at_fork(after_in_child=_encoders.cache_clear)  # its threads stayed with the parent
+forks.call_in_child(_encoders.cache_clear)  # its threads stayed with the parent
 
 
 # -- many --------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import filelock
 
+from managed_vllm import forks
 from managed_vllm.config import Address, HangPolicy, RestartPolicy, ServerSpec, WatchPolicy
 from managed_vllm.errors import (
     ConfigError,
@@ -801,4 +802,4 @@ def _after_fork_in_child() -> None:
             channel.close()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.call_in_child(_after_fork_in_child)

@@ -262,5 +262,7 @@ class ServerStatus:
 
 
 def is_loopback(host: str) -> bool:
-    """True for `localhost`, 127.0.0.0/8 and ::1."""
-    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", host) is not None
+    """Whether a host is this machine and reached by nobody else: `localhost`, 127.0.0.0/8, `::1`, `[::1]`."""
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    return host.lower() in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None

@@ -22,7 +22,6 @@ import functools
 import json
 import logging
 import math
-import os
 import re
 import struct
 import time
@@ -33,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from managed_vllm import forks
 from managed_vllm.agent.actions import Action, ActionParseError, CallUser, Finished
 from managed_vllm.agent.conversation import Conversation, Turn, images_of
 from managed_vllm.agent.environment import Environment
@@ -639,8 +639,8 @@ def _keepers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(4, thread_name_prefix="managed-vllm-screenshots")
 
 
-os.register_at_fork(after_in_child=_keepers.cache_clear)  # its threads stayed with the parent
-os.register_at_fork(after_in_child=own_images.cache_clear)
+forks.call_in_child(_keepers.cache_clear)  # its threads stayed with the parent
+forks.call_in_child(own_images.cache_clear)
 
 
 # -- what the server said ----------------------------------------------------------------------------------------------

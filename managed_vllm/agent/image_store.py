@@ -28,6 +28,7 @@ from pathlib import Path
 
 import psutil
 
+from managed_vllm import forks
 from managed_vllm.agent.types import ImageRef
 from managed_vllm.errors import BadRequestError, RunStoreError
 from managed_vllm.request.images import Image, StoredImage
@@ -214,7 +215,7 @@ def _after_fork() -> None:
     _making = threading.Lock()  # another thread may have held it
 
 
-os.register_at_fork(after_in_child=_after_fork)
+forks.call_in_child(_after_fork)
 
 
 def unusable(path: Path, error: OSError) -> RunStoreError:

@@ -46,6 +46,7 @@ from typing import Any
 
 import msgspec
 
+from managed_vllm import forks
 from managed_vllm.agent import trajectory_codec
 from managed_vllm.agent.image_store import ImageStore, unusable
 from managed_vllm.agent.types import FailureClass, StopReason, Trajectory
@@ -547,7 +548,7 @@ def _after_fork() -> None:
             store._lock.close()  # our copy only: the lock stays the parent's, and does not outlive it
 
 
-os.register_at_fork(after_in_child=_after_fork)
+forks.call_in_child(_after_fork)
 
 
 # -- lines and blocks --------------------------------------------------------------------------------------------------

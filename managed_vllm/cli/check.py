@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 
@@ -80,11 +79,7 @@ def run_checks(
 ) -> tuple[list[Result], ExternalServerError | None]:
     """Asks the server all questions; the error is the one that made further questions senseless."""
     results: list[Result] = []
-    with requests.Session() as http:
-        # A proxy must not see what is meant for this machine.
-        http.trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
-        if key:
-            http.headers["Authorization"] = f"Bearer {key}"
+    with external.http_session(url, key) as http:
         results.append(_timed("health", lambda: _health(http, url, timeout_s)))
         started = time.monotonic()
         try:

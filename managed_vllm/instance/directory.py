@@ -31,6 +31,7 @@ from typing import Any
 import filelock
 import psutil
 
+from managed_vllm import forks
 from managed_vllm.errors import ConfigError, ConfigMismatchError, StateDirectoryError
 from managed_vllm.in_server.managed_vllm_lifeline import MARKER
 from managed_vllm.server import leftovers
@@ -239,7 +240,7 @@ def _forget_taken() -> None:
         os.close(_taken.pop())
 
 
-os.register_at_fork(after_in_child=_forget_taken)
+forks.call_in_child(_forget_taken)
 
 
 def instances(home: Path) -> list[Instance]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import requests
-
 from managed_vllm.errors import AuthenticationError, ConfigError, ModelNotServedError, ServerUnreachableError
-from managed_vllm.status import Connection
+from managed_vllm.status import Connection, is_loopback
+
+if TYPE_CHECKING:
+    import requests
 
 URL_VARIABLE, MODEL_VARIABLE, KEY_VARIABLE = "VLLM_SERVER_URL", "VLLM_MODEL_NAME", "VLLM_API_KEY"
 
@@ -39,12 +41,12 @@ def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: 
     Without a model the server must serve exactly one (LoRA adapters of it don't count). Raises `ConfigError`,
     `ServerUnreachableError`, `AuthenticationError` or `ModelNotServedError`.
     """
+    import requests  # here: loading it takes longer than everything else of attaching
+
     url = normalized_url(base_url)
-    session = requests.Session()
-    session.trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        response = session.get(f"{url}/models", headers=headers, timeout=timeout_s)
+        with http_session(url, api_key) as http:
+            response = http.get(f"{url}/models", timeout=timeout_s)
     except requests.ConnectionError as error:
         raise ServerUnreachableError(
             f"nothing answers at {url} ({_reason(error)}); is the server running, are host and port right?",
@@ -52,8 +54,6 @@ def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: 
         ) from error
     except requests.RequestException as error:
         raise ServerUnreachableError(f"{url} gave no answer within {timeout_s:g} s: {error}", base_url=url) from error
-    finally:
-        session.close()
     if response.status_code in (401, 403):
         what = "refuses this API key" if api_key else "wants an API key"
         raise AuthenticationError(
@@ -84,6 +84,17 @@ def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: 
     return Connection(base_url=url, api_key=api_key or "", model=model or roots[0])
 
 
+def http_session(url: str, api_key: str | None) -> requests.Session:
+    """A session for a server at `url` that sends its key. No proxy sees what is meant for this machine."""
+    import requests
+
+    session = requests.Session()
+    session.trust_env = not is_loopback(urlsplit(url).hostname or "")
+    if api_key:
+        session.headers["Authorization"] = f"Bearer {api_key}"
+    return session
+
+
 def _served(response: requests.Response) -> Sequence[tuple[str, str | None]] | None:
     try:
         return [(str(entry["id"]), entry.get("parent")) for entry in response.json()["data"]]
@@ -92,6 +103,7 @@ def _served(response: requests.Response) -> Sequence[tuple[str, str | None]] | N
 
 
 def _reason(error: Exception) -> str:
+    """What the operating system said, below the layers of urllib3."""
     cause: BaseException = error
     while (inner := cause.__cause__ or cause.__context__) is not None:
         cause = inner

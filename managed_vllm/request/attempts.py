@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import errno
 import functools
-import os
 import re
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 import aiohttp
 import msgspec
 
+from managed_vllm import forks
 from managed_vllm.errors import (
     AuthenticationError,
     BadRequestError,
@@ -714,4 +714,4 @@ def _everybody() -> Iterator[Exchange]:
         yield from list(_live)
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.call_in_child(_after_fork_in_child)

@@ -55,6 +55,7 @@ from urllib.request import url2pathname
 
 import msgspec
 
+from managed_vllm import forks
 from managed_vllm.errors import BadRequestError
 
 CACHE_BYTES = 256 * 2**20
@@ -348,7 +349,7 @@ class _Cache:
 
 
 _cache = _Cache(CACHE_BYTES)
-os.register_at_fork(after_in_child=_cache.reset)  # another thread may have held the lock
+forks.call_in_child(_cache.reset)  # another thread may have held the lock
 
 
 # -- in a message ------------------------------------------------------------------------------------------------------

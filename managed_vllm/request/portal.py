@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import os
 import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+
+from managed_vllm import forks
 
 T = TypeVar("T")
 
@@ -101,4 +102,4 @@ def _after_fork_in_child() -> None:
     _loop = None
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+forks.call_in_child(_after_fork_in_child)

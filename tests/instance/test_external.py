@@ -21,7 +21,8 @@ from managed_vllm.errors import (
     ModelNotServedError,
     ServerUnreachableError,
 )
-from managed_vllm.instance.external import normalized_url
+from managed_vllm.instance.external import http_session, normalized_url
+from managed_vllm.status import is_loopback
 
 
 def free_port() -> int:
@@ -92,3 +93,21 @@ def test_a_wrong_key_a_wrong_model_and_nobody_there_are_told_apart(home: Path, p
 def test_no_url_at_all(home: Path, url: str) -> None:
     with pytest.raises(ConfigError):
         normalized_url(url)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "127.8.9.10", "::1", "[::1]"])
+def test_a_host_of_this_machine_alone(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    "host", ["", "0.0.0.0", "::", "10.0.0.1", "127.example.org", "127.0.0.1.example.org", "1270.0.1"]
+)
+def test_a_host_that_others_reach_or_are(host: str) -> None:
+    assert not is_loopback(host)
+
+
+def test_a_proxy_does_not_see_what_is_meant_for_this_machine() -> None:
+    urls = ["http://127.0.0.2:8000/v1", "http://[::1]:8000/v1", "http://localhost/v1", "http://gpu-box:8000/v1"]
+    assert [http_session(url, None).trust_env for url in urls] == [False, False, False, True]
+    assert http_session(urls[0], "mine").headers["Authorization"] == "Bearer mine"
