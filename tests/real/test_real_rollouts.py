@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from killing import check_after_kills, play_while_killing
 from PIL import Image, ImageDraw
 from processes import own_state
-from test_agent_kills import check_after_kills, play_while_killing
 
 from managed_vllm import ManagedVLLM
 from managed_vllm.agent import (
