@@ -18,7 +18,7 @@ import pytest
 import standin
 from acting_server import acting
 from counting_world import Worlds, right, tasks
-from killing import check_after_kills, play_while_killing
+from killing import Counting, answered, check_after_kills, play_while_killing
 from processes import INSTANT, eventually
 
 from managed_vllm import ManagedVLLM
