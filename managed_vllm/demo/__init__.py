@@ -3,7 +3,8 @@
 It answers a `Screen` (text) with a UI-TARS style action, is carried as package data (1 MB) and was trained on a CPU by
 `python -m managed_vllm.demo.train`, in minutes. So everything that this library does can be tried, tested and taught
 without a download and without a GPU, with a model that really acts. Importing this package loads no torch, no
-transformers and no vLLM.
+transformers and no vLLM; and its own generator of screens only when a name of that is used, because every process that
+attaches to a server imports this one.
 
 `managed_vllm.agent.environments.desktop` is the world in which it acts over several steps.
 `managed_vllm.demo.random_vlm` makes a random vision-language model in seconds, for everything with pictures.
@@ -11,29 +12,32 @@ transformers and no vLLM.
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from managed_vllm.demo.screen import (
-    BUTTONS,
-    COORDINATES,
-    FIELDS,
-    KINDS,
-    LABELS,
-    LEARNT,
-    WORDS,
-    Button,
-    Element,
-    Goal,
-    Kind,
-    Screen,
-    TextField,
-    World,
-    random_buttons,
-    random_screen,
-    random_state,
-    random_world,
-    read_screen,
-)
+if TYPE_CHECKING:
+    from managed_vllm.demo.screen import (
+        BUTTONS,
+        COORDINATES,
+        FIELDS,
+        KINDS,
+        LABELS,
+        LEARNT,
+        WORDS,
+        Button,
+        Element,
+        Goal,
+        Kind,
+        Screen,
+        TextField,
+        World,
+        random_buttons,
+        random_screen,
+        random_state,
+        random_world,
+        read_screen,
+    )
 
 __all__ = [
     "BUTTONS",
@@ -92,3 +96,11 @@ def environment_defaults() -> dict[str, str]:
     """
     # Everything is in the weights' folder, so that nothing may wait for a network.
     return {"HF_HUB_OFFLINE": "1"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module("managed_vllm.demo.screen"), name)
+    globals()[name] = value
+    return value
