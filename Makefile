@@ -2,14 +2,17 @@
 # make test   set up, lint, then the fast tests, two at a time, then those against the real vLLM
 # make soak   what takes hours: 500 chaos runs with the stand-in, 20 with the real vLLM, every matrix in full
 # make setup  only set up; MANAGED_VLLM_SETUP=gpu|cpu|none chooses the server, otherwise what the machine has decides
-# make lint   ruff and mypy
+# make lint   ruff, mypy and the documentation
+# make docs   only the documentation: site/, built without the network; a warning is an error
 # make clean  remove everything that is made
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
+# The variable silences an advertisement of mkdocs-material.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
-.PHONY: setup demo test test-fast test-real soak lint format clean
+.PHONY: setup demo test test-fast test-real soak lint docs format clean
 .NOTPARALLEL:
 
 setup:
@@ -35,11 +38,15 @@ lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(MKDOCS)
+
+docs: setup
+	$(MKDOCS)
 
 format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv .venv-setup.* demo-run build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov
+	rm -rf .venv .venv-setup.* demo-run site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov
 	find managed_vllm tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -37,12 +37,13 @@ def causes() -> str:
             retried.add(is_retried)
         error = errors.error_for(Diagnosis(cause, ""), instance=None, log_path=None)
         answer = retried.pop() if len(retried) == 1 else "depends"
-        rows.append((f"`{cause}`", meanings[cause.name], f"`{type(error).__name__}`", "<br>".join(remedies), answer))
-    return _table(("`diagnosis.cause`", "What it means", "Error", "What to do", "Restarted?"), rows)
+        names = f"`{cause}`<br>`{type(error).__name__}`"
+        rows.append((names, meanings[cause.name], "<br>".join(remedies), answer))
+    return _table(("`diagnosis.cause`, error", "What it means", "What to do", "Restarted?"), rows)
 
 
 def tree() -> str:
-    """Every exception, indented below the one that it derives from."""
+    """Every exception, indented below the one that it derives from. By four blanks, as Python-Markdown wants it."""
     found = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, Exception)]
     ours = [kind for kind in found if kind.__module__ == errors.__name__]
 
@@ -52,7 +53,7 @@ def tree() -> str:
                 others = [f"`{base.__name__}`" for base in kind.__bases__[1:]]
                 also = f" (also {', '.join(others)})" if others else ""
                 first = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
-                yield f"{'  ' * depth}- `{kind.__name__}`{also}: {first}"
+                yield f"{'    ' * depth}- `{kind.__name__}`{also}: {first}"
                 yield from below(kind, depth + 1)
 
     return "\n".join(below(Exception, 0))
