@@ -27,8 +27,8 @@ _HOME_OF = {
     "RequestOutput": "managed_vllm.request.outputs",
     "CompletionOutput": "managed_vllm.request.outputs",
     "Logprob": "managed_vllm.request.outputs",
-    "RestartPolicy": "managed_vllm.config",
-    "HangPolicy": "managed_vllm.config",
+    "RestartPolicy": "managed_vllm.policies",
+    "HangPolicy": "managed_vllm.policies",
     "RetryPolicy": "managed_vllm.request.resume",
     "ServerState": "managed_vllm.status",
     "ServerStatus": "managed_vllm.status",
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from managed_vllm.client import AsyncVLLMClient as AsyncVLLMClient
     from managed_vllm.client import VLLMClient as VLLMClient
     from managed_vllm.client import VLLMClientWrapper as VLLMClientWrapper
-    from managed_vllm.config import HangPolicy as HangPolicy
-    from managed_vllm.config import RestartPolicy as RestartPolicy
     from managed_vllm.errors import ManagedVLLMError as ManagedVLLMError
+    from managed_vllm.policies import HangPolicy as HangPolicy
+    from managed_vllm.policies import RestartPolicy as RestartPolicy
     from managed_vllm.request.images import Image as Image
     from managed_vllm.request.outputs import CompletionOutput as CompletionOutput
     from managed_vllm.request.outputs import Logprob as Logprob

@@ -1,7 +1,8 @@
-"""What to serve and how to watch it: frozen values, their key, and the command that starts the server.
+"""What to serve, and where: frozen values, their key, and the command that starts the server.
 
-`ServerSpec` is the identity: two users whose specs have the same key share one server. `Address` and `WatchPolicy` are
-not part of it; an address that somebody asks for explicitly must match the running server's.
+`ServerSpec` is the identity: two users whose specs have the same key share one server. `Address` and the policies
+(`managed_vllm.policies`) are not part of it; an address that somebody asks for explicitly must match the running
+server's.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from managed_vllm import demo, engine_arguments
 from managed_vllm.errors import ConfigError
-from managed_vllm.status import Cause, is_loopback
+from managed_vllm.policies import SupervisionPolicy
+from managed_vllm.status import is_loopback
 
 PROTOCOL = 1
 """Version of the control channel and of the records; part of the key, so that versions never meet."""
@@ -35,112 +36,6 @@ _NEUTRAL = re.compile(
 """vLLM's variables that do not change what a server answers; all its other variables are part of the key."""
 
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RestartPolicy:
-    """When a server that crashed or hung is started again.
-
-    Before the n-th restart in a row the supervisor waits `backoff_initial_s * backoff_factor**(n-1)`, at most
-    `backoff_max_s` seconds. More than `max_restarts` within `window_s` seconds: the server has failed. A cause that
-    will not go away by itself (no such model, invalid argument, does not fit) is never retried.
-    `not_retried` names further causes (`managed_vllm.status.Cause`, as text) after which the server is given up at
-    once, e.g. `{"worker_died"}`.
-    """
-
-    max_restarts: int = 5
-    window_s: float = 600.0
-    backoff_initial_s: float = 0.5
-    backoff_factor: float = 2.0
-    backoff_max_s: float = 30.0
-    not_retried: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        causes = frozenset(str(cause) for cause in self.not_retried)
-        if unknown := causes - frozenset(Cause):
-            raise ConfigError(
-                f"not_retried: no such cause: {', '.join(sorted(unknown))}; there are: {', '.join(Cause)}",
-                field="not_retried",
-            )
-        object.__setattr__(self, "not_retried", causes)
-        if self.max_restarts < 0:
-            raise ConfigError("max_restarts must be 0 (never restart) or more", field="max_restarts")
-        for name in ("window_s", "backoff_initial_s", "backoff_max_s"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is a duration in seconds and can't be negative", field=name)
-        if self.backoff_factor < 1:
-            raise ConfigError("backoff_factor must be at least 1", field="backoff_factor")
-
-    def delay_s(self, restarts_in_window: int) -> float:
-        """Seconds to wait before the next restart, after this many in the window."""
-        exponent = min(restarts_in_window, 30)
-        return min(self.backoff_max_s, self.backoff_initial_s * self.backoff_factor**exponent)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HangPolicy:
-    """When a server that runs, but does nothing, counts as hung and is restarted. All durations in seconds.
-
-    A server whose metrics show any progress of the engine is busy, never hung, however slow it is. Where they have
-    stood still for `stall_s`, it is asked for one token; where that does not come within `answer_s`, and nothing has
-    moved meanwhile, it is hung. An API server that gives no answer at all, not even to `/health`, is hung after
-    `stall_s + answer_s`. A process of the server that is stopped (state T: SIGSTOP), or a port on which nothing listens
-    any more, is given `stopped_s`. `math.inf` switches a rule off.
-
-    The defaults: one step of the engine may take long (compiling: up to a minute, a huge prompt on a CPU: minutes), and
-    vLLM itself gives one step 300 s (0.32, `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`), so 60 + 180 s stays below that and
-    above all that was measured. Nothing stops a process for ten seconds by accident; debuggers use another state.
-    """
-
-    stall_s: float = 60.0
-    answer_s: float = 180.0
-    stopped_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        for name in ("stall_s", "answer_s", "stopped_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be more than 0 seconds (math.inf: never)", field=name)
-
-    @classmethod
-    def never(cls) -> HangPolicy:
-        """No server is ever taken for hung: for debugging it."""
-        return cls(stall_s=math.inf, answer_s=math.inf, stopped_s=math.inf)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WatchPolicy:
-    """How the supervisor watches its server. All durations in seconds.
-
-    `startup_silence_s` bounds the time without any progress in vLLM's log, `startup_timeout_s` the whole start: a
-    40-minute load that moves is fine, a stuck one is found. `first_request_s` bounds the one-token request that proves
-    readiness, `stop_grace_s` the time between SIGTERM and SIGKILL, `release_s` the wait until the GPU driver has given
-    an ended server's memory back.
-    """
-
-    startup_timeout_s: float = 3600.0
-    startup_silence_s: float = 600.0
-    first_request_s: float = 300.0
-    stop_grace_s: float = 5.0
-    release_s: float = 30.0
-    restart: RestartPolicy = field(default_factory=RestartPolicy)
-    hang: HangPolicy = field(default_factory=HangPolicy)
-
-    def __post_init__(self) -> None:
-        for name in ("startup_timeout_s", "startup_silence_s", "first_request_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be more than 0 seconds", field=name)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, as the supervisor is given it."""
-        data = asdict(self)
-        data["restart"]["not_retried"] = sorted(self.restart.not_retried)
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> WatchPolicy:
-        """The inverse of `to_dict`."""
-        restart = {**data["restart"], "not_retried": frozenset(data["restart"]["not_retried"])}
-        return cls(**{**data, "restart": RestartPolicy(**restart), "hang": HangPolicy(**data["hang"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +206,32 @@ class ServerSpec:
             else ["-m", "vllm.entrypoints.cli.main", "serve", self.model]
         )
         return [python, *launch, *where, "--middleware", "managed_vllm_guard.KeyGuard", *flags]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisorOrder:
+    """All that a supervisor is told: what to serve, where, and how long to wait for it.
+
+    Whoever starts one writes it to the new process, which hands it on to each of its users: with it anybody who is left
+    can start the same server again, at the same address and with the same key. Secrets are in it: never in a file.
+    """
+
+    spec: ServerSpec
+    address: Address
+    policy: SupervisionPolicy
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; a lossless round trip with `from_dict`."""
+        return {"spec": self.spec.to_dict(), "address": asdict(self.address), "policy": self.policy.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SupervisorOrder:
+        """The inverse of `to_dict`."""
+        return cls(
+            spec=ServerSpec.from_dict(data["spec"]),
+            address=Address(**data["address"]),
+            policy=SupervisionPolicy.from_dict(data["policy"]),
+        )
 
 
 def installed_vllm(python: str | os.PathLike[str] | None = None) -> str:

@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 import filelock
 
 from managed_vllm import forks
-from managed_vllm.config import Address, HangPolicy, RestartPolicy, ServerSpec, WatchPolicy
+from managed_vllm.config import Address, ServerSpec, SupervisorOrder
 from managed_vllm.errors import (
     ConfigError,
     ConfigMismatchError,
@@ -42,6 +43,7 @@ from managed_vllm.instance import directory, external
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.startup_view import StartupProgress
+from managed_vllm.policies import HangPolicy, RestartPolicy, SupervisionPolicy
 from managed_vllm.status import Connection, ServerState, ServerStatus
 
 if TYPE_CHECKING:
@@ -78,6 +80,9 @@ class ManagedVLLM:
         uds: listen on a Unix socket instead, no TCP at all.
         keep_alive: seconds that the server outlives its last user. With several users the longest one holds.
         startup_timeout: seconds until a start has failed in any case; `startup_silence` without any sign of life.
+        first_request_timeout: seconds for the one-token request that proves readiness; it may compile kernels.
+        stop_grace: seconds between SIGTERM and SIGKILL when the server is stopped.
+        gpu_release_timeout: longest wait, in seconds, until the driver has given an ended server's GPU memory back.
         env: environment variables for the server; part of what is shared.
         python: another interpreter whose vLLM to run.
         command: any other way to launch an OpenAI-compatible server, as a list of words with `{port}`, `{host}`,
@@ -109,6 +114,9 @@ class ManagedVLLM:
         keep_alive: float | None = None,
         startup_timeout: float = 3600.0,
         startup_silence: float = 600.0,
+        first_request_timeout: float = 300.0,
+        stop_grace: float = 5.0,
+        gpu_release_timeout: float = 30.0,
         env: Mapping[str, str] | None = None,
         python: str | os.PathLike[str] | None = None,
         command: Sequence[str] | None = None,
@@ -136,9 +144,12 @@ class ManagedVLLM:
         self._asked_model = None if model is None else str(model)
         self._address = Address(host=host, port=port, api_key=None if self._base_url else api_key, uds=uds)
         self._asked_address = self._address
-        self._watch = WatchPolicy(
+        self._policy = SupervisionPolicy(
             startup_timeout_s=startup_timeout,
             startup_silence_s=startup_silence,
+            first_request_timeout_s=first_request_timeout,
+            stop_grace_s=stop_grace,
+            gpu_release_timeout_s=gpu_release_timeout,
             restart=restart or RestartPolicy(),
             hang=hang or HangPolicy(),
         )
@@ -377,7 +388,8 @@ class ManagedVLLM:
                 if directory.is_alive(instance):
                     time.sleep(0.01)
                     return True
-                self._started_it = spawn.start_supervisor(instance, spec, self._watch, self._address)
+                order = SupervisorOrder(spec=spec, address=self._address, policy=self._policy)
+                self._started_it = spawn.start_supervisor(instance, order)
                 return self._started_it
         except (StateDirectoryError, SupervisorError):
             raise
@@ -396,21 +408,21 @@ class ManagedVLLM:
         channel.close()
 
     def _admitted(self, channel: Channel, reply: dict[str, Any], instance: Instance) -> Channel:
-        order = reply["order"]
-        running = ServerSpec.from_dict(order["spec"])
+        order = SupervisorOrder.from_dict(reply["order"])
+        running = order.spec
         try:
             if self._spec is not None and self._spec.identity != running.identity:
                 raise ConfigMismatchError(
                     "another server holds this id", differences=self._spec.differences(running), instance=instance.id
                 )
-            self._check_address(order["address"], reply["status"], instance)
+            self._check_address(asdict(order.address), reply["status"], instance)
         except BaseException:
             channel.close()
             raise
         # With these anybody who is left can start the same server again, at the same address and with the same key.
         self._spec = running
-        self._address = Address(**order["address"])
-        self._watch = WatchPolicy.from_dict(order["watch"])
+        self._address = order.address
+        self._policy = order.policy
         return channel
 
     def _check_address(self, running: Mapping[str, Any], status: Mapping[str, Any], instance: Instance) -> None:
@@ -735,7 +747,7 @@ class ManagedVLLM:
         kept = ("_name", "_keep_alive_s", "_wait", "_progress", "_base_url", "_api_key", "_asked_model", "_address")
         return {
             name: getattr(self, name)
-            for name in (*kept, "_asked_address", "_watch", "_retry", "_media_ids", "_spec", "_target")
+            for name in (*kept, "_asked_address", "_policy", "_retry", "_media_ids", "_spec", "_target")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

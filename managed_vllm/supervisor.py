@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from managed_vllm.config import Address, ServerSpec, WatchPolicy
+from managed_vllm.config import SupervisorOrder
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance import channel, directory
 from managed_vllm.instance.directory import Instance
@@ -66,17 +66,17 @@ _PORT_RACES = 5
 
 
 def main() -> None:
-    """Entry point of the supervisor process: the order comes as JSON on standard input."""
-    order = json.loads(sys.stdin.buffer.read())
+    """Entry point of the supervisor process: what to do comes as JSON on standard input."""
+    message = json.loads(sys.stdin.buffer.read())
     if os.fork():
         os._exit(0)
     os.setsid()
     os.umask(0o077)
-    for descriptor in (order["life"], order["lock"]):
+    for descriptor in (message["life"], message["lock"]):
         os.set_inheritable(descriptor, False)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
-    instance = Instance(Path(order["home"]), order["id"])
+    instance = Instance(Path(message["home"]), message["id"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     for number in (signal.SIGHUP, signal.SIGPIPE):
@@ -84,11 +84,9 @@ def main() -> None:
     try:
         supervisor = Supervisor(
             instance,
-            ServerSpec.from_dict(order["spec"]),
-            WatchPolicy.from_dict(order["watch"]),
-            Address(**order["address"]),
-            life=order["life"],
-            lock=order["lock"],
+            SupervisorOrder.from_dict(message["order"]),
+            life=message["life"],
+            lock=message["lock"],
         )
         asyncio.run(supervisor.run())
     except BaseException:
@@ -141,9 +139,7 @@ _HANGS = frozenset(
 class Supervisor:
     """State machine of one server; see the module's docstring."""
 
-    def __init__(
-        self, instance: Instance, spec: ServerSpec, watch: WatchPolicy, address: Address, *, life: int, lock: int
-    ) -> None:
+    def __init__(self, instance: Instance, order: SupervisorOrder, *, life: int, lock: int) -> None:
         """`life` is the end of a pipe over which the user who started us learns that we listen, or that we died.
 
         `lock` is the descriptor of the locked `supervisor.lock`.
@@ -151,11 +147,11 @@ class Supervisor:
         self._life = life
         self._lock = lock
         self._instance = instance
-        self._spec = spec
-        self._watch_policy = watch
-        self._address = address
-        self._api_key = address.api_key or secrets.token_urlsafe(32)
-        self._port = address.port
+        self._spec = order.spec
+        self._policy = order.policy
+        self._address = order.address
+        self._api_key = order.address.api_key or secrets.token_urlsafe(32)
+        self._port = order.address.port
         self._scratch: Path | None = None
         self._predecessor: dict[str, Any] | None = None
         self._shared_memory: set[str] = set()
@@ -209,7 +205,7 @@ class Supervisor:
             await asyncio.gather(serving, return_exceptions=True)
         finally:
             ending.cancel()
-            await self._stop_server(0 if self._status.state is ServerState.FAILED else self._watch_policy.stop_grace_s)
+            await self._stop_server(0 if self._status.state is ServerState.FAILED else self._policy.stop_grace_s)
             if self._status.state is not ServerState.FAILED:
                 self._move(ServerState.GONE)
             else:  # who has started us may not have got as far as asking, and must learn of it
@@ -248,7 +244,7 @@ class Supervisor:
         while True:
             ended = await self._one_epoch()
             if isinstance(ended, _RestartAsked):
-                await self._stop_server(self._watch_policy.stop_grace_s)
+                await self._stop_server(self._policy.stop_grace_s)
                 self._move(ServerState.RESTARTING, connection=None, ready_at=None, diagnosis=None)
                 continue
             served = served or self._status.ready_at is not None
@@ -257,7 +253,7 @@ class Supervisor:
                 races += 1  # somebody took the free port before vLLM did: another one is found next time
                 await self._stop_server(0)
                 continue
-            policy = self._watch_policy.restart
+            policy = self._policy.restart
             now = time.monotonic()
             while crashes and now - crashes[0] > policy.window_s:
                 crashes.popleft()
@@ -298,13 +294,13 @@ class Supervisor:
 
         probe = Probe(connection, is_vllm=self._spec.command is None)
         try:
-            ended = await self._until_ready(probe, process, Stopped(process, self._watch_policy.hang))
+            ended = await self._until_ready(probe, process, Stopped(process, self._policy.hang))
             if ended is None:
                 process.started()
                 self._move(
                     ServerState.READY, stage="", detail="", connection=connection, ready_at=time.time(), diagnosis=None
                 )
-                ended = await self._until_it_ends(process, Watch(probe, process, self._watch_policy.hang))
+                ended = await self._until_it_ends(process, Watch(probe, process, self._policy.hang))
         finally:
             await probe.close()
         if isinstance(ended, Diagnosis) and ended.cause in _HANGS and process.returncode is None:
@@ -344,7 +340,7 @@ class Supervisor:
     ) -> Diagnosis | _RestartAsked | None:
         """Waits until the server is ready (None), has failed, or somebody wants it started anew."""
         started = looked = time.monotonic()
-        policy = self._watch_policy
+        policy = self._policy
         moved, seen = started, self._startup.progress
         asking: asyncio.Task[Diagnosis | None] | None = None
         exited = asyncio.create_task(process.exited.wait())
@@ -390,7 +386,7 @@ class Supervisor:
 
     async def _first_request(self, probe: Probe) -> Diagnosis | None:
         for question in (probe.serves_model, probe.generates):
-            answer = await question(self._watch_policy.first_request_s)
+            answer = await question(self._policy.first_request_timeout_s)
             if not answer.ok:
                 return diagnosis.diagnose_first_request(answer.status, answer.body)
         return None
@@ -509,7 +505,7 @@ class Supervisor:
             self._instance.uds_path.unlink()
 
     async def _wait_for_gpu_memory(self, pids: set[int]) -> None:
-        limit = self._watch_policy.release_s
+        limit = self._policy.gpu_release_timeout_s
         holders = await asyncio.to_thread(leftovers.wait_for_gpu_memory, self._gpu_before, pids, self._devices, limit)
         if holders:
             log.warning("the GPU memory was not all released: %s", holders)
@@ -647,12 +643,9 @@ class Supervisor:
                 self._keep_alive_s = max(self._keep_alive_s, float(message.get("keep_alive_s", 0.0)))
                 log.debug("lease for pid %d", user.pid)
                 self._users_changed()
-                order = {
-                    "spec": self._spec.to_dict(),
-                    "watch": self._watch_policy.to_dict(),
-                    "address": {**dataclasses.asdict(self._address), "api_key": self._api_key},
-                }
-                return {"ok": True, "order": order, "status": self._public_status()}
+                address = dataclasses.replace(self._address, api_key=self._api_key)
+                order = SupervisorOrder(spec=self._spec, address=address, policy=self._policy)
+                return {"ok": True, "order": order.to_dict(), "status": self._public_status()}
             case "status":
                 return {"ok": True, "status": self._public_status()}
             case "pin" | "unpin" as op:

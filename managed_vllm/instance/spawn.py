@@ -18,12 +18,11 @@ import os
 import select
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import managed_vllm
-from managed_vllm.config import Address, ServerSpec, WatchPolicy
+from managed_vllm.config import SupervisorOrder
 from managed_vllm.errors import SupervisorError
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance.directory import Instance
@@ -32,9 +31,7 @@ _NOT_INHERITED = (lifeline.MARKER, lifeline.SUPERVISOR, lifeline.ROOT, "PYTHONHO
 """Variables of ours that belong to one server: whoever spawns may itself run inside of another one."""
 
 
-def start_supervisor(
-    instance: Instance, spec: ServerSpec, watch: WatchPolicy, address: Address, *, timeout_s: float = 45.0
-) -> bool:
+def start_supervisor(instance: Instance, order: SupervisorOrder, *, timeout_s: float = 45.0) -> bool:
     """Starts the supervisor of an instance; returns True as soon as it listens on the control socket.
 
     True, too, if there is one already. False: it was killed before it came so far, and another one may be started. The
@@ -45,23 +42,24 @@ def start_supervisor(
     if lock is None:
         return True
     try:
-        return _spawn(
-            instance,
-            {"spec": spec.to_dict(), "watch": watch.to_dict(), "address": asdict(address)},
-            lock,
-            timeout_s,
-        )
+        return _spawn(instance, order, lock, timeout_s)
     finally:
         instance.hand_on_lock(lock)
 
 
-def _spawn(instance: Instance, order: dict[str, Any], lock: int, timeout_s: float) -> bool:
+def _spawn(instance: Instance, order: SupervisorOrder, lock: int, timeout_s: float) -> bool:
     instance.failed_mark.unlink(missing_ok=True)
     life, theirs = os.pipe()
     try:
-        order = {"home": str(instance.home), "id": instance.id, "life": theirs, "lock": lock, **order}
+        message = {
+            "home": str(instance.home),
+            "id": instance.id,
+            "life": theirs,
+            "lock": lock,
+            "order": order.to_dict(),
+        }
         try:
-            starter = _run_starter(instance, order, timeout_s)
+            starter = _run_starter(instance, message, timeout_s)
         finally:
             os.close(theirs)
         listens_or_ended, _, _ = select.select([life], [], [], timeout_s)
@@ -74,7 +72,7 @@ def _spawn(instance: Instance, order: dict[str, Any], lock: int, timeout_s: floa
     raise SupervisorError(f"the supervisor process did not come up; it said:\n{_said(instance)}", instance=instance.id)
 
 
-def _run_starter(instance: Instance, order: dict[str, Any], timeout_s: float) -> subprocess.Popen[bytes]:
+def _run_starter(instance: Instance, message: dict[str, Any], timeout_s: float) -> subprocess.Popen[bytes]:
     """Runs the process that forks the supervisor proper and ends, so that the supervisor is nobody's child."""
     package_parent = str(Path(managed_vllm.__file__).parent.parent)
     code = f"import sys; sys.path.insert(0, {package_parent!r}); from managed_vllm.supervisor import main; main()"
@@ -87,10 +85,10 @@ def _run_starter(instance: Instance, order: dict[str, Any], timeout_s: float) ->
             cwd="/",
             env={name: value for name, value in os.environ.items() if name not in _NOT_INHERITED},
             start_new_session=True,
-            pass_fds=(order["life"], order["lock"]),
+            pass_fds=(message["life"], message["lock"]),
         )
     try:
-        starter.communicate(json.dumps(order).encode(), timeout=timeout_s)
+        starter.communicate(json.dumps(message).encode(), timeout=timeout_s)
     except subprocess.TimeoutExpired:
         starter.kill()
         starter.wait()

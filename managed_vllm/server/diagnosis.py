@@ -153,7 +153,7 @@ def diagnose_first_request(status: int | None, body: str) -> Diagnosis:
             Cause.STARTUP_SILENCE,
             "the server is up, but does not answer its first request",
             tidy(body.strip().partition("\n")[0]),
-            "the first request may compile kernels: raise startup_silence; else look for what hangs (py-spy dump)",
+            "it may compile kernels: raise first_request_timeout; else look for what hangs (py-spy dump)",
         )
     message = _error_message(body)
     log = FailedLog([])

@@ -22,7 +22,7 @@ import time
 
 import psutil
 
-from managed_vllm.config import HangPolicy
+from managed_vllm.policies import HangPolicy
 from managed_vllm.server import diagnosis
 from managed_vllm.server.probe import Answer, Probe
 from managed_vllm.server.process import ServerProcess

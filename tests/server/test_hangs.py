@@ -15,8 +15,8 @@ import standin
 from processes import INSTANT, eventually, tree
 
 from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy, ServerStatus
-from managed_vllm.config import WatchPolicy
 from managed_vllm.errors import ConfigError, StartupTimeoutError
+from managed_vllm.policies import SupervisionPolicy
 from managed_vllm.status import Cause, Diagnosis, Stage
 
 PROMPT = "what next?"
@@ -213,8 +213,8 @@ def test_limits_are_checked() -> None:
         HangPolicy(stall_s=0)
     with pytest.raises(ConfigError, match="no such cause: wrker"):
         RestartPolicy(not_retried=frozenset({"wrker"}))
-    policy = WatchPolicy(hang=HangPolicy.never(), restart=RestartPolicy(not_retried=frozenset({"killed"})))
-    assert WatchPolicy.from_dict(policy.to_dict()) == policy
+    policy = SupervisionPolicy(hang=HangPolicy.never(), restart=RestartPolicy(not_retried=frozenset({"killed"})))
+    assert SupervisionPolicy.from_dict(policy.to_dict()) == policy
 
 
 def _stopped_and_started_again(llm: ManagedVLLM) -> None:

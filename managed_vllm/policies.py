@@ -1,0 +1,124 @@
+"""What is done when something goes wrong, and after how long: frozen values, and the reasons for their defaults.
+
+`RestartPolicy` and `HangPolicy` are the supervisor's, and part of its `SupervisionPolicy`. All of them are checked when
+they are made: a wrong number raises `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from managed_vllm.errors import ConfigError
+from managed_vllm.status import Cause
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartPolicy:
+    """When a server that crashed or hung is started again.
+
+    Before the n-th restart in a row the supervisor waits `backoff_initial_s * backoff_factor**(n-1)`, at most
+    `backoff_max_s` seconds. More than `max_restarts` within `window_s` seconds: the server has failed. A cause that
+    will not go away by itself (no such model, invalid argument, does not fit) is never retried.
+    `not_retried` names further causes (`managed_vllm.status.Cause`, as text) after which the server is given up at
+    once, e.g. `{"worker_died"}`.
+    """
+
+    max_restarts: int = 5
+    window_s: float = 600.0
+    backoff_initial_s: float = 0.5
+    backoff_factor: float = 2.0
+    backoff_max_s: float = 30.0
+    not_retried: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        causes = frozenset(str(cause) for cause in self.not_retried)
+        if unknown := causes - frozenset(Cause):
+            raise ConfigError(
+                f"not_retried: no such cause: {', '.join(sorted(unknown))}; there are: {', '.join(Cause)}",
+                field="not_retried",
+            )
+        object.__setattr__(self, "not_retried", causes)
+        if self.max_restarts < 0:
+            raise ConfigError("max_restarts must be 0 (never restart) or more", field="max_restarts")
+        for name in ("window_s", "backoff_initial_s", "backoff_max_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is a duration in seconds and can't be negative", field=name)
+        if self.backoff_factor < 1:
+            raise ConfigError("backoff_factor must be at least 1", field="backoff_factor")
+
+    def delay_s(self, restarts_in_window: int) -> float:
+        """Seconds to wait before the next restart, after this many in the window."""
+        exponent = min(restarts_in_window, 30)
+        return min(self.backoff_max_s, self.backoff_initial_s * self.backoff_factor**exponent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HangPolicy:
+    """When a server that runs, but does nothing, counts as hung and is restarted. All durations in seconds.
+
+    A server whose metrics show any progress of the engine is busy, never hung, however slow it is. Where they have
+    stood still for `stall_s`, it is asked for one token; where that does not come within `answer_s`, and nothing has
+    moved meanwhile, it is hung. An API server that gives no answer at all, not even to `/health`, is hung after
+    `stall_s + answer_s`. A process of the server that is stopped (state T: SIGSTOP), or a port on which nothing listens
+    any more, is given `stopped_s`. `math.inf` switches a rule off.
+
+    The defaults: one step of the engine may take long (compiling: up to a minute, a huge prompt on a CPU: minutes), and
+    vLLM itself gives one step 300 s (0.32, `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`), so 60 + 180 s stays below that and
+    above all that was measured. Nothing stops a process for ten seconds by accident; debuggers use another state.
+    """
+
+    stall_s: float = 60.0
+    answer_s: float = 180.0
+    stopped_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("stall_s", "answer_s", "stopped_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be more than 0 seconds (math.inf: never)", field=name)
+
+    @classmethod
+    def never(cls) -> HangPolicy:
+        """No server is ever taken for hung: for debugging it."""
+        return cls(stall_s=math.inf, answer_s=math.inf, stopped_s=math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisionPolicy:
+    """How long the supervisor waits for its server, and when it starts it again. All durations in seconds.
+
+    `startup_silence_s` bounds the time without any progress in vLLM's log, `startup_timeout_s` the whole start: a
+    40-minute load that moves is fine, a stuck one is found. `first_request_timeout_s` bounds the one-token request that
+    proves readiness; it may compile kernels. `stop_grace_s` is the time between SIGTERM and SIGKILL, and
+    `gpu_release_timeout_s` bounds the wait until the driver has given an ended server's GPU memory back; both may be 0.
+    """
+
+    startup_timeout_s: float = 3600.0
+    startup_silence_s: float = 600.0
+    first_request_timeout_s: float = 300.0
+    stop_grace_s: float = 5.0
+    gpu_release_timeout_s: float = 30.0
+    restart: RestartPolicy = field(default_factory=RestartPolicy)
+    hang: HangPolicy = field(default_factory=HangPolicy)
+
+    def __post_init__(self) -> None:
+        for name in ("startup_timeout_s", "startup_silence_s", "first_request_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be more than 0 seconds", field=name)
+        for name in ("stop_grace_s", "gpu_release_timeout_s"):  # finite: nobody waits for ever for an end
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is a duration in seconds, 0 or more", field=name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; a lossless round trip with `from_dict`."""
+        data = asdict(self)
+        data["restart"]["not_retried"] = sorted(self.restart.not_retried)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SupervisionPolicy:
+        """The inverse of `to_dict`."""
+        restart = {**data["restart"], "not_retried": frozenset(data["restart"]["not_retried"])}
+        return cls(**{**data, "restart": RestartPolicy(**restart), "hang": HangPolicy(**data["hang"])})
