@@ -41,7 +41,7 @@ from managed_vllm.agent import (
     Task,
 )
 from managed_vllm.agent.actions import Action, ParsedResponse, Wait
-from managed_vllm.agent.conversation import Chat
+from managed_vllm.agent.prompting import Chat
 
 _MIB = 2**20
 _WIDTH, _HEIGHT = 1920, 1080

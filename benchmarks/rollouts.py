@@ -40,8 +40,8 @@ import stub_server
 from managed_vllm import AsyncVLLMClient
 from managed_vllm.agent import Limits, Observation, RetryRollouts, StepResult, StreamingTaskScheduler, Task
 from managed_vllm.agent.actions import Action, ParsedResponse, Wait
-from managed_vllm.agent.conversation import LatestText
 from managed_vllm.agent.format import AgentFormat
+from managed_vllm.agent.prompting import LatestText
 
 
 @dataclass(frozen=True)

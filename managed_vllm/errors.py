@@ -321,15 +321,15 @@ class RequestTimeout(RequestError, TimeoutError):
 # -- rollouts ----------------------------------------------------------------------------------------------------------
 
 
-class EnvironmentFailure(ManagedVLLMError):
+class EnvironmentFailedError(ManagedVLLMError):
     """An environment can't go on: it raised, died, or can't be made. The attempt fails, and has no reward."""
 
 
-class EnvironmentTimeout(EnvironmentFailure, TimeoutError):
+class EnvironmentTimeoutError(EnvironmentFailedError, TimeoutError):
     """An environment did not return within its limit, and was ended."""
 
 
-class EnvironmentRaised(EnvironmentFailure):
+class EnvironmentRaisedError(EnvironmentFailedError):
     """A method of a synchronous environment raised, in its process or thread.
 
     `call` is `make`, `reset`, `step`, `evaluate` or `close`; `error_type` the class of what was raised, with its module
@@ -344,7 +344,7 @@ class EnvironmentRaised(EnvironmentFailure):
         self.error_traceback = error_traceback
 
 
-class EnvironmentDied(EnvironmentFailure):
+class EnvironmentDiedError(EnvironmentFailedError):
     """The process of an environment ended by itself, or was killed from outside.
 
     `call` is what was being done, or `between two calls`; `exit_code` as `subprocess.Popen.returncode` (negative for a

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOME_OF = {
     "AgentFormat": "managed_vllm.agent.format",
-    "Conversation": "managed_vllm.agent.conversation",
+    "History": "managed_vllm.agent.prompting",
     "DesktopEnvironment": "managed_vllm.agent.environments.desktop",
     "Environment": "managed_vllm.agent.environment",
     "Failure": "managed_vllm.agent.types",
@@ -33,7 +33,7 @@ _HOME_OF = {
     "OSWorldEnvironment": "managed_vllm.agent.environments.osworld",
     "Observation": "managed_vllm.agent.types",
     "ParseErrorPolicy": "managed_vllm.agent.format",
-    "ProcessEnvironment": "managed_vllm.agent.environments.process",
+    "ProcessEnvironment": "managed_vllm.agent.environments.process_environment",
     "RetryRollouts": "managed_vllm.agent.scheduler",
     "RunStore": "managed_vllm.agent.store",
     "Step": "managed_vllm.agent.types",
@@ -43,11 +43,11 @@ _HOME_OF = {
     "StreamingTaskScheduler": "managed_vllm.agent.scheduler",
     "Task": "managed_vllm.agent.types",
     "ThenWhat": "managed_vllm.agent.format",
-    "ThreadEnvironment": "managed_vllm.agent.environments.thread",
+    "ThreadEnvironment": "managed_vllm.agent.environments.thread_environment",
     "Trajectory": "managed_vllm.agent.types",
     "embedded": "managed_vllm.agent.format",
     "json_actions": "managed_vllm.agent.format",
-    "run_agent_loop": "managed_vllm.agent.loop",
+    "run_agent_loop": "managed_vllm.agent.runners",
     "run_episode": "managed_vllm.agent.episode",
     "tool_calls": "managed_vllm.agent.format",
     "ui_tars": "managed_vllm.agent.format",
@@ -56,14 +56,13 @@ _HOME_OF = {
 __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:
-    from managed_vllm.agent.conversation import Conversation as Conversation
     from managed_vllm.agent.environment import Environment as Environment
     from managed_vllm.agent.environments.desktop import DesktopEnvironment as DesktopEnvironment
     from managed_vllm.agent.environments.gymnasium import GymnasiumEnvironment as GymnasiumEnvironment
     from managed_vllm.agent.environments.miniwob import MiniWoBEnvironment as MiniWoBEnvironment
     from managed_vllm.agent.environments.osworld import OSWorldEnvironment as OSWorldEnvironment
-    from managed_vllm.agent.environments.process import ProcessEnvironment as ProcessEnvironment
-    from managed_vllm.agent.environments.thread import ThreadEnvironment as ThreadEnvironment
+    from managed_vllm.agent.environments.process_environment import ProcessEnvironment as ProcessEnvironment
+    from managed_vllm.agent.environments.thread_environment import ThreadEnvironment as ThreadEnvironment
     from managed_vllm.agent.episode import run_episode as run_episode
     from managed_vllm.agent.format import AgentFormat as AgentFormat
     from managed_vllm.agent.format import ParseErrorPolicy as ParseErrorPolicy
@@ -73,7 +72,8 @@ if TYPE_CHECKING:
     from managed_vllm.agent.format import tool_calls as tool_calls
     from managed_vllm.agent.format import ui_tars as ui_tars
     from managed_vllm.agent.image_store import ImageStore as ImageStore
-    from managed_vllm.agent.loop import run_agent_loop as run_agent_loop
+    from managed_vllm.agent.prompting import History as History
+    from managed_vllm.agent.runners import run_agent_loop as run_agent_loop
     from managed_vllm.agent.scheduler import GroupPolicy as GroupPolicy
     from managed_vllm.agent.scheduler import RetryRollouts as RetryRollouts
     from managed_vllm.agent.scheduler import StreamingTaskScheduler as StreamingTaskScheduler

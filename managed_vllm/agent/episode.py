@@ -34,10 +34,10 @@ from typing import Any, TypeVar
 
 from managed_vllm import forks
 from managed_vllm.agent.actions import Action, ActionParseError, CallUser, Finished
-from managed_vllm.agent.conversation import Conversation, Turn, images_of
 from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.format import NO_SCREENSHOT, AgentFormat, ThenWhat, ui_tars
 from managed_vllm.agent.image_store import ImageStore
+from managed_vllm.agent.prompting import History, Turn, images_of
 from managed_vllm.agent.types import (
     Failure,
     FailureClass,
@@ -58,8 +58,8 @@ from managed_vllm.errors import (
     BadRequestError,
     ConfigError,
     ContextLengthError,
-    EnvironmentFailure,
-    EnvironmentTimeout,
+    EnvironmentFailedError,
+    EnvironmentTimeoutError,
     ManagedVLLMError,
     ModelNotFoundError,
     RequestError,
@@ -471,9 +471,9 @@ class Episode:
     async def _ask(self, step: Step) -> tuple[Step, RequestOutput, float]:
         """The step with what was sent and what came back; the answer; and the seconds before it was sent."""
         rules = self._rules
-        conversation = Conversation(self._task, self._instruction, tuple(self._turns), rules.limits.max_images)
+        history = History(self._task, self._instruction, tuple(self._turns), rules.limits.max_images)
         try:
-            built = rules.agent.build_messages(conversation)
+            built = rules.agent.build_messages(history)
             recorded, sent = await self._with_images(built)
         except Exception as error:
             raise self._failed(StopReason.USER_FAILURE, FailureClass.USER_CODE, "messages", error) from error
@@ -597,7 +597,7 @@ def _ending(action: Action, result: StepResult) -> _End | None:
 async def bounded(make: Callable[[], Awaitable[T]], seconds: float, what: str) -> T:
     """Awaits what `make` makes, for so many seconds at most, also where it does not heed cancellation.
 
-    Raises `EnvironmentTimeout`. A call that goes on after it was cancelled, for more than some seconds, is left alone.
+    Raises `EnvironmentTimeoutError`. A call that goes on for some seconds after it was cancelled is left alone.
     """
 
     async def calling() -> T:
@@ -611,9 +611,9 @@ async def bounded(make: Callable[[], Awaitable[T]], seconds: float, what: str) -
         raise
     if not task.done():
         await _stop(task, what)
-        raise EnvironmentTimeout(f"{what} took more than {seconds:g} s")
+        raise EnvironmentTimeoutError(f"{what} took more than {seconds:g} s")
     if task.cancelled():
-        raise EnvironmentFailure(f"{what} was cancelled from within")
+        raise EnvironmentFailedError(f"{what} was cancelled from within")
     return task.result()
 
 

@@ -19,7 +19,7 @@ from managed_vllm.agent.actions import (
     parse_tool_calls,
     parse_ui_tars,
 )
-from managed_vllm.agent.conversation import Chat, LatestText, MessageBuilder
+from managed_vllm.agent.prompting import Chat, LatestText, MessageBuilder
 from managed_vllm.errors import ConfigError
 from managed_vllm.request.outputs import CompletionOutput
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from managed_vllm import demo
 from managed_vllm.agent import Limits, ParseErrorPolicy, RetryRollouts, RunStore, StreamingTaskScheduler
+from managed_vllm.agent.named_environments import FORMATS, NamedEnvironment, named_environment, read_tasks
 from managed_vllm.agent.report import summary_table
 from managed_vllm.agent.types import Task
-from managed_vllm.agent.worlds import FORMATS, World, read_tasks, world
 from managed_vllm.cli import Terminated, running, serve
 from managed_vllm.errors import ConfigError
 from managed_vllm.instance import external
@@ -32,7 +32,7 @@ def rollout(given: argparse.Namespace) -> int:
         step_timeout_s=given.step_timeout,
         episode_timeout_s=given.episode_timeout,
     )
-    place = world(given.environment, limits)
+    place = named_environment(given.environment, limits)
     tasks = _tasks(given, place)
     model, arguments = serve.model_and_arguments(given)
     if model is None and given.environment == "desktop" and external.URL_VARIABLE not in os.environ:
@@ -103,7 +103,7 @@ def _stopping(scheduler: StreamingTaskScheduler) -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _tasks(given: argparse.Namespace, place: World) -> list[Task]:
+def _tasks(given: argparse.Namespace, place: NamedEnvironment) -> list[Task]:
     if given.tasks.isdigit():
         if place.tasks is None:
             raise ConfigError(f"{given.environment} needs --tasks FILE: which tasks it has is not known", field="tasks")

@@ -298,7 +298,7 @@ def test_every_call_of_an_environment_has_a_hard_time_out(call: str) -> None:
         assert found.reward == 1.0
         return
     assert found.failure is not None
-    assert found.failure.error_type == "EnvironmentTimeout"
+    assert found.failure.error_type == "EnvironmentTimeoutError"
     assert found.failure.stage == call
     assert found.reward is None
 
@@ -446,8 +446,8 @@ def test_what_was_sent_is_what_is_stored_byte_for_byte(tmp_path: Path, format: s
     from PIL import Image
 
     class Formatted(CountingWorld):
-        def _seen(self) -> Any:
-            seen = super()._seen()
+        def seen(self) -> Any:
+            seen = super().seen()
             file = io.BytesIO()
             Image.open(io.BytesIO(seen.screenshot or b"")).save(file, format)
             return type(seen)(file.getvalue(), seen.text)

@@ -34,11 +34,10 @@ from managed_vllm.agent.actions import (
     parse_ui_tars,
 )
 from managed_vllm.agent.environment import Environment
-from managed_vllm.agent.environments import desktop
-from managed_vllm.agent.environments.desktop import KINDS, DesktopEnvironment, desktop_tasks, oracle
+from managed_vllm.agent.environments.desktop import KINDS, DesktopEnvironment, desktop_tasks, oracle, world_of
 from managed_vllm.agent.types import Observation, StepResult, Task
 from managed_vllm.demo.screen import TextField
-from managed_vllm.errors import EnvironmentFailure
+from managed_vllm.errors import EnvironmentFailedError
 
 pillow = pytest.importorskip("PIL.Image")
 
@@ -125,8 +124,8 @@ def test_bad_requests_for_tasks_say_what_there_is() -> None:
 def test_no_two_elements_overlap_and_all_lie_within_the_page(size: tuple[int, int]) -> None:
     environment = DesktopEnvironment(width=size[0], height=size[1])
     for task in desktop_tasks(200, seed=3):
-        for page in desktop._from_data(task.data).pages:
-            boxes = [environment._box(element) for element in page]
+        for page in world_of(task).pages:
+            boxes = [environment.box_of(element) for element in page]
             for index, (left, top, right, bottom) in enumerate(boxes):
                 assert 0 <= left < right < size[0] * 0.968
                 assert size[1] * 0.1 < top < bottom < size[1] * 0.92
@@ -282,7 +281,7 @@ def test_an_element_is_hit_to_its_edge_and_not_beside_it() -> None:
         environment = DesktopEnvironment()
         await environment.reset(TASK)
         for element in environment.world.elements:
-            left, top, right, bottom = environment._box(element)
+            left, top, right, bottom = environment.box_of(element)
             for x, y in ((left, top), (right - 1, bottom - 1)):
                 assert (await environment.step(Click(x, y))).info["effect"] == f'clicked "{element.label}"'
             for x, y in ((left - 1, top), (left, top - 1), (right, top), (left, bottom)):
@@ -343,7 +342,7 @@ def test_every_element_is_drawn_where_it_is_clicked() -> None:
     image = pillow.open(io.BytesIO(observation.screenshot or b"")).convert("RGB")
     background = image.getpixel((2, 200))
     for element in environment.world.elements:
-        left, top, right, bottom = environment._box(element)
+        left, top, right, bottom = environment.box_of(element)
         inside = {image.getpixel((x, (top + bottom) // 2)) for x in (left, left + 3, right - 2, right - 1)}
         assert background not in inside
         above = image.getpixel((right - 3, top - 2))  # of a field, its label stands on the left there
@@ -405,23 +404,23 @@ def test_a_task_with_a_seed_alone_is_drawn() -> None:
     ],
 )
 def test_a_task_of_another_environment_is_refused(task: Task) -> None:
-    with pytest.raises(EnvironmentFailure, match=r"none for the desktop.*desktop_tasks"):
+    with pytest.raises(EnvironmentFailedError, match=r"none for the desktop.*desktop_tasks"):
         asyncio.run(DesktopEnvironment().reset(task))
 
 
 def test_calls_out_of_order_say_what_is_missing() -> None:
     async def check() -> None:
         environment = DesktopEnvironment()
-        with pytest.raises(EnvironmentFailure, match=r"call reset\(task\) first"):
+        with pytest.raises(EnvironmentFailedError, match=r"call reset\(task\) first"):
             await environment.step(Wait())
-        with pytest.raises(EnvironmentFailure, match=r"call reset\(task\) first"):
+        with pytest.raises(EnvironmentFailedError, match=r"call reset\(task\) first"):
             await environment.evaluate()
         await environment.reset(TASK)
         await environment.close()
         await environment.close()
-        with pytest.raises(EnvironmentFailure, match="is closed"):
+        with pytest.raises(EnvironmentFailedError, match="is closed"):
             await environment.step(Wait())
-        with pytest.raises(EnvironmentFailure, match="is closed"):
+        with pytest.raises(EnvironmentFailedError, match="is closed"):
             await environment.reset(TASK)
 
     asyncio.run(check())
@@ -467,7 +466,7 @@ def test_random_tasks_have_fields_with_and_without_content() -> None:
     fields = [
         element
         for task in desktop_tasks(100)
-        for page in desktop._from_data(task.data).pages
+        for page in world_of(task).pages
         for element in page
         if isinstance(element, TextField)
     ]

@@ -18,10 +18,14 @@ from standin_environment import NoEnvironment, Obedient, TinyEnv, WrongReturns, 
 
 from managed_vllm.agent import Environment, Limits, Observation, Task
 from managed_vllm.agent.actions import Action, CallUser, Click, Custom, Finished, Wait
-from managed_vllm.agent.environments import thread
 from managed_vllm.agent.environments.gymnasium import GymnasiumEnvironment
-from managed_vllm.agent.environments.thread import ThreadEnvironment
-from managed_vllm.errors import EnvironmentDied, EnvironmentFailure, EnvironmentRaised, EnvironmentTimeout
+from managed_vllm.agent.environments.thread_environment import ThreadEnvironment, hung_threads
+from managed_vllm.errors import (
+    EnvironmentDiedError,
+    EnvironmentFailedError,
+    EnvironmentRaisedError,
+    EnvironmentTimeoutError,
+)
 
 pytest.importorskip("numpy")
 pillow = pytest.importorskip("PIL.Image")
@@ -133,10 +137,10 @@ def test_what_raises_is_a_failure_with_its_type(isolation: Any) -> None:
         ):
             env = GymnasiumEnvironment(make, to_action=to_action, isolation=isolation)
             await env.reset(TASK)
-            with pytest.raises(EnvironmentRaised, match=message) as caught:
+            with pytest.raises(EnvironmentRaisedError, match=message) as caught:
                 await env.step(Custom("raise"))
             assert "Traceback" in caught.value.error_traceback
-            with pytest.raises(EnvironmentFailure, match="make another one"):
+            with pytest.raises(EnvironmentFailedError, match="make another one"):
                 await env.step(Wait())
             await env.close()
 
@@ -146,7 +150,7 @@ def test_what_raises_is_a_failure_with_its_type(isolation: Any) -> None:
 def test_environments_of_the_old_gym_are_told_apart() -> None:
     async def test() -> None:
         env = GymnasiumEnvironment(functools.partial(TinyEnv, old=True), to_action=toward, isolation="thread")
-        with pytest.raises(EnvironmentRaised, match=r"reset must return \(observation, info\).*not ndarray"):
+        with pytest.raises(EnvironmentRaisedError, match=r"reset must return \(observation, info\).*not ndarray"):
             await env.reset(TASK)
         await env.close()
 
@@ -158,13 +162,13 @@ def test_a_hung_one_is_killed_and_one_that_dies_is_noticed() -> None:
         env = GymnasiumEnvironment(TinyEnv, to_action=toward, limits=Limits(step_timeout_s=1.5))
         await env.reset(TASK)
         with pytest.raises(
-            EnvironmentTimeout, match=r"TinyEnv: step was not over within 1\.5 s; its processes were killed"
+            EnvironmentTimeoutError, match=r"TinyEnv: step was not over within 1\.5 s; its processes were killed"
         ):
             await env.step(Custom("hang"))
         await env.close()
         env = GymnasiumEnvironment(TinyEnv, to_action=toward)
         await env.reset(TASK)
-        with pytest.raises(EnvironmentDied, match="exit code 7"):
+        with pytest.raises(EnvironmentDiedError, match="exit code 7"):
             await env.step(Custom("_exit"))
         await env.close()
 
@@ -259,7 +263,7 @@ class Blocks:
 
 
 def test_hung_threads_are_abandoned_and_their_number_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thread, "MAX_ABANDONED", 3)
+    monkeypatch.setattr("managed_vllm.agent.environments.thread_environment.MAX_ABANDONED", 3)
     released = threading.Event()
     closed: list[int] = []
 
@@ -271,16 +275,16 @@ def test_hung_threads_are_abandoned_and_their_number_is_bounded(monkeypatch: pyt
         await asyncio.gather(*(env.reset(Task("t")) for env in envs[:3]))
         began = time.monotonic()
         results = await asyncio.gather(*(env.step(Wait()) for env in envs[:3]), return_exceptions=True)
-        assert [type(result) for result in results] == [EnvironmentTimeout] * 3
+        assert [type(result) for result in results] == [EnvironmentTimeoutError] * 3
         assert "can't be killed" in str(results[0])
         for env in envs[:3]:
             await env.close()  # returns at once: nothing can be done
         assert time.monotonic() - began < 3
-        with pytest.raises(EnvironmentFailure, match="3 threads of environments did not return in time"):
+        with pytest.raises(EnvironmentFailedError, match="3 threads of environments did not return in time"):
             await envs[3].reset(Task("t"))
         released.set()
         await asyncio.to_thread(eventually, lambda: len(closed) == 3, "each closes itself once it is free")
-        await asyncio.to_thread(eventually, lambda: not thread._abandoned, "none is counted any more")
+        await asyncio.to_thread(eventually, lambda: not hung_threads(), "none is counted any more")
         assert (await envs[3].reset(Task("t"))).text == "ready"
         await envs[3].close()
         assert len(closed) == 4
@@ -303,12 +307,12 @@ def test_a_cancelled_call_leaves_its_thread_to_itself() -> None:
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        with pytest.raises(EnvironmentFailure, match="cancelled"):
+        with pytest.raises(EnvironmentFailedError, match="cancelled"):
             await env.step(Wait())
         await env.close()
         released.set()
         await asyncio.to_thread(eventually, lambda: closed == [1], "closed once")
-        await asyncio.to_thread(eventually, lambda: not thread._abandoned, "gone")
+        await asyncio.to_thread(eventually, lambda: not hung_threads(), "gone")
 
     try:
         run(test)
@@ -328,11 +332,11 @@ def test_failures_within_a_thread_have_their_type(make: Any, arguments: dict[str
     async def test() -> None:
         before = left_running()
         env = ThreadEnvironment(make, arguments=arguments)
-        with pytest.raises(EnvironmentRaised, match=message):
+        with pytest.raises(EnvironmentRaisedError, match=message):
             await env.reset(Task("reset"))
         try:
             await env.close()
-        except EnvironmentRaised as error:
+        except EnvironmentRaisedError as error:
             assert error.call == "close"  # noqa: PT017 - NoEnvironment has none
         eventually(lambda: left_running() == before, "its thread ended")
 
@@ -343,7 +347,7 @@ def test_an_exit_within_a_thread_is_a_failure_like_any_other() -> None:
     async def test() -> None:
         env = ThreadEnvironment(Obedient)
         await env.reset(Task("t"))
-        with pytest.raises(EnvironmentRaised, match="SystemExit"):
+        with pytest.raises(EnvironmentRaisedError, match="SystemExit"):
             await env.step(Custom("exit", {"code": 3}))
         began = time.monotonic()
         await env.close()

@@ -24,9 +24,9 @@ from standin_osworld import SIGNATURES, DesktopEnv, Machine, WithoutEvaluate
 
 from managed_vllm.agent import Environment, Limits, Task
 from managed_vllm.agent.actions import Button, CallUser, Click, Drag, Finished, Hotkey, Scroll, Type, Wait
-from managed_vllm.agent.actions.typed import Direction
+from managed_vllm.agent.actions.values import Direction
 from managed_vllm.agent.environments.osworld import OSWorldEnvironment
-from managed_vllm.errors import EnvironmentRaised, EnvironmentTimeout
+from managed_vllm.errors import EnvironmentRaisedError, EnvironmentTimeoutError
 
 pillow = pytest.importorskip("PIL.Image")
 HERE = Path(__file__).parent.parent / "helpers"
@@ -180,13 +180,13 @@ def test_a_screenshot_that_fails_three_times_fails_the_attempt(machine: Machine,
     async def test() -> None:
         machine.faults(screenshot=fault)
         async with desktop(machine) as env:
-            with pytest.raises(EnvironmentRaised, match="no screenshot after reset"):
+            with pytest.raises(EnvironmentRaisedError, match="no screenshot after reset"):
                 await env.reset(task())
         machine.faults()
         async with desktop(machine) as env:
             await env.reset(task())
             machine.faults(screenshot=fault)
-            with pytest.raises(EnvironmentRaised, match="no screenshot after step"):
+            with pytest.raises(EnvironmentRaisedError, match="no screenshot after step"):
                 await env.step(Click(1, 1))
             machine.faults()
         assert not machine.state()["used"]
@@ -198,7 +198,7 @@ def test_a_tree_that_was_asked_for_and_is_missing_fails_the_attempt(machine: Mac
     async def test() -> None:
         machine.faults(accessibility="error")
         async with desktop(machine, accessibility_tree=True) as env:
-            with pytest.raises(EnvironmentRaised, match="no accessibility tree after reset"):
+            with pytest.raises(EnvironmentRaisedError, match="no accessibility tree after reset"):
                 await env.reset(task())
         async with desktop(machine) as env:
             assert (await env.reset(task())).text is None
@@ -210,7 +210,7 @@ def test_a_set_up_that_failed_five_times_fails_the_attempt(machine: Machine) -> 
     async def test() -> None:
         machine.faults(setup="error")
         async with desktop(machine) as env:
-            with pytest.raises(EnvironmentRaised, match="OSWorld could not set task os-1 up"):
+            with pytest.raises(EnvironmentRaisedError, match="OSWorld could not set task os-1 up"):
                 await env.reset(task(config=SET_UP))
         async with desktop(machine) as env:
             await env.reset(task())  # nothing to set up
@@ -223,7 +223,7 @@ def test_a_command_that_the_machine_does_not_take_fails_the_attempt(machine: Mac
         async with desktop(machine) as env:
             await env.reset(task())
             machine.faults(execute="error")
-            with pytest.raises(EnvironmentRaised, match="the machine did not execute Click"):
+            with pytest.raises(EnvironmentRaisedError, match="the machine did not execute Click"):
                 await env.step(Click(1, 1))
 
     run(test)
@@ -252,7 +252,7 @@ def test_a_command_that_hangs_is_ended_and_the_machine_given_back(machine: Machi
             await env.reset(task())
             machine.faults(execute="hang")
             began = time.monotonic()
-            with pytest.raises(EnvironmentTimeout, match=r"OSWorld: step was not over within 2 s"):
+            with pytest.raises(EnvironmentTimeoutError, match=r"OSWorld: step was not over within 2 s"):
                 await env.step(Click(1, 1))
             assert time.monotonic() - began < 10
             assert not machine.state()["used"]  # within release_s
@@ -264,11 +264,11 @@ def test_an_evaluation_that_raises_is_a_failure_and_one_that_hangs_is_ended(mach
     async def test() -> None:
         async with desktop(machine) as env:
             await env.reset(task("no_such_metric"))
-            with pytest.raises(EnvironmentRaised, match=r"evaluate raised AttributeError: .*no_such_metric"):
+            with pytest.raises(EnvironmentRaisedError, match=r"evaluate raised AttributeError: .*no_such_metric"):
                 await env.evaluate()
         async with desktop(machine, limits=Limits(evaluate_timeout_s=1.0)) as env:
             await env.reset(task("hang"))
-            with pytest.raises(EnvironmentTimeout):
+            with pytest.raises(EnvironmentTimeoutError):
                 await env.evaluate()
 
     run(test)
@@ -282,9 +282,9 @@ def test_a_machine_that_is_gone_fails_the_step(machine: Machine) -> None:
         await env.reset(task())
         machine.process.kill()
         machine.process.wait()
-        with pytest.raises(EnvironmentRaised, match=r"no screenshot after step|did not execute"):
+        with pytest.raises(EnvironmentRaisedError, match=r"no screenshot after step|did not execute"):
             await env.step(Click(1, 1))
-        with pytest.raises(EnvironmentRaised, match="close raised"):
+        with pytest.raises(EnvironmentRaisedError, match="close raised"):
             await env.close()
 
     run(test)
@@ -293,10 +293,10 @@ def test_a_machine_that_is_gone_fails_the_step(machine: Machine) -> None:
 def test_a_task_without_evaluator_and_another_action_space_are_refused(machine: Machine) -> None:
     async def test() -> None:
         async with desktop(machine) as env:
-            with pytest.raises(EnvironmentRaised, match="task t has no 'evaluator' in its data"):
+            with pytest.raises(EnvironmentRaisedError, match="task t has no 'evaluator' in its data"):
                 await env.reset(Task("t", "Do."))
         async with desktop(machine, arguments={"action_space": "computer_13"}) as env:
-            with pytest.raises(EnvironmentRaised, match="make it with action_space='pyautogui'"):
+            with pytest.raises(EnvironmentRaisedError, match="make it with action_space='pyautogui'"):
                 await env.reset(task())
         assert not machine.state()["used"]
 

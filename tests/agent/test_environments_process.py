@@ -22,8 +22,13 @@ from standin_environment import NoEnvironment, Obedient, WrongReturns
 
 from managed_vllm.agent import Environment, Limits, Task
 from managed_vllm.agent.actions import Custom, Wait
-from managed_vllm.agent.environments.process import MARKER, ProcessEnvironment
-from managed_vllm.errors import EnvironmentDied, EnvironmentFailure, EnvironmentRaised, EnvironmentTimeout
+from managed_vllm.agent.environments.process_environment import MARKER, ProcessEnvironment
+from managed_vllm.errors import (
+    EnvironmentDiedError,
+    EnvironmentFailedError,
+    EnvironmentRaisedError,
+    EnvironmentTimeoutError,
+)
 
 HERE = Path(__file__).parent.parent / "helpers"
 TASK = Task("t")
@@ -59,7 +64,7 @@ async def environment(make: Any = Obedient, **options: Any) -> AsyncIterator[Pro
     finally:
         keeper = env.pid
         family = tree_below(keeper) if keeper else set()
-        with contextlib.suppress(EnvironmentFailure):
+        with contextlib.suppress(EnvironmentFailedError):
             await env.close()
         assert not [process for process in family if is_live(process)]
         assert env.folder is None or not env.folder.exists()
@@ -112,7 +117,7 @@ def test_nothing_is_started_before_the_first_reset() -> None:
         assert env.pid is None
         assert threads() == before
         await env.close()
-        with pytest.raises(EnvironmentFailure, match="closed"):
+        with pytest.raises(EnvironmentFailedError, match="closed"):
             await env.reset(TASK)
 
     run(test)
@@ -135,8 +140,9 @@ def test_an_interpreter_without_this_package_is_told_by_name(tmp_path: Path) -> 
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
 
     async def test() -> None:
-        async with environment("standin_environment:Obedient", python=tmp_path / "venv/bin/python") as env:
-            with pytest.raises(EnvironmentDied, match=r"has no managed_vllm.*: install managed-vllm there"):
+        python, nothing = tmp_path / "venv/bin/python", {"PYTHONPATH": ""}
+        async with environment("standin_environment:Obedient", python=python, environ=nothing) as env:
+            with pytest.raises(EnvironmentDiedError, match=r"has no managed_vllm.*: install managed-vllm there"):
                 await env.reset(TASK)
 
     run(test)
@@ -148,7 +154,7 @@ def test_a_function_of_the_main_script_can_make_it(tmp_path: Path) -> None:
         "import asyncio\n"
         "from standin_environment import Obedient\n"
         "from managed_vllm.agent import Task\n"
-        "from managed_vllm.agent.environments.process import ProcessEnvironment\n"
+        "from managed_vllm.agent.environments.process_environment import ProcessEnvironment\n"
         "def make():\n"
         "    return Obedient(from_main=True)\n"
         "async def main():\n"
@@ -187,7 +193,7 @@ def test_much_output_stops_nothing_and_only_its_end_is_kept() -> None:
         async with environment() as env:
             await env.reset(TASK)
             await env.step(Custom("write", {"bytes": 5_000_000}))
-            with pytest.raises(EnvironmentDied) as caught:
+            with pytest.raises(EnvironmentDiedError) as caught:
                 await env.step(Custom("_exit", {"code": 5}))
             assert caught.value.output.endswith("famous last words\n")
             assert 10_000 < len(caught.value.output) < 100_000
@@ -203,13 +209,15 @@ def test_what_it_raises_comes_back_with_type_message_and_traceback() -> None:
     async def test() -> None:
         async with environment() as env:
             await env.reset(TASK)
-            with pytest.raises(EnvironmentRaised, match="Obedient: step raised ValueError: as it was told") as caught:
+            with pytest.raises(
+                EnvironmentRaisedError, match="Obedient: step raised ValueError: as it was told"
+            ) as caught:
                 await env.step(Custom("raise"))
             error = caught.value
             assert (error.call, error.error_type, error.error_message) == ("step", "ValueError", "as it was told")
             assert 'raise ValueError("as it was told")' in error.error_traceback
             with pytest.raises(
-                EnvironmentFailure, match="can't be used any more, step raised ValueError; make another"
+                EnvironmentFailedError, match="can't be used any more, step raised ValueError; make another"
             ):
                 await env.step(Wait())
 
@@ -219,7 +227,7 @@ def test_what_it_raises_comes_back_with_type_message_and_traceback() -> None:
 def test_an_exception_that_can_not_be_pickled_comes_back_too() -> None:
     async def test() -> None:
         async with environment() as env:
-            with pytest.raises(EnvironmentRaised, match=r"standin_environment\.Unpicklable: this and that"):
+            with pytest.raises(EnvironmentRaisedError, match=r"standin_environment\.Unpicklable: this and that"):
                 await env.reset(Task("t", data={"do": "raise the unpicklable"}))
 
     run(test)
@@ -234,7 +242,7 @@ def test_what_fails_in_making_says_so() -> None:
             ("no_such_module:make", {}, "No module named 'no_such_module'"),
         ):
             async with environment(make, arguments=arguments) as env:
-                with pytest.raises(EnvironmentRaised, match=message):
+                with pytest.raises(EnvironmentRaisedError, match=message):
                     await env.reset(TASK)
 
     run(test)
@@ -243,19 +251,19 @@ def test_what_fails_in_making_says_so() -> None:
 def test_returns_of_a_wrong_type_are_errors_where_they_were_made() -> None:
     async def test() -> None:
         async with environment(WrongReturns) as env:
-            with pytest.raises(EnvironmentRaised, match="reset must return Observation, not tuple"):
+            with pytest.raises(EnvironmentRaisedError, match="reset must return Observation, not tuple"):
                 await env.reset(Task("reset"))
         async with environment(WrongReturns) as env:
             await env.reset(TASK)
-            with pytest.raises(EnvironmentRaised, match="step must return StepResult, not tuple"):
+            with pytest.raises(EnvironmentRaisedError, match="step must return StepResult, not tuple"):
                 await env.step(Wait())
         async with environment(WrongReturns) as env:
             await env.reset(TASK)
-            with pytest.raises(EnvironmentRaised, match="NaN"):
+            with pytest.raises(EnvironmentRaisedError, match="NaN"):
                 await env.evaluate()
         async with environment() as env:
             await env.reset(TASK)
-            with pytest.raises(EnvironmentRaised, match="pickle"):
+            with pytest.raises(EnvironmentRaisedError, match="pickle"):
                 await env.step(Custom("return the unpicklable"))
 
     run(test)
@@ -277,13 +285,13 @@ def test_its_death_is_noticed_at_once_with_exit_code_and_last_words(action: Cust
             await env.reset(TASK)
             left = (await env.step(Custom("leave processes"))).observation.extras["done"]
             began = time.monotonic()
-            with pytest.raises(EnvironmentDied, match=how) as caught:
+            with pytest.raises(EnvironmentDiedError, match=how) as caught:
                 await env.step(action)
             assert time.monotonic() - began < 5
             assert caught.value.exit_code == exit_code
             assert "famous last words" in str(caught.value)
             assert not live(*left)
-            with pytest.raises(EnvironmentFailure, match="its process ended during step"):
+            with pytest.raises(EnvironmentFailedError, match="its process ended during step"):
                 await env.evaluate()
 
     run(test)
@@ -295,7 +303,7 @@ def test_a_process_that_is_killed_between_two_calls_fails_the_next() -> None:
             seen = await env.reset(TASK)
             os.kill(seen.extras["pid"], signal.SIGKILL)
             eventually(lambda: not live(seen.extras["pid"]), "it is gone")
-            with pytest.raises(EnvironmentDied, match="SIGKILL"):
+            with pytest.raises(EnvironmentDiedError, match="SIGKILL"):
                 await env.step(Wait())
 
     run(test)
@@ -311,10 +319,10 @@ def test_a_hung_call_is_ended_with_all_its_descendants(way: str) -> None:
             pid = (await env.reset(TASK)).extras["pid"]
             # Longer than a step may take on a busy machine: that is for the call that hangs.
             left = await patient(env).step(Custom("leave processes"))
-            env._limits = QUICK
+            env.limits = QUICK
             began = time.monotonic()
             with pytest.raises(
-                EnvironmentTimeout, match=r"step was not over within 0.3 s; its processes were killed"
+                EnvironmentTimeoutError, match=r"step was not over within 0.3 s; its processes were killed"
             ) as e:
                 await env.step(Custom(way))
             assert time.monotonic() - began < 8
@@ -329,18 +337,18 @@ def test_a_hung_call_is_ended_with_all_its_descendants(way: str) -> None:
 
 
 def patient(env: ProcessEnvironment) -> ProcessEnvironment:
-    env._limits = Limits()
+    env.limits = Limits()
     return env
 
 
 def test_reset_evaluate_and_close_have_limits_too() -> None:
     async def test() -> None:
         async with environment(limits=Limits(reset_timeout_s=1.5)) as env:
-            with pytest.raises(EnvironmentTimeout, match=r"reset was not over within 1\.5 s"):
+            with pytest.raises(EnvironmentTimeoutError, match=r"reset was not over within 1\.5 s"):
                 await env.reset(Task("t", data={"do": "hang"}))
         env = ProcessEnvironment(Obedient, arguments={"fail": "close hangs"}, limits=Limits(close_timeout_s=0.3))
         pid = (await env.reset(TASK)).extras["pid"]
-        with pytest.raises(EnvironmentTimeout, match=r"close was not over within 0\.3 s"):
+        with pytest.raises(EnvironmentTimeoutError, match=r"close was not over within 0\.3 s"):
             await env.close()
         assert not live(pid)
         await env.close()
@@ -359,7 +367,7 @@ def test_cancelling_a_call_ends_the_process() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await call
             await asyncio.to_thread(eventually, lambda: not live(seen.extras["pid"], *left), "all gone", 5)
-            with pytest.raises(EnvironmentFailure, match="cancelled"):
+            with pytest.raises(EnvironmentFailedError, match="cancelled"):
                 await env.step(Wait())
 
     run(test)
@@ -396,7 +404,7 @@ def test_the_loop_stays_responsive_while_environments_hang() -> None:
             ticking = asyncio.create_task(tick())
             await asyncio.gather(*(env.reset(TASK) for env in envs))
             results = await asyncio.gather(*(env.step(Custom("hang")) for env in envs), return_exceptions=True)
-            assert [type(result) for result in results] == [EnvironmentTimeout] * 4
+            assert [type(result) for result in results] == [EnvironmentTimeoutError] * 4
             ticking.cancel()
         assert len(gaps) > 20
         assert max(gaps) < 1.0  # a blocked loop would have waited for the limits, or for the kills
@@ -410,13 +418,13 @@ def test_grace_lets_it_close_before_it_is_killed(tmp_path: Path) -> None:
         closed = tmp_path / "closed"
         async with environment(limits=QUICK, grace_s=20, arguments={"closed": str(closed)}) as env:
             await env.reset(TASK)
-            with pytest.raises(EnvironmentTimeout):
+            with pytest.raises(EnvironmentTimeoutError):
                 await env.step(Custom("hang"))
             assert closed.read_text() == "closed"
         closed.unlink()
         async with environment(limits=QUICK, arguments={"closed": str(closed)}) as env:
             await env.reset(TASK)
-            with pytest.raises(EnvironmentTimeout):
+            with pytest.raises(EnvironmentTimeoutError):
                 await env.step(Custom("hang"))
             assert not closed.exists()
 
@@ -428,7 +436,7 @@ def test_grace_is_bounded() -> None:
         async with environment(limits=QUICK, grace_s=0.5) as env:
             await env.reset(TASK)
             began = time.monotonic()
-            with pytest.raises(EnvironmentTimeout):
+            with pytest.raises(EnvironmentTimeoutError):
                 await env.step(Custom("hang and ignore signals"))
             assert 0.8 < time.monotonic() - began < 8
 
@@ -461,7 +469,7 @@ def test_what_close_raises_comes_after_everything_was_ended() -> None:
     async def test() -> None:
         env = ProcessEnvironment(Obedient, arguments={"fail": "close"})
         pid = (await env.reset(TASK)).extras["pid"]
-        with pytest.raises(EnvironmentRaised, match="close raised RuntimeError: it can't be closed"):
+        with pytest.raises(EnvironmentRaisedError, match="close raised RuntimeError: it can't be closed"):
             await env.close()
         assert not live(pid)
         await env.close()
@@ -476,7 +484,7 @@ def test_closing_during_a_call_ends_the_call() -> None:
             call = asyncio.create_task(env.step(Custom("hang")))
             await asyncio.sleep(0.05)
             await env.close()
-            with pytest.raises(EnvironmentFailure, match="closed during step"):
+            with pytest.raises(EnvironmentFailedError, match="closed during step"):
                 await call
 
     run(test)
@@ -485,12 +493,12 @@ def test_closing_during_a_call_ends_the_call() -> None:
 def test_calls_out_of_order_are_refused() -> None:
     async def test() -> None:
         async with environment() as env:
-            with pytest.raises(EnvironmentFailure, match="step before reset"):
+            with pytest.raises(EnvironmentFailedError, match="step before reset"):
                 await env.step(Wait())
             await env.reset(TASK)
             first = asyncio.create_task(env.step(Custom("sleep", {"seconds": 0.2})))
             await asyncio.sleep(0)
-            with pytest.raises(EnvironmentFailure, match="evaluate was called during step; one call at a time"):
+            with pytest.raises(EnvironmentFailedError, match="evaluate was called during step; one call at a time"):
                 await env.evaluate()
             assert (await first).reward == 0.5
 
@@ -527,7 +535,7 @@ import asyncio, os, sys
 from standin_environment import Obedient
 from managed_vllm.agent import Task
 from managed_vllm.agent.actions import Custom
-from managed_vllm.agent.environments.process import ProcessEnvironment
+from managed_vllm.agent.environments.process_environment import ProcessEnvironment
 
 async def main():
     envs = [ProcessEnvironment(Obedient) for _ in range(3)]
@@ -581,7 +589,7 @@ def test_if_the_keeper_is_killed_nothing_is_left_either() -> None:
             await asyncio.sleep(0.05)
             assert env.pid is not None
             os.kill(env.pid, signal.SIGKILL)
-            with pytest.raises(EnvironmentDied, match="killed"):
+            with pytest.raises(EnvironmentDiedError, match="killed"):
                 await call
             assert not live(seen.extras["pid"], *left)
 
@@ -595,7 +603,7 @@ def test_sigterm_to_the_keeper_ends_all_in_order() -> None:
             left = (await env.step(Custom("leave processes"))).observation.extras["done"]
             assert env.pid is not None
             os.kill(env.pid, signal.SIGTERM)
-            with pytest.raises(EnvironmentDied):
+            with pytest.raises(EnvironmentDiedError):
                 await env.step(Custom("hang"))
             assert not live(seen.extras["pid"], *left)
 
@@ -604,16 +612,16 @@ def test_sigterm_to_the_keeper_ends_all_in_order() -> None:
 
 @pytest.mark.slow
 def test_a_keeper_that_is_stopped_is_killed_with_all_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("managed_vllm.agent.environments.process._KEEPER_S", 1.0)
+    monkeypatch.setattr("managed_vllm.agent.environments.process_environment._KEEPER_S", 1.0)
 
     async def test() -> None:
         async with environment(limits=QUICK) as env:
             seen = await env.reset(TASK)
             left = (await patient(env).step(Custom("leave processes"))).observation.extras["done"]
-            env._limits = QUICK
+            env.limits = QUICK
             assert env.pid is not None
             os.kill(env.pid, signal.SIGSTOP)
-            with pytest.raises(EnvironmentTimeout):
+            with pytest.raises(EnvironmentTimeoutError):
                 await env.step(Custom("hang"))
             assert not live(seen.extras["pid"], *left)
 
@@ -665,7 +673,7 @@ def test_an_action_that_can_not_be_pickled_is_named() -> None:
     async def test() -> None:
         async with environment() as env:
             await env.reset(TASK)
-            with pytest.raises(EnvironmentFailure, match=r"Custom\(name='x'.*can't be pickled"):
+            with pytest.raises(EnvironmentFailedError, match=r"Custom\(name='x'.*can't be pickled"):
                 await env.step(Custom("x", {"file": sys.stdout}))
 
     run(test)
@@ -674,7 +682,7 @@ def test_an_action_that_can_not_be_pickled_is_named() -> None:
 def test_an_interpreter_that_does_not_exist_is_a_failure_not_a_hang() -> None:
     async def test() -> None:
         async with environment("standin_environment:Obedient", python="/no/such/python") as env:
-            with pytest.raises(EnvironmentDied, match="/no/such/python"):
+            with pytest.raises(EnvironmentDiedError, match="/no/such/python"):
                 await env.reset(TASK)
 
     run(test)
@@ -684,7 +692,7 @@ def test_the_adapters_import_nothing_heavy() -> None:
     source = (
         "import sys\n"
         "import managed_vllm.agent, managed_vllm.agent.environments\n"
-        "for name in ('process', 'thread', 'gymnasium', 'osworld', 'miniwob'):\n"
+        "for name in ('process_environment', 'thread_environment', 'gymnasium', 'osworld', 'miniwob'):\n"
         "    __import__('managed_vllm.agent.environments.' + name)\n"
         "heavy = {'numpy', 'PIL', 'gymnasium', 'miniwob', 'selenium', 'jinja2'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -30,7 +30,7 @@ from managed_vllm.agent import (
     ui_tars,
 )
 from managed_vllm.agent.actions import Click, Finished, ParsedResponse, Wait
-from managed_vllm.agent.conversation import Chat, Conversation, Turn, newest_images
+from managed_vllm.agent.prompting import Chat, History, Turn, newest_images
 from managed_vllm.agent.types import ImageRef
 from managed_vllm.errors import BadRequestError, ConfigError
 
@@ -438,8 +438,8 @@ def test_models_that_call_tools() -> None:
 
 def test_an_environment_without_pictures_needs_none() -> None:
     class Words(CountingWorld):
-        def _seen(self) -> Observation:
-            return replace(super()._seen(), screenshot=None)
+        def seen(self) -> Observation:
+            return replace(super().seen(), screenshot=None)
 
     found = played(right, Words())
     assert found.reward == 1.0
@@ -464,14 +464,14 @@ def test_messages_of_a_turn_begin_with_all_of_the_last_ones_as_long_as_no_image_
     before: list[Any] = []
     for count in range(1, 7):
         now = [*turns[: count - 1], replace(turns[count - 1], response=None)]
-        built = chat(Conversation(task, "it", now, 99))
+        built = chat(History(task, "it", now, 99))
         assert built[: len(before)] == before
         before = built
     assert text_of(before[1]) == "Do: it {}"
 
 
 def test_newest_images_drops_the_oldest_and_no_word(turns: list[Turn]) -> None:
-    built = Chat()(Conversation(Task("t", "it"), "it", turns, 2))
+    built = Chat()(History(Task("t", "it"), "it", turns, 2))
     images = [part["image"] for message in built for part in message["content"] if isinstance(part, dict)
               and part["type"] == "image"]  # fmt: skip
     assert images == [ref(4), ref(5)]
@@ -482,7 +482,7 @@ def test_newest_images_drops_the_oldest_and_no_word(turns: list[Turn]) -> None:
 
 
 def test_a_shorter_history_keeps_the_newest_turns(turns: list[Turn]) -> None:
-    built = Chat(prompt="", history=1)(Conversation(Task("t", "it"), "it", turns, 9))
+    built = Chat(prompt="", history=1)(History(Task("t", "it"), "it", turns, 9))
     assert [text_of(message) for message in built] == ["seen 4", "answer 4", "seen 5"]
 
 

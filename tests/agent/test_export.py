@@ -385,7 +385,7 @@ def test_failed_attempts_are_exported_for_viewers_only_if_asked_for(store: RunSt
     report = export(store, "atif", out, include="all")
     assert (report.trajectories, report.left_out) == (3, {})
     found = documents(out)
-    assert "EnvironmentTimeout" in found["t-1-1.json"]["extra"]["failure"]
+    assert "EnvironmentTimeoutError" in found["t-1-1.json"]["extra"]["failure"]
     assert "reward" not in found["t-1-1.json"]["final_metrics"]["extra"]
     assert "failure" not in found["t-1-0.json"]["extra"]
 

@@ -36,7 +36,7 @@ from managed_vllm.agent.actions import (
     smart_resize,
 )
 from managed_vllm.agent.environments.miniwob import MiniWoBEnvironment, SyncMiniWoB, missing, task_names
-from managed_vllm.errors import EnvironmentFailure, EnvironmentRaised, EnvironmentTimeout
+from managed_vllm.errors import EnvironmentFailedError, EnvironmentRaisedError, EnvironmentTimeoutError
 
 pillow = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
@@ -182,7 +182,7 @@ def test_the_seed_decides_what_is_seen_and_one_browser_serves_all_pages() -> Non
             assert "input_text" in (form.text or "")
             assert size(first) == (320, 420)
             assert chromium(env) == browsers
-            with pytest.raises(EnvironmentRaised, match="no page 'click-buton'; did you mean click-button"):
+            with pytest.raises(EnvironmentRaisedError, match="no page 'click-buton'; did you mean click-button"):
                 await env.reset(on("click-buton"))
 
     run(test)
@@ -348,9 +348,11 @@ def test_a_browser_that_hangs_is_ended_with_all_its_processes(hung: str) -> None
             assert stopped
             for process in stopped:
                 process.suspend()
-            env._limits = Limits(step_timeout_s=1.0)
+            env.limits = Limits(step_timeout_s=1.0)
             began = time.monotonic()
-            with pytest.raises(EnvironmentTimeout, match=r"MiniWoB\+\+ click-test-2: step was not over within 1 s"):
+            with pytest.raises(
+                EnvironmentTimeoutError, match=r"MiniWoB\+\+ click-test-2: step was not over within 1 s"
+            ):
                 await env.step(Click(5, 5))
             assert time.monotonic() - began < 10
             assert not [process for process in family if is_live(process)]
@@ -366,7 +368,7 @@ def test_a_browser_that_was_killed_fails_the_step() -> None:
             await env.reset(Task("t", seed=0))
             for process in chromium(env):
                 process.kill()
-            with pytest.raises(EnvironmentRaised, match="selenium"):
+            with pytest.raises(EnvironmentRaisedError, match="selenium"):
                 await env.step(Click(5, 5))
 
     run(test)
@@ -421,9 +423,11 @@ def test_sigkill_of_the_rollout_leaves_no_browser_and_no_file(tmp_path: Path) ->
 
 
 def test_what_is_missing_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EnvironmentFailure, match=r"Chromium \(/no/chromium is no program\): apt-get install chromium"):
+    with pytest.raises(
+        EnvironmentFailedError, match=r"Chromium \(/no/chromium is no program\): apt-get install chromium"
+    ):
         MiniWoBEnvironment("click-test-2", chromium="/no/chromium")
-    with pytest.raises(EnvironmentFailure, match=r"chromedriver \(/no/driver is no program\): apt-get install"):
+    with pytest.raises(EnvironmentFailedError, match=r"chromedriver \(/no/driver is no program\): apt-get install"):
         MiniWoBEnvironment("click-test-2", chromedriver="/no/driver")
     for name in ("MINIWOB_CHROME_BINARY", "MINIWOB_CHROMEDRIVER"):
         monkeypatch.delenv(name, raising=False)
@@ -433,7 +437,7 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(monkeypatch:
     assert said is not None
     assert "pip install" in said
     assert said.count("apt-get install chromium chromium-driver") == 2
-    with pytest.raises(EnvironmentFailure, match="pip install"):
+    with pytest.raises(EnvironmentFailedError, match="pip install"):
         task_names()
 
 

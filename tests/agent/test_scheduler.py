@@ -131,7 +131,7 @@ def test_making_an_environment_has_a_time_out(server: ActingServer) -> None:
 
     options = {"limits": Limits(reset_timeout_s=0.1), "retry": RetryRollouts(max_attempts=1)}
     found = scheduler(server, make, **options).run_all(tasks(2))
-    assert [one.failure and one.failure.error_type for one in found] == ["EnvironmentTimeout"] * 2
+    assert [one.failure and one.failure.error_type for one in found] == ["EnvironmentTimeoutError"] * 2
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_an_error_that_every_request_would_meet_ends_the_run(refusal: Refusal, e
 def no_pictures() -> Any:
     from dataclasses import replace
 
-    from managed_vllm.agent.conversation import Chat
+    from managed_vllm.agent.prompting import Chat
 
     return replace(AGENT, build_messages=Chat(show_screenshot=False))
 

@@ -136,7 +136,7 @@ def test_all_of_a_run_is_in_it(tmp_path: Path, images: ImageStore) -> None:
             assert its["promptTokens"] == len(step.prompt_token_ids)
             assert record["images"][its["screenshot"]][0] == step.screenshot.sha256  # type: ignore[union-attr]
             assert [record["messages"][n]["role"] for n in its["messages"]] == [m["role"] for m in step.messages]
-    assert found.json("t1")["failure"]["type"] == "EnvironmentTimeout"
+    assert found.json("t1")["failure"]["type"] == "EnvironmentTimeoutError"
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -686,7 +686,7 @@ def test_the_list_shows_all_attempts_and_sums_up_what_it_shows(browser: Browser,
     assert [browser.tile(name) for name in ("attempts", "rollouts", "that count")] == ["8", "6", "6"]
     assert (browser.tile("success"), browser.tile("mean reward")) == ("50.0 % (3/6)", "0.5")
     assert browser.tile("failures") == "1 environment1 parser"
-    assert "EnvironmentTimeout" in browser.texts("#body tr[data-at='2']")[0]
+    assert "EnvironmentTimeoutError" in browser.texts("#body tr[data-at='2']")[0]
     assert browser.js("return performance.getEntriesByType('resource').length") == 0
 
 
@@ -757,7 +757,7 @@ def test_keys_lead_through_steps_and_trajectories_and_back(browser: Browser, sma
     assert "final screenshot" in browser.js("return document.querySelector('#shot img').alt")
     browser.press("n")
     assert browser.fragment == "#task-2/0/0.0"
-    assert "EnvironmentTimeout" in browser.texts("#about .failure")[0]
+    assert "EnvironmentTimeoutError" in browser.texts("#about .failure")[0]
     browser.press("n")
     assert browser.fragment == "#task-2/0/0.1"
     assert browser.texts("#about .failure") == []

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from managed_vllm.agent.actions import Action, Click, Finished, Hotkey, Scroll, Type, Wait
-from managed_vllm.agent.actions.typed import Direction
+from managed_vllm.agent.actions.values import Direction
 from managed_vllm.agent.image_store import ImageStore
 from managed_vllm.agent.types import (
     Failure,
@@ -143,7 +143,7 @@ def sample_trajectory(
 def sample_failure(kind: FailureClass = FailureClass.ENVIRONMENT, *, step: int | None = 1) -> Failure:
     """What went wrong, of that kind."""
     stages = {
-        FailureClass.ENVIRONMENT: ("step", "EnvironmentTimeout", "step did not return within 60 s, and was ended"),
+        FailureClass.ENVIRONMENT: ("step", "EnvironmentTimeoutError", "step did not return within 60 s, and was ended"),
         FailureClass.MODEL_SERVER: ("generate", "ServerDiedError", "the server died under this request"),
         FailureClass.PARSER: ("parse", "ActionParseError", "no action: 'I am not sure'"),
         FailureClass.USER_CODE: ("hook", "KeyError", "'missing'"),

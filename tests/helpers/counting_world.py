@@ -71,7 +71,7 @@ class CountingWorld:
             if wait is not None:
                 await wait
 
-    def _seen(self) -> Observation:
+    def seen(self) -> Observation:
         mark = "" if self.task is None else self.task.id
         return Observation(picture(self.left, mark), f"{self.left} left", extras={"world": self.number})
 
@@ -79,7 +79,7 @@ class CountingWorld:
         self.task, self.said_finished, self.steps = task, False, 0
         self.left = int(task.data.get("presses", 2))
         await self._may("reset")
-        return self._seen()
+        return self.seen()
 
     async def step(self, action: Action) -> StepResult:
         self.steps += 1
@@ -89,7 +89,7 @@ class CountingWorld:
             return StepResult(Observation(), terminated=True)
         if isinstance(action, Click) and abs(action.x - BUTTON[0]) < 30 and abs(action.y - BUTTON[1]) < 15:
             self.left = max(0, self.left - 1)
-        return StepResult(self._seen(), info={"left": self.left})
+        return StepResult(self.seen(), info={"left": self.left})
 
     async def evaluate(self) -> float | None:
         await self._may("evaluate")

@@ -32,9 +32,9 @@ from managed_vllm.agent import (
     ui_tars,
 )
 from managed_vllm.agent.actions import Click, Finished, ParsedResponse, Type, ui_tars_regex
-from managed_vllm.agent.conversation import Chat
 from managed_vllm.agent.environments.desktop import DesktopEnvironment, desktop_tasks
 from managed_vllm.agent.environments.miniwob import MiniWoBEnvironment, missing
+from managed_vllm.agent.prompting import Chat
 from managed_vllm.agent.viewer import write_html
 from managed_vllm.demo.random_vlm import make_random_vlm
 

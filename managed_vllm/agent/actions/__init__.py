@@ -1,6 +1,6 @@
 """What a model's answer means: parsers from text to typed actions, and executors' forms of these.
 
-- `types`: the actions. `records`: as JSON for files. `descriptions`: in a few words.
+- `values`: the actions. `serialization`: as JSON for files. `descriptions`: in a few words.
 - `ui_tars`: answers of UI-TARS 1.5. `ui_tars_format`: its prompt, a regex that forces it, and writing it.
 - `json_actions`: JSON and tool calls, for other models.
 - `pyautogui_source`: as source for OSWorld.
@@ -18,9 +18,11 @@ from managed_vllm.agent.actions.json_actions import (
     parse_json_actions,
     parse_tool_calls,
 )
-from managed_vllm.agent.actions.json_form import action_from_dict, action_to_dict
 from managed_vllm.agent.actions.pyautogui_source import to_pyautogui
-from managed_vllm.agent.actions.typed import (
+from managed_vllm.agent.actions.serialization import action_from_dict, action_to_dict
+from managed_vllm.agent.actions.ui_tars import parse_ui_tars
+from managed_vllm.agent.actions.ui_tars_format import UI_TARS_PROMPT, system_prompt, to_ui_tars, ui_tars_regex
+from managed_vllm.agent.actions.values import (
     Action,
     Button,
     CallUser,
@@ -35,8 +37,6 @@ from managed_vllm.agent.actions.typed import (
     Type,
     Wait,
 )
-from managed_vllm.agent.actions.ui_tars import parse_ui_tars
-from managed_vllm.agent.actions.ui_tars_format import UI_TARS_PROMPT, system_prompt, to_ui_tars, ui_tars_regex
 from managed_vllm.errors import ActionParseError
 
 __all__ = [

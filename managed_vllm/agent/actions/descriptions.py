@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from managed_vllm.agent.actions.typed import (
+from managed_vllm.agent.actions.values import (
     Action,
     Button,
     CallUser,

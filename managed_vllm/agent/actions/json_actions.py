@@ -34,7 +34,7 @@ from managed_vllm.agent.actions.coordinates import (
     OffScreenError,
 )
 from managed_vllm.agent.actions.keys import key_of, keys_of
-from managed_vllm.agent.actions.typed import (
+from managed_vllm.agent.actions.values import (
     Action,
     Button,
     CallUser,

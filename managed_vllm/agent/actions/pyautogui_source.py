@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 from managed_vllm.agent.actions.keys import key_of
-from managed_vllm.agent.actions.typed import (
+from managed_vllm.agent.actions.values import (
     Action,
     Button,
     CallUser,

@@ -41,7 +41,7 @@ from managed_vllm.agent.actions.coordinates import (
     OffScreenError,
 )
 from managed_vllm.agent.actions.keys import keys_of
-from managed_vllm.agent.actions.typed import (
+from managed_vllm.agent.actions.values import (
     Action,
     Button,
     CallUser,
@@ -94,7 +94,7 @@ def parse_ui_tars(
 
 def parse_in(frame: Frame, text: str) -> ParsedResponse:
     """`parse_ui_tars`, where the frame is known."""
-    return _Answer(text, frame).parse()
+    return _Scanner(text, frame).parse()
 
 
 # -- what the format has -----------------------------------------------------------------------------------------------
@@ -182,8 +182,8 @@ _ESCAPED = {"\\'": "'", '\\"': '"', "\\\\": "\\", "\\n": "\n", "\\t": "\t"}
 # -- the reader --------------------------------------------------------------------------------------------------------
 
 
-class _Answer:
-    """One answer while it is read."""
+class _Scanner:
+    """One answer while it is scanned."""
 
     def __init__(self, text: str, frame: Frame) -> None:
         self.text = text
@@ -607,50 +607,50 @@ def _unescape(match: re.Match[str]) -> str:
 # -- what the functions mean -------------------------------------------------------------------------------------------
 
 
-def _click(answer: _Answer, name: str, values: Mapping[str, _Value]) -> Action:
+def _click(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
     button, clicks = _CLICKS[name]
     return Click(*values["start_box"].point, button, clicks)
 
 
-def _drag(answer: _Answer, name: str, values: Mapping[str, _Value]) -> Action:
+def _drag(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
     return Drag(*values["start_box"].point, *values["end_box"].point)
 
 
-def _hotkey(answer: _Answer, name: str, values: Mapping[str, _Value]) -> Action:
+def _hotkey(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
     value = values["key"]
     try:
         return Hotkey(keys_of(value.word))
     except ValueError as error:
-        answer.fail(f"hotkey: {error}; write keys as in key='ctrl c'", value.start, value.end)
+        scanner.fail(f"hotkey: {error}; write keys as in key='ctrl c'", value.start, value.end)
 
 
-def _type(answer: _Answer, name: str, values: Mapping[str, _Value]) -> Action:
-    return answer.typed(values["content"])
+def _type(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
+    return scanner.typed(values["content"])
 
 
-def _scroll(answer: _Answer, name: str, values: Mapping[str, _Value]) -> Action:
+def _scroll(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
     value = values["direction"]
     try:
         direction = Direction(value.word.strip().lower())
     except ValueError:
-        answer.fail(f"direction of scroll must be one of {', '.join(Direction)}", value.start, value.end)
+        scanner.fail(f"direction of scroll must be one of {', '.join(Direction)}", value.start, value.end)
     place = values.get("start_box")
     return Scroll(direction) if place is None else Scroll(direction, *place.point)
 
 
-def _wait(answer: _Answer, name: str, values: Mapping[str, _Value]) -> Action:
+def _wait(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
     return Wait()
 
 
-def _finished(answer: _Answer, name: str, values: Mapping[str, _Value]) -> Action:
-    return Finished(answer.text_of(values["content"]) if "content" in values else "")
+def _finished(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
+    return Finished(scanner.text_of(values["content"]) if "content" in values else "")
 
 
-def _call_user(answer: _Answer, name: str, values: Mapping[str, _Value]) -> Action:
-    return CallUser(answer.text_of(values["content"]) if "content" in values else "")
+def _call_user(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
+    return CallUser(scanner.text_of(values["content"]) if "content" in values else "")
 
 
-_BUILD: dict[str, Callable[[_Answer, str, Mapping[str, _Value]], Action]] = {
+_BUILD: dict[str, Callable[[_Scanner, str, Mapping[str, _Value]], Action]] = {
     **dict.fromkeys(_CLICKS, _click),
     "drag": _drag,
     "select": _drag,

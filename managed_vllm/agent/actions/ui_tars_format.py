@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable
 
 from managed_vllm.agent.actions.coordinates import FACTOR, MAX_PIXELS, MIN_PIXELS, Coordinates, Frame
-from managed_vllm.agent.actions.typed import (
+from managed_vllm.agent.actions.ui_tars import parse_in
+from managed_vllm.agent.actions.values import (
     Action,
     Button,
     CallUser,
@@ -23,7 +24,6 @@ from managed_vllm.agent.actions.typed import (
     Type,
     Wait,
 )
-from managed_vllm.agent.actions.ui_tars import parse_in
 from managed_vllm.errors import ActionParseError, ConfigError
 
 UI_TARS_PROMPT = r"""You are a GUI agent. You get a task, your earlier actions, and screenshots. Say what to do next.

@@ -23,7 +23,7 @@ import functools
 import io
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from managed_vllm.agent.actions import (
@@ -38,7 +38,7 @@ from managed_vllm.agent.actions import (
 )
 from managed_vllm.agent.types import Observation, StepResult, Task
 from managed_vllm.demo import screen as demo
-from managed_vllm.errors import EnvironmentFailure
+from managed_vllm.errors import EnvironmentFailedError
 
 KINDS = tuple(demo.KINDS)
 """Every kind of task, by name: see `managed_vllm.demo.screen.KINDS`."""
@@ -109,7 +109,15 @@ def _element_to_data(element: demo.Element) -> list[Any]:
     return [*place, element.content] if isinstance(element, demo.TextField) else place
 
 
-def _from_data(data: Mapping[str, Any]) -> demo.World:
+def world_of(task: Task) -> demo.World:
+    """The pages and goals of a task: those in its data, or drawn by its seed where it has none.
+
+    Raises `KeyError`, `TypeError` or `ValueError`: the task is none for a desktop.
+    """
+    if not task.data and task.seed is not None:
+        rng = random.Random(f"desktop {task.seed}")
+        return _random_world(rng, rng.choice(demo.LEARNT))
+    data = task.data
     pages = tuple(tuple(_element_from_data(element) for element in page) for page in data["pages"])
     return demo.World(pages, tuple(demo.Goal(label, text) for label, text in data["goals"]))
 
@@ -155,25 +163,21 @@ class DesktopEnvironment:
         """The state, for those who want to look behind the screen."""
         if self._world is None or self._closed:
             state = "is closed" if self._closed else "has no task yet: call reset(task) first"
-            raise EnvironmentFailure(f"this desktop {state}")
+            raise EnvironmentFailedError(f"this desktop {state}")
         return self._world
 
     async def reset(self, task: Task) -> Observation:
         """Begins a task of `desktop_tasks`; without `data`, one that is drawn with the task's seed.
 
         Raises:
-            EnvironmentFailure: the environment is closed, or the task is none for a desktop.
+            EnvironmentFailedError: the environment is closed, or the task is none for a desktop.
         """
         if self._closed:
-            raise EnvironmentFailure("this desktop is closed: make a new one")
+            raise EnvironmentFailedError("this desktop is closed: make a new one")
         try:
-            if not task.data and task.seed is not None:
-                rng = random.Random(f"desktop {task.seed}")
-                self._world = _random_world(rng, rng.choice(demo.LEARNT))
-            else:
-                self._world = _from_data(task.data)
+            self._world = world_of(task)
         except (KeyError, TypeError, ValueError) as error:
-            raise EnvironmentFailure(
+            raise EnvironmentFailedError(
                 f"task {task.id!r} is none for the desktop ({type(error).__name__}: {error}); make its tasks with "
                 "desktop_tasks(), or give one a seed and no data"
             ) from error
@@ -232,7 +236,7 @@ class DesktopEnvironment:
 
     def _click(self, x: float, y: float) -> tuple[str | None, str]:
         for element in self.world.elements:
-            left, top, right, bottom = self._box(element)
+            left, top, right, bottom = self.box_of(element)
             if left <= x < right and top <= y < bottom:
                 self._world = self.world.click(element.label)
                 return f'clicked "{element.label}"', ""
@@ -254,7 +258,7 @@ class DesktopEnvironment:
         screen = self.world.screen()
         return Observation(self._draw(screen), screen.prompt(), screen.task)
 
-    def _box(self, element: demo.Element) -> Box:
+    def box_of(self, element: demo.Element) -> Box:
         """What can be clicked of an element; its point is the middle."""
         width, height = _FIELD if isinstance(element, demo.TextField) else _BUTTON
         x, y = element.x * self.width / 1000, element.y * self.height / 1000
@@ -265,7 +269,7 @@ class DesktopEnvironment:
         drawing = _Drawing(self.width, self.height)
         drawing.bars(self.world, screen.status, finished=self._finished)
         for element in self.world.elements:
-            box = self._box(element)
+            box = self.box_of(element)
             if isinstance(element, demo.TextField):
                 focus = self.world.focus == element.label
                 drawing.field(box, element.label, element.content, focus=focus)

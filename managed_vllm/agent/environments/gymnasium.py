@@ -27,9 +27,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from managed_vllm.agent.actions import Action, CallUser, Finished
-from managed_vllm.agent.environments.process import ProcessEnvironment
+from managed_vllm.agent.environments.process_environment import ProcessEnvironment
 from managed_vllm.agent.environments.synchronous import name_of
-from managed_vllm.agent.environments.thread import ThreadEnvironment
+from managed_vllm.agent.environments.thread_environment import ThreadEnvironment
 from managed_vllm.agent.types import Limits, Observation, StepResult, Task
 
 _MOST_NUMBERS = 1000

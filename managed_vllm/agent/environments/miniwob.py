@@ -59,9 +59,9 @@ from managed_vllm.agent.actions import (
     Wait,
 )
 from managed_vllm.agent.actions.keys import key_of
-from managed_vllm.agent.environments.process import ProcessEnvironment
+from managed_vllm.agent.environments.process_environment import ProcessEnvironment
 from managed_vllm.agent.types import Limits, Observation, StepResult, Task
-from managed_vllm.errors import EnvironmentFailure
+from managed_vllm.errors import EnvironmentFailedError
 
 Reward = Literal["raw", "decayed"]
 
@@ -149,10 +149,10 @@ def missing(chromium: str | None = None, chromedriver: str | None = None) -> str
 
 
 def task_names() -> list[str]:
-    """The pages that there are, by name: `click-test-2`, … Raises `EnvironmentFailure` without miniwob."""
+    """The pages that there are, by name: `click-test-2`, … Raises `EnvironmentFailedError` without miniwob."""
     found = importlib.util.find_spec("miniwob")
     if found is None or not found.submodule_search_locations:
-        raise EnvironmentFailure(f"MiniWoB++ lacks the Python package miniwob: {INSTALL_MINIWOB}")
+        raise EnvironmentFailedError(f"MiniWoB++ lacks the Python package miniwob: {INSTALL_MINIWOB}")
     html = Path(found.submodule_search_locations[0]) / "html"
     pages = [path.stem for path in (html / "miniwob").glob("*.html")]
     flights = [f"flight.{path.parent.name}" for path in (html / "flight").glob("*/wrapper.html")]
@@ -190,13 +190,13 @@ class MiniWoBEnvironment(ProcessEnvironment):
             chromedriver: its driver's; else `MINIWOB_CHROMEDRIVER`, or what is in the `PATH`.
             limits: seconds for each call.
 
-        Raises `EnvironmentFailure` if a program or package is missing, `ValueError` for a name that no page has.
+        Raises `EnvironmentFailedError` if a program or package is missing, `ValueError` for a name that no page has.
         """
         browser = None if chromium is None else os.fspath(chromium)
         driver = None if chromedriver is None else os.fspath(chromedriver)
         lacks = missing(browser, driver)
         if lacks is not None:
-            raise EnvironmentFailure(lacks)
+            raise EnvironmentFailedError(lacks)
         if type(scale) is not int or not 1 <= scale <= _MAX_SCALE:
             raise ValueError(f"scale must be an integer from 1 to {_MAX_SCALE}, not {scale!r}")
         if reward not in ("raw", "decayed"):

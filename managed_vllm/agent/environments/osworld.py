@@ -37,7 +37,7 @@ from typing import Any
 
 from managed_vllm.agent.actions import Action, CallUser, Finished, Wait
 from managed_vllm.agent.environments.gymnasium import plain_items
-from managed_vllm.agent.environments.process import ProcessEnvironment
+from managed_vllm.agent.environments.process_environment import ProcessEnvironment
 from managed_vllm.agent.types import Limits, Observation, StepResult, Task
 
 _IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")

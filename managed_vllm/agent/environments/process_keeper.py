@@ -1,7 +1,7 @@
 """The process between a rollout and a synchronous environment: it sees to it that nothing of the latter is left.
 
-Run as a program of its own by `managed_vllm.agent.environments.process`, with the standard library only: 15 ms and
-9 MB. In this order:
+Run as a program of its own by `environments.process_environment`, with the standard library only: 15 ms and 9 MB. In
+this order:
 
 1. It becomes a *subreaper*: whatever is started below it, and however it is detached, falls to it in the end.
 2. It forks the worker, which has one thread and no event loop at that moment, in a session of its own. The worker dies

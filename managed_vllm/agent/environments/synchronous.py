@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from managed_vllm.agent.actions import Action
 from managed_vllm.agent.types import Observation, StepResult, Task
-from managed_vllm.errors import EnvironmentDied, EnvironmentRaised
+from managed_vllm.errors import EnvironmentDiedError, EnvironmentFailedError, EnvironmentRaisedError
 
 _SHOWN_LINES = 20
 """Of a process's output in a message; all that is kept of it is in the error's `output`."""
@@ -39,11 +39,23 @@ class SyncEnvironment(Protocol):
         ...
 
 
+def check_call(name: str, method: str, *, closed: bool, unusable: str | None, calling: str | None, begun: bool) -> None:
+    """Raises `EnvironmentFailedError` if the environment `name` can't take this call now."""
+    if closed:
+        raise EnvironmentFailedError(f"{name} is closed")
+    if unusable is not None:
+        raise EnvironmentFailedError(f"{name} can't be used any more, {unusable}; make another one")
+    if calling is not None:
+        raise EnvironmentFailedError(f"{name}: {method} was called during {calling}; one call at a time")
+    if not begun and method != "reset":
+        raise EnvironmentFailedError(f"{name}: {method} before reset")
+
+
 def raised(
     name: str, call: str, error_type: str, error_message: str, error_traceback: str, advice: str = ""
-) -> EnvironmentRaised:
+) -> EnvironmentRaisedError:
     """The error for a method that raised; its traceback is a note."""
-    error = EnvironmentRaised(
+    error = EnvironmentRaisedError(
         f"{name}: {call} raised {error_type}: {error_message}{advice}",
         call=call,
         error_type=error_type,
@@ -54,10 +66,10 @@ def raised(
     return error
 
 
-def died(name: str, call: str, ending: str, exit_code: int | None, output: str) -> EnvironmentDied:
+def died(name: str, call: str, ending: str, exit_code: int | None, output: str) -> EnvironmentDiedError:
     """The error for a process that ended by itself, `ending` in words."""
     message = f"{name}: its process ended ({ending}) during {call}{last_lines(output)}"
-    return EnvironmentDied(message, call=call, exit_code=exit_code, output=output)
+    return EnvironmentDiedError(message, call=call, exit_code=exit_code, output=output)
 
 
 def last_lines(output: str) -> str:

@@ -1,7 +1,7 @@
 """What is sent for a turn: message builders, and the newest images among all that was seen.
 
-A builder makes the messages of a request from a `Conversation`. The same turns always become the same messages, byte
-for byte, so that the server's prefix cache holds, and so that what is recorded is what was sent. Images stand in
+A builder makes the messages of a request from the episode's `History`. The same turns always become the same messages,
+byte for byte, so that the server's prefix cache holds, and so that what is recorded is what was sent. Images stand in
 messages as `ImageRef`s, in parts `{"type": "image", "image": ref}`; they become files only while they are sent.
 """
 
@@ -37,7 +37,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class History:
     """All that a message is made from: the task, what the model is told to do, and the turns, the newest last."""
 
     task: Task
@@ -46,7 +46,7 @@ class Conversation:
     max_images: int
 
 
-MessageBuilder = Callable[[Conversation], Sequence[Message]]
+MessageBuilder = Callable[[History], Sequence[Message]]
 """Makes the messages of a request. What it raises ends the attempt as a failure of the caller's code."""
 
 
@@ -68,14 +68,14 @@ class Chat:
     show_text: bool = True
     show_screenshot: bool = True
 
-    def __call__(self, conversation: Conversation) -> list[Message]:
+    def __call__(self, history: History) -> list[Message]:
         messages: list[Message] = []
         if self.system is not None:
             messages.append({"role": "system", "content": self.system})
         if self.prompt:
-            text = self.prompt.replace("{instruction}", conversation.instruction)
+            text = self.prompt.replace("{instruction}", history.instruction)
             messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
-        turns = conversation.turns
+        turns = history.turns
         if self.history is not None:
             turns = turns[max(0, len(turns) - 1 - self.history) :]
         for turn in turns:
@@ -88,7 +88,7 @@ class Chat:
                 messages.append({"role": "user", "content": parts})
             if turn.response is not None:
                 messages.extend(_answered(turn))
-        return newest_images(messages, conversation.max_images)
+        return newest_images(messages, history.max_images)
 
 
 def _answered(turn: Turn) -> list[Message]:
@@ -104,9 +104,9 @@ def _answered(turn: Turn) -> list[Message]:
 class LatestText:
     """The newest observation's text alone, as one user message: for models that need no history (the demo model)."""
 
-    def __call__(self, conversation: Conversation) -> list[Message]:
-        turn = conversation.turns[-1]
-        return [{"role": "user", "content": turn.text if turn.text is not None else conversation.instruction}]
+    def __call__(self, history: History) -> list[Message]:
+        turn = history.turns[-1]
+        return [{"role": "user", "content": turn.text if turn.text is not None else history.instruction}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +122,9 @@ class Continued:
     messages: Sequence[Message] = ()
     show_text: bool = False
 
-    def __call__(self, conversation: Conversation) -> list[Message]:
-        begun = self.messages or conversation.task.data.get("messages") or ()
-        return newest_images(
-            [*begun, *Chat(prompt="", show_text=self.show_text)(conversation)], conversation.max_images
-        )
+    def __call__(self, history: History) -> list[Message]:
+        begun = self.messages or history.task.data.get("messages") or ()
+        return newest_images([*begun, *Chat(prompt="", show_text=self.show_text)(history)], history.max_images)
 
 
 def newest_images(messages: Sequence[Message], most: int) -> list[Message]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from managed_vllm.agent.actions.typed import (
+from managed_vllm.agent.actions.values import (
     Action,
     Button,
     CallUser,
@@ -159,7 +159,7 @@ def _or_none(read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
     return lambda value, where: None if value is None else read(value, where)
 
 
-# By the annotation in `types`, which is text there.
+# By the annotation in `values`, which is text there.
 _READERS: dict[str, Callable[[Any, str], Any]] = {
     "float": _number,
     "float | None": _or_none(_number),

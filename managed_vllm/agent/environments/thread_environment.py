@@ -1,7 +1,7 @@
 """A synchronous environment in a thread of its own: cheap, and not killable.
 
-A call that is not over within its limit ends with `EnvironmentTimeout`; its thread can't be ended from outside and is
-abandoned. So that a process does not fill up with such threads there may be `MAX_ABANDONED` at a time; from then on
+A call that is not over within its limit ends with `EnvironmentTimeoutError`; its thread can't be ended from outside and
+is abandoned. So that a process does not fill up with such threads there may be `MAX_ABANDONED` at a time; from then on
 calls that would start one are refused. A crash in C takes the whole rollout with it. `ProcessEnvironment` has none of
 these limits.
 """
@@ -20,6 +20,7 @@ from typing import Any, cast
 from managed_vllm.agent.actions import Action
 from managed_vllm.agent.environments.synchronous import (
     SyncEnvironment,
+    check_call,
     checked,
     name_of,
     raised,
@@ -27,7 +28,7 @@ from managed_vllm.agent.environments.synchronous import (
     whole_traceback,
 )
 from managed_vllm.agent.types import Limits, Observation, StepResult, Task
-from managed_vllm.errors import EnvironmentFailure, EnvironmentRaised, EnvironmentTimeout
+from managed_vllm.errors import EnvironmentFailedError, EnvironmentRaisedError, EnvironmentTimeoutError
 
 MAX_ABANDONED = 16
 """Threads that did not return in time and still run, of all environments of this process."""
@@ -40,8 +41,19 @@ _abandoned: set[threading.Thread] = set()
 _lock = threading.Lock()
 
 
+def hung_threads() -> int:
+    """How many threads did not return in time and still run."""
+    with _lock:
+        _abandoned.intersection_update(threading.enumerate())
+        return len(_abandoned)
+
+
 class ThreadEnvironment:
-    """An `Environment` around a `SyncEnvironment` all of whose methods are called in one thread of its own."""
+    """An `Environment` around a `SyncEnvironment` all of whose methods are called in one thread of its own.
+
+    Attributes:
+        limits: seconds of each call; may be changed between two of them.
+    """
 
     patience_s = 1.0
 
@@ -62,7 +74,7 @@ class ThreadEnvironment:
             raise TypeError(f"make must be callable, not {type(make).__name__}")
         self._make = make
         self._arguments = dict(arguments or {})
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
         self._name = name or name_of(make)
         self._calls: _Calls = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -73,15 +85,15 @@ class ThreadEnvironment:
 
     async def reset(self, task: Task) -> Observation:
         """See `Environment.reset`."""
-        return cast(Observation, await self._call("reset", (task,), self._limits.reset_timeout_s))
+        return cast(Observation, await self._call("reset", (task,), self.limits.reset_timeout_s))
 
     async def step(self, action: Action) -> StepResult:
         """See `Environment.step`."""
-        return cast(StepResult, await self._call("step", (action,), self._limits.step_timeout_s))
+        return cast(StepResult, await self._call("step", (action,), self.limits.step_timeout_s))
 
     async def evaluate(self) -> float | None:
         """See `Environment.evaluate`."""
-        return cast("float | None", await self._call("evaluate", (), self._limits.evaluate_timeout_s))
+        return cast("float | None", await self._call("evaluate", (), self.limits.evaluate_timeout_s))
 
     async def close(self) -> None:
         """Closes the environment and ends its thread. After a call that was cancelled or not over in time, the thread
@@ -97,27 +109,27 @@ class ThreadEnvironment:
         self._calls.put(None)
         if self._calling is not None or self._left:
             return
-        limit_s = self._limits.close_timeout_s
+        limit_s = self.limits.close_timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 await asyncio.wrap_future(done)
         except TimeoutError:
             self._abandon()
-            raise EnvironmentTimeout(f"{self._name}: close was not over within {limit_s:g} s; {_LEFT}") from None
+            raise EnvironmentTimeoutError(f"{self._name}: close was not over within {limit_s:g} s; {_LEFT}") from None
         except asyncio.CancelledError:
             self._abandon()
             raise
 
     async def _call(self, method: str, arguments: tuple[Any, ...], limit_s: float) -> Any:
-        if self._closed:
-            raise EnvironmentFailure(f"{self._name} is closed")
-        if self._unusable is not None:
-            raise EnvironmentFailure(f"{self._name} can't be used any more, {self._unusable}; make another one")
-        if self._calling is not None:
-            raise EnvironmentFailure(f"{self._name}: {method} was called during {self._calling}; one call at a time")
+        check_call(
+            self._name,
+            method,
+            closed=self._closed,
+            unusable=self._unusable,
+            calling=self._calling,
+            begun=self._thread is not None,
+        )
         if self._thread is None:
-            if method != "reset":
-                raise EnvironmentFailure(f"{self._name}: {method} before reset")
             self._begin()
         self._calling = method
         done: Future[Any] = Future()
@@ -126,13 +138,13 @@ class ThreadEnvironment:
         try:
             async with asyncio.timeout(limit_s):
                 return await asyncio.wrap_future(done)
-        except EnvironmentRaised as error:
+        except EnvironmentRaisedError as error:
             self._unusable = f"{error.call} raised {error.error_type}"
             raise
         except TimeoutError:
             self._unusable = f"{method} was not over within {limit_s:g} s"
             self._abandon()
-            raise EnvironmentTimeout(f"{self._name}: {self._unusable}; {_LEFT}") from None
+            raise EnvironmentTimeoutError(f"{self._name}: {self._unusable}; {_LEFT}") from None
         except BaseException as error:
             self._unusable = f"{method} was cancelled or failed ({type_name(error)})"
             self._abandon()
@@ -141,11 +153,8 @@ class ThreadEnvironment:
             self._calling = None
 
     def _begin(self) -> None:
-        with _lock:
-            _abandoned.intersection_update(threading.enumerate())
-            hung = len(_abandoned)
-        if hung >= MAX_ABANDONED:
-            raise EnvironmentFailure(
+        if (hung := hung_threads()) >= MAX_ABANDONED:
+            raise EnvironmentFailedError(
                 f"{self._name} is not started: {hung} threads of environments did not return in time and still run "
                 "in this process. They can't be killed; let environments that hang have processes of their own "
                 "(ProcessEnvironment, isolation='process')"

@@ -31,7 +31,7 @@ FORMATS: dict[str, Callable[..., AgentFormat]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class NamedEnvironment:
     """A kind of environment.
 
     Attributes:
@@ -45,13 +45,13 @@ class World:
     format: str | None = None
 
 
-def world(name: str, limits: Limits) -> World:
+def named_environment(name: str, limits: Limits) -> NamedEnvironment:
     """The world of that name. Raises `ConfigError`: there is none, or something is missing that it needs."""
     kind, colon, rest = name.partition(":")
     if name == "desktop":
         from managed_vllm.agent.environments.desktop import DesktopEnvironment, desktop_tasks
 
-        return World(DesktopEnvironment, lambda count, seed: desktop_tasks(count, seed=seed))
+        return NamedEnvironment(DesktopEnvironment, lambda count, seed: desktop_tasks(count, seed=seed))
     if kind == "miniwob" and rest:
         from managed_vllm.agent.environments import miniwob
 
@@ -62,9 +62,9 @@ def world(name: str, limits: Limits) -> World:
         def tasks(count: int, seed: int) -> list[Task]:
             return [Task(f"{rest}-{number}", seed=number) for number in range(seed, seed + count)]
 
-        return World(lambda: miniwob.MiniWoBEnvironment(rest, scale=3, limits=limits), tasks, "ui-tars")
+        return NamedEnvironment(lambda: miniwob.MiniWoBEnvironment(rest, scale=3, limits=limits), tasks, "ui-tars")
     if colon and rest:
-        return World(_imported(kind, rest), None)
+        return NamedEnvironment(_imported(kind, rest), None)
     raise ConfigError(
         f"no environment {name!r}; there are desktop, miniwob:TASK and package.module:function", field="env"
     )

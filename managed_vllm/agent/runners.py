@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from managed_vllm.agent.actions import Action, CallUser, Finished, to_pyautogui
 from managed_vllm.agent.blocking import blocking
-from managed_vllm.agent.conversation import Continued
 from managed_vllm.agent.environment import Environment
-from managed_vllm.agent.environments.thread import ThreadEnvironment
+from managed_vllm.agent.environments.thread_environment import ThreadEnvironment
 from managed_vllm.agent.episode import run_episode
 from managed_vllm.agent.format import AgentFormat, ParseErrorPolicy, UITarsParser
+from managed_vllm.agent.prompting import Continued
 from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.types import Limits, Observation, StepResult, Task, Trajectory
 from managed_vllm.errors import ConfigError

@@ -5,12 +5,12 @@
 
 What holds, whatever the environment does:
 
-- The event loop is never blocked. A call that is not over within its limit ends with `EnvironmentTimeout`, its message
-  has the stacks of the hung process, and that process and all its descendants have been killed by then.
+- The event loop is never blocked. A call that is not over within its limit ends with `EnvironmentTimeoutError`, whose
+  message has the stacks of the hung process; that process and all its descendants have been killed by then.
 - If the awaiting task is cancelled, they are killed, too.
-- If the process dies, `EnvironmentDied` comes at once, with exit code and its last output.
-- What the environment raises comes back as `EnvironmentRaised`, with its type, message and traceback. It stays alive
-  until `close`, to give back what it has; it can't be used for anything else.
+- If the process dies, `EnvironmentDiedError` comes at once, with exit code and its last output.
+- What the environment raises comes back as `EnvironmentRaisedError`, with its type, message and traceback. It stays
+  alive until `close`, to give back what it has; it can't be used for anything else.
 - If the rollout's process ends in whatever way, SIGKILL included, nothing of the environment is left (5 s, plus
   `grace_s`): neither processes, detached ones included, nor its temporary folder.
 
@@ -49,6 +49,7 @@ from managed_vllm.agent.environments import process_keeper
 from managed_vllm.agent.environments.process_worker import MAX_MESSAGE, Start, framed
 from managed_vllm.agent.environments.synchronous import (
     SyncEnvironment,
+    check_call,
     died,
     last_lines,
     name_of,
@@ -57,7 +58,7 @@ from managed_vllm.agent.environments.synchronous import (
     whole_traceback,
 )
 from managed_vllm.agent.types import Limits, Observation, StepResult, Task
-from managed_vllm.errors import EnvironmentFailure, EnvironmentRaised, EnvironmentTimeout
+from managed_vllm.errors import EnvironmentFailedError, EnvironmentRaisedError, EnvironmentTimeoutError
 
 MARKER = "MANAGED_VLLM_ENVIRONMENT"
 """Environment variable of all processes of one environment: the path of its temporary folder, which is theirs alone."""
@@ -94,7 +95,11 @@ class Ending:
 
 
 class ProcessEnvironment:
-    """An `Environment` around a `SyncEnvironment` that lives in its own process. Used from one event loop."""
+    """An `Environment` around a `SyncEnvironment` that lives in its own process. Used from one event loop.
+
+    Attributes:
+        limits: seconds of each call; may be changed between two of them.
+    """
 
     def __init__(
         self,
@@ -124,7 +129,7 @@ class ProcessEnvironment:
 
         Raises `TypeError` if `make` or `arguments` can't be pickled, `ValueError` for a path without `:`.
         """
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
         self._environ = dict(environ or {})
         if not grace_s >= 0:
             raise ValueError(f"grace_s must be 0 or more, not {grace_s}")
@@ -149,15 +154,15 @@ class ProcessEnvironment:
 
     async def reset(self, task: Task) -> Observation:
         """See `Environment.reset`. The first one starts the process, within the same limit."""
-        return cast(Observation, await self._call("reset", (task,), self._limits.reset_timeout_s))
+        return cast(Observation, await self._call("reset", (task,), self.limits.reset_timeout_s))
 
     async def step(self, action: Action) -> StepResult:
         """See `Environment.step`."""
-        return cast(StepResult, await self._call("step", (action,), self._limits.step_timeout_s))
+        return cast(StepResult, await self._call("step", (action,), self.limits.step_timeout_s))
 
     async def evaluate(self) -> float | None:
         """See `Environment.evaluate`."""
-        return cast("float | None", await self._call("evaluate", (), self._limits.evaluate_timeout_s))
+        return cast("float | None", await self._call("evaluate", (), self.limits.evaluate_timeout_s))
 
     async def close(self) -> None:
         """Closes the environment, and ends its process and all its descendants, within `close_timeout_s`.
@@ -172,7 +177,7 @@ class ProcessEnvironment:
         kept = self._kept
         if kept is None:
             return
-        raised: EnvironmentFailure | None = None
+        raised: EnvironmentFailedError | None = None
         try:
             here = self._loop is asyncio.get_running_loop()
             if self._calling is None and not kept.told and here:
@@ -205,14 +210,14 @@ class ProcessEnvironment:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     async def _call(self, method: str, arguments: tuple[Any, ...], limit_s: float) -> Any:
-        if self._closed:
-            raise EnvironmentFailure(f"{self._name} is closed")
-        if self._unusable is not None:
-            raise EnvironmentFailure(f"{self._name} can't be used any more, {self._unusable}; make another one")
-        if self._calling is not None:
-            raise EnvironmentFailure(f"{self._name}: {method} was called during {self._calling}; one call at a time")
-        if self._kept is None and method != "reset":
-            raise EnvironmentFailure(f"{self._name}: {method} before reset")
+        check_call(
+            self._name,
+            method,
+            closed=self._closed,
+            unusable=self._unusable,
+            calling=self._calling,
+            begun=self._kept is not None,
+        )
         self._calling = method
         try:
             async with asyncio.timeout(limit_s):
@@ -222,7 +227,7 @@ class ProcessEnvironment:
         except TimeoutError:
             self._unusable = f"{method} was not over within {limit_s:g} s"
             ending = await self._end(process_keeper.STACKS)
-            raise EnvironmentTimeout(
+            raise EnvironmentTimeoutError(
                 f"{self._name}: {self._unusable}; its processes were killed{last_lines(ending.output)}"
             ) from None
         except (OSError, EOFError):  # IncompleteReadError is the latter
@@ -234,11 +239,11 @@ class ProcessEnvironment:
                     await self._kept.wait()
             ending = await self._end(process_keeper.END)
             if self._closed:
-                raise EnvironmentFailure(f"{self._name} was closed during {method}") from None
+                raise EnvironmentFailedError(f"{self._name} was closed during {method}") from None
             raise died(self._name, method, _how(ending), ending.exit_code, ending.output) from None
         except BaseException as error:
             cause = f"{method} was cancelled or failed ({type_name(error)})"
-            self._unusable = "it could not be made" if isinstance(error, EnvironmentRaised) else cause
+            self._unusable = "it could not be made" if isinstance(error, EnvironmentRaisedError) else cause
             if self._kept is not None:
                 self._kept.tell(process_keeper.END)
             raise
@@ -249,7 +254,7 @@ class ProcessEnvironment:
             raise self._raised(answer)
         return answer[1]
 
-    def _raised(self, answer: tuple[str, str, str, str, str], advice: str = "") -> EnvironmentRaised:
+    def _raised(self, answer: tuple[str, str, str, str, str], advice: str = "") -> EnvironmentRaisedError:
         _, call, error_type, error_message, error_traceback = answer
         return raised(self._name, call, error_type, error_message, error_traceback, advice)
 
@@ -276,7 +281,7 @@ class ProcessEnvironment:
         try:
             data = framed(message)
         except Exception as error:
-            raise EnvironmentFailure(f"{self._name}: {message!r:.200} can't be pickled: {error}") from error
+            raise EnvironmentFailedError(f"{self._name}: {message!r:.200} can't be pickled: {error}") from error
         self._writer.write(data)
         await self._writer.drain()
         size = int.from_bytes(await self._reader.readexactly(8), "big")
@@ -290,14 +295,14 @@ class ProcessEnvironment:
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
-    async def _close_politely(self, kept: _Kept) -> EnvironmentFailure | None:
-        limit_s = self._limits.close_timeout_s
+    async def _close_politely(self, kept: _Kept) -> EnvironmentFailedError | None:
+        limit_s = self.limits.close_timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 answer = await self._exchange(("close", ()))
         except TimeoutError:
             ending = await self._end(process_keeper.STACKS)
-            return EnvironmentTimeout(
+            return EnvironmentTimeoutError(
                 f"{self._name}: close was not over within {limit_s:g} s; its processes were killed"
                 f"{last_lines(ending.output)}"
             )

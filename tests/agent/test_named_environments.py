@@ -11,7 +11,7 @@ import pytest
 
 from managed_vllm.agent import Limits, Task
 from managed_vllm.agent.environments.desktop import DesktopEnvironment
-from managed_vllm.agent.worlds import FORMATS, read_tasks, world
+from managed_vllm.agent.named_environments import FORMATS, named_environment, read_tasks
 from managed_vllm.cli import main
 from managed_vllm.errors import ConfigError
 
@@ -19,7 +19,7 @@ TESTS = Path(__file__).resolve().parent.parent / "helpers"
 
 
 def test_the_embedded_desktop_has_tasks_of_its_own() -> None:
-    place = world("desktop", Limits())
+    place = named_environment("desktop", Limits())
     assert place.make is DesktopEnvironment
     assert place.tasks is not None
     assert [task.id for task in place.tasks(2, 0)] != [task.id for task in place.tasks(2, 1)]
@@ -27,7 +27,7 @@ def test_the_embedded_desktop_has_tasks_of_its_own() -> None:
 
 
 def test_a_function_of_a_module_makes_an_environment() -> None:
-    place = world("counting_world:Worlds", Limits())
+    place = named_environment("counting_world:Worlds", Limits())
     assert place.tasks is None
     from counting_world import Worlds
 
@@ -46,7 +46,7 @@ def test_a_function_of_a_module_makes_an_environment() -> None:
 )
 def test_what_is_no_environment_is_refused(name: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        world(name, Limits())
+        named_environment(name, Limits())
 
 
 def test_tasks_come_from_json_lines_or_a_list(tmp_path: Path) -> None:
