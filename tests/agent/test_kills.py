@@ -23,8 +23,8 @@ from processes import INSTANT, eventually
 
 from managed_vllm import ManagedVLLM
 from managed_vllm.agent import RunStore, StreamingTaskScheduler, Trajectory
-from managed_vllm.agent.prompting import Chat
 from managed_vllm.agent.format import AgentFormat
+from managed_vllm.agent.prompting import Chat
 
 TESTS = Path(__file__).resolve().parent.parent / "helpers"
 

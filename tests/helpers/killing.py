@@ -10,8 +10,8 @@ from counting_world import CountingWorld, Worlds, tasks
 from managed_vllm import ManagedVLLM
 from managed_vllm.agent import Limits, StepResult, StreamingTaskScheduler, Trajectory
 from managed_vllm.agent.actions import ParsedResponse, Wait
-from managed_vllm.agent.conversation import Chat
 from managed_vllm.agent.format import AgentFormat
+from managed_vllm.agent.prompting import Chat
 
 
 def answered(answer: Any, size: Any) -> ParsedResponse:
@@ -24,7 +24,7 @@ class Counting(CountingWorld):
     async def step(self, action: Any) -> StepResult:
         await self._may("step")
         self.left -= 1
-        return StepResult(self._seen(), reward=1.0, terminated=self.left == 0)
+        return StepResult(self.seen(), reward=1.0, terminated=self.left == 0)
 
     async def evaluate(self) -> None:
         return None
