@@ -44,7 +44,8 @@ from managed_vllm.config import SupervisorOrder
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance import channel, directory
 from managed_vllm.instance.directory import Instance
-from managed_vllm.server import diagnosis, leftovers, stacks
+from managed_vllm.server import diagnosis, stacks
+from managed_vllm.server import gpu_memory as leftovers
 from managed_vllm.server.process import ServerProcess
 from managed_vllm.server.startup_log import StartupLog
 from managed_vllm.status import Cause, Connection, Diagnosis, Progress, ServerState, ServerStatus, Stage, is_loopback

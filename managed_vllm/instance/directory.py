@@ -34,7 +34,7 @@ import psutil
 from managed_vllm import forks
 from managed_vllm.errors import ConfigError, ConfigMismatchError, StateDirectoryError
 from managed_vllm.in_server.managed_vllm_lifeline import MARKER
-from managed_vllm.server import leftovers
+from managed_vllm.server import gpu_memory as leftovers
 
 HOME_VARIABLE = "MANAGED_VLLM_HOME"
 _KEPT_LOGS = 20

@@ -24,7 +24,8 @@ import psutil
 
 from managed_vllm.instance import directory
 from managed_vllm.instance.directory import Instance
-from managed_vllm.server import leftovers, startup_log
+from managed_vllm.server import gpu_memory as leftovers
+from managed_vllm.server import startup_log
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import standin
 from processes import eventually
 
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState
-from managed_vllm.server import leftovers
+from managed_vllm.server import gpu_memory as leftovers
 
 _NVML = """
 import json, os
