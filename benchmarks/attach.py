@@ -33,7 +33,7 @@ import psutil
 
 from managed_vllm import demo
 from managed_vllm.config import ServerSpec, installed_vllm
-from managed_vllm.instance import directory
+from managed_vllm.instance import cleanup, directory
 from managed_vllm.session import ATTACH_VARIABLE, ManagedVLLM
 
 STAND_IN = Path(__file__).resolve().parent.parent / "tests" / "helpers" / "standin.py"
@@ -222,13 +222,13 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    directory.end_processes(descendants)
+    cleanup.end_processes(descendants)
 
 
 def wait_until_gone(instance: directory.Instance, timeout_s: float = 60.0) -> None:
     """Until no process and no folder of the instance is left."""
     deadline = time.monotonic() + timeout_s
-    while instance.folder.exists() or directory.marked_processes(instance):
+    while instance.folder.exists() or cleanup.marked_processes(instance):
         if time.monotonic() > deadline:
             raise SystemExit(f"{instance.id} is still there after {timeout_s:g} s")
         time.sleep(0.05)

@@ -42,12 +42,12 @@ import filelock
 
 from managed_vllm.config import SupervisorOrder
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
-from managed_vllm.instance import channel, directory
+from managed_vllm.instance import channel, cleanup, directory
 from managed_vllm.instance.directory import Instance
-from managed_vllm.server import diagnosis, stacks
-from managed_vllm.server import gpu_memory as leftovers
+from managed_vllm.server import diagnosis, gpu_memory, stacks
 from managed_vllm.server.process import ServerProcess
 from managed_vllm.server.startup_log import StartupLog
+from managed_vllm.socket_paths import short_path
 from managed_vllm.status import Cause, Connection, Diagnosis, Progress, ServerState, ServerStatus, Stage, is_loopback
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class Supervisor:
         self._scratch: Path | None = None
         self._predecessor: dict[str, Any] | None = None
         self._shared_memory: set[str] = set()
-        self._gpu_before: leftovers.GpuMemory | None = None
+        self._gpu_at_first: gpu_memory.GpuMemory | None = None
         self._starts = 0
         self._users: set[_User] = set()
         self._keep_alive_s = 0.0
@@ -226,13 +226,13 @@ class Supervisor:
         # Names before the folder: a name must never stand for a folder of somebody else's.
         await asyncio.to_thread(directory.drop_names, self._instance.home, self._instance.id)
         if self._scratch is not None:
-            await asyncio.to_thread(directory.remove_scratch, self._scratch)
+            await asyncio.to_thread(cleanup.remove_scratch, self._scratch)
         with contextlib.suppress(OSError):
             self._instance.socket_path.unlink()
         start_lock = self._instance.start_lock()
         with contextlib.suppress(filelock.Timeout, OSError):
             await asyncio.to_thread(start_lock.acquire, timeout=2.0, poll_interval=0.01)
-            self._instance.remove()
+            cleanup.remove_instance(self._instance)
             start_lock.release()
 
     async def _serve(self) -> None:
@@ -323,8 +323,8 @@ class Supervisor:
                 with contextlib.suppress(RuntimeError):  # the loop is closing
                     loop.call_soon_threadsafe(self._progress, progress)
 
-        if self._gpu_before is None:
-            self._gpu_before = await asyncio.to_thread(leftovers.gpu_memory, self._devices)
+        if self._gpu_at_first is None:
+            self._gpu_at_first = await asyncio.to_thread(gpu_memory.used_memory, self._devices)
         log.info("epoch %d: %s", self._status.epoch, " ".join(argv))
         try:
             self._process = process = ServerProcess(
@@ -417,7 +417,7 @@ class Supervisor:
     def _environment(self) -> dict[str, str]:
         """The server's environment: ours, what was asked for, and what marks and guards it."""
         if self._scratch is None:
-            self._scratch = directory.make_scratch()
+            self._scratch = cleanup.make_scratch()
             self._write_record()
         in_server = str(Path(lifeline.__file__).parent)
         inherited = self._spec.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
@@ -499,7 +499,7 @@ class Supervisor:
             if remaining:
                 log.error("could not end %s", [p.pid for p in remaining])
             if self._scratch is not None:
-                await asyncio.to_thread(directory.empty_scratch, self._scratch)
+                await asyncio.to_thread(cleanup.empty_scratch, self._scratch)
             await self._wait_for_gpu_memory(process.pids_ever)
         self._status = dataclasses.replace(self._status, server_pid=None)
         with contextlib.suppress(OSError):
@@ -507,7 +507,9 @@ class Supervisor:
 
     async def _wait_for_gpu_memory(self, pids: set[int]) -> None:
         limit = self._policy.gpu_release_timeout_s
-        holders = await asyncio.to_thread(leftovers.wait_for_gpu_memory, self._gpu_before, pids, self._devices, limit)
+        holders = await asyncio.to_thread(
+            gpu_memory.wait_until_released, self._gpu_at_first, pids, self._devices, limit
+        )
         if holders:
             log.warning("the GPU memory was not all released: %s", holders)
 
@@ -517,12 +519,12 @@ class Supervisor:
 
     async def _clear_leftovers(self) -> None:
         """Ends what a predecessor that was killed may have left, and removes what it had outside of its folder."""
-        strays = await asyncio.to_thread(directory.marked_processes, self._instance)
+        strays = await asyncio.to_thread(cleanup.marked_processes, self._instance)
         if strays:
             log.warning("ending processes left by a predecessor: %s", [p.pid for p in strays])
-            await asyncio.to_thread(directory.end_processes, strays)
+            await asyncio.to_thread(cleanup.end_processes, strays)
         if self._predecessor is not None:
-            await asyncio.to_thread(directory.remove_leftovers, self._predecessor)
+            await asyncio.to_thread(cleanup.remove_recorded, self._predecessor)
             pid = self._predecessor.get("server_pid")
             await self._wait_for_gpu_memory({pid} if isinstance(pid, int) else set())
 
@@ -606,7 +608,7 @@ class Supervisor:
         path = self._instance.socket_path
         path.unlink(missing_ok=True)  # stale: we hold the lock
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with channel.short_path(path) as name:
+        with short_path(path) as name:
             listener.bind(name)  # mode 0700 by our umask
         return await asyncio.start_unix_server(self._attend, sock=listener, limit=channel.MAX_LINE, backlog=1024)
 

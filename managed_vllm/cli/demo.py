@@ -33,7 +33,7 @@ from managed_vllm import ManagedVLLM, SamplingParams, demo
 from managed_vllm.cli import running
 from managed_vllm.cli.serve import terminable
 from managed_vllm.errors import ConfigError, ManagedVLLMError
-from managed_vllm.instance import directory, external
+from managed_vllm.instance import cleanup, directory, external
 from managed_vllm.instance.directory import Instance
 
 ENOUGH_RIGHT = 0.8
@@ -299,7 +299,7 @@ class _Demo:
             return
         began = time.monotonic()
         gone = running.wait_until_gone(instance, supervisor_pid, running.GONE_WITHIN_S + keep_alive_s)
-        left = [process.pid for process in directory.marked_processes(instance)]
+        left = [process.pid for process in cleanup.marked_processes(instance)]
         if not gone or left or instance.folder.exists():
             raise DemoError(
                 f"all have left, but something of {instance.id} is still there: processes {left}, {instance.folder}"

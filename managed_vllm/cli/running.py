@@ -20,7 +20,7 @@ import psutil
 
 from managed_vllm.errors import ConfigError, NoServerError, SupervisorError
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
-from managed_vllm.instance import directory, external
+from managed_vllm.instance import cleanup, directory, external
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.startup_view import describe
@@ -343,7 +343,7 @@ def _kill_supervisor(instance: Instance) -> None:
     pid = record.get("pid")
     if isinstance(pid, int) and pid > 1 and lifeline.start_time(pid) == record.get("pid_start_time"):
         with contextlib.suppress(psutil.Error):
-            directory.end_processes([psutil.Process(pid)])
+            cleanup.end_processes([psutil.Process(pid)])
         # Its main thread may be a zombie while another one still holds the lock.
         deadline = time.monotonic() + 5.0
         while directory.is_alive(instance) and time.monotonic() < deadline:
@@ -357,12 +357,12 @@ def _clear(instance: Instance) -> int:
             if directory.is_alive(instance):
                 print(f"error: somebody has just started {instance.id} again", file=sys.stderr)
                 return 1
-            left = directory.end_processes(directory.marked_processes(instance))
+            left = cleanup.end_processes(cleanup.marked_processes(instance))
             if left:
                 print(f"error: can't end {', '.join(str(p.pid) for p in left)} of {instance.id}", file=sys.stderr)
                 return 1
             directory.drop_names(instance.home, instance.id)
-            instance.remove()
+            cleanup.remove_instance(instance)
     except FileNotFoundError:
         pass  # the folder went in the meantime
     except filelock.Timeout:

@@ -14,11 +14,12 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from managed_vllm.errors import SupervisorError
+from managed_vllm.socket_paths import short_path
 from managed_vllm.status import ServerStatus
 
 MAX_LINE = 4 << 20
@@ -26,19 +27,6 @@ MAX_LINE = 4 << 20
 
 
 # -- sockets -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def short_path(path: Path) -> Iterator[str]:
-    """A name for a Unix socket that fits into the kernel's 108 bytes, however long the path is."""
-    if len(os.fsencode(path)) <= 100:
-        yield str(path)
-        return
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        os.close(folder)
 
 
 def peer(connection: socket.socket) -> tuple[int, int]:

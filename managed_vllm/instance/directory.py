@@ -1,4 +1,4 @@
-"""The state directory: one folder an instance, its locks and record, the names, and processes left behind.
+"""The state directory: one folder an instance, its locks and record, and the names.
 
 What must hold:
 
@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import stat
 import tempfile
 import time
@@ -29,12 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import psutil
 
 from managed_vllm import forks
 from managed_vllm.errors import ConfigError, ConfigMismatchError, StateDirectoryError
 from managed_vllm.in_server.managed_vllm_lifeline import MARKER
-from managed_vllm.server import gpu_memory as leftovers
 
 HOME_VARIABLE = "MANAGED_VLLM_HOME"
 _KEPT_LOGS = 20
@@ -51,7 +48,7 @@ def state_home() -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if explicit:
         home = Path(explicit).expanduser().absolute()
-    elif runtime and _is_own_directory(Path(runtime)) and os.access(runtime, os.W_OK):
+    elif runtime and is_own_directory(Path(runtime)) and os.access(runtime, os.W_OK):
         home = Path(runtime) / "managed-vllm"
     else:
         home = Path(tempfile.gettempdir()) / f"managed-vllm-{os.getuid()}"
@@ -186,13 +183,8 @@ class Instance:
         with _state_errors(self.record_path):
             write_atomically(self.record_path, json.dumps({"id": self.id, **record}, indent=1))
 
-    def remove(self) -> None:
-        """Removes the folder. Only for the holder of `start_lock`, when no process of the instance is left."""
-        record = self.read_record()
-        with contextlib.suppress(OSError):
-            self.socket_path.unlink()
-        if record:
-            remove_leftovers(record)
+    def remove_folder(self) -> None:
+        """Removes the folder and all in it. Only for the holder of `start_lock`; see `cleanup.remove_instance`."""
         # The locks last: who waits for one must find the rest gone.
         for name in sorted(self._listing(), key=lambda entry: entry.endswith(".lock")):
             path = self.folder / name
@@ -324,94 +316,7 @@ def is_alive(instance: Instance) -> bool:
     return False
 
 
-# -- processes left behind ---------------------------------------------------------------------------------------------
-
-
-def marked_processes(instance: Instance) -> list[psutil.Process]:
-    """Every live process that carries the instance's marker in its environment.
-
-    vLLM's setproctitle would wipe the environment of EngineCore and Worker (vLLM 0.32); the supervisor sets
-    `SPT_NOENV=1` against that.
-    """
-    marker = instance.marker.encode()
-    found = []
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            with open(f"/proc/{entry.name}/environ", "rb") as environ:
-                if marker in environ.read().split(b"\0"):
-                    found.append(psutil.Process(int(entry.name)))
-        except (OSError, psutil.Error):
-            continue
-    return found
-
-
-def end_processes(processes: list[psutil.Process], *, timeout_s: float = 10.0) -> list[psutil.Process]:
-    """SIGKILLs the processes and waits until they are gone; returns those that are still there after the time-out.
-
-    psutil compares start times, so a pid that was reused in the meantime is not touched.
-    """
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + timeout_s
-    remaining = list(processes)
-    while True:
-        remaining = [process for process in remaining if _is_running(process)]
-        if not remaining or time.monotonic() > deadline:
-            return remaining
-        time.sleep(0.02)
-
-
-def _is_running(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-# -- scratch folders ---------------------------------------------------------------------------------------------------
-
-
-def make_scratch() -> Path:
-    """A short folder of the server's own for TMPDIR and ZeroMQ's sockets, whose paths may have about 100 bytes."""
-    return Path(tempfile.mkdtemp(prefix="mvllm-", dir=_short_temp()))
-
-
-def remove_scratch(folder: Path) -> None:
-    """Removes a folder made by `make_scratch`, and nothing else: the path comes from a record."""
-    if _is_scratch(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def empty_scratch(folder: Path) -> None:
-    """Removes what an ended server left in its scratch folder: sockets of ZeroMQ, rendezvous files."""
-    if _is_scratch(folder):
-        for entry in os.scandir(folder):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    os.unlink(entry.path)
-
-
-def remove_leftovers(record: dict[str, Any]) -> None:
-    """Removes what a record says that its server, now ended, had outside of its folder."""
-    if isinstance(record.get("scratch"), str):
-        remove_scratch(Path(record["scratch"]))
-    segments = record.get("shared_memory")
-    if isinstance(segments, list):
-        leftovers.remove_shared_memory(path for path in segments if isinstance(path, str))
-
-
-def _is_scratch(folder: Path) -> bool:
-    return folder.parent == Path(_short_temp()) and folder.name.startswith("mvllm-") and _is_own_directory(folder)
-
-
-def _short_temp() -> str:
-    preferred = tempfile.gettempdir()
-    return preferred if len(preferred) <= 40 or not os.access("/tmp", os.W_OK) else "/tmp"
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -427,7 +332,8 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _is_own_directory(folder: Path) -> bool:
+def is_own_directory(folder: Path) -> bool:
+    """True for a real directory, no symbolic link, that is owned by us."""
     try:
         status = folder.lstat()
     except OSError:

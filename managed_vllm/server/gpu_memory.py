@@ -1,20 +1,14 @@
-"""What a server that was killed leaves outside of its processes: shared memory, and memory of the GPUs.
+"""Memory of the GPUs that an ended server held: the driver gives it back some time after the process has gone.
 
-Shared memory of Python's `multiprocessing` is removed by its resource tracker, which survives the others and ends by
-itself; what is removed here is the rest (the tracker was killed as well, or the segment is not Python's). A segment is
-ours if a process of the server had it mapped; it is removed once nobody maps it.
-
-Memory of a GPU is given back by the driver some time after a process has gone; a start before that does not find enough
-(vllm PR#37230). NVML says per process and per device how far it is. Without NVML there is nothing to wait for.
+A start before that does not find enough (vllm PR#37230). NVML says per process and per device how far it is. Without
+NVML there is nothing to wait for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
-import stat
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,59 +18,10 @@ import psutil
 
 log = logging.getLogger(__name__)
 
-SHARED_MEMORY = "/dev/shm/"
-
 _TOLERANCE = 256 << 20
 """Bytes by which a GPU's used memory may be above what it was before: contexts of others come and go."""
 _SETTLED_S = 5.0
 """If none of our processes is listed any more and the memory has not fallen for so long, somebody else holds it."""
-
-# -- shared memory -----------------------------------------------------------------------------------------------------
-
-
-def shared_memory_of(pids: Iterable[int]) -> set[str]:
-    """Paths below /dev/shm that these processes have mapped now."""
-    found: set[str] = set()
-    for pid in pids:
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:
-            found.update(
-                line.split(None, 5)[5].rstrip(b"\n").decode("utf-8", "surrogateescape")
-                for line in maps
-                if b" /dev/shm/" in line and not line.endswith(b" (deleted)\n")
-            )
-    return found
-
-
-def remove_shared_memory(paths: Iterable[str]) -> list[str]:
-    """Removes segments of ours that nobody has mapped any more; returns those removed.
-
-    Nothing outside of /dev/shm is touched, whatever the paths say: they may come from a record.
-    """
-    ours = [path for path in paths if _is_own_segment(path)]
-    if not ours:
-        return []
-    mapped = shared_memory_of(psutil.pids())
-    removed = []
-    for path in ours:
-        if path not in mapped:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-                removed.append(path)
-    return removed
-
-
-def _is_own_segment(path: str) -> bool:
-    name = path.removeprefix(SHARED_MEMORY)
-    if not path.startswith(SHARED_MEMORY) or "/" in name or name in ("", ".", ".."):
-        return False
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return False
-    return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
-
-
-# -- memory of the GPUs ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -86,7 +31,7 @@ class GpuMemory:
     used: Mapping[int, int] = field(default_factory=dict)
 
 
-def gpu_memory(devices: str | None) -> GpuMemory | None:
+def used_memory(devices: str | None) -> GpuMemory | None:
     """The memory in use on the devices that `CUDA_VISIBLE_DEVICES` names (None: all); None without NVML or GPU."""
     with _nvml() as nvml:
         if nvml is None:
@@ -94,7 +39,7 @@ def gpu_memory(devices: str | None) -> GpuMemory | None:
         return GpuMemory({index: _used(nvml, index) for index in _indices(nvml, devices)})
 
 
-def wait_for_gpu_memory(before: GpuMemory | None, pids: Collection[int], devices: str | None, limit_s: float) -> str:
+def wait_until_released(before: GpuMemory | None, pids: Collection[int], devices: str | None, limit_s: float) -> str:
     """Waits until the driver has released what these processes, now gone, held; at most `limit_s` seconds.
 
     Released means: NVML lists none of them, and each device's used memory is about what it was `before` the server
@@ -118,11 +63,11 @@ def wait_for_gpu_memory(before: GpuMemory | None, pids: Collection[int], devices
                 lowest, fell_at = total, now
             settled = not listed and now - fell_at > (_SETTLED_S if before is not None else 0.5)
             if settled or now > deadline:
-                return "" if settled and before is None else _who(nvml, indices)
+                return "" if settled and before is None else _holders_text(nvml, indices)
             time.sleep(0.1)
 
 
-def _who(nvml: Any, indices: Iterable[int]) -> str:
+def _holders_text(nvml: Any, indices: Iterable[int]) -> str:
     held = []
     for index in indices:
         for pid, size in _holders(nvml, index):

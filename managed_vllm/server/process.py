@@ -22,9 +22,8 @@ from typing import IO
 
 import psutil
 
-from managed_vllm.instance import directory
+from managed_vllm.instance import cleanup
 from managed_vllm.instance.directory import Instance
-from managed_vllm.server import gpu_memory as leftovers
 from managed_vllm.server import startup_log
 
 log = logging.getLogger(__name__)
@@ -123,7 +122,7 @@ class ServerProcess:
     async def record_shared_memory(self) -> set[str]:
         """Adds what the server's processes have mapped below /dev/shm to what it ever had; returns all of it."""
         pids = [self.pid, *(process.pid for process in self._descendants)]
-        self._shared_memory |= await asyncio.to_thread(leftovers.shared_memory_of, pids)
+        self._shared_memory |= await asyncio.to_thread(cleanup.shared_memory_of, pids)
         return set(self._shared_memory)
 
     def _below(self) -> list[psutil.Process]:
@@ -195,7 +194,7 @@ class ServerProcess:
         await self.record_shared_memory()
         spared_until = time.monotonic() + _TRACKER_S
         while True:
-            processes = {*self._descendants, *await asyncio.to_thread(directory.marked_processes, self._instance)}
+            processes = {*self._descendants, *await asyncio.to_thread(cleanup.marked_processes, self._instance)}
             if self.returncode is None:
                 with contextlib.suppress(psutil.Error):
                     processes.add(psutil.Process(self.pid))
@@ -208,13 +207,13 @@ class ServerProcess:
                 if self.returncode is None or not psutil.pid_exists(self.pid):  # the number was not given away again
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.killpg(self.pid, signal.SIGKILL)
-            remaining = await asyncio.to_thread(directory.end_processes, list(processes), timeout_s=2.0)
+            remaining = await asyncio.to_thread(cleanup.end_processes, list(processes), timeout_s=2.0)
             self.reap()
             if self.returncode is None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.exited.wait(), 0.5)
             # A process that was forked while we killed its parent shows up in the next look.
-            left = await asyncio.to_thread(directory.marked_processes, self._instance)
+            left = await asyncio.to_thread(cleanup.marked_processes, self._instance)
             if self.returncode is not None and not remaining and not left:
                 break
             if time.monotonic() > deadline:
@@ -223,7 +222,7 @@ class ServerProcess:
                 await asyncio.sleep(0.02)
         for process in list(self._descendants):
             self._unfollow(process)
-        removed = await asyncio.to_thread(leftovers.remove_shared_memory, self._shared_memory)
+        removed = await asyncio.to_thread(cleanup.remove_shared_memory, self._shared_memory)
         if removed:
             log.info("removed shared memory %s", removed)
         return []

@@ -20,7 +20,7 @@ import pytest
 import standin
 
 from managed_vllm.cli.logs import LogReader
-from managed_vllm.instance import directory
+from managed_vllm.instance import cleanup, directory
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
 
@@ -115,7 +115,7 @@ class Cli:
 
     def left(self) -> list[Any]:
         """Folders and processes of instances."""
-        return [(i.id, directory.marked_processes(i)) for i in directory.instances(self.home)]
+        return [(i.id, cleanup.marked_processes(i)) for i in directory.instances(self.home)]
 
 
 @pytest.fixture

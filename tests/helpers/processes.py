@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from managed_vllm import ManagedVLLM
-from managed_vllm.instance import directory
+from managed_vllm.instance import cleanup, directory
 
 INSTANT = 0.2
 """A keep_alive for tests that wait for the end."""
@@ -136,8 +136,8 @@ def end_everything(home: Path) -> None:
     """For tear-down: whatever a failed test left is ended."""
     for instance in directory.instances(home):
         record = instance.read_record() or {}
-        supervisors = [p for p in directory.marked_processes(instance)]
+        supervisors = [p for p in cleanup.marked_processes(instance)]
         pid = record.get("pid")
         if isinstance(pid, int) and directory.is_alive(instance):
             supervisors.append(psutil.Process(pid))
-        directory.end_processes(supervisors)
+        cleanup.end_processes(supervisors)

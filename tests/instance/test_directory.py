@@ -19,7 +19,7 @@ from managed_vllm import ManagedVLLM
 from managed_vllm.config import ServerSpec
 from managed_vllm.errors import StateDirectoryError
 from managed_vllm.in_server.managed_vllm_lifeline import start_time
-from managed_vllm.instance import directory
+from managed_vllm.instance import cleanup, directory
 from managed_vllm.instance.directory import Instance
 
 
@@ -96,10 +96,10 @@ def test_a_reused_pid_is_neither_attached_to_nor_touched(home: Path) -> None:
 def test_a_scratch_folder_is_removed_only_if_it_is_one(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
-    directory.remove_scratch(precious)
+    cleanup.remove_scratch(precious)
     assert precious.exists()
-    scratch = directory.make_scratch()
-    directory.remove_scratch(scratch)
+    scratch = cleanup.make_scratch()
+    cleanup.remove_scratch(scratch)
     assert not scratch.exists()
 
 

@@ -22,7 +22,7 @@ import pytest
 from processes import engine_on_one_core, eventually, is_live, own_state, tree, tree_below
 
 from managed_vllm import ManagedVLLM, RequestOutput, RestartPolicy, ServerState, demo
-from managed_vllm.instance import directory
+from managed_vllm.instance import cleanup, directory
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
@@ -199,7 +199,7 @@ def test_the_supervisor_killed_under_load_is_replaced_by_exactly_one(load: Load)
         assert [started for *_, started in found].count(True) + llm.started_it in (1, 2)  # the fixture's was the first
         assert supervisors(load.home) == [ours[0]]
         (instance,) = directory.instances(load.home)
-        assert {process.pid for process in directory.marked_processes(instance)} == {
+        assert {process.pid for process in cleanup.marked_processes(instance)} == {
             process.pid for process in tree_below(ours[1] or 0)
         }
     finally:

@@ -24,7 +24,7 @@ import psutil
 import pytest
 from processes import assert_nothing_left, eventually, is_live, tree_below
 
-from managed_vllm.instance import directory
+from managed_vllm.instance import cleanup, directory
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
@@ -206,7 +206,7 @@ def alive(scene: Scene) -> set[psutil.Process]:
     """Everything of the server that lives: by our marker in its environment, or because it was seen before the kill."""
     found = {process for process in scene.known if is_live(process)}
     for instance in directory.instances(scene.home):
-        found.update(process for process in directory.marked_processes(instance) if is_live(process))
+        found.update(process for process in cleanup.marked_processes(instance) if is_live(process))
     return found
 
 

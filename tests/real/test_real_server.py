@@ -22,7 +22,7 @@ from startup_failures import STARTUP_FAILURES, StartupFailure
 from managed_vllm import ManagedVLLM, demo
 from managed_vllm.errors import StartupError
 from managed_vllm.in_server.managed_vllm_lifeline import start_time
-from managed_vllm.instance import directory
+from managed_vllm.instance import cleanup, directory
 from managed_vllm.instance.directory import Instance
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
@@ -91,7 +91,7 @@ def test_the_key_is_in_no_command_line_and_the_marker_in_every_process(llm: Mana
         with contextlib.suppress(psutil.Error):
             assert llm.api_key not in " ".join(process.cmdline())
     assert llm.id is not None
-    marked = {process.pid for process in directory.marked_processes(Instance(directory.state_home(), llm.id))}
+    marked = {process.pid for process in cleanup.marked_processes(Instance(directory.state_home(), llm.id))}
     assert {process.pid for process in processes.values()} <= marked
 
 
@@ -172,7 +172,7 @@ def test_the_supervisor_killed_its_server_falls_with_it(home: Path) -> None:
     user.communicate()
     eventually(lambda: all(start_time(p) is None for p in pids), "the whole chain fell", 5)
     # Files are all that is left, until the next user or `managed-vllm down --all`.
-    assert directory.marked_processes(instance) == []
+    assert cleanup.marked_processes(instance) == []
     done = subprocess.run([sys.executable, "-m", "managed_vllm.cli", "down", "--all"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -1,15 +1,13 @@
-"""Shared memory and GPU memory of a server that is gone. NVML is a module of the same calls, fed from a file."""
+"""GPU memory of a server that is gone. NVML is a module of the same calls, fed from a file."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from multiprocessing import shared_memory
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ import standin
 from processes import eventually
 
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState
-from managed_vllm.server import gpu_memory as leftovers
+from managed_vllm.server import gpu_memory
 
 _NVML = """
 import json, os
@@ -59,51 +57,19 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpus:
     return Gpus(tmp_path / "state")
 
 
-def test_a_segment_that_nobody_maps_is_removed_and_one_in_use_is_not() -> None:
-    used = shared_memory.SharedMemory(create=True, size=4096)
-    code = (
-        "from multiprocessing import shared_memory, resource_tracker; import os\n"
-        "s = shared_memory.SharedMemory(create=True, size=4096); print(s.name, flush=True)\n"
-        "resource_tracker.unregister(s._name, 'shared_memory'); input(); os._exit(0)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout is not None
-        name = other.stdout.readline().strip()
-        assert f"/dev/shm/{name}" in leftovers.shared_memory_of([other.pid])
-        paths = [f"/dev/shm/{name}", f"/dev/shm/{used.name}"]
-        assert leftovers.remove_shared_memory(paths) == []
-        other.communicate("\n")
-        assert leftovers.remove_shared_memory(paths) == [f"/dev/shm/{name}"]
-        assert Path(f"/dev/shm/{used.name}").exists()
-    finally:
-        other.kill()
-        other.communicate()
-        used.close()
-        used.unlink()
-
-
-def test_nothing_outside_of_shared_memory_is_removed_whatever_a_record_says(tmp_path: Path) -> None:
-    mine = tmp_path / "mine"
-    mine.touch()
-    paths = [str(mine), f"/dev/shm/../..{mine}", "/dev/shm/", "/dev/shm/..", "", "/dev/shm/no-such"]
-    assert leftovers.remove_shared_memory(paths) == []
-    assert mine.exists()
-
-
 def test_without_nvml_there_is_nothing_to_wait_for(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(os.environ["FAKE_NVML"]).write_text("null")
-    assert leftovers.gpu_memory(None) is None
-    assert leftovers.wait_for_gpu_memory(None, {1}, None, 5) == ""
+    assert gpu_memory.used_memory(None) is None
+    assert gpu_memory.wait_until_released(None, {1}, None, 5) == ""
 
 
 def test_waits_until_the_driver_has_let_go_of_the_processes_and_the_memory(gpus: Gpus) -> None:
     gpus.say((100 * MIB, []), (500 * MIB, [(1, 400 * MIB)]))
-    before = leftovers.gpu_memory("0")
-    assert before == leftovers.GpuMemory({0: 100 * MIB})
+    before = gpu_memory.used_memory("0")
+    assert before == gpu_memory.GpuMemory({0: 100 * MIB})
     gpus.say((9000 * MIB, [(77, 8900 * MIB)]), (500 * MIB, [(1, 400 * MIB)]))
     done: list[str] = []
-    waiting = threading.Thread(target=lambda: done.append(leftovers.wait_for_gpu_memory(before, {77}, "0", 30)))
+    waiting = threading.Thread(target=lambda: done.append(gpu_memory.wait_until_released(before, {77}, "0", 30)))
     waiting.start()
     time.sleep(0.3)
     assert not done
@@ -117,9 +83,9 @@ def test_waits_until_the_driver_has_let_go_of_the_processes_and_the_memory(gpus:
 
 def test_the_wait_is_bounded_and_names_who_holds_the_memory(gpus: Gpus) -> None:
     gpus.say((100 * MIB, []))
-    before = leftovers.gpu_memory(None)
+    before = gpu_memory.used_memory(None)
     gpus.say((9000 * MIB, [(os.getpid(), 8900 * MIB)]))
-    text = leftovers.wait_for_gpu_memory(before, {os.getpid()}, None, 0.5)
+    text = gpu_memory.wait_until_released(before, {os.getpid()}, None, 0.5)
     assert f"GPU 0: pid {os.getpid()}" in text
     assert "8900 MiB" in text
 

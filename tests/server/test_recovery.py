@@ -18,7 +18,7 @@ from processes import INSTANT, assert_nothing_left, eventually, is_live, tree
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, ServerStatus
 from managed_vllm.errors import EngineArgumentError, EngineDiedError, ManagedVLLMError, RequestTimeout
 from managed_vllm.in_server.managed_vllm_lifeline import start_time
-from managed_vllm.instance import directory
+from managed_vllm.instance import cleanup, directory
 from managed_vllm.status import Cause
 
 PATH = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "helpers")]
@@ -240,7 +240,7 @@ def test_an_orphan_in_a_session_of_its_own_is_ended_before_the_next_start(home: 
         instance = directory.instances(home)[0]
         pid = llm.status().server_pid
         orphans = eventually(
-            lambda: [p for p in directory.marked_processes(instance) if p.pid != pid], "it has left an orphan"
+            lambda: [p for p in cleanup.marked_processes(instance) if p.pid != pid], "it has left an orphan"
         )
         llm.restart()
         assert not any(is_live(process) for process in orphans)

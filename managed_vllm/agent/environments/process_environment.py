@@ -59,6 +59,7 @@ from managed_vllm.agent.environments.synchronous import (
 )
 from managed_vllm.agent.types import Limits, Observation, StepResult, Task
 from managed_vllm.errors import EnvironmentFailedError, EnvironmentRaisedError, EnvironmentTimeoutError
+from managed_vllm.socket_paths import short_temporary_folder
 
 MARKER = "MANAGED_VLLM_ENVIRONMENT"
 """Environment variable of all processes of one environment: the path of its temporary folder, which is theirs alone."""
@@ -386,7 +387,7 @@ class _Kept:
         ending = Ending("not started")
         try:
             with message, theirs:
-                self.folder = tempfile.mkdtemp(prefix="mvenv-", dir=_short_temp())
+                self.folder = tempfile.mkdtemp(prefix="mvenv-", dir=short_temporary_folder())
                 process = subprocess.Popen(
                     [
                         python,
@@ -492,9 +493,3 @@ def _kill_marked(folder: str) -> None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         threading.Event().wait(0.05)
-
-
-def _short_temp() -> str:
-    """Where temporary folders are made: sockets below it, those of browsers for example, have paths of 107 bytes."""
-    preferred = tempfile.gettempdir()
-    return preferred if len(preferred) <= 40 or not os.access("/tmp", os.W_OK) else "/tmp"

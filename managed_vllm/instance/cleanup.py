@@ -1,0 +1,174 @@
+"""What an instance may leave, and how it is removed: processes, a scratch folder, shared memory, its own folder.
+
+What must hold: nothing is touched that is not ours. A process is known by the marker in its environment, and a reused
+pid by its start time; a scratch folder and a shared memory segment, whose paths come from a record, by name, kind and
+owner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import stat
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from managed_vllm.instance.directory import Instance, is_own_directory
+from managed_vllm.socket_paths import short_temporary_folder
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+def marked_processes(instance: Instance) -> list[psutil.Process]:
+    """Every live process that carries the instance's marker in its environment.
+
+    vLLM's setproctitle would wipe the environment of EngineCore and Worker (vLLM 0.32); the supervisor sets
+    `SPT_NOENV=1` against that.
+    """
+    marker = instance.marker.encode()
+    found = []
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            with open(f"/proc/{entry.name}/environ", "rb") as environ:
+                if marker in environ.read().split(b"\0"):
+                    found.append(psutil.Process(int(entry.name)))
+        except (OSError, psutil.Error):
+            continue
+    return found
+
+
+def end_processes(processes: list[psutil.Process], *, timeout_s: float = 10.0) -> list[psutil.Process]:
+    """SIGKILLs the processes and waits until they are gone; returns those that are still there after the time-out.
+
+    psutil compares start times, so a pid that was reused in the meantime is not touched.
+    """
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + timeout_s
+    remaining = list(processes)
+    while True:
+        remaining = [process for process in remaining if _is_running(process)]
+        if not remaining or time.monotonic() > deadline:
+            return remaining
+        time.sleep(0.02)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+# -- scratch folders ---------------------------------------------------------------------------------------------------
+
+
+def make_scratch() -> Path:
+    """A short folder of the server's own for TMPDIR and ZeroMQ's sockets, whose paths may have about 100 bytes."""
+    return Path(tempfile.mkdtemp(prefix="mvllm-", dir=short_temporary_folder()))
+
+
+def remove_scratch(folder: Path) -> None:
+    """Removes a folder made by `make_scratch`, and nothing else: the path comes from a record."""
+    if _is_scratch(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def empty_scratch(folder: Path) -> None:
+    """Removes what an ended server left in its scratch folder: sockets of ZeroMQ, rendezvous files."""
+    if _is_scratch(folder):
+        for entry in os.scandir(folder):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
+
+
+def _is_scratch(folder: Path) -> bool:
+    return (
+        folder.parent == Path(short_temporary_folder())
+        and folder.name.startswith("mvllm-")
+        and is_own_directory(folder)
+    )
+
+
+# -- shared memory -----------------------------------------------------------------------------------------------------
+
+
+SHARED_MEMORY = "/dev/shm/"
+
+
+def shared_memory_of(pids: Iterable[int]) -> set[str]:
+    """Paths below /dev/shm that these processes have mapped now."""
+    found: set[str] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:
+            found.update(
+                line.split(None, 5)[5].rstrip(b"\n").decode("utf-8", "surrogateescape")
+                for line in maps
+                if b" /dev/shm/" in line and not line.endswith(b" (deleted)\n")
+            )
+    return found
+
+
+def remove_shared_memory(paths: Iterable[str]) -> list[str]:
+    """Removes segments of ours that nobody has mapped any more; returns those removed.
+
+    Nothing outside of /dev/shm is touched, whatever the paths say: they may come from a record.
+    """
+    ours = [path for path in paths if _is_own_segment(path)]
+    if not ours:
+        return []
+    mapped = shared_memory_of(psutil.pids())
+    removed = []
+    for path in ours:
+        if path not in mapped:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+                removed.append(path)
+    return removed
+
+
+def _is_own_segment(path: str) -> bool:
+    name = path.removeprefix(SHARED_MEMORY)
+    if not path.startswith(SHARED_MEMORY) or "/" in name or name in ("", ".", ".."):
+        return False
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
+
+
+# -- an instance -------------------------------------------------------------------------------------------------------
+
+
+def remove_recorded(record: Mapping[str, Any]) -> None:
+    """Removes what a record says that its server, now ended, had outside of its folder."""
+    if isinstance(record.get("scratch"), str):
+        remove_scratch(Path(record["scratch"]))
+    segments = record.get("shared_memory")
+    if isinstance(segments, list):
+        remove_shared_memory(path for path in segments if isinstance(path, str))
+
+
+def remove_instance(instance: Instance) -> None:
+    """Removes the folder, and what its record names outside of it.
+
+    Only for the holder of the instance's start lock, when no process of it is left.
+    """
+    record = instance.read_record()
+    if record is not None:
+        remove_recorded(record)
+    instance.remove_folder()

@@ -1,0 +1,31 @@
+"""Unix sockets whose paths fit: the kernel takes 107 bytes, however deep a temporary or state directory lies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_LONGEST_FOLDER = 40
+"""Characters: what makes sockets in a temporary folder of ours (ZeroMQ, browsers) adds some 60 of its own."""
+
+
+def short_temporary_folder() -> str:
+    """Where to make temporary folders that will hold sockets: the usual place, or `/tmp` if that is too long."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) <= _LONGEST_FOLDER or not os.access("/tmp", os.W_OK) else "/tmp"
+
+
+@contextlib.contextmanager
+def short_path(path: Path) -> Iterator[str]:
+    """A name for a Unix socket that fits into the kernel's 108 bytes, however long the path is."""
+    if len(os.fsencode(path)) <= 100:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
