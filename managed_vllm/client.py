@@ -16,10 +16,10 @@ import contextlib
 import functools
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from managed_vllm import forks
 from managed_vllm.errors import (
@@ -29,24 +29,27 @@ from managed_vllm.errors import (
     UnsupportedParameterError,
 )
 from managed_vllm.instance.external import normalized_url
-from managed_vllm.request import portal
 from managed_vllm.request.answers import Decoded
 from managed_vllm.request.attempts import Exchange, Found, Question, Told
 from managed_vllm.request.concurrency import MOST
+from managed_vllm.request.field_types import (
+    ChatFields,
+    CompletionFields,
+    StreamFields,
+    TokenizeFields,
+    names_fields,
+    names_of,
+)
 from managed_vllm.request.fields import Common
 from managed_vllm.request.messages import conversation
+from managed_vllm.request.methods import Conversation, Params, ProgressBar, Prompt, RequestMethods
 from managed_vllm.request.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput, ScoringOutput
 from managed_vllm.request.outputs import ScoringRequestOutput as ScoringRequestOutput
 from managed_vllm.request.resume import Generation, RetryPolicy, is_long, obstacle
 from managed_vllm.request.sampling import SamplingParams
 from managed_vllm.status import Connection
 
-P = ParamSpec("P")
 T = TypeVar("T")
-
-Message = Mapping[str, Any]
-Conversation = Sequence[Message]
-Tqdm = bool | Callable[..., Any]
 
 _NOT_AN_ANSWER = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 _AS_IT_IS = "{{ messages[0]['content'] }}"
@@ -136,53 +139,22 @@ class AsyncVLLMClient:
 
     # -- generating ----------------------------------------------------------------------------------------------------
 
+    @names_fields(ChatFields)
     async def chat(
         self,
         /,
         messages: Conversation | Sequence[Conversation],
-        sampling_params: Any = None,
-        use_tqdm: Tqdm = False,
+        sampling_params: Params | Sequence[Params] | None = None,
+        use_tqdm: ProgressBar = False,
         *,
         timeout: float | None = None,
         request_timeout: float | None = None,
         resume: bool | None = None,
         return_exceptions: bool = False,
         extra_body: Mapping[str, Any] | None = None,
-        **fields: Any,
+        **fields: Unpack[ChatFields],
     ) -> list[RequestOutput]:
-        """Answers one conversation (a list of messages) or many (a list of lists); one output each, in input order.
-
-        Args:
-            messages: one conversation, or a list of them. Images may be PIL images, bytes, paths, data: or http(s)
-                URLs, in parts of the type `image_url`, `image` or `image_pil`.
-            sampling_params: `SamplingParams`, a dict or a `vllm.SamplingParams`, for all or as a list with one each.
-            use_tqdm: whether to show a progress bar; or what makes one, in place of `tqdm.auto.tqdm`.
-            timeout: seconds for the whole call; None: no bound, but for a server that fails for good.
-            request_timeout: seconds for each request, from when it is sent or waits for the server.
-            resume: whether tokens are kept when their server is lost, so that only the rest is generated again. None:
-                if that is possible and `max_tokens` is not given or at least `resume.RESUME_FROM`; True: a
-                `BadRequestError` says why where it is not possible; False: never.
-            return_exceptions: whether a request that failed has its error in its place. Else the first error is raised
-                after all requests are done, and has what came of each in `results`.
-            extra_body: goes into the request body unchecked: fields of another version or server, or of a plugin.
-            **fields: fields of the request body (`tools=…`, `chat_template_kwargs=…`). A name that the route does not
-                know is refused, as vLLM would ignore it; docs/parameters.md has all of them.
-
-        A generation can't be resumed, and is generated as a whole once more, with several answers (`n`), images,
-        tools, structured outputs, stop strings, `bad_words`, presence or frequency penalty, prompt logprobs, `echo`, a
-        `seed` unless the temperature is 0, a field that this library doesn't know, or a server that parses reasoning or
-        tool calls. With temperature 0 a resumed answer is what it would have been, as far as the server itself gives
-        equal answers to equal requests; the `decoded_token` of logprobs is missing behind the cut.
-        Without `max_tokens` a limit from the model's generation config (`max_new_tokens`) counts anew after a loss.
-
-        Cancelling the call, or interrupting it, ends what is in flight on the server as well: vLLM stops generating
-        for a connection that is closed.
-
-        Raises a `RequestError`: `BadRequestError` and below it `ContextLengthError`, `ModelNotFoundError`,
-        `UnsupportedParameterError`; `AuthenticationError`, `ServerDiedError` (lost more often than `retry` allows),
-        `ServerBusyError`, `RequestTimeout`; or the server's own `StartupError` or `ServerStoppedError` when it is given
-        up or stopped.
-        """
+        """Answers one conversation or many: one output each, in input order. See `RequestMethods.chat`."""
         messages, single = _one_or_many_conversations(messages)
         call = _Call(self, len(messages), sampling_params, fields, extra_body, resume, request_timeout)
         call.check(chat=True)
@@ -193,27 +165,22 @@ class AsyncVLLMClient:
 
         return await self._all(one, len(messages), single, timeout, return_exceptions, use_tqdm)
 
+    @names_fields(CompletionFields)
     async def generate(
         self,
         /,
-        prompts: Any,
-        sampling_params: Any = None,
-        use_tqdm: Tqdm = False,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: Params | Sequence[Params] | None = None,
+        use_tqdm: ProgressBar = False,
         *,
         timeout: float | None = None,
         request_timeout: float | None = None,
         resume: bool | None = None,
         return_exceptions: bool = False,
         extra_body: Mapping[str, Any] | None = None,
-        **fields: Any,
+        **fields: Unpack[CompletionFields],
     ) -> list[RequestOutput]:
-        """Completes one prompt or many. Without `max_tokens`: 16 tokens, as vLLM.
-
-        A prompt is a text, a list of token ids, or a dict with `prompt` or `prompt_token_ids`, as for `vllm.LLM`. With
-        a text it may have `multi_modal_data={"image": …}` (one image or a list): the placeholders stand in the text as
-        the model has them, or are put before it. That goes by the chat route with a template that changes nothing; so
-        the server must be started with `--trust-request-chat-template`. The rest is as in `chat`.
-        """
+        """Completes one prompt or many: one output each, in input order. See `RequestMethods.generate`."""
         each, single = _one_or_many_prompts(prompts)
         call = _Call(self, len(each), sampling_params, fields, extra_body, resume, request_timeout)
         call.check(chat=False)
@@ -227,37 +194,50 @@ class AsyncVLLMClient:
 
         return await self._all(one, len(each), single, timeout, return_exceptions, use_tqdm)
 
+    @names_fields(ChatFields)
     async def generate_with_messages(
         self,
         /,
-        messages: Any,
-        sampling_params: Any = None,
-        processor: Any = None,
-        use_tqdm: Tqdm = False,
-        **options: Any,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: Params | Sequence[Params] | None = None,
+        processor: object = None,
+        use_tqdm: ProgressBar = False,
+        *,
+        timeout: float | None = None,
+        request_timeout: float | None = None,
+        resume: bool | None = None,
+        return_exceptions: bool = False,
+        extra_body: Mapping[str, Any] | None = None,
+        **fields: Unpack[ChatFields],
     ) -> list[RequestOutput]:
-        """`chat`, as the service scripts call it; `processor` is not needed, the server has its own."""
-        return await self.chat(messages, sampling_params, use_tqdm, **options)
+        """`chat`, with the arguments of the service scripts; `processor` is ignored."""
+        return await self.chat(
+            messages,
+            sampling_params,
+            use_tqdm,
+            timeout=timeout,
+            request_timeout=request_timeout,
+            resume=resume,
+            return_exceptions=return_exceptions,
+            extra_body=extra_body,
+            **fields,
+        )
 
+    @names_fields(StreamFields)
     async def stream(
         self,
-        prompt: Any,
-        sampling_params: Any = None,
+        /,
+        prompt: Prompt | Conversation,
+        sampling_params: Params | None = None,
         *,
         timeout: float | None = None,
         extra_body: Mapping[str, Any] | None = None,
-        **fields: Any,
+        **fields: Unpack[StreamFields],
     ) -> AsyncIterator[RequestOutput]:
-        """Answers one prompt, or one conversation, as it comes: outputs with what is new in each, the last `finished`.
+        """Answers one prompt or one conversation piece by piece. See `RequestMethods.stream`.
 
-        Joined, the texts and token ids are those of `generate` or `chat`. The last one tells epoch, attempts and
-        times, why the answer ended, and tool calls. Who stops reading should close the iterator (`aclose`), or leave
-        it to the garbage collector: the server then stops generating.
-
-        A server that is lost is not noticed, where the generation can be resumed (see `chat`). Where not, it begins
-        again if nothing has been given yet; else `ServerDiedError` says that the answer can't go on.
-
-        Raises what `chat` raises, and `UnsupportedParameterError` for `n` above 1 and `echo`.
+        A reader that stops early closes the iterator (`aclose`), or leaves it to the garbage collector: the server then
+        stops generating.
         """
         chat = isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
         call = _Call(self, 1, sampling_params, fields, extra_body, None, None)
@@ -304,17 +284,15 @@ class AsyncVLLMClient:
 
     async def embed(
         self,
-        prompts: Any,
-        use_tqdm: Tqdm = False,
+        /,
+        prompts: Prompt | Iterable[Prompt],
+        use_tqdm: ProgressBar = False,
         *,
         timeout: float | None = None,
         return_exceptions: bool = False,
         extra_body: Mapping[str, Any] | None = None,
     ) -> list[EmbeddingRequestOutput]:
-        """The embedding of each prompt (text or token ids), where the server has a model for that.
-
-        The route does not tell the prompt's token ids: `prompt_token_ids` is empty. Errors as in `chat`.
-        """
+        """The embedding of each prompt. See `RequestMethods.embed`."""
         each, single = _one_or_many_prompts(prompts)
 
         async def one(index: int, deadline: float | None) -> EmbeddingRequestOutput:
@@ -331,18 +309,16 @@ class AsyncVLLMClient:
 
     async def score(
         self,
+        /,
         data_1: str | Sequence[str],
         data_2: str | Sequence[str],
-        use_tqdm: Tqdm = False,
+        use_tqdm: ProgressBar = False,
         *,
         timeout: float | None = None,
         return_exceptions: bool = False,
         extra_body: Mapping[str, Any] | None = None,
     ) -> list[ScoringRequestOutput]:
-        """How well pairs of texts fit, where the server has a model for that: one to one, or one to many.
-
-        Raises `BadRequestError` for lists of different lengths; otherwise as in `chat`.
-        """
+        """How well pairs of texts fit. See `RequestMethods.score`."""
         second = [data_2] if isinstance(data_2, str) else list(data_2)
         first = [data_1] * len(second) if isinstance(data_1, str) else list(data_1)
         if len(first) == 1:
@@ -359,18 +335,17 @@ class AsyncVLLMClient:
         single = isinstance(data_1, str) and isinstance(data_2, str)
         return await self._all(one, len(second), single, timeout, return_exceptions, use_tqdm)
 
+    @names_fields(TokenizeFields)
     async def tokenize(
-        self, /, prompt: str | Conversation, *, timeout: float | None = None, **fields: Any
+        self,
+        /,
+        prompt: str | Conversation,
+        *,
+        timeout: float | None = None,
+        **fields: Unpack[TokenizeFields],
     ) -> list[int]:
-        """The server's token ids for a text, or for a conversation with its chat template.
-
-        **fields: of the route: `add_special_tokens`, for a conversation also `add_generation_prompt`,
-        `continue_final_message`, `chat_template`, `chat_template_kwargs`, `tools`. Others are refused.
-        """
-        known = {"add_special_tokens"}
-        if not isinstance(prompt, str):
-            known |= {"add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs"}
-            known |= {"tools", "mm_processor_kwargs"}
+        """The token ids of a text, or of a conversation. See `RequestMethods.tokenize`."""
+        known = names_of(TokenizeFields) if not isinstance(prompt, str) else {"add_special_tokens"}
         for name in fields.keys() - known:
             raise UnsupportedParameterError(f"tokenize() has no {name}=", field=name)
         asked = {"prompt": prompt} if isinstance(prompt, str) else {"messages": await _conversation(prompt)}
@@ -379,8 +354,8 @@ class AsyncVLLMClient:
         with _checked(answer):
             return [int(token) for token in answer["tokens"]]
 
-    async def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
-        """The text of token ids, special tokens included."""
+    async def detokenize(self, /, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
+        """The text of token ids, special tokens included. See `RequestMethods.detokenize`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         body = {"tokens": [int(token) for token in token_ids]}
         answer, _ = await self._ask(Question("/detokenize", body, "prompt"), deadline)
@@ -413,7 +388,7 @@ class AsyncVLLMClient:
         single: bool,
         timeout: float | None,
         return_exceptions: bool,
-        use_tqdm: Tqdm,
+        use_tqdm: ProgressBar,
     ) -> list[T]:
         """The results of `one(index, deadline)`, in order; so many at once as may be in flight."""
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -444,19 +419,7 @@ class AsyncVLLMClient:
         return results
 
 
-def _blocking(
-    method: Callable[Concatenate[AsyncVLLMClient, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[VLLMClient, P], T]:
-    """The method of `VLLMClient` that waits for the one of `AsyncVLLMClient`."""
-
-    @functools.wraps(method)
-    def call(self: VLLMClient, *args: P.args, **kwargs: P.kwargs) -> T:
-        return portal.run(lambda: method(self._client, *args, **kwargs))
-
-    return call  # type: ignore[return-value]  # mypy takes what `wraps` returns for no function
-
-
-class VLLMClient:
+class VLLMClient(RequestMethods):
     """`AsyncVLLMClient` for programs without asyncio: the same arguments and methods, and the results as they are.
 
     Works from many threads at once, within a running event loop (which it blocks, as any call does), and in a forked
@@ -504,28 +467,6 @@ class VLLMClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    chat = _blocking(AsyncVLLMClient.chat)
-    generate = _blocking(AsyncVLLMClient.generate)
-    generate_with_messages = _blocking(AsyncVLLMClient.generate_with_messages)
-    embed = _blocking(AsyncVLLMClient.embed)
-    score = _blocking(AsyncVLLMClient.score)
-    tokenize = _blocking(AsyncVLLMClient.tokenize)
-    detokenize = _blocking(AsyncVLLMClient.detokenize)
-
-    def stream(self, prompt: Any, sampling_params: Any = None, **options: Any) -> Iterator[RequestOutput]:
-        """As `AsyncVLLMClient.stream`. Leaving the loop early ends the generation too, once the iterator is garbage."""
-        parts = self._client.stream(prompt, sampling_params, **options)
-        where = portal.loop()
-
-        async def following() -> RequestOutput | None:
-            return await anext(parts, None)
-
-        try:
-            while (part := portal.run(following)) is not None:
-                yield part
-        finally:
-            portal.end(where, parts.aclose)  # type: ignore[attr-defined]
 
 
 VLLMClientWrapper = VLLMClient
@@ -764,7 +705,7 @@ class _Progress:
 
     @classmethod
     @contextlib.contextmanager
-    def of(cls, use_tqdm: Tqdm, count: int) -> Iterator[_Progress | None]:
+    def of(cls, use_tqdm: ProgressBar, count: int) -> Iterator[_Progress | None]:
         if not use_tqdm:
             yield None
             return

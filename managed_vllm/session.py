@@ -44,13 +44,13 @@ from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.startup_view import StartupProgress
 from managed_vllm.policies import HangPolicy, RestartPolicy, SupervisionPolicy
+from managed_vllm.request.methods import RequestMethods
 from managed_vllm.status import Connection, ServerState, ServerStatus
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
     from managed_vllm.client import AsyncVLLMClient, VLLMClient
-    from managed_vllm.request.outputs import RequestOutput
     from managed_vllm.request.resume import RetryPolicy
 
 log = logging.getLogger("managed_vllm")
@@ -66,7 +66,7 @@ _KILLED_SUPERVISORS = 5
 _ANSWER_S = 10.0
 
 
-class ManagedVLLM:
+class ManagedVLLM(RequestMethods):
     """One vLLM server, shared by every process of this user that asks for the same thing.
 
     Enter it (`with` or `async with`, as often as you like, from any thread), or just use it: the first use starts.
@@ -605,20 +605,6 @@ class ManagedVLLM:
                     instance=lambda: self._id,
                 )
             return self._async_client
-
-    def chat(self, messages: Any, sampling_params: Any = None, **options: Any) -> list[RequestOutput]:
-        """One output per conversation; see `VLLMClient.chat`."""
-        return self.client.chat(messages, sampling_params, **options)
-
-    def generate(self, prompts: Any, sampling_params: Any = None, **options: Any) -> list[RequestOutput]:
-        """One output per prompt; see `VLLMClient.generate`."""
-        return self.client.generate(prompts, sampling_params, **options)
-
-    def generate_with_messages(
-        self, messages: Any, sampling_params: Any = None, processor: Any = None, use_tqdm: bool = False
-    ) -> list[RequestOutput]:
-        """As the service scripts call it; see `VLLMClient.generate_with_messages`."""
-        return self.client.generate_with_messages(messages, sampling_params, processor, use_tqdm)
 
     @property
     def openai(self) -> OpenAI:

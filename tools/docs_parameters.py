@@ -72,10 +72,10 @@ def call(parameters: Iterable[str], *, chat: bool) -> str:
     ours = inspect.signature(VLLMClient.chat if chat else VLLMClient.generate).parameters
     rows = []
     for name in parameters:
-        if name in ours:
-            rows.append((f"`{name}`", "supported", "argument"))
-        elif name in fields.known(chat=chat):
+        if name in fields.known(chat=chat):
             rows.append((f"`{name}`", "supported", NOTES.get(name, "request field")))
+        elif name in ours:
+            rows.append((f"`{name}`", "supported", "argument"))
         elif name in fields.OF_VLLM_LLM:
             rows.append((f"`{name}`", "refused", fields.OF_VLLM_LLM[name]))
         else:

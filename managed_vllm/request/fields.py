@@ -1,7 +1,8 @@
-"""The request fields that vLLM's two routes know, so that no other is sent by mistake: vLLM ignores those silently.
+"""Which request fields each of vLLM's two routes knows, so that no other is sent by mistake: vLLM ignores it silently.
 
-The tables are those of vLLM 0.32's `CompletionRequest` and `ChatCompletionRequest`; tests/test_sampling.py compares
-them with the installed vllm's. `extra_body={…}` passes anything by them: for another version, another server, a plugin.
+The names are those of vLLM 0.32's `CompletionRequest` and `ChatCompletionRequest` (`request.field_types`);
+tests/request/test_sampling.py compares them with the installed vllm's. `extra_body={…}` bypasses the tables: for
+another version, another server, a plugin.
 """
 
 from __future__ import annotations
@@ -10,29 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
+from managed_vllm.request.field_types import ChatFields, CompletionFields, GenerationFields, names_of
 from managed_vllm.request.sampling import nearest
 
-BOTH_ROUTES = frozenset(
-    {
-        *("model", "user", "priority", "request_id", "session_id", "cache_salt", "n", "seed", "stop", "max_tokens"),
-        *("temperature", "top_p", "top_k", "min_p", "watermarking", "logit_bias", "logprobs", "prompt_logprobs"),
-        *("presence_penalty", "frequency_penalty", "repetition_penalty", "repetition_detection", "logprob_token_ids"),
-        *("stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens"),
-        *("spaces_between_special_tokens", "truncate_prompt_tokens", "truncation_side", "allowed_token_ids"),
-        *("bad_words", "echo", "add_special_tokens", "response_format", "structured_outputs", "stream_interval"),
-        *("return_tokens_as_token_ids", "return_token_ids", "routed_experts_prompt_start", "thinking_token_budget"),
-        *("kv_transfer_params", "ec_transfer_params", "vllm_xargs"),
-    }
-)
+BOTH_ROUTES = names_of(GenerationFields)
 """Fields of both routes that are passed on."""
-CHAT_ONLY = frozenset(
-    {
-        *("top_logprobs", "max_completion_tokens", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort"),
-        *("include_reasoning", "add_generation_prompt", "continue_final_message", "documents", "chat_template"),
-        *("chat_template_kwargs", "media_io_kwargs", "mm_processor_kwargs", "return_prompt_text"),
-    }
-)
-COMPLETIONS_ONLY = frozenset({"suffix"})
+CHAT_ONLY = names_of(ChatFields) - BOTH_ROUTES
+COMPLETIONS_ONLY = names_of(CompletionFields) - BOTH_ROUTES
 
 REFUSED: Mapping[str, str] = {
     "stream": "what comes back is whole; resume=True streams inside, and llm.openai streams to you",

@@ -11,7 +11,7 @@ import concurrent.futures
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from managed_vllm import forks
@@ -65,6 +65,24 @@ def run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
             future.cancel()
             _settle(where)
         raise
+
+
+def iterate(items: AsyncIterator[T]) -> Iterator[T]:
+    """The items, one by one, from the loop. Closes an asynchronous generator when the iterator is closed or garbage."""
+    where = loop()
+
+    async def following() -> tuple[T] | None:
+        try:
+            return (await anext(items),)
+        except StopAsyncIteration:
+            return None
+
+    try:
+        while (found := run(following)) is not None:
+            yield found[0]
+    finally:
+        if isinstance(items, AsyncGenerator):
+            end(where, items.aclose)
 
 
 def end(where: asyncio.AbstractEventLoop, make: Callable[[], Coroutine[Any, Any, None]]) -> None:

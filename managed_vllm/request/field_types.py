@@ -1,0 +1,140 @@
+"""The request fields that the client's methods take as keywords, with their types: vLLM 0.32's, by route.
+
+`ManagedVLLM.chat(…, **fields: Unpack[ChatFields])`: a type checker knows each name, an editor offers it, and
+`names_fields` makes `help()` show it. `request.fields` takes its tables of names from here, so there is one list of
+them. None means for each: not sent, so the server's default counts.
+
+Imports nothing but the standard library: `ManagedVLLM` needs it, and has to be imported within milliseconds.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict, TypeVar
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class GenerationFields(TypedDict, total=False):
+    """Fields of `/v1/completions` and of `/v1/chat/completions`."""
+
+    model: str | None
+    """Another name that the server has, such as that of a LoRA adapter."""
+    user: str | None
+    priority: int | Sequence[int] | None
+    """Lower is sooner, where the server schedules by priority; one for all, or one for each request of the call."""
+    request_id: str | None
+    session_id: str | None
+    cache_salt: str | None
+    """Only requests with the same salt share a prefix cache."""
+    echo: bool | None
+    add_special_tokens: bool | None
+    response_format: Mapping[str, Any] | None
+    return_token_ids: bool | None
+    """Always on: outputs have the token ids."""
+    return_tokens_as_token_ids: bool | None
+    kv_transfer_params: Mapping[str, Any] | None
+    ec_transfer_params: Mapping[str, Any] | None
+    vllm_xargs: Mapping[str, Any] | None
+    """For plugins of the server; `SamplingParams.extra_args` becomes this."""
+    # Sampling parameters; `SamplingParams` says what they mean, and checks their values.
+    n: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    watermarking: bool | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    bad_words: Sequence[str] | None
+    ignore_eos: bool | None
+    max_tokens: int | None
+    min_tokens: int | None
+    logprobs: int | bool | None
+    """Candidates per token for `generate`; whether there are any, beside `top_logprobs`, for `chat`."""
+    prompt_logprobs: int | None
+    logprob_token_ids: Sequence[int] | None
+    skip_special_tokens: bool | None
+    spaces_between_special_tokens: bool | None
+    include_stop_str_in_output: bool | None
+    truncate_prompt_tokens: int | None
+    truncation_side: str | None
+    logit_bias: Mapping[str, float] | None
+    allowed_token_ids: Sequence[int] | None
+    structured_outputs: Mapping[str, Any] | None
+    thinking_token_budget: int | None
+    repetition_detection: Mapping[str, int] | None
+    stream_interval: int | None
+    routed_experts_prompt_start: int | None
+
+
+class CompletionFields(GenerationFields, total=False):
+    """Fields of `/v1/completions`: the keywords of `generate`."""
+
+    suffix: str | None
+
+
+class ChatFields(GenerationFields, total=False):
+    """Fields of `/v1/chat/completions`: the keywords of `chat`."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
+    reasoning_effort: str | None
+    include_reasoning: bool | None
+    chat_template: str | None
+    """A Jinja template in place of the model's; the server must be started with `--trust-request-chat-template`."""
+    chat_template_kwargs: Mapping[str, Any] | None
+    """Variables of the template, such as `{"enable_thinking": False}`."""
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    documents: Sequence[Mapping[str, str]] | None
+    media_io_kwargs: Mapping[str, Mapping[str, Any]] | None
+    mm_processor_kwargs: Mapping[str, Any] | None
+    """The server must be started with `--trust-request-mm-kwargs`."""
+    return_prompt_text: bool | None
+    max_completion_tokens: int | None
+    top_logprobs: int | None
+
+
+class StreamFields(ChatFields, total=False):
+    """The keywords of `stream`, which takes a prompt or a conversation."""
+
+    suffix: str | None
+
+
+class TokenizeFields(TypedDict, total=False):
+    """Fields of `/tokenize`: the keywords of `tokenize`. All but the first are for conversations only."""
+
+    add_special_tokens: bool | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    chat_template: str | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    tools: Sequence[Mapping[str, Any]] | None
+    mm_processor_kwargs: Mapping[str, Any] | None
+
+
+def names_of(fields: Any) -> frozenset[str]:
+    """The names in one of these classes."""
+    return frozenset(fields.__annotations__)
+
+
+def names_fields(fields: Any) -> Callable[[Method], Method]:
+    """Makes `inspect.signature` and `help()` show each name of `fields` in the place of the method's `**fields`."""
+
+    def decorate(method: Method) -> Method:
+        signature = inspect.signature(method)
+        *named, _ = signature.parameters.values()
+        for name, annotation in fields.__annotations__.items():
+            text = getattr(annotation, "__forward_arg__", annotation)
+            named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=text))
+        method.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        return method
+
+    return decorate

@@ -1,0 +1,304 @@
+"""The synchronous methods for requests, which `ManagedVLLM` and `VLLMClient` share: `chat`, `generate`, `stream` …
+
+`RequestMethods` holds their signatures and documentation. Each waits for the method of the same name and signature of
+`AsyncVLLMClient`, which is the one implementation.
+
+Imports nothing beyond the standard library: `ManagedVLLM` derives from it, and has to be imported within milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Unpack
+
+from managed_vllm.request import portal
+from managed_vllm.request.field_types import (
+    ChatFields,
+    CompletionFields,
+    StreamFields,
+    TokenizeFields,
+    names_fields,
+)
+
+if TYPE_CHECKING:
+    from managed_vllm.client import AsyncVLLMClient
+    from managed_vllm.request.outputs import EmbeddingRequestOutput, RequestOutput, ScoringRequestOutput
+    from managed_vllm.request.sampling import SamplingParams
+
+
+class VLLMSamplingParams(Protocol):
+    """A `vllm.SamplingParams`, without importing vllm."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def max_tokens(self) -> int | None: ...
+
+
+Message: TypeAlias = Mapping[str, Any]
+"""`{"role": …, "content": …}`, as for the OpenAI API; `request.messages` says what a content may be."""
+Conversation: TypeAlias = Sequence[Message]
+Prompt: TypeAlias = "str | Iterable[int] | Mapping[str, Any]"
+"""A text, token ids, or a dict with `prompt` or `prompt_token_ids` and perhaps `multi_modal_data`."""
+Params: TypeAlias = "SamplingParams | VLLMSamplingParams | Mapping[str, Any]"
+ProgressBar: TypeAlias = bool | Callable[..., Any]
+
+
+class RequestMethods:
+    """Requests to one server. What is documented for `chat` holds for all of them."""
+
+    @property
+    def async_client(self) -> AsyncVLLMClient:
+        """The same methods for asyncio: `await llm.async_client.chat(…)`."""
+        raise NotImplementedError
+
+    @names_fields(ChatFields)
+    def chat(
+        self,
+        /,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: Params | Sequence[Params] | None = None,
+        use_tqdm: ProgressBar = False,
+        *,
+        timeout: float | None = None,
+        request_timeout: float | None = None,
+        resume: bool | None = None,
+        return_exceptions: bool = False,
+        extra_body: Mapping[str, Any] | None = None,
+        **fields: Unpack[ChatFields],
+    ) -> list[RequestOutput]:
+        """Answers one conversation (a list of messages) or many (a list of lists): one output each, in input order.
+
+        Args:
+            messages: one conversation, or a list of them. Images may be PIL images, bytes, paths, data: or http(s)
+                URLs, in parts of the type `image_url`, `image` or `image_pil`.
+            sampling_params: `SamplingParams`, a dict or a `vllm.SamplingParams`; one for all, or a list with one each.
+            use_tqdm: whether to show a progress bar, or a function that makes one in place of `tqdm.auto.tqdm`.
+            timeout: seconds for the whole call. None: no limit, so the call ends only with an answer or an error.
+            request_timeout: seconds for each request, from the moment when it may be sent (`max_in_flight`).
+            resume: whether tokens are kept when their server is lost, so that only the rest is generated again. None:
+                where possible, if `max_tokens` is not given or at least `resume.RESUME_FROM`. True: a `BadRequestError`
+                says why where it is not possible. False: never.
+            return_exceptions: put the error of a failed request in its place in the list. Otherwise the first error is
+                raised once all requests are done, with the outcome of each in its `results`.
+            extra_body: fields for the request body that are sent unchecked: those of a plugin, or of another version.
+            **fields: fields of the request body, such as `tools=…` or `chat_template_kwargs=…`; each is listed in the
+                signature, docs/parameters.md has more about them. An unknown name is an `UnsupportedParameterError`:
+                vLLM would ignore it.
+
+        A generation can't be resumed, and starts over after a loss, with several answers (`n`), images, tools,
+        structured outputs, stop strings, `bad_words`, presence or frequency penalty, prompt logprobs, `echo`, a `seed`
+        unless the temperature is 0, a field that this library doesn't know, or a server that parses reasoning or tool
+        calls. With temperature 0 a resumed answer equals an uninterrupted one, as far as the server itself gives equal
+        answers to equal requests; after the cut the `decoded_token` of logprobs is missing. Without `max_tokens`, a
+        limit from the model's generation config (`max_new_tokens`) starts over after a loss.
+
+        Cancelling or interrupting the call closes its connections; vLLM then stops generating.
+
+        Raises:
+            BadRequestError: a wrong argument or request; below it `ContextLengthError`, `ModelNotFoundError`,
+                `UnsupportedParameterError`.
+            AuthenticationError: the server wants another API key.
+            RequestTimeout: the time ran out.
+            ServerDiedError: the answer was lost more often than `RetryPolicy` allows.
+            ServerBusyError: the server refused the request more often than that.
+            StartupError, ServerStoppedError: a server of ours failed for good, or was stopped.
+        """
+        return portal.run(
+            lambda: self.async_client.chat(
+                messages,
+                sampling_params,
+                use_tqdm,
+                timeout=timeout,
+                request_timeout=request_timeout,
+                resume=resume,
+                return_exceptions=return_exceptions,
+                extra_body=extra_body,
+                **fields,
+            )
+        )
+
+    @names_fields(CompletionFields)
+    def generate(
+        self,
+        /,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: Params | Sequence[Params] | None = None,
+        use_tqdm: ProgressBar = False,
+        *,
+        timeout: float | None = None,
+        request_timeout: float | None = None,
+        resume: bool | None = None,
+        return_exceptions: bool = False,
+        extra_body: Mapping[str, Any] | None = None,
+        **fields: Unpack[CompletionFields],
+    ) -> list[RequestOutput]:
+        """Completes one prompt or many: one output each, in input order.
+
+        Args:
+            prompts: one prompt, or a list of them. A prompt is a text, a list of token ids, or a dict with `prompt` or
+                `prompt_token_ids`, as for `vllm.LLM`. Beside a text, the dict may have `multi_modal_data={"image": …}`
+                with one image or a list. The text holds the model's own placeholders for them; without any, they are
+                put before it. Such a prompt goes through the chat route with a template that changes nothing, so the
+                server must be started with `--trust-request-chat-template`.
+            sampling_params: as for `chat`. Without `max_tokens`, 16 tokens are generated, as vLLM does.
+            use_tqdm: as for `chat`, and so are all other arguments.
+
+        Raises what `chat` raises.
+        """
+        return portal.run(
+            lambda: self.async_client.generate(
+                prompts,
+                sampling_params,
+                use_tqdm,
+                timeout=timeout,
+                request_timeout=request_timeout,
+                resume=resume,
+                return_exceptions=return_exceptions,
+                extra_body=extra_body,
+                **fields,
+            )
+        )
+
+    @names_fields(ChatFields)
+    def generate_with_messages(
+        self,
+        /,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: Params | Sequence[Params] | None = None,
+        processor: object = None,
+        use_tqdm: ProgressBar = False,
+        *,
+        timeout: float | None = None,
+        request_timeout: float | None = None,
+        resume: bool | None = None,
+        return_exceptions: bool = False,
+        extra_body: Mapping[str, Any] | None = None,
+        **fields: Unpack[ChatFields],
+    ) -> list[RequestOutput]:
+        """`chat`, with the arguments of the service scripts.
+
+        Args:
+            messages: as for `chat`, and so are all other arguments but the next.
+            processor: ignored; the server has its own.
+        """
+        return portal.run(
+            lambda: self.async_client.generate_with_messages(
+                messages,
+                sampling_params,
+                processor,
+                use_tqdm,
+                timeout=timeout,
+                request_timeout=request_timeout,
+                resume=resume,
+                return_exceptions=return_exceptions,
+                extra_body=extra_body,
+                **fields,
+            )
+        )
+
+    @names_fields(StreamFields)
+    def stream(
+        self,
+        /,
+        prompt: Prompt | Conversation,
+        sampling_params: Params | None = None,
+        *,
+        timeout: float | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **fields: Unpack[StreamFields],
+    ) -> Iterator[RequestOutput]:
+        """Answers one prompt or one conversation piece by piece.
+
+        Each output holds what is new; joined, their texts and token ids are those of `generate` or `chat`. The last
+        one is `finished`, and has epoch, attempts, times, the reason for the end, and tool calls. Leaving the loop
+        early ends the generation on the server, once the iterator is closed or collected.
+
+        A lost server goes unnoticed where the generation can be resumed (see `chat`). Where it can't, the generation
+        starts over if nothing has been given out yet; otherwise `ServerDiedError` says that it can't go on.
+
+        Args:
+            prompt: a prompt as for `generate`, or a conversation as for `chat`.
+            sampling_params: as for `chat`.
+            timeout: seconds until the last output.
+            extra_body: as for `chat`.
+            **fields: as for `chat` or `generate`.
+
+        Raises what `chat` raises, and `UnsupportedParameterError` for `n` above 1 and `echo`.
+        """
+        return portal.iterate(
+            self.async_client.stream(prompt, sampling_params, timeout=timeout, extra_body=extra_body, **fields)
+        )
+
+    def embed(
+        self,
+        /,
+        prompts: Prompt | Iterable[Prompt],
+        use_tqdm: ProgressBar = False,
+        *,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The embedding of each prompt (text or token ids), from a server of an embedding model (`runner="pooling"`).
+
+        The route does not return the prompt's token ids: `prompt_token_ids` is empty. Arguments and errors are those
+        of `chat`.
+        """
+        return portal.run(
+            lambda: self.async_client.embed(
+                prompts, use_tqdm, timeout=timeout, return_exceptions=return_exceptions, extra_body=extra_body
+            )
+        )
+
+    def score(
+        self,
+        /,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        use_tqdm: ProgressBar = False,
+        *,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well pairs of texts fit, from a server of a scoring model (`runner="pooling"`).
+
+        Args:
+            data_1: one text for all of `data_2`, or one for each.
+            data_2: one text, or a list of them.
+            use_tqdm: as for `chat`, and so are all other arguments.
+
+        Raises `BadRequestError` for lists of different lengths, and what `chat` raises.
+        """
+        return portal.run(
+            lambda: self.async_client.score(
+                data_1, data_2, use_tqdm, timeout=timeout, return_exceptions=return_exceptions, extra_body=extra_body
+            )
+        )
+
+    @names_fields(TokenizeFields)
+    def tokenize(
+        self,
+        /,
+        prompt: str | Conversation,
+        *,
+        timeout: float | None = None,
+        **fields: Unpack[TokenizeFields],
+    ) -> list[int]:
+        """The token ids of a text, or of a conversation in the model's chat template, as the server makes them.
+
+        Args:
+            prompt: a text, or a conversation as for `chat`.
+            timeout: seconds for the call.
+            **fields: fields of the route; for a text, `add_special_tokens` only.
+
+        Raises what `chat` raises.
+        """
+        return portal.run(lambda: self.async_client.tokenize(prompt, timeout=timeout, **fields))
+
+    def detokenize(self, /, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
+        """The text of token ids, special tokens included; `timeout` in seconds. Raises what `chat` raises."""
+        return portal.run(lambda: self.async_client.detokenize(token_ids, timeout=timeout))
