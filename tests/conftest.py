@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from moved_clock import Clock
 from processes import own_state
 from scripted_server import Act, Script
 
@@ -34,6 +35,12 @@ def home() -> Iterator[Path]:
     """A state directory of the test's own; at the end no process, socket, lock or folder may be left in it."""
     with own_state() as path:
         yield path
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that the test moves on."""
+    return Clock(monkeypatch)
 
 
 @pytest.fixture

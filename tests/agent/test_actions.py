@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from processes import HANG_S
 
 from managed_vllm.agent.actions import (
     UI_TARS_PROMPT,
@@ -194,16 +195,16 @@ def test_a_long_answer_of_anything_is_read_in_linear_time(piece: str) -> None:
         text = before + piece * (QUARTER_OF_A_MEGABYTE // len(piece)) + after
         began = time.process_time()
         outcome(text, HD)
-        # Measured: 0.2 s at most. What is quadratic takes minutes.
-        assert time.process_time() - began < 3, before
+        # Measured: 0.2 s at most. What is quadratic takes minutes. benchmarks/ratios.py measures it.
+        assert time.process_time() - began < HANG_S, before
 
 
 @pytest.mark.parametrize("text", ["'", "')", "(", "Action: wait()\n", "type(content='a')\n"])
-def test_a_megabyte_is_read_in_a_second_or_two(text: str) -> None:
+def test_a_megabyte_is_read_in_linear_time_too(text: str) -> None:
     text = "Action: type(content='x')\n" + text * (4 * QUARTER_OF_A_MEGABYTE // len(text))
     began = time.process_time()
     outcome(text, HD)
-    assert time.process_time() - began < 3
+    assert time.process_time() - began < HANG_S
 
 
 # -- fuzz --------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import HANG_S
 
 from managed_vllm.agent.actions import (
     ACTION_JSON_SCHEMA,
@@ -281,4 +282,4 @@ def test_a_long_answer_of_anything_is_read_in_linear_time(piece: str) -> None:
         else:
             length = 0
         assert length < 500
-        assert time.process_time() - began < 3
+        assert time.process_time() - began < HANG_S

@@ -11,12 +11,14 @@ import hashlib
 import io
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from acting_server import MODEL, Refusal, acting, ids_of, logprob_of, prompt_of, text_of
 from counting_world import CountingWorld, Worlds, hang, picture, right, tasks, until
+from processes import HANG_S
 
 from managed_vllm import VLLMClient
 from managed_vllm.agent import (
@@ -287,7 +289,7 @@ def test_a_desktop_that_fails_is_never_replaced_within_an_attempt() -> None:
 
 @pytest.mark.parametrize("call", ["reset", "step", "evaluate", "close"])
 def test_every_call_of_an_environment_has_a_hard_time_out(call: str) -> None:
-    limits = Limits(reset_timeout_s=0.2, step_timeout_s=0.2, evaluate_timeout_s=0.2, close_timeout_s=0.2)
+    limits = replace(Limits(), **{f"{call}_timeout_s": 0.2})
 
     def fault(world: CountingWorld, name: str) -> Any:
         return hang() if name == call else None
@@ -339,7 +341,8 @@ def test_a_run_that_is_stopped_ends_in_bounded_time(way: str) -> None:
             try:
                 await asyncio.sleep(3600)
             except asyncio.CancelledError:
-                if time.monotonic() - began > 60:  # a test that fails must end, too
+                if time.monotonic() - began > 2 * HANG_S:  # a test that fails must end, too
+                    gave_in.append(True)
                     raise
 
     def fault(world: CountingWorld, call: str) -> Any:
@@ -350,6 +353,7 @@ def test_a_run_that_is_stopped_ends_in_bounded_time(way: str) -> None:
 
     worlds = Worlds(fault)
     began = time.monotonic()
+    gave_in: list[bool] = []
 
     async def main() -> None:
         with acting(right) as server:
@@ -373,7 +377,7 @@ def test_a_run_that_is_stopped_ends_in_bounded_time(way: str) -> None:
 
     asyncio.run(main())
     assert all(world.closed for world in worlds.made)
-    assert time.monotonic() - began < 50
+    assert not gave_in
     assert worlds.calls["reset"] <= 9
 
 

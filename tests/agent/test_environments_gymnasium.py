@@ -7,16 +7,15 @@ import functools
 import gc
 import io
 import threading
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import eventually
+from processes import HANG_S, eventually
 from standin_environment import NoEnvironment, Obedient, TinyEnv, WrongReturns, score, toward
 
-from managed_vllm.agent import Environment, Limits, Observation, Task
+from managed_vllm.agent import Environment, Limits, Observation, StepResult, Task
 from managed_vllm.agent.actions import Action, CallUser, Click, Custom, Finished, Wait
 from managed_vllm.agent.environments.gymnasium import GymnasiumEnvironment
 from managed_vllm.agent.environments.thread_environment import ThreadEnvironment, hung_threads
@@ -36,7 +35,7 @@ BOTH = pytest.mark.parametrize("isolation", ["process", "thread"])
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(test(), 4 * HANG_S))  # type: ignore[arg-type]
 
 
 def worded(observation: Any, screenshot: bytes | None, info: Mapping[str, Any]) -> Observation:
@@ -221,11 +220,27 @@ def test_a_thread_is_the_environments_own_and_ends_with_close() -> None:
         seen = await asyncio.gather(*(env.reset(Task("t")) for env in envs))
         assert [one.extras["arguments"]["level"] for one in seen] == list(range(8))
         assert left_running() == before + 8
-        began = time.monotonic()
-        await asyncio.gather(*(env.step(Custom("sleep", {"seconds": 0.4})) for env in envs))
-        assert time.monotonic() - began < 2  # 3.2 s one after the other
         await asyncio.gather(*(env.close() for env in envs))
         eventually(lambda: left_running() == before, "threads ended")
+
+    run(test)
+
+
+class Meets(Obedient):
+    """Its step is over when all have come to theirs."""
+
+    def step(self, action: Action) -> StepResult:
+        self.arguments["barrier"].wait(HANG_S)
+        return super().step(action)
+
+
+def test_threads_work_at_the_same_time() -> None:
+    async def test() -> None:
+        barrier = threading.Barrier(8)
+        envs = [ThreadEnvironment(Meets, arguments={"barrier": barrier}) for _ in range(8)]
+        await asyncio.gather(*(env.reset(Task("t")) for env in envs))
+        await asyncio.gather(*(env.step(Wait()) for env in envs))
+        await asyncio.gather(*(env.close() for env in envs))
 
     run(test)
 
@@ -273,13 +288,12 @@ def test_hung_threads_are_abandoned_and_their_number_is_bounded(monkeypatch: pyt
             for _ in range(4)
         ]
         await asyncio.gather(*(env.reset(Task("t")) for env in envs[:3]))
-        began = time.monotonic()
         results = await asyncio.gather(*(env.step(Wait()) for env in envs[:3]), return_exceptions=True)
         assert [type(result) for result in results] == [EnvironmentTimeoutError] * 3
         assert "can't be killed" in str(results[0])
         for env in envs[:3]:
             await env.close()  # returns at once: nothing can be done
-        assert time.monotonic() - began < 3
+        assert not released.is_set()
         with pytest.raises(EnvironmentFailedError, match="3 threads of environments did not return in time"):
             await envs[3].reset(Task("t"))
         released.set()
@@ -349,8 +363,6 @@ def test_an_exit_within_a_thread_is_a_failure_like_any_other() -> None:
         await env.reset(Task("t"))
         with pytest.raises(EnvironmentRaisedError, match="SystemExit"):
             await env.step(Custom("exit", {"code": 3}))
-        began = time.monotonic()
         await env.close()
-        assert time.monotonic() - began < 5
 
     run(test)

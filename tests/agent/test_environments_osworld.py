@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import standin_osworld
-from processes import eventually
+from processes import HANG_S, eventually
 from standin_osworld import SIGNATURES, DesktopEnv, Machine, WithoutEvaluate
 
 from managed_vllm.agent import Environment, Limits, Task
@@ -58,7 +58,7 @@ async def desktop(machine: Machine, make: Any = DesktopEnv, **options: Any) -> A
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(test(), 4 * HANG_S))  # type: ignore[arg-type]
 
 
 def red(screenshot: bytes | None) -> int:
@@ -147,11 +147,11 @@ def test_calling_the_user_succeeds_where_the_task_is_infeasible(machine: Machine
 
 def test_waiting_takes_as_long_as_it_says(machine: Machine) -> None:
     async def test() -> None:
-        async with desktop(machine, pause_s=5) as env:
+        async with desktop(machine, pause_s=3600) as env:  # not added: it would be late
             await env.reset(task())
             began = time.monotonic()
             await env.step(Wait(0.4))
-            assert 0.4 <= time.monotonic() - began < 3
+            assert time.monotonic() - began >= 0.4
 
     run(test)
 
@@ -251,10 +251,8 @@ def test_a_command_that_hangs_is_ended_and_the_machine_given_back(machine: Machi
         async with desktop(machine, limits=Limits(step_timeout_s=2.0)) as env:
             await env.reset(task())
             machine.faults(execute="hang")
-            began = time.monotonic()
             with pytest.raises(EnvironmentTimeoutError, match=r"OSWorld: step was not over within 2 s"):
                 await env.step(Click(1, 1))
-            assert time.monotonic() - began < 10
             assert not machine.state()["used"]  # within release_s
 
     run(test)
@@ -326,7 +324,7 @@ def test_sigkill_of_the_rollout_gives_the_machine_back(machine: Machine) -> None
         assert owner.stdout.readline() == b"ready\n"
         assert machine.state()["used"]
         owner.send_signal(signal.SIGKILL)
-        eventually(lambda: not machine.state()["used"], "the machine given back", 10)
+        eventually(lambda: not machine.state()["used"], "the machine given back")
     finally:
         owner.kill()
         owner.wait()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from acting_server import ActingServer, Refusal, acting, text_of
-from counting_world import CountingWorld, Worlds, hang, picture, right, tasks
+from counting_world import CountingWorld, Worlds, hang, picture, right, tasks, until
+from moved_clock import Clock
+from processes import HANG_S
 
 from managed_vllm.agent import (
     AgentFormat,
@@ -29,7 +32,7 @@ from managed_vllm.agent import (
     tool_calls,
     ui_tars,
 )
-from managed_vllm.agent.actions import Click, Finished, ParsedResponse, Wait
+from managed_vllm.agent.actions import Action, Click, Finished, ParsedResponse, Wait
 from managed_vllm.agent.prompting import Chat, History, Turn, newest_images
 from managed_vllm.agent.types import ImageRef
 from managed_vllm.errors import BadRequestError, ConfigError
@@ -126,18 +129,30 @@ def test_a_prompt_beyond_the_context_ends_it_and_it_counts() -> None:
     assert len(found.steps) == 1
 
 
-def test_the_episodes_time_bounds_the_answer_and_not_the_evaluation() -> None:
+def test_the_episodes_time_bounds_the_answer_and_not_the_evaluation(clock: Clock) -> None:
+    asked = threading.Event()
+
     async def never(messages: list[dict[str, Any]]) -> str:
-        await asyncio.sleep(30)
+        asked.set()
+        await asyncio.Event().wait()
         return right(messages)
 
     class SlowVerdict(CountingWorld):
+        async def step(self, action: Action) -> StepResult:
+            self.passing = asyncio.create_task(self.an_hour_passes())
+            return await super().step(action)
+
+        async def an_hour_passes(self) -> None:
+            await until(asked.is_set)
+            clock.forward(3600)
+
         async def evaluate(self) -> float:
-            await asyncio.sleep(0.3)
+            clock.forward(3600)
+            await asyncio.sleep(0)
             return 0.5
 
     found = played(lambda m: never(m) if "1 left" in text_of(m[-1]) else right(m), SlowVerdict(),
-                   limits=Limits(episode_timeout_s=0.25))  # fmt: skip
+                   limits=Limits(episode_timeout_s=1000, evaluate_timeout_s=10_000))  # fmt: skip
     assert (found.stop_reason, found.reward, found.failure) == (StopReason.EPISODE_TIMEOUT, 0.5, None)
     assert len(found.steps) == 1
 
@@ -392,7 +407,7 @@ def test_cancelling_it_cancels_what_runs_in_the_environment() -> None:
         worlds = Worlds(lambda world, call: slow() if call == "step" else None)
         with acting(right) as server:
             playing = asyncio.create_task(play(server, worlds()))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(HANG_S):
                 while not worlds.calls["step"]:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             playing.cancel()

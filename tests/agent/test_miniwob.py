@@ -10,14 +10,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from processes import eventually, is_live, tree_below
+from processes import HANG_S, eventually, is_live, tree_below
 
 from managed_vllm.agent import Environment, Limits, Observation, Task
 from managed_vllm.agent.actions import (
@@ -47,7 +46,7 @@ PATIENT = Limits(reset_timeout_s=90, step_timeout_s=60, close_timeout_s=20)
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 200))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(test(), 4 * HANG_S))  # type: ignore[arg-type]
 
 
 @contextlib.asynccontextmanager
@@ -71,7 +70,7 @@ class Shared:
         self.env = MiniWoBEnvironment(text=True, limits=PATIENT)
 
     def run(self, test: Callable[[MiniWoBEnvironment], Awaitable[None]]) -> None:
-        self.runner.run(asyncio.wait_for(test(self.env), 100))  # type: ignore[arg-type]
+        self.runner.run(asyncio.wait_for(test(self.env), 4 * HANG_S))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -349,12 +348,10 @@ def test_a_browser_that_hangs_is_ended_with_all_its_processes(hung: str) -> None
             for process in stopped:
                 process.suspend()
             env.limits = Limits(step_timeout_s=1.0)
-            began = time.monotonic()
             with pytest.raises(
                 EnvironmentTimeoutError, match=r"MiniWoB\+\+ click-test-2: step was not over within 1 s"
             ):
                 await env.step(Click(5, 5))
-            assert time.monotonic() - began < 10
             assert not [process for process in family if is_live(process)]
             assert env.folder is not None
             assert not env.folder.exists()
@@ -409,8 +406,8 @@ def test_sigkill_of_the_rollout_leaves_no_browser_and_no_file(tmp_path: Path) ->
         assert all(folder.exists() for folder in folders)
         owner.send_signal(signal.SIGKILL)
         owner.wait()
-        eventually(lambda: not [process for process in family if is_live(process)], "all processes gone", 5)
-        eventually(lambda: not [folder for folder in folders if folder.exists()], "all folders gone", 5)
+        eventually(lambda: not [process for process in family if is_live(process)], "all processes gone")
+        eventually(lambda: not [folder for folder in folders if folder.exists()], "all folders gone")
         assert list(home.rglob("*")) == []
     finally:
         owner.kill()

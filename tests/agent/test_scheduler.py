@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from acting_server import ActingServer, Refusal, acting, text_of
 from counting_world import CountingWorld, Worlds, hang, right, tasks, until
+from moved_clock import Clock
+from processes import HANG_S
 
 from managed_vllm.agent import (
     FailureClass,
@@ -419,7 +421,7 @@ def test_pause_waits_for_what_is_on_its_way_and_holds_back_the_rest() -> None:
 
     async def main() -> list[Trajectory]:
         with acting(lambda messages: slowly(messages)) as slow:
-            running = scheduler(slow, Worlds(), max_concurrency=4, limits=Limits(episode_timeout_s=5))
+            running = scheduler(slow, Worlds(), max_concurrency=4, limits=Limits(episode_timeout_s=HANG_S))
             running.weight_version = "v1"
             playing = asyncio.create_task(collect(running, tasks(4, 2)))
             await until(lambda: slow.in_flight == 4)
@@ -442,12 +444,15 @@ def test_pause_waits_for_what_is_on_its_way_and_holds_back_the_rest() -> None:
     assert all(one.steps[1].timings.queue_s > 0.05 for one in found)
 
 
-def test_the_time_of_a_pause_does_not_count_for_the_episode(server: ActingServer) -> None:
+def test_the_time_of_a_pause_does_not_count_for_the_episode(server: ActingServer, clock: Clock) -> None:
     async def main() -> list[Trajectory]:
-        running = scheduler(server, Worlds(), limits=Limits(episode_timeout_s=0.6))
+        worlds = Worlds()
+        running = scheduler(server, worlds, limits=Limits(episode_timeout_s=1000))
         await running.pause()
         playing = asyncio.create_task(collect(running, tasks(1)))
-        await asyncio.sleep(1.0)
+        await until(lambda: worlds.calls["reset"])
+        await asyncio.sleep(0.1)
+        clock.forward(3600)
         running.resume()
         return await playing
 
@@ -467,13 +472,13 @@ def test_another_thread_can_pause_and_resume(server: ActingServer) -> None:
     found: list[Trajectory] = []
     thread = threading.Thread(target=lambda: found.extend(running.run_all(tasks(6, 3))))
     thread.start()
-    assert steps.acquire(timeout=20)
+    assert steps.acquire(timeout=HANG_S)
     asyncio.run(running.pause())
     paused_at = len(server.requests)
     running.weight_version = "new"
     assert len(server.requests) == paused_at
     running.resume()
-    thread.join(30)
+    thread.join(HANG_S)
     assert [one.reward for one in found] == [1.0] * 6
     assert found[-1].steps[-1].weight_version == "new"
 

@@ -25,7 +25,7 @@ import pytest
 from agent_samples import sample_failure, sample_trajectory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
-from processes import eventually
+from processes import HANG_S, eventually
 
 from managed_vllm.agent import trajectory_codec
 from managed_vllm.agent.actions import (
@@ -680,10 +680,10 @@ def in_a_fork(work: Any) -> str:
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     try:
-        assert here.poll(30)
+        assert here.poll(HANG_S)
         return str(here.recv())
     finally:
-        process.join(10)
+        process.join(HANG_S)
         process.kill()
         process.join()
 
@@ -716,7 +716,7 @@ signal.pause()
         try:
             process.kill()
             process.wait()
-            eventually(lambda: _made(path), "the lock is free", 5)
+            eventually(lambda: _made(path), "the lock is free")
         finally:
             os.kill(child, signal.SIGKILL)
 

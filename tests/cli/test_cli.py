@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import standin
+from processes import HANG_S
 
 from managed_vllm.cli.logs import LogReader
 from managed_vllm.instance import cleanup, directory
@@ -35,7 +36,7 @@ with ManagedVLLM(name=sys.argv[1], keep_alive=0):
 """
 
 
-def until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
+def until(condition: Callable[[], Any], what: str, timeout_s: float = HANG_S) -> Any:
     """Waits until `condition()` is true and returns its value."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -72,7 +73,7 @@ class Started:
             self.process.send_signal(number)
         code = self.process.wait(60)
         for thread in self._threads:
-            thread.join(10)
+            thread.join(HANG_S)
         return code
 
 

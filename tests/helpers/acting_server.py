@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
+from processes import HANG_S
 
 from managed_vllm import AsyncVLLMClient, RetryPolicy
 
@@ -63,7 +64,7 @@ class ActingServer:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(HANG_S)
 
     @property
     def url(self) -> str:
@@ -75,7 +76,7 @@ class ActingServer:
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(HANG_S)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from acting_server import text_of
+from processes import HANG_S
 
 from managed_vllm.agent import Observation, StepResult, Task
 from managed_vllm.agent.actions import Action, Click, Finished
@@ -124,7 +125,7 @@ def hang() -> Any:
     return asyncio.Event().wait()
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
+async def until(condition: Callable[[], Any], timeout_s: float = HANG_S) -> None:
     """Waits, on the event loop, until the condition holds; fails after the time-out."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - it may be about anything

@@ -116,7 +116,7 @@ def test_a_predecessors_scratch_folder_and_processes_are_cleared(home: Path) -> 
         assert pid is not None
         os.kill(status.supervisor_pid, 9)
         # Until the kernel has ended it, the old server may still answer.
-        eventually(lambda: start_time(pid) is None, "the old server is gone", 5)
+        eventually(lambda: start_time(pid) is None, "the old server is gone")
         assert llm.generate("hi")
         assert not scratch.exists()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 import standin
-from processes import eventually
+from processes import HANG_S, eventually
 
 from managed_vllm import ManagedVLLM
 from managed_vllm.errors import (
@@ -42,7 +42,7 @@ def port() -> Iterator[int]:
 
         def answers() -> bool:
             try:
-                return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok
+                return requests.get(f"http://127.0.0.1:{port}/health", timeout=HANG_S).ok
             except requests.ConnectionError:
                 return False
 

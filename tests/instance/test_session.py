@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import standin
-from processes import INSTANT, assert_nothing_left, eventually, left_of
+from processes import HANG_S, INSTANT, assert_nothing_left, eventually, left_of
 
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState
 from managed_vllm.errors import (
@@ -188,7 +188,7 @@ def test_last_user_gone_by_sigkill_stops_the_server(home: Path) -> None:
     assert left_of(home)
     user.kill()
     user.wait()
-    assert_nothing_left(home, timeout_s=10 + INSTANT)
+    assert_nothing_left(home)
 
 
 def test_ctrl_c_during_start_leaves_nothing(home: Path) -> None:
@@ -196,7 +196,7 @@ def test_ctrl_c_during_start_leaves_nothing(home: Path) -> None:
     eventually(lambda: list(home.glob("*/instance.json")), "the supervisor is up")
     eventually(lambda: left_of(home), "the server was launched")
     user.send_signal(signal.SIGINT)
-    assert user.wait(10) != 0
+    assert user.wait(HANG_S) != 0
     assert_nothing_left(home)
 
 
@@ -415,11 +415,9 @@ def test_a_failure_between_two_uses_is_told_once_and_then_tried_anew(home: Path,
 
 
 def test_a_deadline_bounds_the_wait_for_a_server_that_is_not_ready(home: Path) -> None:
-    with server(order={"start_s": 60}, wait=False) as llm:
-        started = time.monotonic()
+    with server(order={"start_s": 3600}, wait=False) as llm:
         with pytest.raises(RequestTimeout, match="not ready before the deadline"):
             llm.generate("x", timeout=0.3)
-        assert time.monotonic() - started < 10
 
 
 def test_pin_keeps_the_server_without_users(home: Path) -> None:
@@ -440,7 +438,7 @@ def test_supervisor_killed_its_server_falls_and_a_user_starts_the_next(home: Pat
         pid = status.server_pid
         os.kill(status.supervisor_pid, signal.SIGKILL)
         # Until the kernel has ended it, it may still answer.
-        eventually(lambda: start_time(pid) is None, "the old server is gone", 2)
+        eventually(lambda: start_time(pid) is None, "the old server is gone")
         assert llm.generate("next")[0].outputs[0].text.startswith("echo next")
         again = llm.status()
         assert again.supervisor_pid != status.supervisor_pid
@@ -461,18 +459,16 @@ def test_leaving_with_a_request_in_flight_does_not_hang(home: Path) -> None:
 
     def ask() -> None:
         try:
-            llm.generate("slow", extra_body={"standin_sleep": 60}, timeout=8)
+            llm.generate("slow", extra_body={"standin_sleep": 3600}, timeout=8)
         except BaseException as error:
             failed.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     time.sleep(0.3)
-    started = time.monotonic()
     llm.close()
-    assert time.monotonic() - started < 2
-    assert_nothing_left(home, 15)
-    thread.join(15)
+    assert_nothing_left(home)
+    thread.join(HANG_S)
     llm.close()
 
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import requests
 import standin
-from processes import own_state
+from processes import HANG_S, own_state
 
 from managed_vllm import ManagedVLLM, demo
 
@@ -41,10 +41,10 @@ def server_url() -> Iterator[str]:
     try:
         session = requests.Session()
         session.trust_env = False
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANG_S
         while True:
             try:
-                session.get(f"{url}/health", timeout=5)
+                session.get(f"{url}/health", timeout=HANG_S)
                 break
             except requests.ConnectionError:
                 assert process.poll() is None, "the stand-in ended"
@@ -133,8 +133,8 @@ def test_with_the_real_model(real_demo: dict[str, str], example: str) -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_the_shell_script_explains_itself() -> None:
-    assert subprocess.run(["bash", "-n", EXAMPLES / "service.sh"], timeout=10).returncode == 0
-    run = subprocess.run(["bash", EXAMPLES / "service.sh"], capture_output=True, text=True, timeout=10)
+    assert subprocess.run(["bash", "-n", EXAMPLES / "service.sh"], timeout=HANG_S).returncode == 0
+    run = subprocess.run(["bash", EXAMPLES / "service.sh"], capture_output=True, text=True, timeout=HANG_S)
     assert run.returncode == 2
     assert "examples/service.sh start" in run.stdout
 

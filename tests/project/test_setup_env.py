@@ -10,12 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from processes import HANG_S
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.skipif(not (REPOSITORY / "tools").is_dir(), reason="tools/ is only in a checkout")
@@ -189,15 +189,13 @@ def test_a_second_set_up_does_nothing(
     assert recorder.commands == []
 
 
-def test_a_second_set_up_takes_well_under_a_second(
+def test_a_second_set_up_says_nothing(
     checkout: Path, recorder: Recorder, setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MANAGED_VLLM_SETUP", "none")
     setup_env.set_up()
-    begin = time.monotonic()
     done = run_script(checkout, MANAGED_VLLM_SETUP="none")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert time.monotonic() - begin < 1.0
 
 
 def test_new_requirements_are_installed_beside_the_server(
@@ -285,7 +283,7 @@ def test_a_second_set_up_waits_for_the_first_and_finds_its_work(
             recorder._run(["-m venv"])  # what the first one makes
             setup_env.write_stamp(goal)
             fcntl.flock(held, fcntl.LOCK_UN)
-            assert second.wait(30) == 0
+            assert second.wait(HANG_S) == 0
             assert second.stdout.read() == ""
         finally:
             second.kill()

@@ -39,5 +39,5 @@ def test_gpu_memory_is_free_again_after_the_last_user_was_killed(home: Path) -> 
         assert user.stdout.readline().strip() == "ready"
         assert used_mib() > before
         user.kill()
-    assert_nothing_left(home, 10)
-    eventually(lambda: used_mib() <= before + 16, "GPU memory released", 10)
+    assert_nothing_left(home)
+    eventually(lambda: used_mib() <= before + 16, "GPU memory released")

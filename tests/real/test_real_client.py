@@ -199,7 +199,7 @@ def ended_early(llm: ManagedVLLM, count: int) -> Iterator[None]:
     before = metric(llm, "generation_tokens_total")
     with engine_on_one_core(llm):
         yield
-        eventually(lambda: running(llm) == 0, "none of them runs", 3)
+        eventually(lambda: running(llm) == 0, "none of them runs")
     assert metric(llm, "generation_tokens_total") - before < count * ENDLESS["max_tokens"]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import engine_on_one_core, eventually, is_live, own_state, tree, tree_below
+from processes import HANG_S, engine_on_one_core, eventually, is_live, own_state, tree, tree_below
 
 from managed_vllm import ManagedVLLM, RequestOutput, RestartPolicy, ServerState, demo
 from managed_vllm.instance import cleanup, directory
@@ -104,7 +104,7 @@ def in_flight(llm: ManagedVLLM) -> int:
     import requests
 
     root, headers = llm.base_url.removesuffix("/v1"), {"Authorization": f"Bearer {llm.api_key}"}
-    text = requests.get(f"{root}/metrics", headers=headers, timeout=10).text
+    text = requests.get(f"{root}/metrics", headers=headers, timeout=HANG_S).text
     gauges = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
     lines = [line for line in text.splitlines() if line.startswith(gauges)]
     return int(sum(float(line.split()[-1]) for line in lines))
@@ -119,10 +119,10 @@ def test_a_process_killed_under_64_requests_loses_none_of_them(load: Load, name:
     everything = tree_below(old["APIServer"].pid)
     with engine_on_one_core(llm):  # else the first may be answered before the last are taken in
         generation = Generation(load)
-        eventually(lambda: in_flight(llm) == IN_FLIGHT, f"{IN_FLIGHT} requests in flight", 60)
+        eventually(lambda: in_flight(llm) == IN_FLIGHT, f"{IN_FLIGHT} requests in flight")
     killed_at = time.monotonic()
     old[name].kill()
-    eventually(lambda: not any(is_live(process) for process in everything), "the old server is gone", 15)
+    eventually(lambda: not any(is_live(process) for process in everything), "the old server is gone")
     gone_s = time.monotonic() - killed_at
     llm.wait_ready(after_epoch=epoch)
     ready_s = time.monotonic() - killed_at
@@ -175,10 +175,10 @@ def test_the_supervisor_killed_under_load_is_replaced_by_exactly_one(load: Load)
             for number, lines in enumerate(say):
                 print(json.dumps([PROMPTS[number::CLIENTS], PARAMS]), file=lines, flush=True)
             # Not all: a client that began earlier may have its first answers before the last one has sent its prompts.
-            eventually(lambda: in_flight(llm) > IN_FLIGHT // 2, "every client has requests in flight", 60)
+            eventually(lambda: in_flight(llm) > IN_FLIGHT // 2, "every client has requests in flight")
         killed_at = time.monotonic()
         os.kill(supervisor.pid, signal.SIGKILL)
-        eventually(lambda: not any(is_live(process) for process in everything), "the old server fell", 10)
+        eventually(lambda: not any(is_live(process) for process in everything), "the old server fell")
         gone_s = time.monotonic() - killed_at
         answers = [[tuple(ids) for ids in json.loads(lines.readline())] for lines in hear]
         answered_s = time.monotonic() - killed_at

@@ -22,16 +22,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import assert_nothing_left, eventually, is_live, tree_below
+from processes import HANG_S, assert_nothing_left, eventually, is_live, tree_below
 
 from managed_vllm.instance import cleanup, directory
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
-VERDICT_S = 10.0
+VERDICT_S = HANG_S
 """After this long nothing may be alive."""
 
-NEXT_S = 15.0
+NEXT_S = 40.0
 """A user whose supervisor dies before it has been reached finds out after 45 s (`instance.spawn`)."""
 
 USER = """
@@ -267,7 +267,7 @@ def go_on(victims: Victims, moment: Moment, scene: Scene) -> None:
             assert_nothing_left(scene.home, 0)
     for user in scene.users:
         user.kill()
-    assert_nothing_left(scene.home, 20)
+    assert_nothing_left(scene.home)
     assert not (record and record["scratch"] and Path(record["scratch"]).exists())
 
 

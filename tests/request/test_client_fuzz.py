@@ -8,21 +8,20 @@ import json
 import math
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import HANG_S
 from scripted_server import Script, client_of
 
 from managed_vllm import RetryPolicy, VLLMClient
 from managed_vllm.client import _checked
-from managed_vllm.errors import ManagedVLLMError, RequestError, ServerDiedError
+from managed_vllm.errors import ManagedVLLMError, RequestError, RequestTimeout, ServerDiedError
 from managed_vllm.request.attempts import Told, take
 from managed_vllm.request.outputs import CompletionOutput, Logprob, RequestOutput
 from managed_vllm.request.resume import Events, Generation, Lost
@@ -31,7 +30,6 @@ from managed_vllm.status import Connection
 HERE = Connection(base_url="http://localhost:1/v1", api_key="", model="m")
 TOLD = Told("m", 1, 1, 0, 0.0, 0.1, None)
 QUICK = RetryPolicy(max_lost=3, max_deaths=2, backoff_initial_s=0.001, backoff_max_s=0.001, spread_s=0)
-BOUND_S = 3.0
 
 # -- what a right server says: a byte-level tokenizer, whose tokens may end within a character -------------------------
 
@@ -434,14 +432,13 @@ MESSAGES = [{"role": "user", "content": "x"}]
 
 
 def ask(client: VLLMClient, *, chat: bool, resume: bool = False, **options: Any) -> RequestOutput:
-    """One request, within the bound."""
+    """One request. It is answered, or an error is raised: it does not hang."""
     params = {"max_tokens": 40, "temperature": 0, "logprobs": 1}
-    options = {"timeout": BOUND_S, "resume": resume, **options}
-    started = time.monotonic()
+    options = {"timeout": HANG_S, "resume": resume, **options}
     try:
         output = client.chat(MESSAGES, params, **options)[0] if chat else client.generate("x", params, **options)[0]
-    finally:
-        assert time.monotonic() - started < BOUND_S
+    except RequestTimeout:
+        pytest.fail("the client hangs")
     check(output)
     return output
 
@@ -698,7 +695,7 @@ def test_a_chunk_that_is_none_is_a_loss_also_when_it_comes_late(case: str, kind:
     server = Script(act)
     with client_of(server, QUICK) as client:
         with pytest.raises(ServerDiedError, match="lost 3 times"):
-            client.generate("x", {"max_tokens": 4}, timeout=BOUND_S, resume=kind != b"application/json")
+            client.generate("x", {"max_tokens": 4}, timeout=HANG_S, resume=kind != b"application/json")
     server.close()
 
 
@@ -738,44 +735,3 @@ def test_what_is_no_stream_is_lost_and_no_more(server: Damaged, client: VLLMClie
         with pytest.raises(RequestError):
             ask(client, chat=False, resume=True)
     server.damage = []
-
-
-# -- what the checking costs -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
-def test_checking_an_answer_is_cheap(chat: bool) -> None:
-    """30 tokens with logprobs, from bytes to the output: no more than looking at each value once in Python."""
-    sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
-    try:
-        import stub_server
-    finally:
-        del sys.path[0]
-    data = json.dumps(stub_server.chat_answer() if chat else stub_server.completion_answer()).encode()
-    body = body_of(chat=chat)
-
-    def whole_way() -> None:
-        generation = Generation("/chat/completions" if chat else "/completions", body, stream=False)
-        generation.next()
-        take(generation, 200, data, HERE)
-        output_of(generation.whole, body, TOLD, chat=chat)
-
-    def untyped() -> None:
-        stack = [json.loads(data)]
-        while stack:
-            value = stack.pop()
-            if isinstance(value, dict):
-                stack.extend(value.values())
-            elif isinstance(value, list):
-                stack.extend(value)
-
-    def best(function: Callable[[], None]) -> float:
-        def once() -> float:
-            started = time.process_time()
-            for _ in range(50):
-                function()
-            return time.process_time() - started
-
-        return min(once() for _ in range(10))
-
-    assert best(whole_way) < best(untyped)

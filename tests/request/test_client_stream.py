@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from processes import eventually
+from processes import HANG_S, eventually
 from scripted_server import FIRST, QUICK, Act, Script, client_of, hangs, says, streams, token
 
 from managed_vllm import AsyncVLLMClient, VLLMClient
@@ -98,7 +98,7 @@ def test_parts_come_as_they_are_made(script: Callable[..., Script]) -> None:
         client.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
         for event in (FIRST, token(2), token(3, "stop")):
             client.sendall(b"data: " + json.dumps(event).encode() + b"\n\n")
-            gate.wait(5)
+            gate.wait(HANG_S)
             gate.clear()
         client.shutdown(socket.SHUT_RDWR)
 
@@ -270,7 +270,6 @@ def test_a_rest_that_comes_unstreamed_is_not_taken_for_the_whole(script: Callabl
 def test_who_leaves_a_stream_ends_it_on_the_server(script: Callable[..., Script]) -> None:
     server = script(streams(FIRST, token(2), ends=False))
     with client_of(server) as client:
-        started = time.monotonic()
         for part in client.stream(TEXT, PARAMS):
             assert part.outputs[0].token_ids
             break
@@ -280,7 +279,6 @@ def test_who_leaves_a_stream_ends_it_on_the_server(script: Callable[..., Script]
         next(parts)
         parts.close()  # type: ignore[attr-defined]
         eventually(lambda: server.hung_up == 2, "the connection is closed")
-        assert time.monotonic() - started < 1
 
 
 def test_leaving_an_asynchronous_stream_ends_it_on_the_server(script: Callable[..., Script]) -> None:
@@ -290,7 +288,7 @@ def test_leaving_an_asynchronous_stream_ends_it_on_the_server(script: Callable[.
         async with AsyncVLLMClient(server.url, "", "m", retry=QUICK) as client:
 
             async def hung_up(count: int) -> None:
-                await asyncio.to_thread(eventually, lambda: server.hung_up == count, "the connection is closed", 1)
+                await asyncio.to_thread(eventually, lambda: server.hung_up == count, "the connection is closed")
 
             parts = client.stream(TEXT, PARAMS)
             await anext(parts)
@@ -328,10 +326,8 @@ def test_a_stream_that_becomes_garbage_in_the_clients_own_loop_is_ended(script: 
         async def drop() -> None:
             held.clear()
 
-        started = time.monotonic()
         portal.run(drop)
         eventually(lambda: server.hung_up == 1, "the connection is closed")
-        assert time.monotonic() - started < 1
 
 
 def test_a_stream_that_failed_behind_the_back_of_its_reader_is_not_told_of(
@@ -352,10 +348,8 @@ def test_a_stream_that_failed_behind_the_back_of_its_reader_is_not_told_of(
 @kinds
 def test_a_deadline_holds_in_mid_stream(script: Callable[..., Script], kind: str) -> None:
     server = script(streams(FIRST, token(2), ends=False))
-    started = time.monotonic()
     with pytest.raises(RequestTimeout):
         streamed(kind, server, TEXT, timeout=0.4)
-    assert 0.3 < time.monotonic() - started < 1.5
     eventually(lambda: server.hung_up == 1, "the connection is closed")
 
 

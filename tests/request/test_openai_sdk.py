@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 import standin
-from processes import INSTANT, eventually
+from processes import HANG_S, INSTANT, eventually
 
 from managed_vllm import ManagedVLLM, RestartPolicy
 
@@ -131,5 +131,5 @@ def metrics(llm: ManagedVLLM) -> str:
     import requests
 
     root, headers = llm.base_url.removesuffix("/v1"), {"Authorization": f"Bearer {llm.api_key}"}
-    text = requests.get(f"{root}/metrics", headers=headers, timeout=10).text
+    text = requests.get(f"{root}/metrics", headers=headers, timeout=HANG_S).text
     return re.sub(r"\{[^}]*\}| (\d+)\.0", lambda found: f" {found[1]}" if found[1] else "", text)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import standin
-from processes import eventually
+from processes import HANG_S, eventually
 
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState
 from managed_vllm.server import gpu_memory
@@ -69,7 +69,7 @@ def test_waits_until_the_driver_has_let_go_of_the_processes_and_the_memory(gpus:
     assert before == gpu_memory.GpuMemory({0: 100 * MIB})
     gpus.say((9000 * MIB, [(77, 8900 * MIB)]), (500 * MIB, [(1, 400 * MIB)]))
     done: list[str] = []
-    waiting = threading.Thread(target=lambda: done.append(gpu_memory.wait_until_released(before, {77}, "0", 30)))
+    waiting = threading.Thread(target=lambda: done.append(gpu_memory.wait_until_released(before, {77}, "0", HANG_S)))
     waiting.start()
     time.sleep(0.3)
     assert not done
@@ -77,7 +77,7 @@ def test_waits_until_the_driver_has_let_go_of_the_processes_and_the_memory(gpus:
     time.sleep(0.3)
     assert not done
     gpus.say((150 * MIB, []), (500 * MIB, [(1, 400 * MIB)]))
-    waiting.join(5)
+    waiting.join(HANG_S)
     assert done == [""]
 
 

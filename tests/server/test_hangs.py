@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import standin
-from processes import INSTANT, eventually, tree
+from processes import HANG_S, INSTANT, eventually, tree
 
 from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy, ServerStatus
 from managed_vllm.errors import ConfigError, StartupTimeoutError
@@ -54,7 +54,7 @@ def after_the_hang(llm: ManagedVLLM) -> Diagnosis:
             seen.append(status.diagnosis)
         return bool(seen)
 
-    eventually(restarted, "the hang was found", 30)
+    eventually(restarted, "the hang was found")
     assert llm.wait_ready(30, after_epoch=1).epoch == 2
     return seen[0]
 
@@ -222,7 +222,7 @@ def _stopped_and_started_again(llm: ManagedVLLM) -> None:
         status = llm.status()
         return status if status.epoch == 2 else None
 
-    diagnosis = eventually(again, "started again", 30).diagnosis
+    diagnosis = eventually(again, "started again").diagnosis
     assert diagnosis is not None
     assert diagnosis.cause is Cause.PROCESS_STOPPED
 
@@ -231,6 +231,8 @@ def _generated(llm: ManagedVLLM) -> float:
     import requests
 
     answer = requests.get(
-        llm.base_url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {llm.api_key}"}, timeout=5
+        llm.base_url.removesuffix("/v1") + "/metrics",
+        headers={"Authorization": f"Bearer {llm.api_key}"},
+        timeout=HANG_S,
     )
     return next(float(line.split()[-1]) for line in answer.text.splitlines() if "generation_tokens_total{" in line)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import standin
 from processes import INSTANT, assert_nothing_left, eventually, is_live, tree
 
-from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, ServerStatus
+from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy, ServerState, ServerStatus
 from managed_vllm.errors import EngineArgumentError, EngineDiedError, ManagedVLLMError, RequestTimeout
 from managed_vllm.in_server.managed_vllm_lifeline import start_time
 from managed_vllm.instance import cleanup, directory
@@ -25,12 +24,20 @@ PATH = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "helpers"
 AT_ONCE = RestartPolicy(max_restarts=100, backoff_initial_s=0.05, backoff_max_s=0.2)
 
 
-def server(restart: RestartPolicy = AT_ONCE, *, on_status: Any = None, wait: bool = True, **order: Any) -> ManagedVLLM:
+def server(
+    restart: RestartPolicy = AT_ONCE,
+    *,
+    hang: HangPolicy | None = None,
+    on_status: Any = None,
+    wait: bool = True,
+    **order: Any,
+) -> ManagedVLLM:
     return ManagedVLLM(
         "stand-in",
         command=standin.command(),
         env=standin.orders(**order),
         keep_alive=INSTANT,
+        hang=hang or HangPolicy(),
         restart=restart,
         on_status=on_status,
         wait=wait,
@@ -41,7 +48,7 @@ def segments(instance: directory.Instance) -> list[Path]:
     """The server's segments of shared memory, once they are recorded."""
     return [
         Path(path)
-        for path in eventually(lambda: (instance.read_record() or {}).get("shared_memory"), "recorded", 10)
+        for path in eventually(lambda: (instance.read_record() or {}).get("shared_memory"), "recorded")
         if "/psm_" in path
     ]
 
@@ -161,19 +168,13 @@ def test_a_cause_that_is_not_retried_ends_it_at_once(home: Path, tmp_path: Path)
 
 
 def test_the_supervisor_learns_of_an_exit_from_the_kernel(home: Path) -> None:
-    heard: list[float] = []
-
-    def on_status(status: ServerStatus) -> None:
-        if status.state is ServerState.RESTARTING and not heard:
-            heard.append(time.monotonic())
-
-    with server(RestartPolicy(backoff_initial_s=0), on_status=on_status) as llm:
+    """Nobody else would tell it: hangs are not looked for."""
+    heard: list[ServerStatus] = []
+    with server(RestartPolicy(backoff_initial_s=0), on_status=heard.append, hang=HangPolicy.never()) as llm:
         pid = llm.status().server_pid
         assert pid is not None
-        killed = time.monotonic()
         os.kill(pid, signal.SIGKILL)
-        eventually(lambda: heard, "told of the end")
-        assert heard[0] - killed < 1.0  # far below any polling; benchmarks/recovery.py measures it
+        eventually(lambda: any(s.state is ServerState.RESTARTING for s in heard), "told of the end")
 
 
 def test_leaked_shared_memory_and_sockets_are_gone_before_the_next_start(home: Path) -> None:
@@ -270,10 +271,8 @@ def test_a_deadline_bounds_the_wait_for_a_supervisor_that_does_not_answer(home: 
         supervisor.suspend()
         other = server()
         try:
-            started = time.monotonic()
             with pytest.raises(RequestTimeout):
                 other.generate("x", timeout=0.5)
-            assert time.monotonic() - started < 8
         finally:
             supervisor.resume()
             other.close()

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 import standin
-from processes import eventually
+from processes import HANG_S, eventually
 from prometheus_client.parser import text_string_to_metric_families
 
 KEY = {"Authorization": "Bearer right"}
@@ -38,7 +38,7 @@ class Server:
             env={**os.environ, **standin.orders(**order), "VLLM_API_KEY": "right"},
             stdout=subprocess.PIPE,
         )
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=KEY, trust_env=False, timeout=20)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=KEY, trust_env=False, timeout=HANG_S)
         assert self.process.stdout.readline() == b"Application startup complete.\n"
 
     def complete(self, max_tokens: int = 8, **fields: Any) -> httpx.Response:
@@ -194,7 +194,7 @@ def test_who_hangs_up_frees_its_request(server: Server) -> None:
     body = server.body(prompt=PROMPT, max_tokens=1000, standin_token_s=0.1)
     with pytest.raises(httpx.ReadTimeout):
         server.http.post("/v1/completions", json=body, timeout=0.3)
-    eventually(lambda: server.metric("vllm:num_requests_running") == 0, "given up", 2)
+    eventually(lambda: server.metric("vllm:num_requests_running") == 0, "given up")
 
 
 @pytest.mark.parametrize("kind", ["crash-engine", "crash-worker"])
@@ -204,7 +204,7 @@ def test_the_engine_dead_means_500_and_exit_code_0(tmp_path: Path, kind: str) ->
         assert server.complete(1).status_code == 200  # a probe claims no fault
         assert server.complete().status_code == 500
         assert server.http.get("/health").status_code == 503
-        assert server.process.wait(5) == 0
+        assert server.process.wait(HANG_S) == 0
         assert (tmp_path / f"1-{kind}.claimed").exists()
 
 
@@ -271,7 +271,7 @@ def test_a_stolen_port_ends_it_with_vllms_line(tmp_path: Path) -> None:
         env={**os.environ, **standin.orders(steal_port=str(tmp_path / "stolen"))},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=HANG_S,
     )
     assert done.returncode == 1
     assert "OSError: [Errno 98]" in done.stdout + done.stderr
@@ -294,6 +294,6 @@ def test_a_lost_port_a_segment_and_an_orphan(tmp_path: Path) -> None:
             with socket.socket() as knocking:
                 return knocking.connect_ex(("127.0.0.1", port)) != 0
 
-        eventually(refused, "it listens no more", 5)
+        eventually(refused, "it listens no more")
         assert server.process.is_running()
     segments.pop().unlink()
