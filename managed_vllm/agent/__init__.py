@@ -24,7 +24,7 @@ _HOME_OF = {
     "Failure": "managed_vllm.agent.types",
     "FailureClass": "managed_vllm.agent.types",
     "Group": "managed_vllm.agent.types",
-    "GroupPolicy": "managed_vllm.agent.scheduler",
+    "GroupPolicy": "managed_vllm.agent.rollout_policies",
     "GymnasiumEnvironment": "managed_vllm.agent.environments.gymnasium",
     "ImageRef": "managed_vllm.agent.types",
     "ImageStore": "managed_vllm.agent.image_store",
@@ -34,7 +34,7 @@ _HOME_OF = {
     "Observation": "managed_vllm.agent.types",
     "ParseErrorPolicy": "managed_vllm.agent.format",
     "ProcessEnvironment": "managed_vllm.agent.environments.process_environment",
-    "RetryRollouts": "managed_vllm.agent.scheduler",
+    "RetryRollouts": "managed_vllm.agent.rollout_policies",
     "RunStore": "managed_vllm.agent.store",
     "Step": "managed_vllm.agent.types",
     "StepResult": "managed_vllm.agent.types",
@@ -73,9 +73,9 @@ if TYPE_CHECKING:
     from managed_vllm.agent.format import ui_tars as ui_tars
     from managed_vllm.agent.image_store import ImageStore as ImageStore
     from managed_vllm.agent.prompting import History as History
+    from managed_vllm.agent.rollout_policies import GroupPolicy as GroupPolicy
+    from managed_vllm.agent.rollout_policies import RetryRollouts as RetryRollouts
     from managed_vllm.agent.runners import run_agent_loop as run_agent_loop
-    from managed_vllm.agent.scheduler import GroupPolicy as GroupPolicy
-    from managed_vllm.agent.scheduler import RetryRollouts as RetryRollouts
     from managed_vllm.agent.scheduler import StreamingTaskScheduler as StreamingTaskScheduler
     from managed_vllm.agent.store import RunStore as RunStore
     from managed_vllm.agent.types import Failure as Failure

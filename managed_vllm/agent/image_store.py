@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import itertools
 import os
@@ -216,6 +217,15 @@ def _after_fork() -> None:
 
 
 forks.call_in_child(_after_fork)
+
+
+@functools.cache
+def own_images() -> ImageStore:
+    """This process's own temporary folder for screenshots, gone with it."""
+    return ImageStore.temporary()
+
+
+forks.call_in_child(own_images.cache_clear)
 
 
 def unusable(path: Path, error: OSError) -> RunStoreError:

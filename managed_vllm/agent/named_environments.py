@@ -16,7 +16,7 @@ from typing import Any
 
 from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.format import AgentFormat, embedded, json_actions, tool_calls, ui_tars
-from managed_vllm.agent.scheduler import MakeEnvironment
+from managed_vllm.agent.run import MakeEnvironment
 from managed_vllm.agent.tasks import as_task
 from managed_vllm.agent.types import Limits, Task
 from managed_vllm.errors import ConfigError

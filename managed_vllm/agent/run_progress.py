@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from managed_vllm.agent.types import FailureClass, StopReason
+from managed_vllm.agent.types import FailureClass, StopReason, Trajectory
 
 _EVERY_S = 10.0
 """Between the lines where standard error is no terminal."""
@@ -49,6 +49,23 @@ class RunStats:
     reward_sum: float = 0.0
     stop_reasons: Counter[StopReason] = field(default_factory=Counter)
     failures: Counter[FailureClass] = field(default_factory=Counter)
+
+    def count_attempt(self, trajectory: Trajectory) -> None:
+        """An attempt has ended."""
+        self.steps += len(trajectory.steps)
+        self.tokens += trajectory.response_tokens
+        self.stop_reasons[trajectory.stop_reason] += 1
+        if trajectory.failure is not None:
+            self.failures[trajectory.failure.kind] += 1
+
+    def count_rollout(self, trajectory: Trajectory) -> None:
+        """A rollout has ended for good, with this attempt."""
+        self.done += 1
+        if trajectory.failure is not None:
+            self.failed += 1
+        if trajectory.reward is not None:
+            self.rewards += 1
+            self.reward_sum += trajectory.reward
 
     @property
     def mean_reward(self) -> float | None:

@@ -7,19 +7,19 @@ own pace.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from managed_vllm.agent.actions import Action, CallUser, Finished, to_pyautogui
-from managed_vllm.agent.blocking import blocking
 from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.environments.thread_environment import ThreadEnvironment
-from managed_vllm.agent.episode import run_episode
 from managed_vllm.agent.format import AgentFormat, ParseErrorPolicy, UITarsParser
 from managed_vllm.agent.prompting import Continued
+from managed_vllm.agent.rollout_policies import RetryRollouts
+from managed_vllm.agent.scheduler import StreamingTaskScheduler
 from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.types import Limits, Observation, StepResult, Task, Trajectory
 from managed_vllm.errors import ConfigError
@@ -101,6 +101,8 @@ def run_agent_loop(
 ) -> list[Trajectory]:
     """Plays one episode on each runner, all at once and each at its own pace; waits for all of them.
 
+    It is a run of `StreamingTaskScheduler` with one rollout a runner, and resumes as that does.
+
     Args:
         llm: a `ManagedVLLM`, `VLLMClient` (`VLLMClientWrapper`) or `AsyncVLLMClient`.
         runners: one desktop each, see `RunnerEnvironment`; or an `Environment`, which is reset, and stays the caller's.
@@ -123,7 +125,8 @@ def run_agent_loop(
 
     Returns one trajectory for each runner, in their order; one that failed says so in `failure` and has no reward.
 
-    Raises `ConfigError` and `BadRequestError` for arguments that can't be, before anything is played.
+    Raises `ConfigError` and `BadRequestError` for arguments that can't be, before anything is played; and what every
+    other episode would meet, too (a wrong key, a server given up for good).
     """
     if len(runners) != len(messages):
         raise ConfigError(f"{len(runners)} runners but {len(messages)} conversations", field="messages")
@@ -133,71 +136,77 @@ def run_agent_loop(
             'resized image; say what the numbers are with coordinates="relative1000" or "absolute"',
             field="action_parse_res_factor",
         )
+    for runner in runners:
+        if not _is_environment(runner):
+            RunnerEnvironment(runner)  # is it one?
+    if not runners:
+        return []
     limits = limits or Limits(max_steps=max_steps, max_images=limit_images)
-    request = {} if model_name is None else {"model": model_name}
     tasks = [_task(number, runner) for number, runner in enumerate(runners)]
-    begun = [[dict(message) for message in one] for one in messages]
-    formats = [
-        agent
-        or AgentFormat(
-            Continued(one, show_text), UITarsParser(coordinates), on_parse_error or ParseErrorPolicy(), request
+    runner_of = {task.id: runner for task, runner in zip(tasks, runners, strict=True)}
+    if agent is None:
+        begun = {task.id: [dict(message) for message in one] for task, one in zip(tasks, messages, strict=True)}
+        agent = AgentFormat(
+            lambda history: Continued(begun[history.task.id], show_text)(history),
+            UITarsParser(coordinates),
+            on_parse_error or ParseErrorPolicy(),
+            {} if model_name is None else {"model": model_name},
         )
-        for one in begun
-    ]
-    store = None
-    if data_dir is not None:
-        config = {"max_steps": limits.max_steps, "limit_images": limits.max_images, "runners": len(runners)}
-        store = RunStore.create(data_dir, config)
+    config = {"max_steps": limits.max_steps, "limit_images": limits.max_images, "runners": len(runners)}
+    with contextlib.nullcontext() if data_dir is None else RunStore.create(data_dir, config) as store:
+        scheduler = StreamingTaskScheduler(
+            llm,
+            lambda: _WithItsRunner(runner_of, limits),
+            max_concurrency=len(runners),
+            sampling_params=sampling_params,
+            limits=limits,
+            agent=agent,
+            retry=RetryRollouts(max_attempts=1),  # a runner can't be reset
+            store=store,
+            on_attempt=on_trajectory,
+            reuse_environments=False,
+        )
+        return scheduler.run_all(tasks)
 
-    async def play(number: int) -> Trajectory:
-        runner = runners[number]
-        ours = not _is_environment(runner)
-        environment = ThreadEnvironment(lambda: RunnerEnvironment(runner), limits=limits) if ours else runner
-        try:
-            trajectory = await run_episode(
-                llm,
-                environment,
-                tasks[number],
-                sampling_params=sampling_params,
-                limits=limits,
-                agent=formats[number],
-                images=None if store is None else store.images,
-                attempt=attempts.get(tasks[number].id, 0),
-            )
-        finally:
-            if ours:
-                await environment.close()
-        if store is not None:
-            await asyncio.get_running_loop().run_in_executor(None, store.append, trajectory)
-        if on_trajectory is not None:
-            on_trajectory(trajectory)
-        return trajectory
 
-    async def play_all() -> None:
-        async with asyncio.TaskGroup() as group:
-            playing = {number: group.create_task(play(number)) for number in range(len(runners)) if number not in found}
-        found.update({number: task.result() for number, task in playing.items()})
+class _WithItsRunner:
+    """An environment that is, from its `reset` on, the one of the runner that the task is for."""
 
-    found: dict[int, Trajectory] = {}
-    attempts: dict[str, int] = {}
-    try:
-        for runner in runners:
-            if not _is_environment(runner):
-                RunnerEnvironment(runner)  # is it one?
-        if store is not None:
-            numbers = {task.id: number for number, task in enumerate(tasks)}
-            for entry in store.entries():
-                attempts[entry.task_id] = attempts.get(entry.task_id, 0) + 1
-            for entry in store.counting():
-                if entry.ok and entry.task_id in numbers:
-                    found[numbers[entry.task_id]] = store.load(entry)
-        blocking(play_all)
-    except ExceptionGroup as error:  # of one cause: a wrong argument, which every episode meets
-        raise error.exceptions[0] from None
-    finally:
-        if store is not None:
-            store.close()
-    return [found[number] for number in range(len(runners))]
+    def __init__(self, runner_of: Mapping[str, Any], limits: Limits) -> None:
+        self._runner_of = runner_of
+        self._limits = limits
+        self._environment: Environment | None = None
+        self._ours = False
+
+    @property
+    def patience_s(self) -> float:
+        """See `Environment`; the longest of those that there may be, as long as it is not known which."""
+        return float(getattr(self._environment, "patience_s", ThreadEnvironment.patience_s))
+
+    async def reset(self, task: Task) -> Observation:
+        runner = self._runner_of[task.id]
+        self._ours = not _is_environment(runner)
+        made: Environment = runner
+        if self._ours:
+            made = ThreadEnvironment(lambda: RunnerEnvironment(runner), limits=self._limits)
+        self._environment = made
+        return await made.reset(task)
+
+    async def step(self, action: Action) -> StepResult:
+        return await self._reached.step(action)
+
+    async def evaluate(self) -> float | None:
+        return await self._reached.evaluate()
+
+    async def close(self) -> None:
+        """Ends the thread. Runners and environments are the caller's, and stay as they are."""
+        if self._ours:
+            await self._reached.close()
+
+    @property
+    def _reached(self) -> Environment:
+        assert self._environment is not None, "reset comes first"
+        return self._environment
 
 
 def _is_environment(runner: Any) -> bool:

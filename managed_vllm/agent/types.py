@@ -255,6 +255,23 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Attempt:
+    """Which attempt it is, of which rollout.
+
+    Attributes:
+        task: what is to be done.
+        rollout: 0 … n-1 within the task's group.
+        number: 0 for the first, counted up by retries.
+        group_round: 0, counted up where a whole group is repeated.
+    """
+
+    task: Task
+    rollout: int = 0
+    number: int = 0
+    group_round: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Trajectory:
     """One attempt at one rollout of a task.
 

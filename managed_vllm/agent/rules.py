@@ -1,0 +1,79 @@
+"""What the episodes of a run have in common: the model, how it is spoken to, and how far an episode may go."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from managed_vllm.agent.format import AgentFormat, ui_tars
+from managed_vllm.agent.gate import Gate
+from managed_vllm.agent.image_store import ImageStore
+from managed_vllm.agent.preflight import Preflight
+from managed_vllm.agent.types import Limits, Step, Task
+from managed_vllm.client import AsyncVLLMClient, VLLMClient
+from managed_vllm.errors import BadRequestError, ConfigError
+from managed_vllm.request.sampling import SamplingParams
+
+StepHook = Callable[[Task, int, Step], Awaitable[None] | None]
+"""Called with task, rollout and each step as it is complete. What it raises fails the attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the episodes of a run have in common.
+
+    Attributes:
+        client: of the model's server.
+        images: where screenshots are kept.
+        params: sampling parameters, with logprobs.
+        limits: how far an episode may go.
+        agent: how the model is spoken to and understood.
+        on_step: called with each step.
+        gate: held while the model is asked.
+        weight_version: tells which weights answer now.
+        preflight: looks once whether the server takes as many images as the limits allow.
+    """
+
+    client: AsyncVLLMClient
+    images: ImageStore
+    params: SamplingParams
+    limits: Limits
+    agent: AgentFormat
+    on_step: StepHook | None = None
+    gate: Gate = field(default_factory=Gate)
+    weight_version: Callable[[], str | None] = lambda: None
+    preflight: Preflight = field(default_factory=Preflight)
+
+    @classmethod
+    def of(
+        cls,
+        llm: Any,
+        images: ImageStore,
+        sampling_params: Any = None,
+        limits: Limits | None = None,
+        agent: AgentFormat | None = None,
+        **more: Any,
+    ) -> Rules:
+        """From what callers give. Raises `BadRequestError` for sampling parameters that can't be."""
+        params = SamplingParams.of(sampling_params)
+        if params.n not in (None, 1):
+            raise BadRequestError("an episode has one answer a turn; for n rollouts a task use the scheduler's n=")
+        if params.logprobs is None:
+            params = replace(params, logprobs=0)  # of the sampled token alone
+        return cls(client_of(llm), images, params, limits or Limits(), agent or ui_tars(), **more)
+
+
+def client_of(llm: Any) -> AsyncVLLMClient:
+    """The asynchronous client of a `ManagedVLLM`, a `VLLMClient`, or itself. `ConfigError` for anything else."""
+    if isinstance(llm, AsyncVLLMClient):
+        return llm
+    if isinstance(llm, VLLMClient) or hasattr(llm, "async_client"):
+        found = llm.async_client
+        if isinstance(found, AsyncVLLMClient):
+            return found
+    raise ConfigError(
+        f"llm must be a ManagedVLLM, a VLLMClient or an AsyncVLLMClient, not {type(llm).__name__}; "
+        "for a server by URL: VLLMClient(base_url, api_key, model_name)",
+        field="llm",
+    )
