@@ -10,7 +10,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 # The variable silences an advertisement of mkdocs-material.
-MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 .PHONY: setup demo test test-fast test-real soak lint docs format clean
 .NOTPARALLEL:
