@@ -262,6 +262,9 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if self.path == "/detokenize":
             return self._reply(200, {"prompt": text_of(json.loads(raw)["tokens"])})
+        if self.path == "/tokenize":
+            asked = json.loads(raw)
+            return self._reply(200, {"tokens": prompt_ids(asked.get("prompt") or asked["messages"])})
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
             return self._error(404, "no such route")
         try:

