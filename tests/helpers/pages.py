@@ -5,8 +5,6 @@ current folder. Only the server is another one:
 
 - `stand-in`: whatever the model, the stand-in serves it. A path that the pages call missing is refused as vLLM does.
 - `demo`: the embedded model takes the place of the one model that needs a GPU.
-
-What is left running at the end (a page may leave a server to others for a while) is stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from typing import Any
 import standin
 
 from managed_vllm import ManagedVLLM
-from managed_vllm.cli import main as command_line
 
 GPU_MODEL = "Qwen/Qwen3-0.6B"
 """The pages' example of a model of the reader's own."""
@@ -105,7 +102,4 @@ def _serve_by_the_stand_in() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        run(Path(sys.argv[1]), sys.argv[2])
-    finally:
-        command_line(["down", "--all", "--force"])
+    run(Path(sys.argv[1]), sys.argv[2])

@@ -27,6 +27,7 @@ import standin
 from processes import own_state
 
 from managed_vllm import ManagedVLLM
+from managed_vllm.cli import main as command_line
 from managed_vllm.cli.arguments import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -83,6 +84,7 @@ def _of_python(*, tests: bool) -> list[Path]:
 @pytest.mark.parametrize("page", _of_python(tests=False), ids=_name)
 def test_the_python_of_a_page_runs(page: Path, home: Path, tmp_path: Path) -> None:
     _run_page(page, "stand-in", tmp_path)
+    command_line(["down", "--all", "--force"])  # a page may leave a server to others for a while
 
 
 @pytest.fixture(scope="module")
