@@ -105,8 +105,6 @@ def test_real_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
 
 
 def _run_page(page: Path, server: str, folder: Path) -> None:
-    if page.name == "client.md" and not hasattr(ManagedVLLM, "stream"):
-        pytest.xfail("ManagedVLLM does not have all of the client's methods yet")
     command = [sys.executable, pages.__file__, str(page), server]
     run = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
