@@ -29,7 +29,7 @@ _HOME_OF = {
     "Logprob": "managed_vllm.request.outputs",
     "RestartPolicy": "managed_vllm.policies",
     "HangPolicy": "managed_vllm.policies",
-    "RetryPolicy": "managed_vllm.request.resume",
+    "RetryPolicy": "managed_vllm.policies",
     "ServerState": "managed_vllm.status",
     "ServerStatus": "managed_vllm.status",
     "ManagedVLLMError": "managed_vllm.errors",
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from managed_vllm.errors import ManagedVLLMError as ManagedVLLMError
     from managed_vllm.policies import HangPolicy as HangPolicy
     from managed_vllm.policies import RestartPolicy as RestartPolicy
+    from managed_vllm.policies import RetryPolicy as RetryPolicy
     from managed_vllm.request.images import Image as Image
     from managed_vllm.request.outputs import CompletionOutput as CompletionOutput
     from managed_vllm.request.outputs import Logprob as Logprob
     from managed_vllm.request.outputs import RequestOutput as RequestOutput
-    from managed_vllm.request.resume import RetryPolicy as RetryPolicy
     from managed_vllm.request.sampling import SamplingParams as SamplingParams
     from managed_vllm.request.sampling import StructuredOutputsParams as StructuredOutputsParams
     from managed_vllm.session import ManagedVLLM as ManagedVLLM

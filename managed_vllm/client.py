@@ -28,7 +28,7 @@ from managed_vllm.errors import (
     RequestError,
     UnsupportedParameterError,
 )
-from managed_vllm.instance.external import normalized_url
+from managed_vllm.policies import RetryPolicy
 from managed_vllm.request.answers import Decoded
 from managed_vllm.request.attempts import Exchange, Found, Question, Told
 from managed_vllm.request.concurrency import MOST
@@ -45,9 +45,10 @@ from managed_vllm.request.messages import conversation
 from managed_vllm.request.methods import Conversation, Params, ProgressBar, Prompt, RequestMethods
 from managed_vllm.request.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput, ScoringOutput
 from managed_vllm.request.outputs import ScoringRequestOutput as ScoringRequestOutput
-from managed_vllm.request.resume import Generation, RetryPolicy, is_long, obstacle
+from managed_vllm.request.resume import Generation, is_long, obstacle
 from managed_vllm.request.sampling import SamplingParams
 from managed_vllm.status import Connection
+from managed_vllm.urls import normalized_url
 
 T = TypeVar("T")
 

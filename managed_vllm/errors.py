@@ -1,4 +1,42 @@
-"""Every exception the library raises, in one tree below `ManagedVLLMError`.
+"""Every exception of the library, in one tree; in brackets, the built-in classes that some also derive from.
+
+    ManagedVLLMError
+      ConfigError (ValueError)
+        ConfigMismatchError
+      StateDirectoryError (OSError)
+      NoServerError (LookupError)
+      ExternalServerError
+        ServerUnreachableError (ConnectionError)
+        ModelNotServedError
+      ServerError
+        SupervisorError
+        ServerStoppedError
+        StartupError
+          ModelUnavailableError
+          BrokenModelError
+          EngineArgumentError
+          AddressError
+          OutOfMemoryError
+          DeviceError
+          LaunchError
+          EngineDiedError
+          StartupTimeoutError (TimeoutError)
+      RequestError
+        BadRequestError (ValueError)
+          UnsupportedParameterError
+          ContextLengthError
+          ModelNotFoundError (LookupError)
+        AuthenticationError
+        ServerBusyError
+        ServerDiedError (ConnectionError)
+        RequestTimeoutError (TimeoutError)
+      EnvironmentFailedError
+        EnvironmentTimeoutError (TimeoutError)
+        EnvironmentRaisedError
+        EnvironmentDiedError
+      ActionParseError (ValueError)
+      RunStoreError
+      ExportError (ValueError)
 
 Each error says what happened, to which server, where its log is and what to do next, and carries the same facts as
 attributes so that a program can decide too. Errors cross process boundaries (the control channel, multiprocessing,
@@ -297,13 +335,12 @@ class ModelNotFoundError(BadRequestError, LookupError):
         self.model = model
 
 
-class AuthenticationError(ExternalServerError, RequestError):
-    """The server wants another API key (HTTP 401 or 403): when it was attached to, or for a request."""
+class AuthenticationError(RequestError):
+    """The server at `base_url` refuses the API key, or wants one (HTTP 401, 403), of a handle or of a request."""
 
     def __init__(self, message: str, *, base_url: str, status: int | None = None) -> None:
-        super().__init__(message, base_url=base_url)
-        self.index = None
-        self.status = status
+        super().__init__(message, status=status)
+        self.base_url = base_url
 
 
 class ServerBusyError(RequestError):
@@ -314,8 +351,8 @@ class ServerDiedError(RequestError, ConnectionError):
     """The server died under this request, and no retry was possible."""
 
 
-class RequestTimeout(RequestError, TimeoutError):
-    """The caller's deadline passed before the answer came."""
+class RequestTimeoutError(RequestError, TimeoutError):
+    """The caller's time ran out before the answer came."""
 
 
 # -- rollouts ----------------------------------------------------------------------------------------------------------

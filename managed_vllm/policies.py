@@ -1,7 +1,7 @@
 """What is done when something goes wrong, and after how long: frozen values, and the reasons for their defaults.
 
-`RestartPolicy` and `HangPolicy` are the supervisor's, and part of its `SupervisionPolicy`. All of them are checked when
-they are made: a wrong number raises `ConfigError`.
+`RetryPolicy` is the client's. `RestartPolicy` and `HangPolicy` are the supervisor's, and part of its
+`SupervisionPolicy`. All of them are checked when they are made: a wrong number raises `ConfigError`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,40 @@ from typing import Any
 
 from managed_vllm.errors import ConfigError
 from managed_vllm.status import Cause
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """How often, and when, a request is sent again after its answer was lost.
+
+    `max_deaths`: how often the server may die under one request, each time before a new token came. Then a
+    `ServerDiedError` says that the request may be what kills the server. Three, because a server that is restarted more
+    than five times within ten minutes is given up for all its users (`RestartPolicy`), and one bad request must not
+    use that up. A resumed generation that brings new tokens each time may go on for as long as the server comes back.
+
+    `max_lost`: how many answers in a row may be lost without a new token while the server lives: HTTP 500, 502, 503 or
+    504, a broken connection, half an answer, an abort that nobody asked for. Twenty take 15 s on average, which is
+    longer than the supervisor needs to notice a broken server (up to 10 s, `HangPolicy.stopped_s`); vLLM 0.32 may
+    answer for 5 s after a Worker's death before it ends.
+
+    Before the n-th retry in a row the client waits a random time of up to `backoff_initial_s * 2**(n-1)`, at most
+    `backoff_max_s` seconds, or until a new epoch is ready, if that is sooner. After a new epoch, each waiting request
+    is delayed by a random time of up to `spread_s` seconds, so that they don't all come at the same moment.
+    """
+
+    max_deaths: int = 3
+    max_lost: int = 20
+    backoff_initial_s: float = 0.05
+    backoff_max_s: float = 2.0
+    spread_s: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("max_deaths", "max_lost"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 (never sent again) or more", field=name)
+        for name in ("backoff_initial_s", "backoff_max_s", "spread_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is a duration in seconds, not {getattr(self, name)}", field=name)
 
 
 @dataclass(frozen=True, kw_only=True)

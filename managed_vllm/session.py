@@ -43,7 +43,7 @@ from managed_vllm.instance import directory, external
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.startup_view import StartupProgress
-from managed_vllm.policies import HangPolicy, RestartPolicy, SupervisionPolicy
+from managed_vllm.policies import HangPolicy, RestartPolicy, RetryPolicy, SupervisionPolicy
 from managed_vllm.request.methods import RequestMethods
 from managed_vllm.status import Connection, ServerState, ServerStatus
 
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
     from managed_vllm.client import AsyncVLLMClient, VLLMClient
-    from managed_vllm.request.resume import RetryPolicy
 
 log = logging.getLogger("managed_vllm")
 
@@ -98,7 +97,7 @@ class ManagedVLLM(RequestMethods):
         **engine_args: vLLM's engine arguments by their names in `vllm.LLM` (`tensor_parallel_size=2`, …).
 
     Raises on entering: `ConfigError`, `ConfigMismatchError`, `NoServerError`, `StateDirectoryError`,
-    `ExternalServerError`, `StartupError` (with `diagnosis`), `SupervisorError`.
+    `ExternalServerError`, `AuthenticationError`, `StartupError` (with `diagnosis`), `SupervisorError`.
     """
 
     def __init__(

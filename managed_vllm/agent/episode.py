@@ -54,7 +54,7 @@ from managed_vllm.errors import (
     ContextLengthError,
     ManagedVLLMError,
     ModelNotFoundError,
-    RequestTimeout,
+    RequestTimeoutError,
     ServerStoppedError,
     StartupError,
     UnsupportedParameterError,
@@ -366,7 +366,7 @@ class Episode:
         if isinstance(error, ContextLengthError):
             log.debug("%s/%d: %s", self._attempt.task.id, self._attempt.rollout, error)
             return _End(StopReason.CONTEXT_OVERFLOW)
-        if isinstance(error, RequestTimeout) and self._deadline.passed:
+        if isinstance(error, RequestTimeoutError) and self._deadline.passed:
             return _End(StopReason.EPISODE_TIMEOUT)
         if isinstance(error, FATAL):
             self.fatal = error

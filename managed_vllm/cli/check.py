@@ -13,9 +13,10 @@ from typing import Any
 import requests
 
 from managed_vllm.cli import running
-from managed_vllm.errors import ConfigError, ExternalServerError, NoServerError
+from managed_vllm.errors import AuthenticationError, ConfigError, ExternalServerError, NoServerError
 from managed_vllm.instance import directory, external
 from managed_vllm.status import Connection
+from managed_vllm.urls import normalized_url
 
 _ABSENT = (404, 405, 501)
 
@@ -55,7 +56,7 @@ def _target(given: argparse.Namespace) -> tuple[str, str | None, str | None]:
     model = given.model or os.environ.get(external.MODEL_VARIABLE)
     url = given.url or external.url_from_environment()
     if url:
-        return external.normalized_url(url), key, model
+        return normalized_url(url), key, model
     try:
         instance = running.the_only_one(directory.state_home())
     except NoServerError as error:
@@ -76,7 +77,7 @@ def _target(given: argparse.Namespace) -> tuple[str, str | None, str | None]:
 
 def run_checks(
     url: str, key: str | None, model: str | None, *, timeout_s: float
-) -> tuple[list[Result], ExternalServerError | None]:
+) -> tuple[list[Result], ExternalServerError | AuthenticationError | None]:
     """Asks the server all questions; the error is the one that made further questions senseless."""
     results: list[Result] = []
     with external.http_session(url, key) as http:
@@ -84,7 +85,7 @@ def run_checks(
         started = time.monotonic()
         try:
             connection = external.attach(url, key, model, timeout_s=timeout_s)
-        except ExternalServerError as error:
+        except (ExternalServerError, AuthenticationError) as error:
             results.append(Result("models", False, time.monotonic() - started, type(error).__name__))
             results.append(Result("answer", False, None, "not asked"))
             return results, error

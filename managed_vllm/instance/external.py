@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from managed_vllm.errors import AuthenticationError, ConfigError, ModelNotServedError, ServerUnreachableError
+from managed_vllm.errors import AuthenticationError, ModelNotServedError, ServerUnreachableError
 from managed_vllm.status import Connection, is_loopback
+from managed_vllm.urls import normalized_url
 
 if TYPE_CHECKING:
     import requests
@@ -19,20 +20,6 @@ URL_VARIABLE, MODEL_VARIABLE, KEY_VARIABLE = "VLLM_SERVER_URL", "VLLM_MODEL_NAME
 def url_from_environment() -> str | None:
     """`VLLM_SERVER_URL`; set but empty counts as not set."""
     return os.environ.get(URL_VARIABLE) or None
-
-
-def normalized_url(url: str) -> str:
-    """The URL with scheme and `/v1`, without a trailing slash: `localhost:8000/` → `http://localhost:8000/v1`."""
-    text = url.strip()
-    text = (text if "://" in text else f"http://{text}").rstrip("/")
-    parts = urlsplit(text)
-    try:
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        valid = False
-    if not valid:
-        raise ConfigError(f"base_url={url!r} is no http(s) URL such as http://127.0.0.1:8000/v1", field="base_url")
-    return text if text.endswith("/v1") else f"{text}/v1"
 
 
 def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: float = 10.0) -> Connection:

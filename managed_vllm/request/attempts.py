@@ -1,8 +1,8 @@
 """One request until it is answered: find the server, send, read, and begin again where the answer was lost.
 
 In order: a place among those in flight (`in_flight`), the connection to a server that is ready, the sending, the
-answer. A loss (`resume.Lost`) leads back to the second, after a pause. The caller's deadline bounds all of it. Whoever
-waits for the same server to come back waits together: one thread asks for all of them.
+answer. A loss (`ResponseLostError`) leads back to the second, after a pause. The caller's deadline bounds all of it.
+Whoever waits for the same server to come back waits together: one thread asks for all of them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from managed_vllm.errors import (
     ManagedVLLMError,
     ModelNotFoundError,
     RequestError,
-    RequestTimeout,
+    RequestTimeoutError,
     ServerBusyError,
     ServerDiedError,
 )
+from managed_vllm.policies import RetryPolicy
 from managed_vllm.request import images
 from managed_vllm.request.concurrency import MOST, InFlight
 from managed_vllm.request.connections import Session, Transport
-from managed_vllm.request.resume import Events, Losses, Lost, RetryPolicy, Step
+from managed_vllm.request.resume import Events, Losses, ResponseLostError, Step
 from managed_vllm.status import Connection
 
 Found = tuple[Connection, int]
@@ -75,7 +76,7 @@ class Work(Protocol):
         """What to send now."""
 
     def take_json(self, data: bytes | None) -> None:
-        """The answer to a step; None: refused. Raises `Lost`, or `ValueError` and its like for what is none."""
+        """The answer to a step; None: refused. Raises `ResponseLostError`, or `ValueError` for what is none."""
 
     def feed(self, data: bytes) -> None:
         """One event of a stream."""
@@ -113,7 +114,7 @@ class Question:
         self._answer = answer
 
     def feed(self, data: bytes) -> None:
-        raise Lost("a stream that nobody asked for")
+        raise ResponseLostError("a stream that nobody asked for")
 
     def lost(self) -> bool:
         return False
@@ -292,7 +293,7 @@ class Exchange:
                 lost, pause = None, 0.0
                 if work.torn:
                     raise ServerDiedError(_TORN)
-            except Lost as error:
+            except ResponseLostError as error:
                 if self._closed:
                     raise ServerDiedError("the client was closed under this request") from error
                 refused = error.status in _REFUSED or _exhausted(error)
@@ -320,7 +321,7 @@ class Exchange:
     ) -> aiohttp.ClientResponse:
         """Sends any request to where the server is, until an answer begins; the caller reads it, and closes it.
 
-        `path` is absolute, below the server's root. Raises `RequestTimeout`, `ServerDiedError`, or what the server
+        `path` is absolute, below the server's root. Raises `RequestTimeoutError`, `ServerDiedError`, or what the server
         ended with. Losses of the answer's rest are the caller's.
         """
         here = self.here()
@@ -337,13 +338,15 @@ class Exchange:
                     return await session.open(method, path, headers, body)
             except TimeoutError as error:
                 if not isinstance(error, aiohttp.ClientError):
-                    raise RequestTimeout("no answer before the deadline") from error
+                    raise RequestTimeoutError("no answer before the deadline") from error
                 cause: Exception = error
             except (aiohttp.ClientError, OSError) as error:
                 cause = error
             if self._closed:
                 raise ServerDiedError("the client was closed under this request") from cause
-            loss = Lost(f"{type(cause).__name__}: {cause}", sent=not isinstance(cause, aiohttp.ClientConnectorError))
+            loss = ResponseLostError(
+                f"{type(cause).__name__}: {cause}", sent=not isinstance(cause, aiohttp.ClientConnectorError)
+            )
             pause, lost = losses.add(loss, progressed=False), epoch
             _raise_if_enough(losses, loss)
 
@@ -411,14 +414,14 @@ class Exchange:
             if here.ended.done() and not found.done():
                 raise ServerDiedError("the client was closed under this request")
             if not found.done():
-                raise RequestTimeout("the server was not ready before the deadline")
+                raise RequestTimeoutError("the server was not ready before the deadline")
             try:
                 return found.result()
             except ManagedVLLMError as error:  # a start that timed out is a TimeoutError as well
                 raise _copy(error) from error
             except TimeoutError as error:  # of the one who asked for all
                 if deadline is not None and time.monotonic() >= deadline:
-                    raise RequestTimeout("the server was not ready before the deadline") from error
+                    raise RequestTimeoutError("the server was not ready before the deadline") from error
 
     # -- sending and reading -------------------------------------------------------------------------------------------
 
@@ -434,7 +437,7 @@ class Exchange:
         *,
         again: bool,
     ) -> None:
-        """Sends one step and feeds what comes back to the work. Raises `Lost`, or a `RequestError` for good."""
+        """Sends one step and feeds what comes back to the work. Raises `ResponseLostError` or a `RequestError`."""
         bound = asyncio.timeout(None if deadline is None else _left(deadline))
         here.bounds.add(bound)
         try:
@@ -445,7 +448,7 @@ class Exchange:
                 return
             if self._closed:
                 raise ServerDiedError("the client was closed under this request") from error
-            raise RequestTimeout("no answer before the deadline") from error
+            raise RequestTimeoutError("no answer before the deadline") from error
         finally:
             here.bounds.discard(bound)
 
@@ -478,7 +481,7 @@ class Exchange:
                 if step.stream and response.status == 200 and response.content_type == "text/event-stream":
                     await _feed(response, work, news)
                     if not work.complete:
-                        raise Lost("the stream ended before the answer did")
+                        raise ResponseLostError("the stream ended before the answer did")
                     data = None
                 else:
                     data = await _read(response)
@@ -487,7 +490,7 @@ class Exchange:
         except (aiohttp.ClientError, OSError) as error:
             if work.complete:
                 return
-            raise Lost(f"{type(error).__name__}: {error}") from error
+            raise ResponseLostError(f"{type(error).__name__}: {error}") from error
         except RuntimeError as error:
             if self._closed:
                 raise ServerDiedError("the client was closed under this request") from error
@@ -508,7 +511,7 @@ async def _open(
     try:
         return await session.request(step.method, step.path, body)
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-        raise Lost(f"can't connect to {connection.base_url}: {error}", sent=False) from error
+        raise ResponseLostError(f"can't connect to {connection.base_url}: {error}", sent=False) from error
     except (aiohttp.InvalidURL, UnicodeError) as error:
         raise RequestError(f"{connection.base_url} can't be asked: {error}") from error
 
@@ -544,19 +547,19 @@ async def _feed(response: aiohttp.ClientResponse, work: Work, news: Callable[[],
 
 
 def take(work: Work, status: int, data: bytes, connection: Connection, body: Mapping[str, Any] | None = None) -> None:
-    """Gives an answer that is no stream to the work. Raises `Lost`, or a `RequestError` that says why it is none."""
+    """Gives a whole answer to the work. Raises `ResponseLostError`, or a `RequestError` that says why it is none."""
     if status in _LOST:
-        raise Lost(f"HTTP {status}: {_message(data)}", status=status)
+        raise ResponseLostError(f"HTTP {status}: {_message(data)}", status=status)
     if status >= 400:
         if work.optional:
             return work.take_json(None)
         raise refusal(status, _message(data), connection, body)
     if status != 200:
-        raise Lost(f"HTTP {status}: {data[:500]!r}", status=status)
+        raise ResponseLostError(f"HTTP {status}: {data[:500]!r}", status=status)
     try:
         work.take_json(data)
     except (*_NOT_AN_ANSWER, RecursionError) as error:
-        raise Lost(f"not an answer ({error}): {data[:500]!r}", status=status) from error
+        raise ResponseLostError(f"not an answer ({error}): {data[:500]!r}", status=status) from error
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -615,12 +618,12 @@ def _message(data: bytes) -> str:
         return data[:1000].decode(errors="replace")
 
 
-def _raise_if_enough(losses: Losses, cause: Lost | None = None) -> None:
+def _raise_if_enough(losses: Losses, cause: ResponseLostError | None = None) -> None:
     if losses.too_many is not None:
         raise _enough(losses, cause)
 
 
-def _enough(losses: Losses, cause: Lost | None) -> RequestError:
+def _enough(losses: Losses, cause: ResponseLostError | None) -> RequestError:
     why = str(losses.too_many)
     busy = losses.status == 429
     error: RequestError = ServerBusyError(f"the server is busy: {why}") if busy else ServerDiedError(why)
@@ -631,10 +634,10 @@ def _enough(losses: Losses, cause: Lost | None) -> RequestError:
 
 def _raise_if_late(deadline: float | None) -> None:
     if deadline is not None and time.monotonic() >= deadline:
-        raise RequestTimeout("the deadline passed before the request was sent")
+        raise RequestTimeoutError("the deadline passed before the request was sent")
 
 
-def _exhausted(loss: Lost) -> bool:
+def _exhausted(loss: ResponseLostError) -> bool:
     """Whether no connection could be made since this process, or this machine, has no file descriptor left."""
     error = loss.__cause__
     return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
@@ -662,7 +665,7 @@ async def _before(deadline: float | None, place: Coroutine[Any, Any, None]) -> N
         async with asyncio.timeout(_left(deadline)):
             await place
     except TimeoutError:
-        raise RequestTimeout("the deadline passed before the request was sent") from None
+        raise RequestTimeoutError("the deadline passed before the request was sent") from None
 
 
 async def _sleep(here: _Here, seconds: float, deadline: float | None) -> None:

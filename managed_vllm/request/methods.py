@@ -101,7 +101,7 @@ class RequestMethods:
             BadRequestError: a wrong argument or request; below it `ContextLengthError`, `ModelNotFoundError`,
                 `UnsupportedParameterError`.
             AuthenticationError: the server wants another API key.
-            RequestTimeout: the time ran out.
+            RequestTimeoutError: the time ran out.
             ServerDiedError: the answer was lost more often than `RetryPolicy` allows.
             ServerBusyError: the server refused the request more often than that.
             StartupError, ServerStoppedError: a server of ours failed for good, or was stopped.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from managed_vllm.errors import RequestTimeout, ServerDiedError
+from managed_vllm.errors import RequestTimeoutError, ServerDiedError
 from managed_vllm.request import portal
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _translated(httpx: ModuleType, request: Any) -> Iterator[None]:
     """Errors as the SDK knows them; those of our own that say more pass as they are."""
     try:
         yield
-    except (RequestTimeout, TimeoutError) as error:
+    except (RequestTimeoutError, TimeoutError) as error:
         raise httpx.ReadTimeout(str(error), request=request) from error
     except ServerDiedError as error:
         raise httpx.ConnectError(str(error), request=request) from error

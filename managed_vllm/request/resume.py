@@ -4,7 +4,7 @@ A `Generation` is driven by a client, in this order:
 
 1. `next()` says what to send. The client sends it.
 2. What comes back goes in: each event of a stream into `feed`, any other answer into `take`.
-3. If the answer was lost (`Lost`, raised by these two or by the client), the client calls `lost()`.
+3. If the answer was lost (`ResponseLostError`, raised by these two or by the client), the client calls `lost()`.
 4. All over again, until `complete`. Then `answer()` has the shape of an unstreamed answer of the request's own route.
 
 Where a generation can be resumed (`obstacle` says why not), it is streamed, and the tokens that came before a loss are
@@ -27,7 +27,7 @@ from typing import Any
 
 import msgspec
 
-from managed_vllm.errors import ConfigError
+from managed_vllm.policies import RetryPolicy
 from managed_vllm.request.answers import Decoded, converted, decoded
 
 STREAM_INTERVAL = 8
@@ -91,7 +91,7 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
 """Values of other fields that mean nothing special. None, False, and an empty list, dict or text do so for each."""
 
 
-class Lost(Exception):
+class ResponseLostError(Exception):
     """The answer was lost, perhaps with its server: worth another try. `status` is the HTTP status, if one came.
 
     `sent`: the request may have reached the server. One that was refused at the door can't be what kills it.
@@ -106,40 +106,6 @@ class Lost(Exception):
 # -- how often, and when -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class RetryPolicy:
-    """How often a request whose answer was lost is sent again, and when.
-
-    `max_deaths`: the server died so often after it was sent this request, each time before a new token came: a
-    `ServerDiedError` says that it may be what kills the server. Three, since a server that has to be restarted more
-    than five times within ten minutes is given up for everybody (`RestartPolicy`): one bad request must not use that
-    up. What is resumed with new tokens is on its way, and may go on as often as the server comes back.
-
-    `max_lost`: so many answers in a row were lost (HTTP 500, 502, 503, 504, a broken connection, half an answer, an
-    abort that nobody asked for) while the server lived, without a new token. Twenty, which takes 15 s on the average:
-    it must last until the supervisor has noticed that the server is broken, which may be 10 s (`HangPolicy.stopped_s`);
-    vLLM 0.32 may answer for 5 s after the death of a Worker before it ends.
-
-    Before the n-th time in a row the client waits a random time of at most `backoff_initial_s * 2**(n-1)` and at most
-    `backoff_max_s` seconds; not longer than until a new epoch is ready. Then, so that not all who waited come in the
-    same moment, a random time of at most `spread_s` seconds.
-    """
-
-    max_deaths: int = 3
-    max_lost: int = 20
-    backoff_initial_s: float = 0.05
-    backoff_max_s: float = 2.0
-    spread_s: float = 0.2
-
-    def __post_init__(self) -> None:
-        for name in ("max_deaths", "max_lost"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 (never sent again) or more", field=name)
-        for name in ("backoff_initial_s", "backoff_max_s", "spread_s"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} is a duration in seconds, not {getattr(self, name)}", field=name)
-
-
 class Losses:
     """Counts what one request has lost."""
 
@@ -152,7 +118,7 @@ class Losses:
         self._sent = False
         self.status: int | None = None
 
-    def add(self, loss: Lost, *, progressed: bool) -> float:
+    def add(self, loss: ResponseLostError, *, progressed: bool) -> float:
         """One more answer lost; returns seconds to wait, at most, for another epoch. `progressed`: tokens were kept."""
         if progressed:
             self.deaths = self.lost = 0
@@ -337,7 +303,7 @@ class Generation:
     # -- what came back ------------------------------------------------------------------------------------------------
 
     def feed(self, data: bytes) -> None:
-        """One event of a stream. Raises `Lost` for what is no part of an answer, errors and aborts included."""
+        """One event of a stream. Raises `ResponseLostError` for an error, an abort, or what is no part of an answer."""
         if self.complete or data == b"[DONE]":
             return
         try:
@@ -346,9 +312,9 @@ class Generation:
             if choices:
                 self._feed_choice(chunk, choices[0])
             elif choices is None:
-                raise Lost(f"in mid-stream: {data[:500].decode(errors='replace')}")
+                raise ResponseLostError(f"in mid-stream: {data[:500].decode(errors='replace')}")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise Lost(f"no part of an answer: {data[:200]!r}") from error
+            raise ResponseLostError(f"no part of an answer: {data[:200]!r}") from error
 
     def _feed_choice(self, chunk: Mapping[str, Any], choice: Mapping[str, Any]) -> None:
         if not self._head:
@@ -383,13 +349,15 @@ class Generation:
                 self._certain = (len(self._ids), len(self._texts))
         finish = choice.get("finish_reason")
         if finish == "abort":
-            raise Lost("the server aborted the request")  # vLLM 0.32 says so, with HTTP 200, while it goes down
+            raise ResponseLostError(
+                "the server aborted the request"
+            )  # vLLM 0.32 says so, with HTTP 200, while it goes down
         if finish:
             stop_reason = choice.get("stop_reason")
             if type(finish) is not str or type(stop_reason) not in (int, str, type(None)):
                 raise TypeError
             if not (self._said or self._ids or self._reasoning or self._tool_calls):
-                raise Lost("the answer ended before it began")
+                raise ResponseLostError("the answer ended before it began")
             self._finish = (finish, stop_reason)
             self.complete = True
 
@@ -431,7 +399,7 @@ class Generation:
         self._logprobs += entries
 
     def take_json(self, data: bytes | None) -> None:
-        """The answer to a step that was no stream; None: refused. Raises `Lost`, or `ValueError` for what is none."""
+        """The whole answer to a step; None: refused. Raises `ResponseLostError`, or `ValueError` for what is none."""
         if data is None or self._asked != "answer" or self._continued:
             self.take(None if data is None else _mapping(data))
         else:
@@ -445,32 +413,32 @@ class Generation:
             self._take_models(answer)
         elif self._continued:
             if answer is not None and not answer.get("choices"):
-                raise Lost(f"the answer has no choices: {str(answer)[:500]}")
+                raise ResponseLostError(f"the answer has no choices: {str(answer)[:500]}")
             self._again("the server refuses to go on" if answer is None else "the server does not stream the rest")
         else:
             try:
                 found = converted(answer or {})
             except ValueError as error:
-                raise Lost(f"not an answer ({error}): {str(answer)[:500]}") from error
+                raise ResponseLostError(f"not an answer ({error}): {str(answer)[:500]}") from error
             self._take_answer(found)
 
     def _take_answer(self, found: Decoded) -> None:
         choices = found.answer.choices
         if not choices:
-            raise Lost(f"the answer has no choices: {str(found.raw)[:500]}")
+            raise ResponseLostError(f"the answer has no choices: {str(found.raw)[:500]}")
         for choice in choices:
             if choice.finish_reason == "abort":
-                raise Lost("the server aborted the request")
+                raise ResponseLostError("the server aborted the request")
             if self._chat:
                 message = choice.message
                 if message is None:
-                    raise Lost(f"a choice without its message: {str(found.raw)[:500]}")
+                    raise ResponseLostError(f"a choice without its message: {str(found.raw)[:500]}")
                 if message.content is None and not choice.token_ids:
                     told = message.reasoning or message.reasoning_content or message.refusal or message.tool_calls
                     if not told:
-                        raise Lost(f"a message without content: {str(found.raw)[:500]}")
+                        raise ResponseLostError(f"a message without content: {str(found.raw)[:500]}")
             elif choice.text is None:
-                raise Lost(f"a choice without its text: {str(found.raw)[:500]}")
+                raise ResponseLostError(f"a choice without its text: {str(found.raw)[:500]}")
         self._forget()
         self._whole = found
         self.complete = True

@@ -166,7 +166,7 @@ def test_an_answer_that_takes_too_long_is_a_failure_of_the_server() -> None:
     assert found.stop_reason is StopReason.LLM_FAILURE
     assert found.failure is not None
     assert found.failure.kind is FailureClass.MODEL_SERVER
-    assert found.failure.error_type == "RequestTimeout"
+    assert found.failure.error_type == "RequestTimeoutError"
 
 
 # -- answers that are no action ----------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ from managed_vllm.errors import (
     ModelNotServedError,
     ServerUnreachableError,
 )
-from managed_vllm.instance.external import http_session, normalized_url
+from managed_vllm.instance.external import http_session
 from managed_vllm.status import is_loopback
+from managed_vllm.urls import normalized_url
 
 
 def free_port() -> int:

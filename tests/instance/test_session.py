@@ -29,7 +29,7 @@ from managed_vllm.errors import (
     EngineDiedError,
     ManagedVLLMError,
     NoServerError,
-    RequestTimeout,
+    RequestTimeoutError,
     ServerStoppedError,
     StartupError,
     StartupTimeoutError,
@@ -416,7 +416,7 @@ def test_a_failure_between_two_uses_is_told_once_and_then_tried_anew(home: Path,
 
 def test_a_deadline_bounds_the_wait_for_a_server_that_is_not_ready(home: Path) -> None:
     with server(order={"start_s": 3600}, wait=False) as llm:
-        with pytest.raises(RequestTimeout, match="not ready before the deadline"):
+        with pytest.raises(RequestTimeoutError, match="not ready before the deadline"):
             llm.generate("x", timeout=0.3)
 
 

@@ -23,7 +23,7 @@ from managed_vllm.errors import (
     BadRequestError,
     ContextLengthError,
     ModelNotFoundError,
-    RequestTimeout,
+    RequestTimeoutError,
 )
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
@@ -225,7 +225,7 @@ def test_a_cancelled_batch_ends_on_the_server(llm: ManagedVLLM, chat: bool, resu
 
 
 def test_a_deadline_ends_generations_on_the_server(llm: ManagedVLLM) -> None:
-    with ended_early(llm, len(SCREENS)), pytest.raises(RequestTimeout):
+    with ended_early(llm, len(SCREENS)), pytest.raises(RequestTimeoutError):
         llm.generate([s.prompt() for s in SCREENS], ENDLESS, timeout=0.5)
 
 

@@ -21,10 +21,10 @@ from scripted_server import Script, client_of
 
 from managed_vllm import RetryPolicy, VLLMClient
 from managed_vllm.client import _checked
-from managed_vllm.errors import ManagedVLLMError, RequestError, RequestTimeout, ServerDiedError
+from managed_vllm.errors import ManagedVLLMError, RequestError, RequestTimeoutError, ServerDiedError
 from managed_vllm.request.attempts import Told, take
 from managed_vllm.request.outputs import CompletionOutput, Logprob, RequestOutput
-from managed_vllm.request.resume import Events, Generation, Lost
+from managed_vllm.request.resume import Events, Generation, ResponseLostError
 from managed_vllm.status import Connection
 
 HERE = Connection(base_url="http://localhost:1/v1", api_key="", model="m")
@@ -236,7 +236,7 @@ def mutated_answer(data: st.DataObject) -> None:
     body = body_of(chat=chat)
     generation = Generation("/chat/completions" if chat else "/completions", body, stream=False)
     generation.next()
-    with contextlib.suppress(Lost, RequestError):
+    with contextlib.suppress(ResponseLostError, RequestError):
         take(generation, 200, json.dumps(answer).encode(), HERE)
         assert generation.complete
         check(output_of(generation.whole or generation.answer(), body, TOLD, chat=chat))
@@ -274,8 +274,8 @@ def mutated_stream(data: st.DataObject) -> None:
                     if part is not None:
                         check(output_of(part, body, None, chat=chat))
                 if not generation.complete:
-                    raise Lost("the stream ended")
-        except Lost:
+                    raise ResponseLostError("the stream ended")
+        except ResponseLostError:
             generation.lost()
         except RequestError:
             return
@@ -437,7 +437,7 @@ def ask(client: VLLMClient, *, chat: bool, resume: bool = False, **options: Any)
     options = {"timeout": HANG_S, "resume": resume, **options}
     try:
         output = client.chat(MESSAGES, params, **options)[0] if chat else client.generate("x", params, **options)[0]
-    except RequestTimeout:
+    except RequestTimeoutError:
         pytest.fail("the client hangs")
     check(output)
     return output
@@ -580,7 +580,7 @@ def test_no_beginning_of_an_answer_is_an_answer(chat: bool) -> None:
     for end in range(len(data)):
         generation = Generation("/chat/completions" if chat else "/completions", body, stream=False)
         generation.next()
-        with pytest.raises(Lost):
+        with pytest.raises(ResponseLostError):
             take(generation, 200, data[:end], HERE)
     take(generation, 200, data, HERE)
     assert right(output_of(generation.whole, body, TOLD, chat=chat))

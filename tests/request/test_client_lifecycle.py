@@ -22,7 +22,7 @@ from processes import HANG_S, eventually
 from scripted_server import ANSWER, FIRST, QUICK, Act, Script, client_of, hangs, http, says, streams, token
 
 from managed_vllm import AsyncVLLMClient, RequestOutput, RetryPolicy, VLLMClient
-from managed_vllm.errors import RequestTimeout, ServerDiedError
+from managed_vllm.errors import RequestTimeoutError, ServerDiedError
 from managed_vllm.request import connections
 from managed_vllm.status import Connection
 
@@ -703,15 +703,15 @@ async def late(server: ByPrompt, clock: Clock, prompts: list[str], **limits: flo
 
 def test_a_request_that_is_late_does_not_make_the_next_one_late(server: ByPrompt, clock: Clock) -> None:
     found = asyncio.run(late(server, clock, ["hangs 1", "a", "hangs 2", "b"], request_timeout=1000))
-    assert isinstance(found[0], RequestTimeout)
-    assert isinstance(found[2], RequestTimeout)
+    assert isinstance(found[0], RequestTimeoutError)
+    assert isinstance(found[2], RequestTimeoutError)
     assert [found[i].outputs[0].text for i in (1, 3)] == ["<a>", "<b>"]
 
 
 def test_the_deadline_for_all_bounds_the_waiting_for_a_place_too(server: ByPrompt, clock: Clock) -> None:
     found = asyncio.run(late(server, clock, ["a", "hangs", "b", "c"], timeout=1000))
     assert found[0].outputs[0].text == "<a>"
-    assert [type(one) for one in found[1:]] == [RequestTimeout] * 3
+    assert [type(one) for one in found[1:]] == [RequestTimeoutError] * 3
     assert server.prompts == ["a", "hangs"]
 
 
@@ -720,7 +720,7 @@ def test_the_deadline_of_a_call_bounds_its_waiting_for_a_place_too(server: ByPro
         other = threading.Thread(target=lambda: client.generate("slow", SHORT))
         other.start()
         eventually(lambda: server.prompts[-1:] == ["slow"], "the only place is taken")
-        with pytest.raises(RequestTimeout, match="before the request was sent"):
+        with pytest.raises(RequestTimeoutError, match="before the request was sent"):
             client.generate("d", SHORT, timeout=0.2)
         server.release.set()
         other.join(HANG_S)

@@ -31,11 +31,11 @@ from managed_vllm import RetryPolicy, VLLMClient
 from managed_vllm.errors import (
     BadRequestError,
     RequestError,
-    RequestTimeout,
+    RequestTimeoutError,
     ServerDiedError,
     UnsupportedParameterError,
 )
-from managed_vllm.request.resume import Losses, Lost
+from managed_vllm.request.resume import Losses, ResponseLostError
 from managed_vllm.status import Connection
 
 LOSSES: dict[str, Act] = {
@@ -137,7 +137,7 @@ def test_nobody_there_is_an_error_without_any_deadline() -> None:
     with pytest.raises(ServerDiedError, match="lost 4 times in a row"):
         client.generate("x")
     patient = VLLMClient(f"http://127.0.0.1:{port}", "", "m", retry=RetryPolicy(max_lost=10_000))
-    with pytest.raises(RequestTimeout):
+    with pytest.raises(RequestTimeoutError):
         patient.generate("x", timeout=0.5)
 
 
@@ -156,7 +156,7 @@ STUCK: dict[str, Act] = {
 def test_the_deadline_holds_whatever_the_server_does(script: Callable[..., Script], stuck: str, resume: bool) -> None:
     with client_of(script(STUCK[stuck])) as client:
         started = time.monotonic()
-        with pytest.raises(RequestTimeout) as caught:
+        with pytest.raises(RequestTimeoutError) as caught:
             client.generate("x", {"max_tokens": 9}, timeout=0.6, resume=resume)
         assert time.monotonic() - started > 0.5
         assert caught.value.index is None
@@ -294,7 +294,7 @@ def test_pauses_double_with_full_jitter_and_who_waited_for_a_new_epoch_is_spread
     for _ in range(300):
         losses = Losses(policy)
         for each in pauses:
-            each.append(losses.add(Lost("x"), progressed=False))
+            each.append(losses.add(ResponseLostError("x"), progressed=False))
     for number, each in enumerate(pauses):
         longest = min(2.0, 0.05 * 2**number)
         assert 0.9 * longest < max(each) <= longest

@@ -21,7 +21,7 @@ from managed_vllm import AsyncVLLMClient, VLLMClient
 from managed_vllm.errors import (
     BadRequestError,
     RequestError,
-    RequestTimeout,
+    RequestTimeoutError,
     ServerDiedError,
     UnsupportedParameterError,
 )
@@ -348,7 +348,7 @@ def test_a_stream_that_failed_behind_the_back_of_its_reader_is_not_told_of(
 @kinds
 def test_a_deadline_holds_in_mid_stream(script: Callable[..., Script], kind: str) -> None:
     server = script(streams(FIRST, token(2), ends=False))
-    with pytest.raises(RequestTimeout):
+    with pytest.raises(RequestTimeoutError):
         streamed(kind, server, TEXT, timeout=0.4)
     eventually(lambda: server.hung_up == 1, "the connection is closed")
 

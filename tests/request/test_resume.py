@@ -25,7 +25,7 @@ from processes import INSTANT, engine_on_one_core, tree
 from managed_vllm import ManagedVLLM, RestartPolicy, RetryPolicy, ServerStatus, demo
 from managed_vllm.errors import ConfigError, ServerDiedError
 from managed_vllm.request.outputs import RequestOutput
-from managed_vllm.request.resume import RESUME_FROM, Events, Generation, Lost, is_long, obstacle
+from managed_vllm.request.resume import RESUME_FROM, Events, Generation, ResponseLostError, is_long, obstacle
 
 # -- a model of vLLM's answers -----------------------------------------------------------------------------------------
 
@@ -353,7 +353,7 @@ def test_all_tokens_without_a_finish_reason_are_complete_by_length() -> None:
 def test_what_is_no_part_of_an_answer_is_a_loss(event: Any) -> None:
     generation = Generation("/completions", {"prompt": "x", "logprobs": 1}, stream=True)
     generation.next()
-    with pytest.raises(Lost):
+    with pytest.raises(ResponseLostError):
         generation.feed(event.encode() if event == "garbage" else json.dumps(event).encode())
     assert not generation.lost() or "abort" in str(event)  # no progress, which would be tried for ever
 
@@ -362,7 +362,7 @@ def test_what_is_no_part_of_an_answer_is_a_loss(event: Any) -> None:
 def test_an_answer_without_an_answer_is_a_loss(answer: dict[str, Any]) -> None:
     generation = Generation("/completions", {"prompt": "x"}, stream=False)
     generation.next()
-    with pytest.raises(Lost):
+    with pytest.raises(ResponseLostError):
         generation.take(answer)
 
 

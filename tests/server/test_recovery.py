@@ -15,7 +15,7 @@ import standin
 from processes import INSTANT, assert_nothing_left, eventually, is_live, tree
 
 from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy, ServerState, ServerStatus
-from managed_vllm.errors import EngineArgumentError, EngineDiedError, ManagedVLLMError, RequestTimeout
+from managed_vllm.errors import EngineArgumentError, EngineDiedError, ManagedVLLMError, RequestTimeoutError
 from managed_vllm.in_server.managed_vllm_lifeline import start_time
 from managed_vllm.instance import cleanup, directory
 from managed_vllm.status import Cause
@@ -271,7 +271,7 @@ def test_a_deadline_bounds_the_wait_for_a_supervisor_that_does_not_answer(home: 
         supervisor.suspend()
         other = server()
         try:
-            with pytest.raises(RequestTimeout):
+            with pytest.raises(RequestTimeoutError):
                 other.generate("x", timeout=0.5)
         finally:
             supervisor.resume()
