@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from managed_vllm.agent.attempt_log import AttemptEntry
 from managed_vllm.agent.rollout_queue import GroupState
-from managed_vllm.agent.store import AttemptEntry, RunStore
+from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.types import Trajectory
 
 

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
+from managed_vllm.agent.attempt_log import AttemptEntry
 from managed_vllm.agent.export import skyrl, verl
 from managed_vllm.agent.export.atif import AtifWriter
 from managed_vllm.agent.export.image_files import ExportedImages
@@ -33,7 +34,7 @@ from managed_vllm.agent.export.lines import ABOUT, LinesWriter
 from managed_vllm.agent.export.samples import Per
 from managed_vllm.agent.export.skyrl import TrajectoryID, load_skyrl
 from managed_vllm.agent.export.verl import load_verl
-from managed_vllm.agent.store import AttemptEntry, RunStore
+from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.types import StopReason, Trajectory
 from managed_vllm.errors import ExportError, RunStoreError
 
