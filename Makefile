@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the main job
-# make test   set up, lint, then the fast tests, two at a time, then those against the real vLLM
+# make test   set up, then lint, the fast tests, two at a time, and those against the real vLLM: all of them are run,
+#             and at the end it says which failed
 # make soak   what takes hours: 500 chaos runs with the stand-in, 20 with the real vLLM, every matrix in full
 # make setup  only set up; MANAGED_VLLM_SETUP=gpu|cpu|none chooses the server, otherwise what the machine has decides
 # make lint   ruff, mypy and the documentation
@@ -21,7 +22,8 @@ setup:
 demo: setup
 	$(BIN)/managed-vllm demo
 
-test: lint test-fast test-real
+test: setup
+	@MAKE=$(MAKE) $(BIN)/python tools/test_parts.py lint test-fast test-real
 
 test-fast: setup
 	$(BIN)/python -m pytest -n 2 -m "not real and not gpu" $(PYTEST_ARGS)
