@@ -193,6 +193,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / path).exists(), f"{_name(page)} links to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_errors_and_policies_that_the_pages_name_exist(page: Path) -> None:
+    homes = [importlib.import_module(name) for name in ("builtins", "managed_vllm", "managed_vllm.errors")]
+    homes += [importlib.import_module(name) for name in ("managed_vllm.policies", "managed_vllm.agent")]
+    for name in re.findall(r"`(\w+(?:Error|Policy))\b", page.read_text(encoding="utf-8")):
+        assert any(hasattr(home, name) for home in homes), f"{_name(page)} names {name}"
+
+
 def test_links_of_the_package_page_are_absolute() -> None:
     assert [target for target in _links(ROOT / "README.md") if "://" not in target] == []
 
