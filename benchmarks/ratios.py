@@ -26,7 +26,7 @@ from attach import STAND_IN, own_state_directory
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, ServerStatus
 from managed_vllm.agent.actions import parse_json_actions, parse_ui_tars
 from managed_vllm.errors import ActionParseError
-from managed_vllm.request.answers import decoded
+from managed_vllm.request.responses import decoded
 from managed_vllm.request.images import encode
 from managed_vllm.server.diagnosis import diagnose
 

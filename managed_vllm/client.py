@@ -29,7 +29,7 @@ from managed_vllm.errors import (
     UnsupportedParameterError,
 )
 from managed_vllm.policies import RetryPolicy
-from managed_vllm.request.answers import Decoded
+from managed_vllm.request.responses import Decoded
 from managed_vllm.request.attempts import Exchange, Found, Question, Told
 from managed_vllm.request.concurrency import MOST
 from managed_vllm.request.field_types import (

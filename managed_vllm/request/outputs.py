@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import msgspec
 
-from managed_vllm.request.answers import Choice, Decoded, Logprobs, TokenLogprob, converted
+from managed_vllm.request.responses import Choice, Decoded, Logprobs, TokenLogprob, converted
 
 if TYPE_CHECKING:
     from managed_vllm.request.attempts import Told

@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 
 from managed_vllm.policies import RetryPolicy
-from managed_vllm.request.answers import Decoded, converted, decoded
+from managed_vllm.request.responses import Decoded, converted, decoded
 
 STREAM_INTERVAL = 8
 """Tokens in one event of a stream that is read for resuming only (vLLM 0.32: `stream_interval` of a request).
