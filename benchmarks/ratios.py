@@ -26,8 +26,8 @@ from attach import STAND_IN, own_state_directory
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, ServerStatus
 from managed_vllm.agent.actions import parse_json_actions, parse_ui_tars
 from managed_vllm.errors import ActionParseError
+from managed_vllm.request.bodies import encode_body
 from managed_vllm.request.responses import decoded
-from managed_vllm.request.images import encode
 from managed_vllm.server.diagnosis import diagnose
 
 SCREEN = (1920, 1080)
@@ -97,7 +97,7 @@ def body_row() -> Row:
         "messages": [{"role": "system", "content": "You are"}, {"role": "user", "content": "Click the button " * 20}],
         **{"temperature": 0.7, "max_tokens": 64, "top_p": 0.9, "return_token_ids": True, "logprobs": True},
     }
-    return compared("write a body", lambda: encode(body), "json.dumps", lambda: json.dumps(body).encode(), 1.0)
+    return compared("write a body", lambda: encode_body(body), "json.dumps", lambda: json.dumps(body).encode(), 1.0)
 
 
 # -- what is read must be read in linear time --------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from managed_vllm.errors import (
     UnsupportedParameterError,
 )
 from managed_vllm.policies import RetryPolicy
-from managed_vllm.request.responses import Decoded
 from managed_vllm.request.attempts import Exchange, Found, Question, Told
 from managed_vllm.request.concurrency import MOST
 from managed_vllm.request.field_types import (
@@ -45,6 +44,7 @@ from managed_vllm.request.messages import conversation
 from managed_vllm.request.methods import Conversation, Params, ProgressBar, Prompt, RequestMethods
 from managed_vllm.request.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput, ScoringOutput
 from managed_vllm.request.outputs import ScoringRequestOutput as ScoringRequestOutput
+from managed_vllm.request.responses import Decoded
 from managed_vllm.request.resume import Generation, is_long, obstacle
 from managed_vllm.request.sampling import SamplingParams
 from managed_vllm.status import Connection

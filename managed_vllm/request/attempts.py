@@ -35,10 +35,11 @@ from managed_vllm.errors import (
     ServerDiedError,
 )
 from managed_vllm.policies import RetryPolicy
-from managed_vllm.request import images
+from managed_vllm.request.bodies import RequestBody, encode_body
 from managed_vllm.request.concurrency import MOST, InFlight
 from managed_vllm.request.connections import Session, Transport
 from managed_vllm.request.resume import Events, Losses, ResponseLostError, Step
+from managed_vllm.request.server_images import ServerImages, is_miss
 from managed_vllm.status import Connection
 
 Found = tuple[Connection, int]
@@ -181,7 +182,7 @@ class Exchange:
         self._closed = False
         self._bytes_sent = 0
         self._here: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Here] = weakref.WeakKeyDictionary()
-        self._ledger = images.Ledger() if media_ids else None
+        self._images = ServerImages() if media_ids else None
         _live.add(self)
 
     @property
@@ -211,8 +212,8 @@ class Exchange:
         """In a forked child: what is in flight is the parent's."""
         self._lock = threading.Lock()
         self._here = weakref.WeakKeyDictionary()
-        if self._ledger is not None:
-            self._ledger = images.Ledger()  # another thread may have held its lock
+        if self._images is not None:
+            self._images = ServerImages()  # another thread may have held its lock
         self._transport.forget()
 
     def here(self) -> _Here:
@@ -468,12 +469,12 @@ class Exchange:
         if session is None:
             raise ServerDiedError("the client was closed under this request")
         life = (connection.base_url, epoch)
-        encoded: images.Encoded | None = None
+        encoded: RequestBody | None = None
         if step.body is not None:
             known: Container[str] | None = None
-            if self._ledger is not None:
-                known = () if again else self._ledger.known(life)
-            encoded = images.encode({"model": connection.model, **step.body}, known=known)
+            if self._images is not None:
+                known = () if again else self._images.known(life)
+            encoded = encode_body({"model": connection.model, **step.body}, known=known)
             here.bytes_sent += encoded.size
         try:
             response = await _open(session, step, encoded, connection)
@@ -495,18 +496,18 @@ class Exchange:
             if self._closed:
                 raise ServerDiedError("the client was closed under this request") from error
             raise
-        if self._ledger is not None and encoded is not None and encoded.uuids:
+        if self._images is not None and encoded is not None and encoded.uuids:
             if response.status == 200:
-                self._ledger.learn(life, encoded.uuids)
-            elif encoded.as_ids and images.is_miss(response.status, said := _message(data or b"")):
-                self._ledger.missed(life, encoded.as_ids, said)
+                self._images.learn(life, encoded.uuids)
+            elif encoded.as_ids and is_miss(response.status, said := _message(data or b"")):
+                self._images.missed(life, encoded.as_ids, said)
                 return await self._send(here, connection, epoch, work, step, news, again=True)
         if data is not None:
             take(work, response.status, data, connection, step.body)
 
 
 async def _open(
-    session: Session, step: Step, body: images.Encoded | None, connection: Connection
+    session: Session, step: Step, body: RequestBody | None, connection: Connection
 ) -> aiohttp.ClientResponse:
     try:
         return await session.request(step.method, step.path, body)

@@ -26,7 +26,7 @@ import aiohttp
 from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
-from managed_vllm.request.images import Encoded
+from managed_vllm.request.bodies import RequestBody
 from managed_vllm.status import Connection, is_loopback
 
 CONNECT_S = 10.0
@@ -133,7 +133,7 @@ class Session:
     def closed(self) -> bool:
         return self._session.closed
 
-    async def request(self, method: str, path: str, body: Encoded | None) -> aiohttp.ClientResponse:
+    async def request(self, method: str, path: str, body: RequestBody | None) -> aiohttp.ClientResponse:
         """Sends a request; returns when the head of the answer is there. The caller releases or closes it."""
         url = self._paths.get(path)
         if url is None:
@@ -149,7 +149,7 @@ class Session:
         self, method: str, path: str, headers: list[tuple[str, str]], body: bytes | None
     ) -> aiohttp.ClientResponse:
         """As `request`, with the whole path and headers of the caller's, who decodes what was compressed."""
-        data = _Pieces(Encoded((body,))) if body is not None and len(body) > _PIECE else body
+        data = _Pieces(RequestBody((body,))) if body is not None and len(body) > _PIECE else body
         url = self._origin.join(URL(path, encoded=True))
         return await self._session.request(
             method, url, data=data, headers=headers, allow_redirects=False, auto_decompress=False
@@ -245,13 +245,13 @@ def _at_exit() -> None:
 class _Pieces(aiohttp.payload.Payload):
     """A large body: made and written in pieces, so that the loop goes on meanwhile, and forgotten once written."""
 
-    def __init__(self, body: Encoded) -> None:
+    def __init__(self, body: RequestBody) -> None:
         super().__init__(None, content_type="application/json")
         self._size = body.size
-        self._body: Encoded | None = body
+        self._body: RequestBody | None = body
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        return "" if self._body is None else self._body.body.decode(encoding, errors)
+        return "" if self._body is None else self._body.data.decode(encoding, errors)
 
     async def write(self, writer: Any) -> None:
         body, self._body = self._body, None

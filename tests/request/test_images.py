@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import copy
-import enum
 import gc
 import hashlib
 import io
-import json
 import os
 import pickle
 import random
@@ -17,32 +15,18 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
+from pictures import file_of, numpy, picture, pillow
 from scripted_server import ANSWER, Script, client_of, says
 
 from managed_vllm.errors import BadRequestError
 from managed_vllm.request import images
-from managed_vllm.request.images import Encoded, Image, ImagePart, Ledger, StoredImage, encode, is_miss
-
-pillow = pytest.importorskip("PIL.Image")
-numpy = pytest.importorskip("numpy")
-
-
-def picture(seed: int = 0, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Any:
-    channels = {"L": 1, "P": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "1": 1}[mode]
-    return pillow.frombytes(mode, size, random.Random(seed).randbytes(size[0] * size[1] * channels))
-
-
-def file_of(image: Any, form: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
+from managed_vllm.request.bodies import encode_body
+from managed_vllm.request.images import Image, ImagePart, StoredImage
 
 
 def pixels(image: Image) -> bytes:
@@ -51,7 +35,7 @@ def pixels(image: Image) -> bytes:
 
 @pytest.fixture(autouse=True)
 def _empty_cache() -> None:
-    images._cache.reset()
+    images.cache.reset()
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -198,8 +182,8 @@ def test_the_same_bytes_in_another_size_or_mode_are_another_picture() -> None:
 def test_what_info_says_beside_the_pixels_does_not_count() -> None:
     plain, profiled = picture(), picture()
     profiled.info.update(icc_profile=b"x" * 1000, dpi=(72, 72))
-    images._cache.reset()
-    assert Image.of(profiled).data == (images._cache.reset(), Image.of(plain).data)[1]
+    images.cache.reset()
+    assert Image.of(profiled).data == (images.cache.reset(), Image.of(plain).data)[1]
 
 
 # -- what is held ------------------------------------------------------------------------------------------------------
@@ -230,18 +214,18 @@ def test_what_is_kept_is_bounded_in_bytes_and_what_is_in_use_is_found_all_the_sa
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one = len(Image.of(picture(0)).data)
-    monkeypatch.setattr(images, "_cache", images._Cache(3 * one + 100))
+    monkeypatch.setattr(images, "cache", images.ImageCache(3 * one + 100))
     used = Image.of(picture(0))
     for seed in range(1, 20):
         Image.of(picture(seed))
-    assert one <= images._cache.kept_bytes <= 3 * one + 100
+    assert one <= images.cache.kept_bytes <= 3 * one + 100
     assert Image.of(picture(0)) is used
     newest, used = Image.of(picture(19)), None  # type: ignore[assignment]
     for seed in range(20, 40):
         Image.of(picture(seed))
     assert newest.uuid == Image.of(picture(19)).uuid
     large = Image.of(picture(99, size=(400, 300)))
-    assert images._cache.kept_bytes <= 3 * one + 100
+    assert images.cache.kept_bytes <= 3 * one + 100
     assert Image.of(picture(99, size=(400, 300))) is large
 
 
@@ -258,7 +242,7 @@ def test_many_threads_get_one_image_and_the_count_stays_right() -> None:
     for thread in threads:
         thread.join()
     assert all(mine[index] is found[0][index] for mine in found for index in range(8))
-    assert images._cache.kept_bytes == sum(len(image.data) for image in found[0])
+    assert images.cache.kept_bytes == sum(len(image.data) for image in found[0])
 
 
 def test_a_thousand_conversations_with_five_images_each_cost_little_more_than_the_images() -> None:
@@ -271,7 +255,7 @@ def test_a_thousand_conversations_with_five_images_each_cost_little_more_than_th
         for number in range(1000):
             parts = [ImagePart(Image.of(data[(number + step) % 50])) for step in range(5)]
             body = {"messages": [{"role": "user", "content": parts}]}
-            encode(body)
+            encode_body(body)
             bodies.append(body)
         gc.collect()
         after, peak = tracemalloc.get_traced_memory()
@@ -281,250 +265,12 @@ def test_a_thousand_conversations_with_five_images_each_cost_little_more_than_th
     assert peak - after < 5 * 100_000 * 4  # one body at a time
 
 
-# -- parts and bodies --------------------------------------------------------------------------------------------------
-
 PNG = file_of(picture())
-URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 IMAGE = Image.of(PNG)
 
 
-def test_a_part_has_the_data_or_only_the_id() -> None:
-    part = ImagePart(IMAGE, detail="low", extra={"cache_control": {"type": "ephemeral"}})
-    assert part.fields(with_data=True) == {
-        "type": "image_url",
-        "image_url": {"url": URL, "detail": "low"},
-        "cache_control": {"type": "ephemeral"},
-        "uuid": IMAGE.uuid,
-    }
-    assert ImagePart(IMAGE).fields(with_data=False) == {"type": "image_url", "image_url": None, "uuid": IMAGE.uuid}
-    assert ImagePart(IMAGE, "mine").fields(with_data=False)["uuid"] == "mine"
-    assert "uuid" not in ImagePart(IMAGE).fields(with_data=True, with_id=False)
-    assert ImagePart(IMAGE, "mine").fields(with_data=True, with_id=False)["uuid"] == "mine"
-
-
 def body_of(*parts: Any) -> dict[str, Any]:
-    text = {"type": "text", "text": 'quotes ", zeros \0, ümläute'}
-    return {"model": "m", "messages": [{"role": "user", "content": [*parts, text]}], "max_tokens": 5}
-
-
-def as_json(value: Any, known: Any) -> Any:
-    def default(part: ImagePart) -> Any:
-        return part.fields(with_data=known is None or part.id not in known, with_id=known is not None)
-
-    return json.loads(json.dumps(value, default=default))
-
-
-@pytest.mark.parametrize("known", [(), {IMAGE.uuid}, {"mine"}, {IMAGE.uuid, "mine"}, None])
-def test_a_body_is_what_json_makes_of_its_fields(known: Any) -> None:
-    other = Image.of(file_of(picture(2), "JPEG"))
-    body = body_of(ImagePart(IMAGE), ImagePart(other, "mine", "high"), ImagePart(IMAGE))
-    encoded = encode(body, known=known)
-    assert json.loads(encoded.body) == as_json(body, known)
-    assert encoded.size == len(encoded.body)
-    given = [] if known is None else [IMAGE.uuid, "mine", IMAGE.uuid]
-    assert list(encoded.as_ids) == [uuid for uuid in given if uuid in (known or ())]
-    assert list(encoded.with_data) == [uuid for uuid in given if uuid not in (known or ())]
-    assert sorted(encoded.uuids) == sorted(given)
-
-
-def test_an_image_may_be_anywhere() -> None:
-    body = {"a": IMAGE.uuid, "b": [[(ImagePart(IMAGE),)]], "c": MappingProxyType({"d": ImagePart(IMAGE)})}
-    assert encode(body).with_data == (IMAGE.uuid,) * 2
-
-
-def test_a_body_without_images_is_plain_json() -> None:
-    class Level(enum.IntEnum):
-        HIGH = 3
-
-    class Text(str):
-        pass
-
-    body = {
-        "messages": [{"role": Text("user"), "content": 'hé "quoted" \u2028'}],
-        "temperature": numpy.float64(0.5),
-        "level": Level.HIGH,
-        "logit_bias": {5: -1.5},
-        "tools": (OrderedDict(type="function"), MappingProxyType({"x": [None, True, 2**70]})),
-        "empty": [],
-        "prompt": [1, 2, 3],
-    }
-    assert encode(body) == Encoded((encode(body).body,), (), ())
-    expected = {**body, "tools": [{"type": "function"}, {"x": [None, True, 2**70]}], "logit_bias": {"5": -1.5}}
-    assert json.loads(encode(body).body) == json.loads(json.dumps(expected))
-
-
-@pytest.mark.parametrize(
-    ("value", "why"),
-    [
-        (float("nan"), "nan is no number"),
-        ([1, 2, [float("inf")]], "inf is no number"),
-        (numpy.float64("nan"), "nan is no number"),
-        ({"a": b"bytes"}, "is a bytes"),
-        (bytearray(b"x"), "is a bytearray"),
-        ({1, 2}, "is a set"),
-        (numpy.int64(3), "is a int64"),
-        (object(), "is a object"),
-        (IMAGE, "is a Image"),
-        ({None: 1}, "None is no key"),
-        ({True: 1}, "True is no key"),
-        ({b"a": 1}, "is no key"),
-        ({1.5: 1}, "1.5 is no key"),
-        (ImagePart(IMAGE, extra={"x": float("nan")}), "nan is no number"),
-    ],
-)
-def test_what_json_has_not_is_refused_with_the_name_of_the_field(value: Any, why: str) -> None:
-    for place in (value, [value], (value,), {"deep": [value]}):
-        with pytest.raises(BadRequestError) as caught:
-            encode({"model": "m", "wrong": place})
-        assert caught.value.field == "wrong"
-        assert why in caught.value.message
-
-
-def test_half_a_character_is_refused() -> None:
-    with pytest.raises(BadRequestError, match="can't be written as JSON"):
-        encode({"wrong": "\ud800"})
-
-
-def test_a_cycle_is_refused() -> None:
-    cycle: list[Any] = []
-    cycle.append(cycle)
-    with pytest.raises(BadRequestError, match="nested too deep"):
-        encode({"wrong": cycle})
-
-
-# -- what a server has -------------------------------------------------------------------------------------------------
-
-NO_CACHE = "Failed to apply Qwen2_5_VLProcessor on data={'images': [None]} with kwargs={'return_tensors': 'pt'}"
-EVICTED = "Cache miss for image at index 3 but data is not provided."
-
-
-@pytest.mark.parametrize(
-    ("status", "message", "miss"),
-    [
-        (400, EVICTED, True),
-        (400, NO_CACHE, True),
-        (400, NO_CACHE.replace("[None]", "[<PIL.Image.Image image mode=RGB size=640x360>, None]"), True),
-        (400, "1 validation error …\nimage_url\n  Input should be a valid dictionary [input_value=None", True),
-        (500, EVICTED, False),
-        (400, "At most 4 image(s) may be provided in one prompt. (parameter=image)", False),
-        (400, "Failed to load image: cannot identify image file <_io.BytesIO object>", False),
-        (400, NO_CACHE.replace("[None]", "[<PIL.Image.Image image mode=RGB size=1x1>]"), False),
-        (500, "Internal server error", False),
-    ],
-)
-def test_a_miss_is_told_from_other_errors(status: int, message: str, miss: bool) -> None:
-    assert is_miss(status, message) is miss
-
-
-def test_each_life_knows_what_it_was_given() -> None:
-    ledger = Ledger()
-    assert "a" not in ledger.known(("url", 1))
-    ledger.learn(("url", 1), ["a", "b"])
-    assert "a" in ledger.known(("url", 1))
-    assert "a" not in ledger.known(("url", 2))
-    ledger.forget(("url", 1), ["a", "x"])
-    assert ("a" in ledger.known(("url", 1)), "b" in ledger.known(("url", 1))) == (False, True)
-    ledger.forget(("url", 1))
-    ledger.forget(("url", 3), ["a"])
-    ledger.missed(("url", 3), ["a"])
-    assert "b" not in ledger.known(("url", 1))
-
-
-def test_ids_and_lives_are_bounded() -> None:
-    ledger = Ledger(most=3, lives=2)
-    for life in range(4):
-        ledger.learn(life, "abcd")
-        ledger.learn(life, "b")
-    assert [sum(uuid in ledger.known(life) for uuid in "abcd") for life in range(4)] == [0, 0, 3, 3]
-    ledger.learn(3, "e")
-    assert [uuid in ledger.known(3) for uuid in "bcde"] == [True, False, True, True]
-
-
-def test_a_server_that_keeps_nothing_is_not_asked_again() -> None:
-    ledger = Ledger()
-    ledger.learn("life", ["a"])
-    ledger.missed("life", ["a"], NO_CACHE)
-    ledger.learn("life", ["a", "b"])
-    assert "b" not in ledger.known("life")
-    ledger.learn("next life", ["a"])
-    assert "a" in ledger.known("next life")
-
-
-class Server:
-    """Forgets the least recently used, as vLLM's cache does."""
-
-    def __init__(self, holds: int) -> None:
-        self._has: OrderedDict[str, None] = OrderedDict()
-        self._holds = holds
-
-    def answers(self, encoded: Encoded) -> bool:
-        if any(uuid not in self._has for uuid in encoded.as_ids):
-            return False
-        for uuid in encoded.uuids:
-            self._has[uuid] = None
-            self._has.move_to_end(uuid)
-        while len(self._has) > self._holds:
-            self._has.popitem(last=False)
-        return True
-
-
-def episodes(conversations: int, steps: int, *, others: int = 0, flushed_at: int | None = None) -> tuple[float, float]:
-    """Each conversation has its last five images in view; returns the share of requests that missed, and of images
-    that were sent as ids. `others` show the server so many other images between two requests."""
-    rng = random.Random(5)
-    server, ledger = Server(745), Ledger()
-    at = [0] * conversations
-    misses = total = as_ids = 0
-    for turn in range(conversations * steps):
-        shown = 745 if turn == flushed_at else others
-        server.answers(Encoded((), tuple(f"of another {turn} {number}" for number in range(shown))))
-        mine = rng.randrange(conversations)
-        at[mine] += 1
-        uuids = [f"{mine}-{step}" for step in range(max(0, at[mine] - 5), at[mine])]
-        known = ledger.known("life")
-        sent = Encoded((), tuple(u for u in uuids if u not in known), tuple(u for u in uuids if u in known))
-        if not server.answers(sent):
-            misses += 1
-            ledger.missed("life", sent.as_ids, EVICTED)
-            sent = Encoded((), tuple(uuids))
-            assert server.answers(sent)
-        ledger.learn("life", sent.uuids)
-        total, as_ids = total + len(uuids), as_ids + len(sent.as_ids)
-    return misses / (conversations * steps), as_ids / total
-
-
-def test_what_fits_into_the_server_goes_as_ids() -> None:
-    missed, named = episodes(40, 50)
-    assert missed == 0
-    assert named > 0.77  # of five in view, the newest is new
-
-
-def test_a_server_that_has_lost_all_costs_one_miss_or_two() -> None:
-    missed, named = episodes(40, 50, flushed_at=1000)
-    assert 0 < missed <= 3 / 2000
-    assert named > 0.75
-
-
-@pytest.mark.parametrize("conversations", [200, 1000])
-def test_with_more_in_use_than_the_server_holds_few_requests_miss(conversations: int) -> None:
-    missed, named = episodes(conversations, 30)
-    assert missed < 0.015
-    assert named > 0.05
-
-
-def test_ids_are_seldom_tried_where_others_use_up_the_server() -> None:
-    missed, _ = episodes(1, 300, others=800)
-    assert missed < 0.1
-
-
-def test_misses_that_were_on_their_way_together_count_once() -> None:
-    ledger = Ledger()
-    ledger.learn("life", [f"{number}" for number in range(1000)])
-    for _ in range(50):
-        ledger.missed("life", ["100", "101"], EVICTED)
-    known = ledger.known("life")
-    assert sum(f"{number}" in known for number in range(1000)) == 449
-    assert "999" in known
+    return {"model": "m", "messages": [{"role": "user", "content": list(parts)}]}
 
 
 # -- in a file ---------------------------------------------------------------------------------------------------------
@@ -550,9 +296,8 @@ def test_a_stored_image_is_equal_to_the_image_of_its_bytes(stored: StoredImage) 
 @pytest.mark.parametrize("known", [(), {IMAGE.uuid}, None])
 def test_a_body_with_a_stored_image_is_that_with_its_bytes(stored: StoredImage, known: Any) -> None:
     body, same = body_of(ImagePart(stored), ImagePart(IMAGE)), body_of(ImagePart(IMAGE), ImagePart(IMAGE))
-    assert encode(body, known=known).body == encode(same, known=known).body
-    assert encode(body, known=known).size == len(encode(same, known=known).body)
-    assert ImagePart(stored).fields(with_data=True) == ImagePart(IMAGE).fields(with_data=True)
+    assert encode_body(body, known=known).data == encode_body(same, known=known).data
+    assert encode_body(body, known=known).size == len(encode_body(same, known=known).data)
 
 
 def test_a_stored_image_pickles_and_copies_without_its_bytes(stored: StoredImage) -> None:
@@ -567,8 +312,8 @@ def test_a_stored_image_whose_file_is_lost_or_changed_is_refused_before_it_is_se
     assert stored.data == PNG
     for changed in (PNG[:-1] + b"x", PNG + b"x", b""):
         path.write_bytes(changed)
-        encoded = encode(body_of(ImagePart(stored)))
-        for of, name in ((encoded, "size"), (encoded, "body"), (stored, "data")):
+        encoded = encode_body(body_of(ImagePart(stored)))
+        for of, name in ((encoded, "size"), (encoded, "data"), (stored, "data")):
             with pytest.raises(BadRequestError, match="has changed") as caught:
                 getattr(of, name)
             assert str(path) in caught.value.message
@@ -576,7 +321,7 @@ def test_a_stored_image_whose_file_is_lost_or_changed_is_refused_before_it_is_se
     assert stored.data == PNG
     path.unlink()
     with pytest.raises(BadRequestError, match=r"can't be read any more: No such file"):
-        encode(body_of(ImagePart(stored))).size  # noqa: B018
+        encode_body(body_of(ImagePart(stored))).size  # noqa: B018
 
 
 def test_a_request_with_a_lost_image_fails_at_once_and_is_not_sent(
@@ -609,7 +354,7 @@ def test_a_stored_image_is_read_when_it_is_sent_and_not_held(tmp_path: Path) -> 
     del data
     tracemalloc.start()
     try:
-        encoded = encode(body_of(*parts))
+        encoded = encode_body(body_of(*parts))
         assert encoded.size > 20 * 1_333_000
         assert sum(map(len, encoded.pieces())) == encoded.size
         held, peak = tracemalloc.get_traced_memory()
