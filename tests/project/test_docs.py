@@ -172,6 +172,12 @@ def test_programs_and_tests_that_the_pages_run_are_there(page: str, words: str) 
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_files_that_the_pages_name_are_there(page: Path) -> None:
+    for path in re.findall(r"`((?:managed_vllm|tests|tools|examples|benchmarks)/[\w/.]+)`", page.read_text("utf-8")):
+        assert (ROOT / path).exists() or "NAME" in path, f"{_name(page)} names {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_settings_of_the_fixture_are_written_as_the_plugin_knows_them(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     plugin = (ROOT / "managed_vllm" / "pytest_plugin.py").read_text(encoding="utf-8")
