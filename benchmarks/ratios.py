@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,14 @@ def answer_rows() -> list[Row]:
     for name, answer in answers.items():
         data = json.dumps(answer).encode()
         rows.append(
-            compared(f"decode a {name}", lambda d=data: decoded(d), "json.loads, each value looked at",
-                     lambda d=data: _walk(json.loads(d)), 1.0)
+            compared(f"decode a {name}", partial(decoded, data), "json.loads, each value looked at",
+                     partial(_walk, data), 1.0)
         )  # fmt: skip
     return rows
 
 
-def _walk(value: Any) -> None:
-    stack = [value]
+def _walk(data: bytes) -> None:
+    stack = [json.loads(data)]
     while stack:
         value = stack.pop()
         if isinstance(value, dict):

@@ -57,8 +57,10 @@ ACTIONS: st.SearchStrategy[Action] = st.one_of(
 )
 QUIET: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
-NODES = (ast.Module, ast.Import, ast.alias, ast.Expr, ast.Call, ast.Attribute, ast.Name, ast.Load, ast.Constant)
-NODES += (ast.keyword, ast.UnaryOp, ast.USub)
+NODES = (
+    *(ast.Module, ast.Import, ast.alias, ast.Expr, ast.Call, ast.Attribute, ast.Name, ast.Load, ast.Constant),
+    *(ast.keyword, ast.UnaryOp, ast.USub),
+)
 FUNCTIONS = {
     f"pyautogui.{name}" for name in ("click", "moveTo", "dragTo", "write", "press", "hotkey", "scroll", "hscroll")
 }

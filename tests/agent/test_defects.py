@@ -289,7 +289,8 @@ def test_a_desktop_that_fails_is_never_replaced_within_an_attempt() -> None:
 
 @pytest.mark.parametrize("call", ["reset", "step", "evaluate", "close"])
 def test_every_call_of_an_environment_has_a_hard_time_out(call: str) -> None:
-    limits = replace(Limits(), **{f"{call}_timeout_s": 0.2})
+    limit: dict[str, Any] = {f"{call}_timeout_s": 0.2}
+    limits = replace(Limits(), **limit)
 
     def fault(world: CountingWorld, name: str) -> Any:
         return hang() if name == call else None
@@ -394,7 +395,8 @@ def test_an_environments_own_end_is_honoured() -> None:
         async def step(self, action: Any) -> Any:
             result = await super().step(action)
             kind = "terminated" if self.worlds.made.index(self) == 0 else "truncated"
-            return type(result)(result.observation, result.reward, **{kind: self.left == 1})
+            ends: dict[str, Any] = {kind: self.left == 1}
+            return type(result)(result.observation, result.reward, **ends)
 
     worlds = Worlds()
 

@@ -35,7 +35,7 @@ BOTH = pytest.mark.parametrize("isolation", ["process", "thread"])
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 4 * HANG_S))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(test(), 4 * HANG_S))
 
 
 def worded(observation: Any, screenshot: bytes | None, info: Mapping[str, Any]) -> Observation:

@@ -58,7 +58,7 @@ async def desktop(machine: Machine, make: Any = DesktopEnv, **options: Any) -> A
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 4 * HANG_S))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(test(), 4 * HANG_S))
 
 
 def red(screenshot: bytes | None) -> int:

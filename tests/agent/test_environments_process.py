@@ -72,7 +72,7 @@ async def environment(make: Any = Obedient, **options: Any) -> AsyncIterator[Pro
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 4 * HANG_S))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(test(), 4 * HANG_S))
 
 
 # -- what works --------------------------------------------------------------------------------------------------------

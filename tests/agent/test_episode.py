@@ -94,7 +94,9 @@ def test_max_response_tokens_is_sent_where_it_is_less_than_the_sampling_paramete
 def test_the_environments_end_comes_before_the_rest_of_the_actions(flag: str) -> None:
     class Ending(CountingWorld):
         async def step(self, action: Any) -> StepResult:
-            return replace(await super().step(action), reward=0.25, **{flag: self.left == 1})
+            result = await super().step(action)
+            ends: dict[str, Any] = {flag: self.left == 1}
+            return replace(result, reward=0.25, **ends)
 
         async def evaluate(self) -> None:
             return None

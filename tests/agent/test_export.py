@@ -484,7 +484,7 @@ def test_a_reward_that_is_no_number_is_an_error(store: RunStore, out: Path) -> N
     put(store, reward=math.nan)
     for to in ("verl", "skyrl", "atif"):
         with pytest.raises(ExportError, match="its reward is nan"):
-            export(store, to, out)  # type: ignore[arg-type]
+            export(store, to, out)
 
 
 def test_a_missing_image_is_an_error_with_its_path(store: RunStore, out: Path) -> None:

@@ -159,7 +159,7 @@ def test_the_begun_conversation_comes_first_and_its_images_count(client: VLLMCli
 
     server.requests.clear()
     example = {"type": "image", "image": Image.new("RGB", (40, 40), "red")}
-    shown = {"role": "user", "content": [example, {"type": "text", "text": "As here."}]}
+    shown: dict[str, Any] = {"role": "user", "content": [example, {"type": "text", "text": "As here."}]}
     messages = [[{"role": "system", "content": "Be."}, shown]]
     found = run_agent_loop(client, [Runner(2)], messages, PARAMS, max_steps=5, limit_images=2, coordinates="absolute",
                            show_text=True)  # fmt: skip

@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from counting_world import Worlds
 
 from managed_vllm.agent import Limits, Task
 from managed_vllm.agent.environments.desktop import DesktopEnvironment
@@ -29,9 +31,8 @@ def test_the_embedded_desktop_has_tasks_of_its_own() -> None:
 def test_a_function_of_a_module_makes_an_environment() -> None:
     place = named_environment("counting_world:Worlds", Limits())
     assert place.tasks is None
-    from counting_world import Worlds
-
-    assert place.make is Worlds
+    make: Any = place.make
+    assert make is Worlds
 
 
 @pytest.mark.parametrize(

@@ -162,11 +162,12 @@ def test_what_json_cannot_hold_is_written_in_words(tmp_path: Path) -> None:
     nested: list[Any] = []
     for _ in range(200):
         nested = [nested]
+    info: dict[Any, Any] = {"big": 2**63, "set": {1}, "nested": nested, 5: b"bytes"}
     step = Step(
         0,
         response_token_ids=(1, 2, 3, 4),
         response_logprobs=(float("nan"), float("-inf"), -0.25, float("inf")),
-        info={"big": 2**63, "set": {1}, "nested": nested, 5: b"bytes"},
+        info=info,
         actions=(Custom("x", {"y": b"bytes"}), Click(float("nan"), 1.0)),
     )
     record = Page(write_html([bare(step, reward=float("nan"))], tmp_path / "a.html")).json("t0")
@@ -306,14 +307,15 @@ def test_wrong_arguments_are_told_before_anything_is_written(
     tmp_path: Path, images: ImageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = [sample_trajectory(images)]
-    for out, options, told in [
+    wrong: list[tuple[Path, dict[str, Any], str]] = [
         (tmp_path, {}, "is a folder"),
         (tmp_path / "none" / "a.html", {}, "no folder"),
         (tmp_path / "a.html", {}, "give the ImageStore"),
         (tmp_path / "a.html", {"images": 5}, "not int"),
         (tmp_path / "a.html", {"images": images, "max_bytes": -1}, "max_bytes"),
         (tmp_path / "a.html", {"images": images, "success_at": float("nan")}, "success_at"),
-    ]:
+    ]
+    for out, options, told in wrong:
         with pytest.raises(ConfigError, match=told):
             write_html(one, out, **options)
     monkeypatch.setitem(sys.modules, "jinja2", None)
@@ -386,7 +388,7 @@ def test_the_summary_says_for_each_kind_what_came_out() -> None:
     assert printed(summary_table([Row.of(each) for each in run])) == printed(summary_table(run))
     for wrong in ({"by": "colour"}, {"max_rows": 0}):
         with pytest.raises(ConfigError):
-            summary_table(run, **wrong)  # type: ignore[arg-type]
+            summary_table(run, **wrong)
 
 
 def test_lines_of_the_summary_beyond_the_bound_are_one_more_line() -> None:
@@ -439,7 +441,7 @@ def test_view_writes_the_page_into_the_run_and_sums_it_up(run_folder: Path) -> N
 
 def test_view_takes_the_words_for_file_title_and_bounds(run_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.html"
-    words = ["--out", out, "--title", "My run", "--max-mb", "0", "--success-at", "2", "--by", "task"]
+    words = ["--out", str(out), "--title", "My run", "--max-mb", "0", "--success-at", "2", "--by", "task"]
     done = cli("view", run_folder, *words)
     assert done.returncode == 0, done.stderr
     assert "out_files" in done.stdout
@@ -486,7 +488,8 @@ def test_view_fails_with_1_for_what_is_no_run_and_with_2_for_wrong_words(run_fol
         assert (done.returncode, done.stdout) == (1, ""), done
         assert done.stderr.startswith("error: ")
         assert str(folder) in done.stderr
-    for words in ([run_folder, "--out", tmp_path], [run_folder, "--max-mb", "x"], [], [run_folder, "--by", "colour"]):
+    run = str(run_folder)
+    for words in ([run, "--out", str(tmp_path)], [run, "--max-mb", "x"], [], [run, "--by", "colour"]):
         assert cli("view", *words).returncode == 2, words
 
 
@@ -503,7 +506,7 @@ def test_export_writes_the_run_for_a_trainer_and_says_what_is_left_out(run_folde
     assert "2 trajectories as 6 samples for verl" in done.stdout
     assert "left out: 1 failed: environment" in done.stdout
     assert len((tmp_path / "verl" / "samples.jsonl").read_text().splitlines()) == 6
-    words = ["--to", "skyrl", "--per", "trajectory", "--no-logprobs", "--out", tmp_path / "skyrl"]
+    words = ["--to", "skyrl", "--per", "trajectory", "--no-logprobs", "--out", str(tmp_path / "skyrl")]
     done = cli("export", run_folder, *words)
     assert "2 trajectories as 2 samples for skyrl" in done.stdout, done.stderr
     done = cli("export", run_folder, "--to", "atif", "--include", "all", "--out", tmp_path / "atif")

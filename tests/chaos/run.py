@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,9 @@ class Run:
             self._wait_for_an_answer()
             self.began = time.monotonic()
         steps: list[tuple[float, Callable[[], None]]] = []
-        steps += [(m.arrives_s, lambda m=m: self._arrive(m)) for m in self.plan.members if m.arrives_s > 0]
-        steps += [(s.at_s, lambda s=s: self._strike(s)) for s in self.plan.strikes]
-        steps += [(m.leaves_s, lambda m=m: self._of[m].say("leave")) for m in self.plan.members]
+        steps += [(m.arrives_s, partial(self._arrive, m)) for m in self.plan.members if m.arrives_s > 0]
+        steps += [(s.at_s, partial(self._strike, s)) for s in self.plan.strikes]
+        steps += [(m.leaves_s, partial(self._of[m].say, "leave")) for m in self.plan.members]
         for at_s, step in sorted(steps, key=lambda pair: pair[0]):
             time.sleep(max(0.0, self.began + at_s - time.monotonic()))
             step()

@@ -170,8 +170,7 @@ def _turn(
 ) -> tuple[str, Action, str]:
     x, y = where
     if last:
-        thought, action, call = "It is done.", Finished("done"), "finished(content='done')"
-        return thought, action, f"Thought: {thought}\nAction: {call}"
+        return "It is done.", Finished("done"), "Thought: It is done.\nAction: finished(content='done')"
     choices: list[tuple[str, Action, str]] = [
         (f'The button "{label}" is at ({x}, {y}).', Click(float(x), float(y)), f"click(start_box='({x},{y})')"),
         ("The field wants a name: naïve 名前.", Type("naïve 名前", enter=True), "type(content='naïve 名前\\n')"),

@@ -98,7 +98,7 @@ def _serve_by_the_stand_in() -> None:
             arguments["env"] = {**arguments.get("env", {}), **standin.orders(**orders)}
         init(self, model, **arguments)
 
-    ManagedVLLM.__init__ = with_the_stand_in  # type: ignore[method-assign]
+    ManagedVLLM.__init__ = with_the_stand_in  # type: ignore[assignment, method-assign]
 
 
 if __name__ == "__main__":

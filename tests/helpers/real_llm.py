@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 # All attributes of vLLM's `RequestOutput` and `CompletionOutput` (0.32); `run` checks that there are no others.
-REQUEST = ("request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished", "metrics")
-REQUEST += ("lora_request", "encoder_prompt", "encoder_prompt_token_ids", "num_cached_tokens")
-REQUEST += ("num_cache_creation_tokens", "prompt_token_id_logprobs", "kv_transfer_params", "ec_transfer_params")
-COMPLETION = ("index", "text", "token_ids", "cumulative_logprob", "logprobs", "routed_experts", "finish_reason")
-COMPLETION += ("stop_reason", "lora_request", "sampling_mask", "spec_decode_metrics", "weight_versions")
+REQUEST = (
+    *("request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished", "metrics"),
+    *("lora_request", "encoder_prompt", "encoder_prompt_token_ids", "num_cached_tokens"),
+    *("num_cache_creation_tokens", "prompt_token_id_logprobs", "kv_transfer_params", "ec_transfer_params"),
+)
+COMPLETION = (
+    *("index", "text", "token_ids", "cumulative_logprob", "logprobs", "routed_experts", "finish_reason"),
+    *("stop_reason", "lora_request", "sampling_mask", "spec_decode_metrics", "weight_versions"),
+)
 
 
 def plain(output: Any) -> dict[str, Any]:

@@ -179,7 +179,7 @@ class _Asked:
         if any(not 0 <= number < VOCABULARY for number in self.ids):
             raise _Refused(f"Token id {max(self.ids)} is out of vocabulary")
         self.echo = None if limit is not None and not echo else f"echo {said} from {os.getpid()}".split(" ")
-        self.n_tokens = len(self.echo) if self.echo else int(limit)
+        self.n_tokens = len(self.echo) if self.echo else int(limit or 0)
         self.finish_reason = "stop" if self.echo else "length"
         self.is_probe = self.n_tokens == 1
 
@@ -365,8 +365,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _whole(self, asked: _Asked, tokens: Iterator[list[tuple[int, int]]], cut: str | None) -> None:
         generated: list[list[int]] = [[] for _ in range(asked.choices)]
         for found in tokens:
-            for choice, token in found:
-                generated[choice].append(token)
+            for number, token in found:
+                generated[number].append(token)
         self._cut(cut)
         choices = []
         for index, ids in enumerate(generated):
@@ -469,6 +469,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(data)))
+        self._headers_buffer: list[bytes]
         self._headers_buffer += [b"\r\n", data[:part]]  # one write: two would wait for the acknowledgement of the first
         self.flush_headers()
         if part is not None:

@@ -42,7 +42,7 @@ def prompt_ids(prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], *, con
     if isinstance(prompt, str):
         return list(prompt.encode())
     if not all(isinstance(item, Mapping) for item in prompt):
-        return [int(item) for item in prompt]  # type: ignore[call-overload]
+        return [int(item) for item in prompt]  # type: ignore[arg-type]
     messages: list[Mapping[str, Any]] = list(prompt)  # type: ignore[arg-type]
     begun = [int(number) for number in re.findall(r"w(\d+) ", content_of(messages.pop()))] if continued else []
     return [*"".join(f"{message['role']}: {content_of(message)}\n" for message in messages).encode(), *begun]
@@ -265,9 +265,10 @@ class _EngineCore:
             now = time.monotonic()
             running = self._sequences[: self._max_seqs]
             timeout = max(0.0, min(s.due for s in running) - now) if running else None
-            for pipe in wait([self._api, self._worker], timeout):
+            pipes: list[Any] = wait([self._api, self._worker], timeout)
+            for pipe in pipes:
                 try:
-                    message = pipe.recv()  # type: ignore[union-attr]
+                    message = pipe.recv()
                 except (EOFError, OSError):
                     if pipe is self._api:
                         _sleep_for_ever()  # vLLM's EngineCore watches nobody (vllm#55510)

@@ -42,7 +42,7 @@ def _name(page: Path) -> str:
 
 @pytest.mark.parametrize("tool", ["docs_errors.py", "docs_parameters.py"])
 def test_the_generated_tables_are_those_of_the_code(tool: str) -> None:
-    command = [sys.executable, ROOT / "tools" / tool, "--check"]
+    command = [sys.executable, str(ROOT / "tools" / tool), "--check"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
 

@@ -36,7 +36,7 @@ def server_url() -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    words = [sys.executable, ROOT / "tests" / "helpers" / "standin.py", "--port", str(port), "--model", "demo"]
+    words = [sys.executable, str(ROOT / "tests" / "helpers" / "standin.py"), "--port", str(port), "--model", "demo"]
     process = subprocess.Popen([*words, "--served-model-name", "demo"], env=_environment(**standin.orders(echo=True)))
     try:
         session = requests.Session()
@@ -141,8 +141,8 @@ def test_the_shell_script_explains_itself() -> None:
 
 def test_the_benchmark_measures_attaching_and_leaves_nothing(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    words = [sys.executable, ROOT / "benchmarks" / "attach.py", "--skip-start", "--server", "stand-in"]
-    words += ["--entries", "5", "--processes", "1", "--json", report]
+    words = [sys.executable, str(ROOT / "benchmarks" / "attach.py"), "--skip-start", "--server", "stand-in"]
+    words += ["--entries", "5", "--processes", "1", "--json", str(report)]
     run = subprocess.run(words, env=_environment(TMPDIR=str(tmp_path)), capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     assert "attach, 5 times in one process" in run.stdout

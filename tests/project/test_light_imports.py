@@ -53,4 +53,4 @@ def test_the_demo_models_screens_are_loaded_when_they_are_used() -> None:
     assert "managed_vllm.demo.screen" not in loaded_by("from managed_vllm import demo; demo.weights_path()")
     assert "managed_vllm.demo.screen" in loaded_by("from managed_vllm.demo import random_screen")
     with pytest.raises(AttributeError, match="no attribute 'screens'"):
-        demo.screens  # type: ignore[attr-defined]  # noqa: B018
+        demo.screens  # noqa: B018

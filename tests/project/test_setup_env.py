@@ -123,7 +123,7 @@ def test_python_too_old_goes_on_in_a_newer_one_that_runs(
     monkeypatch.setattr(os, "execv", execv)
     with pytest.raises(SystemExit):
         setup_env.require_python((3, 10, 0))
-    assert chosen == [str(tmp_path / "python3.13"), str(Path(setup_env.__file__))]
+    assert chosen == [str(tmp_path / "python3.13"), str(Path(str(setup_env.__file__)))]
 
 
 # -- the kind of server ------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_the_prompt_shows_contents_where_to_scroll_and_both_goals() -> None:
 
 
 def test_the_thought_says_the_status_again_and_names_what_is_wanted_before_the_action_says_where_it_is() -> None:
-    answers = []
+    answers: list[str] = []
     world = World(((Button("Save", 1, 2),), FORM), (Goal("City", "blue"), Goal("Save")))
     while not answers or not world.screen().done:
         answers.append(world.screen().expected_answer())
@@ -327,9 +327,10 @@ def render(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
 def test_it_acts_right_on_unseen_screens_and_is_stopped_by_its_end_token(model_and_tokenizer: Any) -> None:
     from managed_vllm.demo.train import answer
 
+    model, tokenizer = model_and_tokenizer
     rng = random.Random("unseen")
     screens = [random_screen(rng) for _ in range(64)]
-    answers = answer(*model_and_tokenizer, [screen.messages() for screen in screens])
+    answers = answer(model, tokenizer, [screen.messages() for screen in screens])
     # An answer that went on after its action would not be right.
     right = sum(screen.is_right(text) for screen, text in zip(screens, answers, strict=True))
     assert right >= 0.95 * len(screens), answers
@@ -339,9 +340,10 @@ def test_it_acts_right_on_unseen_screens_and_is_stopped_by_its_end_token(model_a
 def test_it_acts_right_in_unseen_states_of_every_kind(kind: str, model_and_tokenizer: Any) -> None:
     from managed_vllm.demo.train import answer
 
+    model, tokenizer = model_and_tokenizer
     rng = random.Random(f"unseen {kind}")
     screens = [random_state(rng, kind).screen() for _ in range(32)]
-    answers = answer(*model_and_tokenizer, [screen.messages() for screen in screens])
+    answers = answer(model, tokenizer, [screen.messages() for screen in screens])
     right = sum(screen.is_right(text) for screen, text in zip(screens, answers, strict=True))
     assert right >= 29, answers
 

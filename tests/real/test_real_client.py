@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,11 @@ def test_a_prompt_that_is_too_long_is_told_in_numbers(llm: ManagedVLLM) -> None:
     assert (caught.value.max_model_len, caught.value.prompt_tokens) == (LONGEST, LONGEST + 900)
     assert caught.value.instance == llm.id
     long = TEXT * LONGEST
-    for ask in (lambda: llm.generate(long), lambda: llm.chat([{"role": "user", "content": long}])):
+    asks: list[Callable[[], Any]] = [
+        lambda: llm.generate(long),
+        lambda: llm.chat([{"role": "user", "content": long}]),
+    ]
+    for ask in asks:
         with pytest.raises(ContextLengthError) as caught:
             ask()
         assert caught.value.max_model_len == LONGEST
@@ -135,8 +139,13 @@ def test_a_prompt_that_is_too_long_is_told_in_numbers(llm: ManagedVLLM) -> None:
         )  # it is not counted to its end
 
 
+def both(llm: ManagedVLLM) -> list[tuple[Callable[..., Any], Any]]:
+    """Each way of asking, and something to ask."""
+    return [(llm.generate, TEXT), (llm.chat, SCREENS[0].messages())]
+
+
 def test_an_answer_that_is_too_long_is_told_in_numbers(llm: ManagedVLLM) -> None:
-    for ask, prompt in ((llm.generate, TEXT), (llm.chat, SCREENS[0].messages())):
+    for ask, prompt in both(llm):
         with pytest.raises(ContextLengthError) as caught:
             ask(prompt, {"max_tokens": LONGEST + 1})
         assert (caught.value.max_model_len, caught.value.max_tokens) == (LONGEST, LONGEST + 1)
@@ -155,13 +164,14 @@ def test_a_prompt_that_fills_the_context_to_the_last_token_is_too_long(llm: Mana
 
 
 def test_one_that_is_too_long_spoils_no_other(llm: ManagedVLLM) -> None:
-    found: list[Any] = llm.generate([TEXT, [5] * (LONGEST + 1), TEXT], {"max_tokens": 4}, return_exceptions=True)
+    prompts: list[str | list[int]] = [TEXT, [5] * (LONGEST + 1), TEXT]
+    found: list[Any] = llm.generate(prompts, {"max_tokens": 4}, return_exceptions=True)
     assert [type(one) for one in found] == [RequestOutput, ContextLengthError, RequestOutput]
     assert found[1].index == 1
 
 
 def test_a_model_that_the_server_does_not_have_is_named(llm: ManagedVLLM) -> None:
-    for ask, prompt in ((llm.generate, TEXT), (llm.chat, SCREENS[0].messages())):
+    for ask, prompt in both(llm):
         with pytest.raises(ModelNotFoundError, match="other-model") as caught:
             ask(prompt, model="other-model")
         assert caught.value.model == "other-model"
@@ -171,9 +181,11 @@ def test_a_wrong_key_is_an_authentication_error(llm: ManagedVLLM) -> None:
     for key in ("wrong", None):
         client = VLLMClient(llm.base_url, key, llm.model)
         try:
-            for ask in (client.generate, client.tokenize, client.detokenize):
+            asks: list[tuple[Callable[[Any], Any], Any]]
+            asks = [(client.generate, TEXT), (client.tokenize, TEXT), (client.detokenize, [5])]
+            for ask, given in asks:
                 with pytest.raises(AuthenticationError):
-                    ask([5] if ask == client.detokenize else TEXT)
+                    ask(given)
         finally:
             client.close()
 
@@ -309,7 +321,8 @@ def test_a_stream_of_the_sdk_that_is_closed_ends_on_the_server(llm: ManagedVLLM)
 def test_the_sdk_calls_tools(llm: ManagedVLLM, spaces: dict[str, int], choice: Any) -> None:
     asked: dict[str, Any] = {"model": llm.model, "messages": MESSAGES, "tools": TOOLS, "tool_choice": choice}
     asked.update(max_tokens=100, temperature=0, logit_bias=spaces, parallel_tool_calls=False)
-    (call,) = llm.openai.chat.completions.create(**asked).choices[0].message.tool_calls or ()
+    (call,) = llm.openai.chat.completions.create(**asked).choices[0].message.tool_calls or [None]
+    assert call is not None
     assert call.function.name == "click"
     assert is_go(call.function.arguments)
 
@@ -421,7 +434,8 @@ def test_generate_takes_images_as_chat_does(tmp_path: Path) -> None:
         other = llm.generate({"prompt": text, "multi_modal_data": {"image": [blue, red]}}, params)[0]
         assert other.prompt_token_ids == chat.prompt_token_ids
         # Without placeholders the images stand before the text.
-        alone = llm.generate([{"prompt": "What", "multi_modal_data": {"image": red}}, "What"], params)
+        prompts: list[Any] = [{"prompt": "What", "multi_modal_data": {"image": red}}, "What"]
+        alone = llm.generate(prompts, params)
         assert len(alone[0].prompt_token_ids) > len(alone[1].prompt_token_ids) + 10
         (part,) = [one for one in llm.client.stream(given, {**params, "max_tokens": 1}) if one.outputs[0].token_ids]
         assert part.outputs[0].token_ids == output.outputs[0].token_ids[:1]

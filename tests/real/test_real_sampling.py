@@ -39,8 +39,9 @@ def llm() -> Iterator[ManagedVLLM]:
 def whole(llm: ManagedVLLM, *, chat: bool = True, resume: bool | None = None, **given: Any) -> RequestOutput:
     """Greedy unless said otherwise."""
     params = SamplingParams(**{"temperature": 0, "max_tokens": 64, **given})
-    ask = llm.chat if chat else llm.generate
-    return ask(CONVERSATION if chat else "Screen:\n", params, resume=resume)[0]
+    if chat:
+        return llm.chat(CONVERSATION, params, resume=resume)[0]
+    return llm.generate("Screen:\n", params, resume=resume)[0]
 
 
 def said(llm: ManagedVLLM, **given: Any) -> CompletionOutput:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,10 @@ def test_listens_on_loopback_only(llm: ManagedVLLM) -> None:
                 assert entry.laddr.ip in ("127.0.0.1", "::1")
 
 
+def has_ended(process: psutil.Process) -> bool:
+    return start_time(process.pid) is None
+
+
 def test_the_api_server_killed_takes_its_children_along_and_comes_back(llm: ManagedVLLM) -> None:
     processes = tree(llm)
     url, key = llm.base_url, llm.api_key
@@ -117,8 +122,7 @@ def test_the_api_server_killed_takes_its_children_along_and_comes_back(llm: Mana
     try:
         processes["APIServer"].kill()
         for name in ("EngineCore", "Worker"):
-            pid = processes[name].pid
-            eventually(lambda pid=pid: start_time(pid) is None, f"{name} fell")
+            eventually(partial(has_ended, processes[name]), f"{name} fell")
     finally:
         supervisor.resume()
     output = llm.generate("Screen:", {"max_tokens": 4})[0]

@@ -122,7 +122,7 @@ def test_one_failure_does_not_sink_the_rest(echo: Echo) -> None:
     assert isinstance(found[1], BadRequestError)
     assert isinstance(found[3], ServerDiedError)
     assert "no wrong 2" in str(found[4])
-    assert [found[i].index for i in (1, 3, 4)] == [1, 3, 4]
+    assert [one.index for one in found if isinstance(one, RequestError)] == [1, 3, 4]
     assert all(one.results is None for one in found if isinstance(one, RequestError))
 
 
@@ -297,7 +297,7 @@ def test_who_is_refused_waits_and_is_answered(status: int) -> None:
 
 def test_a_server_that_is_busy_for_ever_is_an_error_that_says_so() -> None:
     with serving(says({"error": {"message": "the house is full"}}, 429)) as server, client_of(server) as client:
-        found = client.generate(["x"] * 1000, SHORT, return_exceptions=True)
+        found: list[Any] = client.generate(["x"] * 1000, SHORT, return_exceptions=True)
     assert [type(one) for one in found] == [ServerBusyError] * 1000
     assert [one.index for one in found] == list(range(1000))
     assert all(one.status == 429 and "the house is full" in str(one) for one in found)

@@ -200,11 +200,11 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_sent(script: Callabl
         with pytest.raises(BadRequestError, match="can't be resumed: n=2: there are several answers"):
             client.generate("x", {"n": 2}, resume=True)
         with pytest.raises(BadRequestError, match="stream= can't be passed on"):
-            client.generate("x", stream=True)
+            client.generate("x", stream=True)  # type: ignore[call-arg]
         with pytest.raises(BadRequestError, match="stream= is not for this client"):
             client.generate("x", extra_body={"stream": True})
         with pytest.raises(BadRequestError, match="can't be written as JSON"):
-            client.generate("x", user=object())
+            client.generate("x", user=object())  # type: ignore[arg-type]
     assert server.requests == []
 
 
@@ -212,7 +212,7 @@ def test_what_the_route_does_not_know_is_refused_before_anything_is_sent(script:
     server = script(says(ANSWER))
     with client_of(server) as client:
         with pytest.raises(UnsupportedParameterError, match="did you mean 'chat_template_kwargs'"):
-            client.chat([{"role": "user", "content": "x"}], chat_template_kwarg={})
+            client.chat([{"role": "user", "content": "x"}], chat_template_kwarg={})  # type: ignore[call-arg]
         with pytest.raises(UnsupportedParameterError, match="did you mean 'temperature'"):
             client.generate("x", {"temprature": 1})
         assert server.requests == []

@@ -155,7 +155,12 @@ def test_transparency_is_kept() -> None:
 def test_the_same_pixels_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
     save = pillow.Image.save
-    monkeypatch.setattr(pillow.Image, "save", lambda *given, **options: (saved.append(1), save(*given, **options)))
+
+    def counted(*given: Any, **options: Any) -> None:
+        saved.append(1)
+        save(*given, **options)
+
+    monkeypatch.setattr(pillow.Image, "save", counted)
     source = picture()
     first = Image.of(source)
     assert Image.of(source) is first
@@ -183,7 +188,9 @@ def test_what_info_says_beside_the_pixels_does_not_count() -> None:
     plain, profiled = picture(), picture()
     profiled.info.update(icc_profile=b"x" * 1000, dpi=(72, 72))
     images.cache.reset()
-    assert Image.of(profiled).data == (images.cache.reset(), Image.of(plain).data)[1]
+    first = Image.of(profiled).data
+    images.cache.reset()
+    assert first == Image.of(plain).data
 
 
 # -- what is held ------------------------------------------------------------------------------------------------------

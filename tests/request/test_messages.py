@@ -58,7 +58,7 @@ def test_what_has_no_images_stays_as_it_is() -> None:
             ],
         },
     ]
-    before = copy.deepcopy(messages)
+    before: list[Any] = copy.deepcopy(messages)
     found = conversation(messages)
     assert found == before == messages
     assert [list(message) for message in found] == [list(message) for message in before]

@@ -202,19 +202,19 @@ def drive(
     return sent
 
 
-def without_ids(answer: dict[str, Any]) -> dict[str, Any]:
+def without_ids(answer: Mapping[str, Any]) -> dict[str, Any]:
     """For comparing: what differs between any two requests is left out."""
     return {name: value for name, value in answer.items() if name not in ("id", "created")}
 
 
-def without_bytes(answer: dict[str, Any]) -> dict[str, Any]:
+def without_bytes(answer: Mapping[str, Any]) -> dict[str, Any]:
     """For comparing, where tokens come as ids: then no completion tells the bytes of those behind a cut of a chat."""
-    answer = copy.deepcopy(answer)
-    for entry in (answer["choices"][0].get("logprobs") or {}).get("content", ()):
+    copied = copy.deepcopy(dict(answer))
+    for entry in (copied["choices"][0].get("logprobs") or {}).get("content", ()):
         if entry["token"].startswith("token_id:"):
             assert entry["bytes"] is None or bytes(entry["bytes"]).decode() == f"t{entry['token'][9:]}"
             entry["bytes"] = None
-    return answer
+    return copied
 
 
 texts = st.text(ALPHABET, max_size=12).map(lambda text: list(text.encode()))
@@ -263,7 +263,8 @@ def test_events_are_found_however_the_bytes_come(data: st.DataObject) -> None:
     ending = data.draw(st.sampled_from([b"\n\n", b"\r\n\r\n"]))
     wire = b": a comment\n" + b"".join(b"data: " + event + ending for event in events)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=20)))
-    parser, found = Events(), []
+    parser = Events()
+    found: list[bytes] = []
     for begin, end in zip([0, *cuts], [*cuts, len(wire)], strict=True):
         found += parser.feed(wire[begin:end])
     assert found == events

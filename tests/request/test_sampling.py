@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -82,7 +83,9 @@ def test_values_that_contradict_each_other_are_refused() -> None:
     ("wrong", "hint"), [("temprature", "'temperature'"), ("max_token", "'max_tokens'"), ("topp", "'top_p'")]
 )
 def test_a_misspelt_name_dies_with_the_nearest_one(wrong: str, hint: str) -> None:
-    for make in (lambda: SamplingParams(**{wrong: 1}), lambda: SamplingParams.of({wrong: 1})):
+    given: dict[str, Any] = {wrong: 1}
+    makes: list[Callable[[], Any]] = [lambda: SamplingParams(**given), lambda: SamplingParams.of(given)]
+    for make in makes:
         with pytest.raises(UnsupportedParameterError, match=f"did you mean.*{hint}") as caught:
             make()
         assert caught.value.field == wrong
