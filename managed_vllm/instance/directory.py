@@ -35,6 +35,7 @@ from managed_vllm.in_server.managed_vllm_lifeline import MARKER
 
 HOME_VARIABLE = "MANAGED_VLLM_HOME"
 _KEPT_LOGS = 20
+_CREATE_TRIES = 20
 _RECORD_FIELDS = ("id", "spec", "pid", "state", "epoch")
 
 
@@ -125,7 +126,10 @@ class Instance:
     def create(self) -> None:
         """Makes the folder, mode 0700. Raises `StateDirectoryError`."""
         with _state_errors(self.folder):
-            self.folder.mkdir(mode=0o700, exist_ok=True)
+            for _ in range(_CREATE_TRIES):
+                self.folder.mkdir(mode=0o700, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # the last supervisor of this instance has just removed it
+                    return check_private(self.folder)
             check_private(self.folder)
 
     def start_lock(self) -> filelock.BaseFileLock:

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -46,6 +47,28 @@ def test_a_garbage_record_is_the_same_as_none(home: Path, content: bytes) -> Non
     with server() as llm:
         assert llm.generate("hi")
         assert instance.read_record() is not None
+
+
+def test_a_folder_that_a_supervisor_removes_while_it_is_made_is_made_again(home: Path) -> None:
+    directory.state_home()
+    instance = instance_of(home)
+    made = threading.Event()
+
+    def remove() -> None:
+        while not made.is_set():
+            with contextlib.suppress(OSError):
+                instance.folder.rmdir()
+
+    removing = threading.Thread(target=remove)
+    removing.start()
+    try:
+        for _ in range(500):
+            instance.create()
+    finally:
+        made.set()
+        removing.join()
+    with contextlib.suppress(OSError):
+        instance.folder.rmdir()
 
 
 def test_a_record_that_is_a_link_or_a_pipe_is_not_read(home: Path) -> None:
