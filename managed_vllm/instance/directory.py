@@ -127,8 +127,9 @@ class Instance:
         """Makes the folder, mode 0700. Raises `StateDirectoryError`."""
         with _state_errors(self.folder):
             for _ in range(_CREATE_TRIES):
-                self.folder.mkdir(mode=0o700, exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):  # the last supervisor of this instance has just removed it
+                # Between any two of these calls the last supervisor of this instance may remove it.
+                with contextlib.suppress(FileExistsError, FileNotFoundError):
+                    self.folder.mkdir(mode=0o700, exist_ok=True)
                     return check_private(self.folder)
             check_private(self.folder)
 

@@ -62,7 +62,7 @@ def test_a_folder_that_a_supervisor_removes_while_it_is_made_is_made_again(home:
     removing = threading.Thread(target=remove)
     removing.start()
     try:
-        for _ in range(500):
+        for _ in range(2000):
             instance.create()
     finally:
         made.set()
