@@ -129,10 +129,15 @@ def ui_tars(
     coordinates: Literal["resized", "relative1000", "absolute"] = "resized",
     *,
     prompt: str = UI_TARS_PROMPT,
+    language: str = "English",
     show_text: bool = False,
     on_parse_error: ParseErrorPolicy | None = None,
 ) -> AgentFormat:
-    """UI-TARS 1.5: its prompt, screenshots and answers in turn, and coordinates in the resized image."""
+    """UI-TARS 1.5: its prompt, screenshots and answers in turn, and coordinates in the resized image.
+
+    In the prompt `{instruction}` and `{language}`, that of the thoughts, are replaced.
+    """
+    prompt = prompt.replace("{language}", language)
     return AgentFormat(
         Chat(system="You are a helpful assistant.", prompt=prompt, show_text=show_text),
         UITarsParser(coordinates),

@@ -59,7 +59,6 @@ class Keeper:
         self._owner = owner
         self._grace_s = grace_s
         self._folder = folder
-        self._pid = os.getpid()
         self._status: int | None = None
         self._told = b""
         self._signalled = False
@@ -73,6 +72,7 @@ class Keeper:
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._reading, writing = os.pipe()
+        keeper = os.getpid()
         self._worker = os.fork()
         if self._worker == 0:
             self._control.close()
@@ -80,7 +80,7 @@ class Keeper:
             signal.set_wakeup_fd(-1)
             self._waker.close()
             os.close(self._reading)
-            _work(message, writing, self._pid)
+            _work(message, writing, keeper)
         os.close(message)
         os.close(writing)
         os.set_blocking(self._reading, False)
@@ -188,7 +188,7 @@ class Keeper:
         deadline = time.monotonic() + _KILL_S
         pause = 0.001
         while self._reap():
-            below = _below(self._pid)
+            below = _below(os.getpid())
             for pid in below:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
