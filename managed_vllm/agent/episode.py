@@ -29,9 +29,9 @@ from managed_vllm.agent import inference
 from managed_vllm.agent.actions import Action, ActionParseError, CallUser, Finished
 from managed_vllm.agent.bounded import Deadline, bounded
 from managed_vllm.agent.environment import Environment
-from managed_vllm.agent.format import NO_SCREENSHOT, AgentFormat, ThenWhat
+from managed_vllm.agent.format import AgentFormat, ThenWhat
 from managed_vllm.agent.image_store import ImageStore, own_images
-from managed_vllm.agent.prompting import History, Turn
+from managed_vllm.agent.prompting import NO_SCREENSHOT, History, Turn
 from managed_vllm.agent.rules import Rules, StepHook
 from managed_vllm.agent.types import (
     Attempt,

@@ -9,12 +9,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from managed_vllm.agent.actions import (
-    ACTION_TOOLS,
     UI_TARS_PROMPT,
+    Coordinates,
     ParsedResponse,
+    action_tools,
+    actions_in_words,
     parse_json_actions,
     parse_tool_calls,
     parse_ui_tars,
@@ -31,9 +33,6 @@ Parser = Callable[[CompletionOutput, Size], ParsedResponse]
 
 Raises `ActionParseError` for what is no action. Anything else that it raises is a failure of the caller's code.
 """
-
-NO_SCREENSHOT: Size = (1000, 1000)
-"""The size that parsers are told where there is no screenshot."""
 
 
 class ThenWhat(enum.StrEnum):
@@ -74,7 +73,7 @@ class ParseErrorPolicy:
 class UITarsParser:
     """`parse_ui_tars` with its options; `coordinates` says what the model's numbers are, and is never guessed."""
 
-    coordinates: Literal["resized", "relative1000", "absolute"] = "resized"
+    coordinates: Coordinates = "resized"
     min_pixels: int = 100 * 28**2
     max_pixels: int = 16384 * 28**2
 
@@ -92,7 +91,7 @@ class UITarsParser:
 class JSONParser:
     """`parse_json_actions` with its option."""
 
-    coordinates: Literal["resized", "relative1000", "absolute"] = "absolute"
+    coordinates: Coordinates = "absolute"
 
     def __call__(self, answer: CompletionOutput, size: Size) -> ParsedResponse:
         return parse_json_actions(answer.text, size, coordinates=self.coordinates)
@@ -102,7 +101,7 @@ class JSONParser:
 class ToolCallParser:
     """`parse_tool_calls` with its option; the answer's text is the thought."""
 
-    coordinates: Literal["resized", "relative1000", "absolute"] = "absolute"
+    coordinates: Coordinates = "absolute"
 
     def __call__(self, answer: CompletionOutput, size: Size) -> ParsedResponse:
         return parse_tool_calls(answer.tool_calls, size, thought=answer.text, coordinates=self.coordinates)
@@ -126,7 +125,7 @@ class AgentFormat:
 
 
 def ui_tars(
-    coordinates: Literal["resized", "relative1000", "absolute"] = "resized",
+    coordinates: Coordinates = "resized",
     *,
     prompt: str = UI_TARS_PROMPT,
     language: str = "English",
@@ -150,40 +149,57 @@ def embedded(*, on_parse_error: ParseErrorPolicy | None = None) -> AgentFormat:
     return AgentFormat(LatestText(), UITarsParser("relative1000"), on_parse_error or ParseErrorPolicy())
 
 
-_JSON_PROMPT = """\
-You control a computer. Do the task, one action at a time. Answer with one JSON object:
-{"thought": "…", "action": "click", "x": 100, "y": 200}
-Actions: click, double_click, right_click (x, y); drag (x, y, to_x, to_y); type (text); hotkey (keys: a list); \
-scroll (direction: up, down, left, right; x and y if it matters); wait; finished (content: your answer); call_user.
-Coordinates are pixels of the screenshot.
+_JSON_PROMPT = f"""\
+You control a computer. Do the task, one action at a time. Answer with one JSON object, such as
+{{"thought": "The dialog is open.", "action": "click", "x": 100, "y": 200}}
+
+The actions and their fields; those with a ? may be left out:
+{actions_in_words()}
+
+Coordinates are {{frame}}.
+
+Task: {{instruction}}"""
+
+_TOOLS_PROMPT = """\
+You control a computer by its tools. Do the task, one action at a time.
+
+Coordinates are {frame}.
 
 Task: {instruction}"""
 
 
 def json_actions(
-    coordinates: Literal["resized", "relative1000", "absolute"] = "absolute",
+    coordinates: Coordinates = "absolute",
     *,
     prompt: str = _JSON_PROMPT,
     show_text: bool = True,
     on_parse_error: ParseErrorPolicy | None = None,
 ) -> AgentFormat:
-    """One JSON object an answer. `ACTION_JSON_SCHEMA` makes the server hold the model to it."""
+    """One JSON object an answer. `ACTION_JSON_SCHEMA` makes the server hold the model to it.
+
+    In the prompt `{instruction}` is replaced, and `{frame}` by what the numbers of a point are.
+    """
     return AgentFormat(
-        Chat(prompt=prompt, show_text=show_text), JSONParser(coordinates), on_parse_error or ParseErrorPolicy()
+        Chat(prompt=prompt, show_text=show_text, coordinates=coordinates),
+        JSONParser(coordinates),
+        on_parse_error or ParseErrorPolicy(),
     )
 
 
 def tool_calls(
-    coordinates: Literal["resized", "relative1000", "absolute"] = "absolute",
+    coordinates: Coordinates = "absolute",
     *,
-    prompt: str = "You control a computer by its tools. Do the task, one action at a time.\n\nTask: {instruction}",
+    prompt: str = _TOOLS_PROMPT,
     show_text: bool = True,
     on_parse_error: ParseErrorPolicy | None = None,
 ) -> AgentFormat:
-    """The actions as tools (`ACTION_TOOLS`); the server must parse the model's tool calls (`tool_call_parser=…`)."""
+    """The actions as tools; the server must parse the model's tool calls (`tool_call_parser=…`).
+
+    In the prompt `{instruction}` is replaced, and `{frame}` by what the numbers of a point are.
+    """
     return AgentFormat(
-        Chat(prompt=prompt, show_text=show_text),
+        Chat(prompt=prompt, show_text=show_text, coordinates=coordinates),
         ToolCallParser(coordinates),
         on_parse_error or ParseErrorPolicy(),
-        {"tools": ACTION_TOOLS},
+        {"tools": action_tools(coordinates)},
     )

@@ -11,7 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from managed_vllm.agent.actions import Coordinates, frame_in_words
 from managed_vllm.agent.types import ImageRef, Message, Task
+
+NO_SCREENSHOT = (1000, 1000)
+"""The size that prompts and parsers are told where there is no screenshot."""
 
 IMAGE_PARTS = frozenset({"image", "image_url", "image_pil"})
 """Types of parts that count as an image."""
@@ -45,6 +49,11 @@ class History:
     turns: Sequence[Turn]
     max_images: int
 
+    def first_size(self) -> tuple[int, int]:
+        """Width and height of the first screenshot, so that a prompt stays the same; of none: `NO_SCREENSHOT`."""
+        shots = (turn.screenshot for turn in self.turns if turn.screenshot is not None)
+        return next(((shot.width, shot.height) for shot in shots), NO_SCREENSHOT)
+
 
 MessageBuilder = Callable[[History], Sequence[Message]]
 """Makes the messages of a request. What it raises ends the attempt as a failure of the caller's code."""
@@ -56,10 +65,12 @@ class Chat:
 
     Attributes:
         system: text of the system message; None: none.
-        prompt: the first user message, in which `{instruction}` is replaced (and no other brace means anything).
+        prompt: the first user message. `{instruction}` is replaced, `{frame}` by what coordinates are (`coordinates`
+            says it), and no other brace means anything.
         history: turns before the newest that stay; None: all. Their images are limited by `Limits.max_images` anyway.
         show_text: whether the observation's text is sent.
         show_screenshot: whether its screenshot is.
+        coordinates: the frame of the model's points, for `{frame}`.
     """
 
     system: str | None = None
@@ -67,13 +78,16 @@ class Chat:
     history: int | None = None
     show_text: bool = True
     show_screenshot: bool = True
+    coordinates: Coordinates = "absolute"
 
     def __call__(self, history: History) -> list[Message]:
         messages: list[Message] = []
         if self.system is not None:
             messages.append({"role": "system", "content": self.system})
         if self.prompt:
-            text = self.prompt.replace("{instruction}", history.instruction)
+            frame = frame_in_words(self.coordinates, history.first_size())
+            # The instruction comes last: what it says in braces stays as it is.
+            text = self.prompt.replace("{frame}", frame).replace("{instruction}", history.instruction)
             messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
         turns = history.turns
         if self.history is not None:

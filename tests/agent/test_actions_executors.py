@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tokenize
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -26,6 +26,9 @@ from managed_vllm.agent.actions import (
     Drag,
     Finished,
     Hotkey,
+    KeyDown,
+    KeyUp,
+    Move,
     Scroll,
     Type,
     Wait,
@@ -33,6 +36,7 @@ from managed_vllm.agent.actions import (
     action_to_dict,
     describe,
     parse_ui_tars,
+    table,
     to_pyautogui,
 )
 
@@ -51,6 +55,9 @@ ACTIONS: st.SearchStrategy[Action] = st.one_of(
     st.builds(Hotkey, st.lists(KEYS, min_size=1, max_size=3).map(tuple)),
     st.builds(Scroll, st.sampled_from(Direction), NUMBERS, NUMBERS, st.none() | st.integers(1, 20)),
     st.builds(Scroll, st.sampled_from(Direction)),
+    st.builds(Move, NUMBERS, NUMBERS),
+    st.builds(KeyDown, KEYS),
+    st.builds(KeyUp, KEYS),
     st.builds(Wait, st.none() | st.floats(0, 60)),
     st.builds(Finished, TEXTS),
     st.builds(CallUser, TEXTS),
@@ -61,9 +68,8 @@ NODES = (
     *(ast.Module, ast.Import, ast.alias, ast.Expr, ast.Call, ast.Attribute, ast.Name, ast.Load, ast.Constant),
     *(ast.keyword, ast.UnaryOp, ast.USub),
 )
-FUNCTIONS = {
-    f"pyautogui.{name}" for name in ("click", "moveTo", "dragTo", "write", "press", "hotkey", "scroll", "hscroll")
-}
+MOUSE_AND_KEYS = ("click", "moveTo", "dragTo", "scroll", "hscroll", "write", "press", "hotkey", "keyDown", "keyUp")
+FUNCTIONS = {f"pyautogui.{name}" for name in MOUSE_AND_KEYS}
 FUNCTIONS |= {"time.sleep", "pyperclip.copy"}
 KEYWORDS = {"clicks", "button", "duration", "interval", "x", "y"}
 
@@ -153,6 +159,9 @@ def test_source_does_what_the_actions_say(tmp_path: Path) -> None:
         Scroll(Direction.DOWN, 5, 6),
         Scroll(Direction.LEFT, 5, 6, 2),
         Scroll(Direction.RIGHT),
+        Move(7, 8),
+        KeyDown("shift"),
+        KeyUp("arrowup"),
         Wait(),
         Finished("x"),
         CallUser("y"),
@@ -175,6 +184,9 @@ def test_source_does_what_the_actions_say(tmp_path: Path) -> None:
         ["pyautogui.scroll", [-5], {"x": 5, "y": 6}],
         ["pyautogui.hscroll", [-2], {"x": 5, "y": 6}],
         ["pyautogui.hscroll", [5], {}],
+        ["pyautogui.moveTo", [7, 8], {}],
+        ["pyautogui.keyDown", ["shift"], {}],
+        ["pyautogui.keyUp", ["up"], {}],
     ]
 
 
@@ -209,6 +221,17 @@ def test_what_pyautogui_can_not_do_is_an_error(action: Action, typing: Any) -> N
         to_pyautogui([action], typing=typing)
 
 
+def test_every_action_of_the_table_is_one_that_pyautogui_carries_out_and_people_can_read() -> None:
+    values = {"x": 1.0, "y": 2.0, "button": "left", "clicks": 1, "text": "a", "truth": True, "key": "a", "keys": ["a"]}
+    values |= {"direction": "up", "amount": 1, "seconds": 1.0}
+    for name, kind in table.ACTIONS.items():
+        action = action_from_dict({"type": name, **{key: values[field.kind] for key, field in kind.fields.items()}})
+        assert isinstance(action, kind.make)
+        assert to_pyautogui(action)
+        assert describe(action)
+    assert {kind.make for kind in table.ACTIONS.values()} | {Custom} == set(get_args(Action))
+
+
 # -- in words ----------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +248,9 @@ def test_what_pyautogui_can_not_do_is_an_error(action: Action, typing: Any) -> N
         (Type("a\nb"), 'type "a\\nb"'),
         (Type("", True), "press Enter"),
         (Hotkey(("ctrl", "c")), "press ctrl+c"),
+        (Move(1, 2), "move to (1, 2)"),
+        (KeyDown("shift"), "hold shift"),
+        (KeyUp("shift"), "let go of shift"),
         (Scroll(Direction.DOWN), "scroll down"),
         (Scroll(Direction.DOWN, 1, 2, 3), "scroll down by 3 at (1, 2)"),
         (Wait(), "wait"),

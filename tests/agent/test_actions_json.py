@@ -14,6 +14,7 @@ from processes import HANG_S
 from managed_vllm.agent.actions import (
     ACTION_JSON_SCHEMA,
     ACTION_TOOLS,
+    ACTIONS,
     ActionParseError,
     Button,
     CallUser,
@@ -22,6 +23,9 @@ from managed_vllm.agent.actions import (
     Drag,
     Finished,
     Hotkey,
+    KeyDown,
+    KeyUp,
+    Move,
     ParsedResponse,
     Scroll,
     Type,
@@ -49,6 +53,9 @@ CLICK = '{"action": "click", "x": 197, "y": 525}'
         (f"{CLICK}<|im_end|>", "", [Click(197, 525)]),
         (f'<think>maybe {{"action": "wait"}}</think>{CLICK}', 'maybe {"action": "wait"}', [Click(197, 525)]),
         ('{"x": 1.5, "y": 2, "clicks": 2, "button": "right", "action": "click"}', "", [Click(1.5, 2, Button.RIGHT, 2)]),
+        ('{"action": "move", "x": 1, "y": 2}', "", [Move(1, 2)]),
+        ('{"action": "key_down", "key": "Shift"}', "", [KeyDown("shift")]),
+        ('{"action": "key_up", "key": "shift"}', "", [KeyUp("shift")]),
         ('{"action": "drag", "x": 1, "y": 2, "to_x": 3, "to_y": 4}', "", [Drag(1, 2, 3, 4)]),
         ('{"action": "type", "text": "it\'s \\"x\\"\\n", "enter": true}', "", [Type('it\'s "x"\n', True)]),
         ('{"type": "type", "text": "a"}', "", [Type("a")]),
@@ -102,6 +109,7 @@ def test_a_text_means(text: str, thought: str, actions: list[Any]) -> None:
         ('{"action": "type", "text": "a", "enter": "yes"}', "true or false"),
         ('{"action": "hotkey", "keys": []}', "list of names"),
         ('{"action": "hotkey", "keys": ["foo"]}', "'foo' is no key"),
+        ('{"action": "key_down", "key": "foo"}', "must be the name of a key, not 'foo'"),
         ('{"action": "wait", "seconds": -1}', "from 0 to 3600"),
         ('{"action": "wait", "thought": 5}', "thought must be text"),
         ('{"action": "click", "x": 1', "cut off"),
@@ -169,12 +177,12 @@ def test_tool_calls_are_refused(calls: list[Any], why: str) -> None:
 
 
 def test_every_tool_is_an_action_with_the_fields_it_says() -> None:
-    values = {"x": 1, "y": 2, "to_x": 3, "to_y": 4, "text": "a", "keys": ["enter"], "direction": "up"}
+    values = {"x": 1, "y": 2, "to_x": 3, "to_y": 4, "text": "a", "key": "shift", "keys": ["enter"], "direction": "up"}
     for tool in ACTION_TOOLS:
         function = tool["function"]
         given = {key: values[key] for key in function["parameters"]["required"]}
         assert len(parse_tool_calls([call(function["name"], json.dumps(given))], HD).actions) == 1
-    assert len(ACTION_TOOLS) == 8
+    assert [tool["function"]["name"] for tool in ACTION_TOOLS] == list(ACTIONS)
 
 
 def instances(schema: dict[str, Any]) -> st.SearchStrategy[Any]:

@@ -1,6 +1,7 @@
 """What a model's answer means: parsers from text to typed actions, and executors' forms of these.
 
-- `values`: the actions. `serialization`: as JSON for files. `descriptions`: in a few words.
+- `values`: the actions. `table`: their names and fields, from which prompts, schemas and parsers are made.
+- `serialization`: as JSON for files. `descriptions`: in a few words.
 - `ui_tars`: answers of UI-TARS 1.5. `ui_tars_format`: its prompt, a regex that forces it, and writing it.
 - `json_actions`: JSON and tool calls, for other models.
 - `pyautogui_source`: as source for OSWorld.
@@ -9,17 +10,19 @@
 
 from __future__ import annotations
 
-from managed_vllm.agent.actions.coordinates import Coordinates, OffScreen, smart_resize
+from managed_vllm.agent.actions.coordinates import Coordinates, OffScreen, frame_in_words, smart_resize
 from managed_vllm.agent.actions.descriptions import describe
 from managed_vllm.agent.actions.json_actions import (
     ACTION_JSON_SCHEMA,
     ACTION_TOOLS,
     action_json_schema,
+    action_tools,
     parse_json_actions,
     parse_tool_calls,
 )
 from managed_vllm.agent.actions.pyautogui_source import to_pyautogui
 from managed_vllm.agent.actions.serialization import action_from_dict, action_to_dict
+from managed_vllm.agent.actions.table import ACTION_CLASSES, ACTIONS, actions_in_words
 from managed_vllm.agent.actions.ui_tars import parse_ui_tars
 from managed_vllm.agent.actions.ui_tars_format import UI_TARS_PROMPT, system_prompt, to_ui_tars, ui_tars_regex
 from managed_vllm.agent.actions.values import (
@@ -32,6 +35,9 @@ from managed_vllm.agent.actions.values import (
     Drag,
     Finished,
     Hotkey,
+    KeyDown,
+    KeyUp,
+    Move,
     ParsedResponse,
     Scroll,
     Type,
@@ -40,6 +46,8 @@ from managed_vllm.agent.actions.values import (
 from managed_vllm.errors import ActionParseError
 
 __all__ = [
+    "ACTIONS",
+    "ACTION_CLASSES",
     "ACTION_JSON_SCHEMA",
     "ACTION_TOOLS",
     "UI_TARS_PROMPT",
@@ -54,6 +62,9 @@ __all__ = [
     "Drag",
     "Finished",
     "Hotkey",
+    "KeyDown",
+    "KeyUp",
+    "Move",
     "OffScreen",
     "ParsedResponse",
     "Scroll",
@@ -62,7 +73,10 @@ __all__ = [
     "action_from_dict",
     "action_json_schema",
     "action_to_dict",
+    "action_tools",
+    "actions_in_words",
     "describe",
+    "frame_in_words",
     "parse_json_actions",
     "parse_tool_calls",
     "parse_ui_tars",

@@ -88,6 +88,16 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def frame_in_words(coordinates: Coordinates, image_size: tuple[int, int]) -> str:
+    """What the numbers of a point are, for a prompt: `… are {frame_in_words(…)}`."""
+    width, height = _size(image_size)
+    if coordinates == "absolute":
+        return f"pixels of the screenshot, which is {width} wide and {height} high"
+    if coordinates == "resized":
+        return "pixels of the picture as you see it"
+    return "thousandths of the screen: x from 0 (left) to 1000 (right), y from 0 (top) to 1000 (bottom)"
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """The screenshot's size, and how many of the model's units its sides have."""

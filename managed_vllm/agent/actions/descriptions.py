@@ -13,6 +13,9 @@ from managed_vllm.agent.actions.values import (
     Drag,
     Finished,
     Hotkey,
+    KeyDown,
+    KeyUp,
+    Move,
     Scroll,
     Type,
     Wait,
@@ -27,6 +30,8 @@ def describe(action: Action, *, most: int = 80) -> str:
         case Click(x, y, button, clicks):
             times = _TIMES.get(clicks, f"{clicks} times ")
             return f"{times}{'' if button is Button.LEFT else f'{button} '}click {_point(x, y)}"
+        case Move(x, y):
+            return f"move to {_point(x, y)}"
         case Drag(x, y, to_x, to_y):
             return f"drag {_point(x, y)} → {_point(to_x, to_y)}"
         case Type(text, enter):
@@ -35,6 +40,10 @@ def describe(action: Action, *, most: int = 80) -> str:
             return f"type {_quoted(text, most)}{' + Enter' if enter else ''}"
         case Hotkey(keys):
             return f"press {_cut('+'.join(keys), most)}"
+        case KeyDown(key):
+            return f"hold {_cut(key, most)}"
+        case KeyUp(key):
+            return f"let go of {_cut(key, most)}"
         case Scroll(direction, x, y, amount):
             where = "" if x is None or y is None else f" at {_point(x, y)}"
             return f"scroll {direction}{'' if amount is None else f' by {amount}'}{where}"

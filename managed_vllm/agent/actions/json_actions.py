@@ -3,9 +3,10 @@
     The dialog is open.
     {"thought": "I click OK.", "action": "click", "x": 197, "y": 525}
 
-`ACTION_TOOLS` describes the actions for `tools=`, `ACTION_JSON_SCHEMA` for structured outputs
-(`{"structured_outputs": {"json": ACTION_JSON_SCHEMA}}`); `parse_tool_calls` and `parse_json_actions` read the answers.
-In a text there may be
+The actions are those of `table`. `ACTION_TOOLS` describes them for `tools=`, `ACTION_JSON_SCHEMA` for structured
+outputs (`{"structured_outputs": {"json": ACTION_JSON_SCHEMA}}`); `parse_tool_calls` and `parse_json_actions` read the
+answers. In a text there may be
+
 
 - one object, a list of them, or several one after the other (lines of JSON): the actions, in their order;
 - `{"thought": …, "actions": [ … ]}`;
@@ -22,7 +23,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from managed_vllm.agent.actions.coordinates import (
     FACTOR,
@@ -34,20 +35,8 @@ from managed_vllm.agent.actions.coordinates import (
     OffScreenError,
 )
 from managed_vllm.agent.actions.keys import key_of, keys_of
-from managed_vllm.agent.actions.values import (
-    Action,
-    Button,
-    CallUser,
-    Click,
-    Direction,
-    Drag,
-    Finished,
-    Hotkey,
-    ParsedResponse,
-    Scroll,
-    Type,
-    Wait,
-)
+from managed_vllm.agent.actions.table import ACTIONS, KINDS, Field
+from managed_vllm.agent.actions.values import Action, Button, Direction, ParsedResponse
 from managed_vllm.errors import ActionParseError
 
 
@@ -129,88 +118,55 @@ def parse_tool_calls(
     return ParsedResponse("\n".join(each for each in thoughts if each), tuple(actions))
 
 
-# -- what the format has -----------------------------------------------------------------------------------------------
+# -- schemas -----------------------------------------------------------------------------------------------------------
 
 
-class _Field(NamedTuple):
-    kind: str
-    what: str
-    required: bool = True
+def action_tools(coordinates: Coordinates = "absolute") -> list[dict[str, Any]]:
+    """For `tools=` of a chat request: one function for each action.
 
+    `coordinates`: the frame that the points are described in, as for `parse_tool_calls`.
+    """
+    x, y = _POINT_IN_WORDS[coordinates]
 
-_X = _Field("number", "how far from the left edge of the screenshot")
-_Y = _Field("number", "how far from the top edge of the screenshot")
-_MOST_TEXT = 1000
-_MOST_CLICKS = 3
+    def parameters(fields: Mapping[str, Field]) -> dict[str, Any]:
+        words = {key: {"x": f"{x} {field.what}", "y": f"{y} {field.what}"} for key, field in fields.items()}
+        return {
+            "type": "object",
+            "properties": {
+                key: {**KINDS[field.kind].schema, "description": words[key].get(field.kind, field.what)}
+                for key, field in fields.items()
+            },
+            "required": [key for key, field in fields.items() if field.required],
+            "additionalProperties": False,
+        }
 
-_ACTIONS: dict[str, tuple[str, dict[str, _Field]]] = {
-    "click": (
-        "Click at a point.",
+    return [
         {
-            "x": _X,
-            "y": _Y,
-            "button": _Field("button", "of the mouse; left if it is missing", False),
-            "clicks": _Field("clicks", "2 for a double click; 1 if it is missing", False),
-        },
+            "type": "function",
+            "function": {"name": name, "description": kind.what, "parameters": parameters(kind.fields)},
+        }
+        for name, kind in ACTIONS.items()
+    ]
+
+
+_POINT_IN_WORDS: dict[str, tuple[str, str]] = {
+    "absolute": (
+        "pixels of the screenshot from its left edge,",
+        "pixels of the screenshot from its top edge,",
     ),
-    "drag": (
-        "Press the left button at a point, and let it go at another one.",
-        {"x": _X, "y": _Y, "to_x": _Field("number", "x of the other point"), "to_y": _Field("number", "y of it")},
+    "resized": ("pixels of the picture from its left edge,", "pixels of the picture from its top edge,"),
+    "relative1000": (
+        "0 at the left edge of the screen to 1000 at its right edge,",
+        "0 at the top of the screen to 1000 at its bottom,",
     ),
-    "type": (
-        "Type text where the focus is.",
-        {"text": _Field("text", "what to type"), "enter": _Field("truth", "press Enter after it", False)},
-    ),
-    "hotkey": (
-        "Press keys together.",
-        {"keys": _Field("keys", 'in lower case, such as ["ctrl", "c"], or ["enter"]')},
-    ),
-    "scroll": (
-        "Turn the wheel.",
-        {
-            "direction": _Field("direction", "where the view moves to"),
-            "x": _Field("number", "where the pointer is; may be missing, as y", False),
-            "y": _Field("number", "where the pointer is", False),
-            "amount": _Field("amount", "steps of the wheel", False),
-        },
-    ),
-    "wait": ("Wait for the screen to change.", {"seconds": _Field("seconds", "how long", False)}),
-    "finished": ("Say that the task is done.", {"content": _Field("text", "the answer, if one is asked for", False)}),
-    "call_user": ("Ask the user for help.", {"content": _Field("text", "why", False)}),
 }
 
-_SCHEMAS: dict[str, dict[str, Any]] = {
-    "number": {"type": "number"},
-    "button": {"type": "string", "enum": [str(button) for button in Button]},
-    "clicks": {"type": "integer", "minimum": 1, "maximum": _MOST_CLICKS},
-    "text": {"type": "string", "maxLength": _MOST_TEXT},
-    "truth": {"type": "boolean"},
-    "keys": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 1, "maxItems": 4},
-    "direction": {"type": "string", "enum": [str(direction) for direction in Direction]},
-    "amount": {"type": "integer", "minimum": 1, "maximum": 100},
-    "seconds": {"type": "number"},
-}
-
-
-def _parameters(name: str) -> dict[str, Any]:
-    fields = _ACTIONS[name][1]
-    return {
-        "type": "object",
-        "properties": {key: {**_SCHEMAS[field.kind], "description": field.what} for key, field in fields.items()},
-        "required": [key for key, field in fields.items() if field.required],
-        "additionalProperties": False,
-    }
-
-
-ACTION_TOOLS: list[dict[str, Any]] = [
-    {"type": "function", "function": {"name": name, "description": what, "parameters": _parameters(name)}}
-    for name, (what, _) in _ACTIONS.items()
-]
-"""For `tools=` of a chat request: one function for each action. Coordinates are whatever the prompt says they are."""
+ACTION_TOOLS: list[dict[str, Any]] = action_tools()
+"""`action_tools()`: coordinates in pixels of the screenshot."""
 
 
 def action_json_schema(
-    size: tuple[int, int] = (10_000, 10_000), *, actions: Iterable[str] = tuple(_ACTIONS), max_text: int = 200
+    size: tuple[int, int] = (10_000, 10_000), *, actions: Iterable[str] = tuple(ACTIONS), max_text: int = 200
 ) -> dict[str, Any]:
     """A JSON schema of one action with a thought, all of it bounded, for structured outputs.
 
@@ -223,23 +179,25 @@ def action_json_schema(
     `--structured-outputs-config '{"backend": "xgrammar", "disable_any_whitespace": true}'`.
     """
     names = list(dict.fromkeys(actions))
-    if not names or not set(names) <= _ACTIONS.keys():
-        raise ValueError(f"actions must be some of {', '.join(_ACTIONS)}, not {names!r:.200}")
+    if not names or not set(names) <= ACTIONS.keys():
+        raise ValueError(f"actions must be some of {', '.join(ACTIONS)}, not {names!r:.200}")
     text = {"type": "string", "maxLength": max_text}
-    kinds = {
-        **_SCHEMAS,
+    key = {"type": "string", "enum": list(_COMMON_KEYS)}
+    schemas: dict[str, Mapping[str, Any]] = {
+        **{kind: its.schema for kind, its in KINDS.items()},
+        "x": {"type": "integer", "minimum": 0, "maximum": size[0] - 1},
+        "y": {"type": "integer", "minimum": 0, "maximum": size[1] - 1},
         "text": text,
         "seconds": {"type": "integer", "minimum": 0, "maximum": 60},
-        "keys": {**_SCHEMAS["keys"], "items": {"type": "string", "enum": list(_COMMON_KEYS)}},
+        "key": key,
+        "keys": {**KINDS["keys"].schema, "items": key},
     }
     forms = []
     for name in names:
-        properties: dict[str, Any] = {"thought": text, "action": {"type": "string", "enum": [name]}}
-        for key, field in _ACTIONS[name][1].items():
-            side = size[0] if key.endswith("x") else size[1]
-            whole = {"type": "integer", "minimum": 0, "maximum": side - 1}
-            properties[key] = whole if field.kind == "number" else kinds[field.kind]
-        required = ["thought", "action", *(key for key, field in _ACTIONS[name][1].items() if field.required)]
+        fields = ACTIONS[name].fields
+        properties = {"thought": text, "action": {"type": "string", "enum": [name]}}
+        properties |= {key: dict(schemas[field.kind]) for key, field in fields.items()}
+        required = ["thought", "action", *(key for key, field in fields.items() if field.required)]
         forms.append({"type": "object", "properties": properties, "required": required, "additionalProperties": False})
         if name == "scroll":
             # x without y means nothing, and a schema can't say "both or none" to every backend.
@@ -259,7 +217,7 @@ ACTION_JSON_SCHEMA: dict[str, Any] = action_json_schema()
 # -- JSON in a text ----------------------------------------------------------------------------------------------------
 
 _WORDS = {"thought", "action", "actions", "type", "name", "function", "arguments"}
-_WORDS |= {key for _, fields in _ACTIONS.values() for key in fields}
+_WORDS |= {key for kind in ACTIONS.values() for key in kind.fields}
 _BEGIN = re.compile(rf'(?:\[\s*+)?\{{\s*+"(?:{"|".join(sorted(_WORDS))})"')
 """An object, or a list of such, with a field that says something of actions: braces in a thought are none."""
 _BETWEEN = re.compile(r"(?:[\s,;]++|`{3,}+(?:\w{1,20}+(?=\s))?|</?tool_calls?>|<\|\w{1,40}\|>|</s>|\[EOS\])*+")
@@ -436,9 +394,9 @@ class _Reader:
         return (thought or "").strip()
 
     def _action(self, name: Any, given: Mapping[str, Any]) -> tuple[str, Action]:
-        if not isinstance(name, str) or name not in _ACTIONS:
-            self.fail(f"there is no action {name!r:.80}; the actions are {', '.join(_ACTIONS)}")
-        fields = _ACTIONS[name][1]
+        if not isinstance(name, str) or name not in ACTIONS:
+            self.fail(f"there is no action {name!r:.80}; the actions are {', '.join(ACTIONS)}")
+        fields = ACTIONS[name].fields
         thought = self._thought(given)
         values: dict[str, Any] = {}
         for key, value in given.items():
@@ -461,7 +419,7 @@ class _Reader:
                     values[x], values[y] = self.frame.point(values[x], values[y])
                 except OffScreenError as error:
                     self.fail(f"the point is off the screen: {error}")
-        return thought, _BUILD[name](**values)
+        return thought, ACTIONS[name].make(**values)
 
     # -- kinds of values
 
@@ -510,6 +468,11 @@ class _Reader:
         except ValueError:
             self.fail(f"{where} must be one of {', '.join(Direction)}")
 
+    def key(self, value: Any, where: str) -> str:
+        if not isinstance(value, str) or key_of(value) is None:
+            self.fail(f"{where} must be the name of a key, not {str(value)[:40]!r}")
+        return value.lower()
+
     def keys(self, value: Any, where: str) -> tuple[str, ...]:
         try:
             if isinstance(value, str):
@@ -525,7 +488,8 @@ class _Reader:
 
 
 _READ: dict[str, Callable[[_Reader, Any, str], Any]] = {
-    "number": _Reader.number,
+    "x": _Reader.number,
+    "y": _Reader.number,
     "clicks": _Reader.whole,
     "amount": _Reader.whole,
     "seconds": _Reader.seconds,
@@ -533,16 +497,6 @@ _READ: dict[str, Callable[[_Reader, Any, str], Any]] = {
     "text": _Reader.string,
     "button": _Reader.button,
     "direction": _Reader.direction,
+    "key": _Reader.key,
     "keys": _Reader.keys,
-}
-
-_BUILD: dict[str, Callable[..., Action]] = {
-    "click": Click,
-    "drag": Drag,
-    "type": Type,
-    "hotkey": Hotkey,
-    "scroll": Scroll,
-    "wait": Wait,
-    "finished": Finished,
-    "call_user": CallUser,
 }

@@ -24,6 +24,9 @@ from managed_vllm.agent.actions.values import (
     Drag,
     Finished,
     Hotkey,
+    KeyDown,
+    KeyUp,
+    Move,
     Scroll,
     Type,
     Wait,
@@ -71,6 +74,8 @@ def to_pyautogui(
         match action:
             case Click():
                 blocks.append([_click(action)])
+            case Move(x, y):
+                blocks.append([f"pyautogui.moveTo({_pixel(x)}, {_pixel(y)})"])
             case Drag(x, y, to_x, to_y):
                 blocks.append(
                     [
@@ -85,6 +90,10 @@ def to_pyautogui(
                 if not names:
                     raise ValueError("a Hotkey needs a key")
                 blocks.append([_pressed([_key(name, own) for name in names])])
+            case KeyDown(name):
+                blocks.append([f"pyautogui.keyDown({_key(name, own)!a})"])
+            case KeyUp(name):
+                blocks.append([f"pyautogui.keyUp({_key(name, own)!a})"])
             case Scroll():
                 blocks.append([_scrolled(action, scroll_amount)])
             case Wait(seconds):

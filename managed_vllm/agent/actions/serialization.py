@@ -11,33 +11,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from managed_vllm.agent.actions.values import (
-    Action,
-    Button,
-    CallUser,
-    Click,
-    Custom,
-    Direction,
-    Drag,
-    Finished,
-    Hotkey,
-    Scroll,
-    Type,
-    Wait,
-)
+from managed_vllm.agent.actions.table import ACTION_CLASSES
+from managed_vllm.agent.actions.values import Action, Button, Direction
 
-_CLASSES: dict[str, type[Any]] = {
-    "click": Click,
-    "drag": Drag,
-    "type": Type,
-    "hotkey": Hotkey,
-    "scroll": Scroll,
-    "wait": Wait,
-    "finished": Finished,
-    "call_user": CallUser,
-    "custom": Custom,
-}
-_NAMES = {its: name for name, its in _CLASSES.items()}
+_NAMES = {its: name for name, its in ACTION_CLASSES.items()}
 _MOST_NESTED = 100
 
 
@@ -49,7 +26,7 @@ def action_to_dict(action: Action) -> dict[str, Any]:
     """
     name = _NAMES.get(type(action))
     if name is None:
-        raise ValueError(f"{type(action).__name__} is no action; the actions are {', '.join(_CLASSES)}")
+        raise ValueError(f"{type(action).__name__} is no action; the actions are {', '.join(ACTION_CLASSES)}")
     values: dict[str, Any] = {"type": name}
     for field in dataclasses.fields(action):
         values[field.name] = _plain(getattr(action, field.name), f"{name}.{field.name}")
@@ -64,9 +41,9 @@ def action_from_dict(values: Mapping[str, Any]) -> Action:
     if not isinstance(values, Mapping):
         raise ValueError(f"an action is a dict with a type, not {type(values).__name__}")
     name = values.get("type")
-    its = _CLASSES.get(name) if isinstance(name, str) else None
+    its = ACTION_CLASSES.get(name) if isinstance(name, str) else None
     if its is None:
-        raise ValueError(f"{str(name)[:80]!r} is no type of action; the types are {', '.join(_CLASSES)}")
+        raise ValueError(f"{str(name)[:80]!r} is no type of action; the types are {', '.join(ACTION_CLASSES)}")
     fields = {field.name: field for field in dataclasses.fields(its)}
     given: dict[str, Any] = {}
     for key, value in values.items():

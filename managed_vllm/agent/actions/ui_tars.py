@@ -16,6 +16,8 @@ out in silence. In this order:
 - **Points.** `'(x,y)'`, `'x y'`, `'[x1, y1, x2, y2]'`, `'(x1,y1),(x2,y2)'`, each also in `<|box_start|>…<|box_end|>`,
   `<point>…</point>` or `<bbox>…</bbox>`; quotes may be missing. Four numbers are a box, whose centre is meant. `point`,
   `start_point` and `end_point` are other names of `start_box` and `end_box`.
+- **Keys**: `hotkey` presses them together; `press` and `keydown` hold one, `release` and `keyup` let it go.
+- `wait(5)` waits so many seconds, `hover` moves the pointer.
 - **Texts** (`content`). `\'`, `\"`, `\\`, `\n` and `\t` are escapes, as UI-TARS is told; any other backslash stands for
   itself. So does a Windows path on a drive from C to H that is written with single backslashes, until the next blank
   or quote (`C:\new\table`; `Program Files` counts as one word), but for a `\n` at the end of the content. For `type` a
@@ -40,7 +42,7 @@ from managed_vllm.agent.actions.coordinates import (
     OffScreen,
     OffScreenError,
 )
-from managed_vllm.agent.actions.keys import keys_of
+from managed_vllm.agent.actions.keys import key_of, keys_of
 from managed_vllm.agent.actions.values import (
     Action,
     Button,
@@ -50,6 +52,9 @@ from managed_vllm.agent.actions.values import (
     Drag,
     Finished,
     Hotkey,
+    KeyDown,
+    KeyUp,
+    Move,
     ParsedResponse,
     Scroll,
     Type,
@@ -110,6 +115,8 @@ class _Function(NamedTuple):
 _AT_POINT = _Function({"start_box": "box"}, ("start_box",))
 _FROM_TO = _Function({"start_box": "box", "end_box": "box"}, ("start_box", "end_box"))
 
+_ONE_KEY = _Function({"key": "word"}, ("key",))
+
 _FUNCTIONS: dict[str, _Function] = {
     "click": _AT_POINT,
     "left_single": _AT_POINT,
@@ -120,11 +127,17 @@ _FUNCTIONS: dict[str, _Function] = {
     "hotkey": _Function({"key": "word"}, ("key",)),
     "type": _Function({"content": "text"}, ("content",)),
     "scroll": _Function({"start_box": "box", "direction": "word"}, ("direction",)),
-    "wait": _Function({}),
+    "hover": _AT_POINT,
+    "press": _ONE_KEY,
+    "keydown": _ONE_KEY,
+    "release": _ONE_KEY,
+    "keyup": _ONE_KEY,
+    "wait": _Function({"time": "word"}),
     "finished": _Function({"content": "text"}),
     "call_user": _Function({"content": "text"}),
 }
 _SAME_PARAMETER = {"point": "start_box", "start_point": "start_box", "end_point": "end_box", "hotkey": "key"}
+_SAME_PARAMETER |= {"press": "key", "seconds": "time"}
 
 _CLICKS = {
     "click": (Button.LEFT, 1),
@@ -166,6 +179,8 @@ _ENDS_HERE = re.compile(
 )
 """After the `)` of an action: nothing but the end, or what begins the next one."""
 
+_SECONDS = re.compile(r"[0-9]{1,4}(?:\.[0-9]{1,3})?")
+_MOST_SECONDS = 3600
 _NUMBER = re.compile(r"([+-]?)([0-9]{0,512}+)(?:\.([0-9]{0,512}+))?")
 _BOX_WRAPS = {"<|box_start|>": "<|box_end|>", "<point>": "</point>", "<bbox>": "</bbox>"}
 _BOX_SPECIAL = re.compile("|".join(re.escape(tag) for pair in _BOX_WRAPS.items() for tag in pair))
@@ -638,8 +653,26 @@ def _scroll(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Actio
     return Scroll(direction) if place is None else Scroll(direction, *place.point)
 
 
+def _hover(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
+    return Move(*values["start_box"].point)
+
+
+def _held(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
+    """As bytedance's own parser (ui-tars 0.4.2): `press` is `keydown`, `release` is `keyup`."""
+    value = values["key"]
+    key = value.word.strip().lower()
+    if key_of(key) is None:
+        scanner.fail(f"{name}: {key[:40]!r} is no key; write one, as in key='shift'", value.start, value.end)
+    return KeyDown(key) if name in ("press", "keydown") else KeyUp(key)
+
+
 def _wait(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
-    return Wait()
+    if "time" not in values:
+        return Wait()
+    value = values["time"]
+    if _SECONDS.fullmatch(value.word) is None or float(value.word) > _MOST_SECONDS:
+        scanner.fail(f"wait takes seconds, {_MOST_SECONDS} at most", value.start, value.end)
+    return Wait(float(value.word))
 
 
 def _finished(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
@@ -656,6 +689,8 @@ _BUILD: dict[str, Callable[[_Scanner, str, Mapping[str, _Value]], Action]] = {
     "select": _drag,
     "hotkey": _hotkey,
     "type": _type,
+    "hover": _hover,
+    **dict.fromkeys(("press", "keydown", "release", "keyup"), _held),
     "scroll": _scroll,
     "wait": _wait,
     "finished": _finished,

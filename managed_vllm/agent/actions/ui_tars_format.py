@@ -20,6 +20,9 @@ from managed_vllm.agent.actions.values import (
     Drag,
     Finished,
     Hotkey,
+    KeyDown,
+    KeyUp,
+    Move,
     Scroll,
     Type,
     Wait,
@@ -82,7 +85,7 @@ def to_ui_tars(
     Parsed with the same arguments it is the same action again, exactly. With `decimals` (0: whole numbers, as UI-TARS
     says them) its coordinates are the nearest that can be written so.
 
-    Raises `ValueError`: the format has no words for it (a middle or triple click, `Wait(5)`, an amount of scrolling,
+    Raises `ValueError`: the format has no words for it (a middle or triple click, an amount of scrolling,
     a `Type` whose text ends with a line end and has no `enter`, a point outside of the image, a `Custom`).
     """
     frame = Frame.of(image_size, coordinates, min_pixels=min_pixels, max_pixels=max_pixels, factor=factor)
@@ -116,8 +119,16 @@ def _written(action: Action, frame: Frame, decimals: int | None) -> str:
             if x is None or y is None:
                 return f"scroll(direction='{direction}')"
             return f"scroll(start_box={box(x, y)}, direction='{direction}')"
+        case Move(x, y):
+            return f"hover(start_box={box(x, y)})"
+        case KeyDown(key):
+            return f"keydown(key='{_escaped(key)}')"
+        case KeyUp(key):
+            return f"keyup(key='{_escaped(key)}')"
         case Wait(None):
             return "wait()"
+        case Wait(float() | int() as seconds):
+            return f"wait({seconds:g})"
         case Finished(content):
             return f"finished(content='{_escaped(content)}')" if content else "finished()"
         case CallUser(content):

@@ -36,6 +36,14 @@ class Click:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """The pointer moved to a point, without a click."""
+
+    x: float
+    y: float
+
+
+@dataclass(frozen=True, slots=True)
 class Drag:
     """The left button pressed at the first point, and let go at the second."""
 
@@ -58,6 +66,20 @@ class Hotkey:
     """Keys pressed together, in this order; names as the model says them, in lower case: `("ctrl", "c")`."""
 
     keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyDown:
+    """A key pressed and held, until its `KeyUp`; its name as the model says it, in lower case."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyUp:
+    """A key let go that is held."""
+
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +122,7 @@ class Custom:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-Action = Click | Drag | Type | Hotkey | Scroll | Wait | Finished | CallUser | Custom
+Action = Click | Move | Drag | Type | Hotkey | KeyDown | KeyUp | Scroll | Wait | Finished | CallUser | Custom
 
 
 @dataclass(frozen=True, slots=True)

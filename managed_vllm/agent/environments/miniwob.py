@@ -54,6 +54,9 @@ from managed_vllm.agent.actions import (
     Drag,
     Finished,
     Hotkey,
+    KeyDown,
+    KeyUp,
+    Move,
     Scroll,
     Type,
     Wait,
@@ -409,6 +412,10 @@ class SyncMiniWoB:
                 return self._keys([_TYPED.get(sign, sign) for sign in text] + [_KEYS["enter"]] * enter)
             case Hotkey(keys=names):
                 return self._hotkey(names)
+            case Move(x=x, y=y):
+                return self._outside((x, y)) or self._move(x, y)
+            case KeyDown(key=name) | KeyUp(key=name):
+                return self._hold(name, down=isinstance(action, KeyDown))
             case Scroll():
                 return self._scroll(action)
             case Wait(seconds=seconds):
@@ -463,11 +470,26 @@ class SyncMiniWoB:
         builder.perform()
         return None
 
+    def _move(self, x: float, y: float) -> str | None:
+        builder = self._builder()
+        builder.pointer_action.move_to_location(x / self._scale, y / self._scale)
+        builder.perform()
+        self._pointer = (x, y)
+        return None
+
+    def _hold(self, name: str, *, down: bool) -> str | None:
+        code = _code_of(name)
+        if code is None:
+            return f"{name[:40]!r} is no key of a page"
+        builder = self._builder()
+        (builder.key_action.key_down if down else builder.key_action.key_up)(code)
+        builder.perform()
+        return None
+
     def _hotkey(self, names: tuple[str, ...]) -> str | None:
         keys = []
         for name in names:
-            key = key_of(name)
-            code = None if key is None else (key if len(key) == 1 else _KEYS.get(key))
+            code = _code_of(name)
             if code is None:
                 return f"{name[:40]!r} is no key of a page"
             keys.append(code)
@@ -503,6 +525,12 @@ class SyncMiniWoB:
 def _no_fields(utterance: str) -> list[tuple[str, str]]:
     """In the place of miniwob's extractors of an instruction's parts: nobody asks for these, and some of them raise."""
     return []
+
+
+def _code_of(name: str) -> str | None:
+    """WebDriver's code of a key; None: a page knows no such key."""
+    key = key_of(name)
+    return None if key is None else (key if len(key) == 1 else _KEYS.get(key))
 
 
 def _launcher(folder: Path, chromium: str) -> Path:
