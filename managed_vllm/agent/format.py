@@ -16,11 +16,11 @@ from managed_vllm.agent.actions import (
     Coordinates,
     ParsedResponse,
     action_tools,
-    actions_in_words,
     parse_json_actions,
     parse_tool_calls,
     parse_ui_tars,
 )
+from managed_vllm.agent.actions.table import actions_in_words
 from managed_vllm.agent.prompting import Chat, LatestText, MessageBuilder
 from managed_vllm.errors import ConfigError
 from managed_vllm.request.outputs import CompletionOutput

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from managed_vllm.agent.actions import Coordinates, frame_in_words
+from managed_vllm.agent.actions.coordinates import Coordinates, frame_in_words
 from managed_vllm.agent.types import ImageRef, Message, Task
 
 NO_SCREENSHOT = (1000, 1000)

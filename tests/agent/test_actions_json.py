@@ -14,7 +14,6 @@ from processes import HANG_S
 from managed_vllm.agent.actions import (
     ACTION_JSON_SCHEMA,
     ACTION_TOOLS,
-    ACTIONS,
     ActionParseError,
     Button,
     CallUser,
@@ -35,6 +34,7 @@ from managed_vllm.agent.actions import (
     parse_tool_calls,
     to_pyautogui,
 )
+from managed_vllm.agent.actions.table import ACTIONS
 from managed_vllm.errors import ConfigError
 
 HD = (1920, 1080)

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from managed_vllm.agent.actions.coordinates import Coordinates, OffScreen, frame_in_words, smart_resize
+from managed_vllm.agent.actions.coordinates import Coordinates, OffScreen, smart_resize
 from managed_vllm.agent.actions.descriptions import describe
 from managed_vllm.agent.actions.json_actions import (
     ACTION_JSON_SCHEMA,
@@ -22,7 +22,6 @@ from managed_vllm.agent.actions.json_actions import (
 )
 from managed_vllm.agent.actions.pyautogui_source import to_pyautogui
 from managed_vllm.agent.actions.serialization import action_from_dict, action_to_dict
-from managed_vllm.agent.actions.table import ACTION_CLASSES, ACTIONS, actions_in_words
 from managed_vllm.agent.actions.ui_tars import parse_ui_tars
 from managed_vllm.agent.actions.ui_tars_format import UI_TARS_PROMPT, system_prompt, to_ui_tars, ui_tars_regex
 from managed_vllm.agent.actions.values import (
@@ -46,8 +45,6 @@ from managed_vllm.agent.actions.values import (
 from managed_vllm.errors import ActionParseError
 
 __all__ = [
-    "ACTIONS",
-    "ACTION_CLASSES",
     "ACTION_JSON_SCHEMA",
     "ACTION_TOOLS",
     "UI_TARS_PROMPT",
@@ -74,9 +71,7 @@ __all__ = [
     "action_json_schema",
     "action_to_dict",
     "action_tools",
-    "actions_in_words",
     "describe",
-    "frame_in_words",
     "parse_json_actions",
     "parse_tool_calls",
     "parse_ui_tars",
