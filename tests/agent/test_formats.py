@@ -97,9 +97,10 @@ def test_a_model_is_told_what_its_numbers_are(make: Any, coordinates: Any, words
     assert make(coordinates).parse(answer, size).actions == (Click(160, 100),)
 
 
-def test_tools_say_what_the_numbers_are() -> None:
-    for coordinates, words in (("absolute", "pixels of the screenshot"), ("relative1000", "0 at the left edge")):
-        (click,) = (
-            tool["function"] for tool in tool_calls(coordinates).request["tools"] if tool["function"]["name"] == "click"
-        )
-        assert click["parameters"]["properties"]["x"]["description"].startswith(words)
+@pytest.mark.parametrize(
+    ("coordinates", "words"), [("absolute", "pixels of the screenshot"), ("relative1000", "0 at the left edge")]
+)
+def test_tools_say_what_the_numbers_are(coordinates: Coordinates, words: str) -> None:
+    tools = [tool["function"] for tool in tool_calls(coordinates).request["tools"]]
+    click = next(tool for tool in tools if tool["name"] == "click")
+    assert click["parameters"]["properties"]["x"]["description"].startswith(words)
