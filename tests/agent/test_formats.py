@@ -13,7 +13,7 @@ from acting_server import acting, text_of
 from counting_world import Worlds
 
 from managed_vllm.agent import AgentFormat, Limits, Task, Trajectory, json_actions, run_episode, tool_calls, ui_tars
-from managed_vllm.agent.actions import Click, parse_json_actions
+from managed_vllm.agent.actions import Click, Coordinates, parse_json_actions
 from managed_vllm.agent.actions.table import ACTIONS
 from managed_vllm.agent.named_environments import FORMATS
 from managed_vllm.request.outputs import CompletionOutput
