@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -91,9 +92,9 @@ class ActingServer:
         app.router.add_post("/v1/chat/completions", self._chat)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0, backlog=4096)
-        await site.start()
-        self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        listening = socket.create_server(("127.0.0.1", 0), backlog=4096)
+        await web.SockSite(self._runner, listening, backlog=4096).start()
+        self.port = listening.getsockname()[1]
 
     async def _chat(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -213,7 +213,7 @@ class _Asked:
         }
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     model = "stand-in"
     key = ""
@@ -236,9 +236,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _engine(self) -> Engine:
-        if _Handler.engine is None:
-            _Handler.engine = Engine(tree=False)
-        return _Handler.engine
+        if Handler.engine is None:
+            Handler.engine = Engine(tree=False)
+        return Handler.engine
 
     # -- routes
 
@@ -498,7 +498,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._end_stream()
 
 
-class _TCPHandler(_Handler):
+class _TCPHandler(Handler):
     disable_nagle_algorithm = True
 
 
@@ -513,7 +513,7 @@ def _flood() -> None:
         os.write(1, block)
 
 
-class _Server(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
     allow_reuse_address = True
@@ -567,22 +567,22 @@ def main() -> None:
     del sys.modules["__main__"].__file__
     engine = Engine(tree=bool(order.get("tree")), max_seqs=order.get("max_seqs", 256), shm=order.get("shm", False))
     time.sleep(order.get("start_s", 0))
-    _Handler.engine = engine
-    _Handler.model = arguments.served_model_name or arguments.model
-    _Handler.key = os.environ.get("VLLM_API_KEY", "")
-    _Handler.token_s = order.get("token_s", 0)
-    _Handler.echo = bool(order.get("echo"))
-    _Handler.paused = bool(order.get("paused"))
-    _Handler.faults = Faults(order.get("faults"), order.get("crash_at"))
+    Handler.engine = engine
+    Handler.model = arguments.served_model_name or arguments.model
+    Handler.key = os.environ.get("VLLM_API_KEY", "")
+    Handler.token_s = order.get("token_s", 0)
+    Handler.echo = bool(order.get("echo"))
+    Handler.paused = bool(order.get("paused"))
+    Handler.faults = Faults(order.get("faults"), order.get("crash_at"))
     if "exit_after" in order:
         threading.Timer(order["exit_after"], os._exit, [order.get("exit", 1)]).start()
     threading.Thread(target=_fall_with, args=[engine], daemon=True).start()
     server: Any
     try:
         if arguments.uds:
-            server = _UnixServer(arguments.uds, _Handler)
+            server = _UnixServer(arguments.uds, Handler)
         else:
-            server = _Server((arguments.host, arguments.port), _TCPHandler)
+            server = Server((arguments.host, arguments.port), _TCPHandler)
     except OSError:
         traceback.print_exc()
         os._exit(1)

@@ -132,6 +132,10 @@ class Engine:
             with contextlib.suppress(EngineDead):
                 self._tell(number)
 
+    def forget(self, number: int) -> None:
+        """Nobody reads its tokens any more: all of them are there."""
+        self._queues.pop(number, None)
+
     def _tell(self, what: Any) -> None:
         try:
             with self._lock:
@@ -178,7 +182,7 @@ class Generation:
                         item = self._inbox.get_nowait()
                 self._left -= len(found)
                 yield found
-            self._engine._queues.pop(self._number, None)
+            self._engine.forget(self._number)
         finally:
             self._engine.end(self._number)
 

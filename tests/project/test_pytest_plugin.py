@@ -235,10 +235,10 @@ def test_server_of_somebody_else(
 def elsewhere() -> Iterator[str]:
     """The URL of a server that is not ours."""
 
-    class Handler(standin._Handler):
+    class Handler(standin.Handler):
         model = "elsewhere"
 
-    with standin._Server(("127.0.0.1", 0), Handler) as server:
+    with standin.Server(("127.0.0.1", 0), Handler) as server:
         assert isinstance(server, http.server.HTTPServer)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

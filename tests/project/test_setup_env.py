@@ -51,9 +51,9 @@ class Recorder:
         self.commands: list[str] = []
         self.answers: dict[str, str] = {}
         self._setup_env = setup_env
-        monkeypatch.setattr(setup_env.Commands, "run", lambda _self, command: self._run(command))
+        monkeypatch.setattr(setup_env.Commands, "run", lambda _self, command: self.run(command))
 
-    def _run(self, command: list[str]) -> None:
+    def run(self, command: list[str]) -> None:
         line = " ".join(command)
         self.commands.append(line)
         for key, output in self.answers.items():
@@ -280,7 +280,7 @@ def test_a_second_set_up_waits_for_the_first_and_finds_its_work(
             assert second.stdout is not None
             assert "another set-up is running" in second.stdout.readline()
             goal = setup_env.wanted("none")
-            recorder._run(["-m venv"])  # what the first one makes
+            recorder.run(["-m venv"])  # what the first one makes
             setup_env.write_stamp(goal)
             fcntl.flock(held, fcntl.LOCK_UN)
             assert second.wait(HANG_S) == 0
@@ -368,7 +368,7 @@ def test_known_failures_are_explained(setup_env: ModuleType, output: str, cause:
 
 @pytest.fixture
 def site_packages(recorder: Recorder, setup_env: ModuleType) -> Path:
-    recorder._run(["-m venv"])
+    recorder.run(["-m venv"])
     recorder.commands.clear()
     site: Path = setup_env.site_packages()
     for name in ("torchvision", "torchaudio", "torchcodec"):

@@ -68,7 +68,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("managed_vllm.demo.random_vlm._model", fail)
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
         make_random_vlm(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

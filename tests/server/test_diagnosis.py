@@ -18,7 +18,6 @@ from processes import HANG_S
 from startup_failures import STARTUP_FAILURES, StartupFailure
 
 from managed_vllm.errors import EngineDiedError, LaunchError, StartupError, StartupTimeoutError, error_for
-from managed_vllm.server import diagnosis as diagnosis_module
 from managed_vllm.server import failure_rules
 from managed_vllm.server.diagnosis import (
     could_not_launch,
@@ -653,6 +652,9 @@ def test_an_answer_that_is_no_json_is_kept_as_the_root_line() -> None:
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
+UNWELL = (Cause.ENGINE_HUNG, Cause.API_SERVER_HUNG, Cause.PROCESS_STOPPED, Cause.ENGINE_BROKEN)
+
+
 def every_diagnosis() -> list[Diagnosis]:
     last = diagnose_recorded("worker_killed")
     return [
@@ -660,7 +662,7 @@ def every_diagnosis() -> list[Diagnosis]:
         *(diagnose(as_worker_failure(line.text), returncode=1) for line in FROM_SOURCE),
         *(timed_out(Progress(stage, "x"), limit_s=600, silent=silent) for stage in Stage for silent in (True, False)),
         crash_loop(last, restarts=5, window_s=300),
-        *(unwell(cause, "x") for cause in diagnosis_module._UNWELL),
+        *(unwell(cause, "x") for cause in UNWELL),
         diagnose([], returncode=-9),
         diagnose([], returncode=127),
         diagnose(["OSError: [Errno 28] No space left on device"], returncode=1),

@@ -6,6 +6,7 @@ import concurrent.futures
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,10 @@ def test_stacks_come_from_within_where_py_spy_is_missing(
 ) -> None:
     from managed_vllm.server import stacks
 
-    monkeypatch.setattr(stacks, "_py_spy", lambda: None)
     with server(HangPolicy.never(), faults=str(tmp_path)) as llm:
+        # It is looked for beside the interpreter and on the path.
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        monkeypatch.setenv("PATH", "/nowhere")
         (tmp_path / "1-hang-worker").touch()
         with concurrent.futures.ThreadPoolExecutor() as pool:
             asking = pool.submit(ask, llm)
