@@ -34,7 +34,8 @@ import psutil
 from managed_vllm import demo
 from managed_vllm.config import ServerSpec, installed_vllm
 from managed_vllm.instance import cleanup, directory
-from managed_vllm.session import ATTACH_VARIABLE, ManagedVLLM
+from managed_vllm.instance.attach import ATTACH_VARIABLE
+from managed_vllm.session import ManagedVLLM
 
 STAND_IN = Path(__file__).resolve().parent.parent / "tests" / "helpers" / "standin.py"
 

@@ -167,13 +167,13 @@ def _print_use(instance: Instance, seen: ServerStatus, *, started: bool, stop: s
 
 def _follow(llm: ManagedVLLM, instance: Instance) -> None:
     """The server's log on standard output, until the server fails or is stopped by somebody: raises that error."""
-    llm._progress = False  # from here on the log says it
     ended: list[BaseException] = []
 
     def watch() -> None:
         try:
             while True:
-                llm.wait_ready(after_epoch=sys.maxsize)  # returns only where another supervisor has taken over
+                # Returns only where another supervisor has taken over. From here on the log shows the progress.
+                llm.wait_ready(after_epoch=sys.maxsize, progress=False)
         except BaseException as error:
             ended.append(error)
 

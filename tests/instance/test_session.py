@@ -21,7 +21,7 @@ import pytest
 import standin
 from processes import HANG_S, INSTANT, assert_nothing_left, eventually, left_of
 
-from managed_vllm import ManagedVLLM, RestartPolicy, ServerState
+from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, ServerStatus
 from managed_vllm.errors import (
     BadRequestError,
     ConfigError,
@@ -291,10 +291,11 @@ def test_an_explicit_address_is_kept_and_must_match(home: Path) -> None:
 def test_the_key_of_an_earlier_server_is_no_wish_for_the_next_one(home: Path) -> None:
     first = server()
     first.generate("x")
-    first._channel.close()  # type: ignore[union-attr]  # its lease is lost, and with it the server
-    assert_nothing_left(home)
+    key, status = first.api_key, first.status()
+    assert status.supervisor_pid is not None
+    os.kill(status.supervisor_pid, signal.SIGKILL)
     with server() as second:  # somebody else starts the next one, with another key
-        first._channel.given_back = False  # type: ignore[union-attr]
+        assert second.api_key != key
         assert first.generate("y")[0].outputs[0].text.startswith("echo y")
         assert first.api_key == second.api_key
         first.close()
@@ -327,15 +328,13 @@ def test_a_crash_is_restarted_and_the_request_is_answered(home: Path) -> None:
 
 def test_exit_code_0_that_nobody_asked_for_is_a_crash(home: Path) -> None:
     once = RestartPolicy(max_restarts=1, backoff_initial_s=0)
-    with server(order={"exit": 0, "exit_after": 1.0}, restart=once) as llm:
+    seen: list[ServerStatus] = []
+    with server(order={"exit": 0, "exit_after": 1.0}, restart=once, on_status=seen.append) as llm:
         status = llm.wait_ready(20, after_epoch=1)
         assert status.epoch == 2
-        eventually(lambda: llm._channel is None or llm._channel.closed, "given up after the second crash")
-        assert llm._channel is not None
-        assert llm._channel.status is not None
-        assert llm._channel.status.state is ServerState.FAILED
-        assert llm._channel.status.diagnosis is not None
-        assert llm._channel.status.diagnosis.cause is Cause.CRASH_LOOP
+        eventually(lambda: seen[-1].state is ServerState.FAILED, "given up after the second crash")
+        assert seen[-1].diagnosis is not None
+        assert seen[-1].diagnosis.cause is Cause.CRASH_LOOP
 
 
 def test_restart_is_a_new_epoch_at_the_same_address(home: Path) -> None:
@@ -402,9 +401,7 @@ def test_a_failure_between_two_uses_is_told_once_and_then_tried_anew(home: Path,
     count = tmp_path / "starts"
     llm = server(order={"count": str(count), "exit": 4}, wait=False)
     llm.start()
-    channel = llm._channel
-    assert channel is not None
-    eventually(lambda: channel.closed, "failed while nobody waited")
+    assert_nothing_left(home)  # it has failed while nobody waited
     assert len(count.read_text().splitlines()) == 1
     with pytest.raises(EngineDiedError):
         llm.wait_ready()

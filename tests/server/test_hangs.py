@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import math
 import os
 import signal
@@ -17,6 +18,8 @@ from processes import HANG_S, INSTANT, eventually, tree
 
 from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy, ServerStatus
 from managed_vllm.errors import ConfigError, StartupTimeoutError
+from managed_vllm.instance import directory
+from managed_vllm.instance.directory import Instance
 from managed_vllm.policies import SupervisionPolicy
 from managed_vllm.status import Cause, Diagnosis, Stage
 
@@ -27,7 +30,7 @@ AT_ONCE = RestartPolicy(max_restarts=100, backoff_initial_s=0.05, backoff_max_s=
 NEVER = math.inf
 
 
-def server(hang: HangPolicy, **order: Any) -> ManagedVLLM:
+def server(hang: HangPolicy, *, wait: bool = True, **order: Any) -> ManagedVLLM:
     return ManagedVLLM(
         "stand-in",
         command=standin.command(),
@@ -35,6 +38,7 @@ def server(hang: HangPolicy, **order: Any) -> ManagedVLLM:
         keep_alive=INSTANT,
         hang=hang,
         restart=AT_ONCE,
+        wait=wait,
     )
 
 
@@ -46,18 +50,9 @@ def ask(llm: ManagedVLLM, **fields: Any) -> Any:
 
 def after_the_hang(llm: ManagedVLLM) -> Diagnosis:
     """Waits for the next life of the server; returns why the first one was ended."""
-    seen: list[Diagnosis] = []
-
-    def restarted() -> bool:
-        assert llm._channel is not None
-        status = llm._channel.status
-        if status is not None and status.diagnosis is not None and not seen:
-            seen.append(status.diagnosis)
-        return bool(seen)
-
-    eventually(restarted, "the hang was found")
-    assert llm.wait_ready(30, after_epoch=1).epoch == 2
-    return seen[0]
+    assert llm.wait_ready(60, after_epoch=1).epoch == 2
+    events = Instance(directory.state_home(), str(llm.id)).events_path.read_text().splitlines()
+    return next(Diagnosis.from_dict(event["diagnosis"]) for event in map(json.loads, events) if "diagnosis" in event)
 
 
 @pytest.mark.parametrize("victim", ["APIServer", "EngineCore", "Worker"])
@@ -170,8 +165,7 @@ def test_a_server_that_listens_no_more_is_restarted(home: Path) -> None:
 
 
 def test_a_stopped_process_during_the_start_is_found(home: Path) -> None:
-    llm = server(HangPolicy(stopped_s=0.5), start_s=60)
-    llm._wait = False
+    llm = server(HangPolicy(stopped_s=0.5), start_s=60, wait=False)
     with llm:
         pid = eventually(lambda: llm.status().server_pid, "launched")
         psutil.Process(pid).suspend()
@@ -179,8 +173,7 @@ def test_a_stopped_process_during_the_start_is_found(home: Path) -> None:
 
 
 def test_a_process_stopped_under_the_first_request_is_found(home: Path) -> None:
-    llm = server(HangPolicy(stopped_s=0.5), token_s=3600)
-    llm._wait = False
+    llm = server(HangPolicy(stopped_s=0.5), token_s=3600, wait=False)
     with llm:
         eventually(lambda: llm.status().stage == Stage.WARMING_UP, "it is asked for its first token")
         psutil.Process(llm.status().server_pid).suspend()

@@ -156,11 +156,12 @@ def test_a_configuration_error_is_not_retried_at_all(home: Path, tmp_path: Path)
 def test_a_cause_that_is_not_retried_ends_it_at_once(home: Path, tmp_path: Path) -> None:
     count = tmp_path / "starts"
     policy = RestartPolicy(not_retried=frozenset({Cause.KILLED}))
-    with server(policy, count=str(count)) as llm:
+    seen: list[ServerStatus] = []
+    with server(policy, on_status=seen.append, count=str(count)) as llm:
         pid = llm.status().server_pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        eventually(lambda: llm._channel is None or llm._channel.closed, "given up")
+        eventually(lambda: seen and seen[-1].state is ServerState.FAILED, "given up")
         with pytest.raises(EngineDiedError) as caught:
             llm.wait_ready(20)
         assert caught.value.diagnosis.cause is Cause.KILLED
@@ -225,9 +226,9 @@ def test_shared_memory_of_a_server_whose_supervisor_was_killed_is_removed_by_dow
 
 def _kill_at_once(llm: ManagedVLLM) -> None:
     """SIGKILL for each process of the server in the same instant: all of them are stopped before."""
-    assert llm._channel is not None
-    assert llm._channel.status is not None
-    root = psutil.Process(llm._channel.status.server_pid)
+    record = directory.Instance(directory.state_home(), str(llm.id)).read_record()  # the supervisor may be stopped
+    assert record is not None
+    root = psutil.Process(record["server_pid"])
     family = [root, *root.children(recursive=True)]
     for process in family:
         process.suspend()

@@ -1,0 +1,570 @@
+"""Attaching a process to a server: find it or start it, take a lease, follow its status until it is ready.
+
+`AttachOptions` says which server a user asked for, and is never changed. An `Attachment` is one process's hold on it,
+from the first use of a handle to its `close`:
+
+1. A server given by URL is checked, and that is all: it is not supervised.
+2. Else the instance is found: the one of this spec, of this name, the one that a parent process passed on, or the only
+   one that runs.
+3. Its supervisor is asked for a lease. Where none runs, one user is elected by the instance's start lock and spawns it;
+   the others meanwhile find its socket.
+4. What the supervisor was told is kept as `KnownServer`: when it is killed, any user who is left can start the same
+   server again, at the same address and with the same key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from managed_vllm import forks
+from managed_vllm.config import Address, ServerSpec, SupervisorOrder
+from managed_vllm.errors import (
+    ConfigError,
+    ConfigMismatchError,
+    ManagedVLLMError,
+    NoServerError,
+    ServerStoppedError,
+    StateDirectoryError,
+    SupervisorError,
+    error_for,
+)
+from managed_vllm.instance import directory, external
+from managed_vllm.instance.channel import Channel
+from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.startup_view import StartupProgress
+from managed_vllm.policies import SupervisionPolicy
+from managed_vllm.status import Connection, ServerState, ServerStatus
+
+log = logging.getLogger("managed_vllm")
+
+ATTACH_VARIABLE = "MANAGED_VLLM_ATTACH"
+"""The id of the instance to which a bare handle of a child process attaches."""
+
+_SUPERVISOR_PATIENCE_S = 60.0
+_KILLED_SUPERVISORS = 5
+_ANSWER_S = 10.0
+
+_OVER = (ServerState.FAILED, ServerState.STOPPING, ServerState.GONE)
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownServer:
+    """A server that was attached to: its instance, and what its supervisor was told."""
+
+    instance: Instance
+    order: SupervisorOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachOptions:
+    """Which server a user asks for.
+
+    With `base_url`, the server at that URL and nothing else; `api_key` is for that one. Without `spec` only a server
+    that runs already, of that `name` if one is given. `keep_alive_s` are the seconds that a server of ours outlives its
+    last user. `progress`: show the start-up; None: on a terminal only.
+    """
+
+    model: str | None = None
+    name: str | None = None
+    base_url: str | None = None
+    api_key: str | None = None
+    keep_alive_s: float = 0.0
+    progress: bool | None = None
+    spec: ServerSpec | None = None
+    address: Address = field(default_factory=Address)
+    policy: SupervisionPolicy = field(default_factory=SupervisionPolicy)
+
+    @property
+    def order(self) -> SupervisorOrder | None:
+        """What a supervisor would be told by this user; None: it can't start one."""
+        if self.spec is None:
+            return None
+        return SupervisorOrder(spec=self.spec, address=self.address, policy=self.policy)
+
+
+class _Election(enum.Enum):
+    STARTED = enum.auto()
+    """The supervisor was spawned here, and listens."""
+    LEFT_TO_OTHERS = enum.auto()
+    """Another user is spawning it, or the last one is still on its way out."""
+    KILLED = enum.auto()
+    """The supervisor that was spawned here was killed before it listened."""
+
+
+# -- finding and electing ----------------------------------------------------------------------------------------------
+
+
+def find(options: AttachOptions, home: Path) -> Instance:
+    """The instance that is meant. Raises `NoServerError` where that takes a server that runs, and none fits."""
+    if options.spec is not None:
+        return Instance(home, options.spec.key)
+    alive = [instance for instance in directory.instances(home) if directory.is_alive(instance)]
+    ids = tuple(instance.id for instance in alive)
+    if options.name is not None:
+        holder = directory.named(home, options.name)
+        if holder is None or holder.id not in ids:
+            raise NoServerError(
+                f"no server named {options.name!r} is running{_listed(ids)}; give model= to start one", candidates=ids
+            )
+        return holder
+    passed_on = os.environ.get(ATTACH_VARIABLE)
+    if passed_on:
+        return Instance(home, passed_on)
+    if len(alive) != 1:
+        what = "several servers are running" if alive else "no server is running"
+        raise NoServerError(f"{what}{_listed(ids)}; say which one with model= or name=", candidates=ids)
+    return alive[0]
+
+
+def _listed(ids: Sequence[str]) -> str:
+    return f" (running: {', '.join(ids)})" if ids else ""
+
+
+def _elect(instance: Instance, order: SupervisorOrder, deadline: float) -> _Election:
+    """Spawns the supervisor of an instance, unless somebody else is at it."""
+    from managed_vllm.instance import spawn  # here: most processes only attach
+
+    order.spec.check()
+    try:
+        instance.create()
+        left = _left(deadline)
+        with instance.start_lock().acquire(timeout=left, poll_interval=0.01):
+            if directory.is_alive(instance):
+                return _Election.LEFT_TO_OTHERS
+            listens = spawn.start_supervisor(instance, order)
+            return _Election.STARTED if listens else _Election.KILLED
+    except (StateDirectoryError, SupervisorError):
+        raise
+    except filelock.Timeout:
+        return _Election.LEFT_TO_OTHERS
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise StateDirectoryError(
+                f"can't start in {instance.folder}: {error}", path=str(instance.folder)
+            ) from error
+        return _Election.LEFT_TO_OTHERS  # a supervisor that was leaving has removed the folder: begin again
+
+
+def check_address(wanted: Address, running: Address, instance_id: str) -> None:
+    """Raises `ConfigMismatchError` where the running server is not at an address that was asked for explicitly.
+
+    A difference is no reason for a second server on the same devices.
+    """
+    differences: dict[str, tuple[Any, Any]] = {}
+    for name in ("host", "port", "api_key"):
+        value, actual = getattr(wanted, name), getattr(running, name)
+        if value is not None and value != actual:
+            differences[name] = ("***", "***") if name == "api_key" else (value, actual)
+    if wanted.uds and not running.uds:
+        differences["uds"] = (True, False)
+    if differences:
+        raise ConfigMismatchError(
+            "the same server is running already, at another address; leave the address out to share it, "
+            f"or end it first: managed-vllm down {instance_id}",
+            differences=differences,
+            instance=instance_id,
+        )
+
+
+def _differences(spec: ServerSpec, record: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    try:
+        return spec.differences(ServerSpec.from_dict(record["spec"]))
+    except (KeyError, TypeError):
+        return {}
+
+
+def _command_line() -> str:
+    """What this process is, for `managed-vllm status`."""
+    return " ".join(sys.argv)[:200] or sys.executable
+
+
+# -- the attachment ----------------------------------------------------------------------------------------------------
+
+
+class Attachment:
+    """One process's hold on one server, until `close`. Every method may be called from any thread.
+
+    A forked child does not share its parent's lease: it takes one of its own on its next use.
+
+    Args:
+        options: which server.
+        known: the server that was attached to before, in this process or in the one where the handle was pickled.
+        on_status: called with each new `ServerStatus`, in the thread that reads the channel.
+    """
+
+    def __init__(
+        self,
+        options: AttachOptions,
+        known: KnownServer | None = None,
+        on_status: Callable[[ServerStatus], None] | None = None,
+    ) -> None:
+        self.options = options
+        self.known = known
+        self.started_it = False
+        """Whether this process has started the server's supervisor."""
+        self._on_status = on_status
+        self._closed = False
+        self._lock = threading.RLock()
+        self._channel: Channel | None = None
+        self._external: Connection | None = None
+        self._views: list[StartupProgress] = []
+        forks.call_in_child(self._after_fork)
+
+    def _after_fork(self) -> None:
+        channel, self._channel = self._channel, None
+        self._lock = threading.RLock()
+        self._external = None
+        self._views = []
+        self.started_it = False
+        if channel is not None:
+            channel.close()
+
+    @property
+    def id(self) -> str | None:
+        """The instance's id, once it is known; None for a server given by URL."""
+        return self.known.instance.id if self.known else None
+
+    def successor(self) -> Attachment:
+        """A new attachment to the same server."""
+        made = Attachment(self.options, self.known, self._on_status)
+        made.started_it = self.started_it
+        return made
+
+    def close(self) -> None:
+        """Gives the lease back, for good: whoever waits for the server, or is just attaching, gets an error."""
+        self._closed = True
+        channel = self._channel
+        if channel is not None:
+            channel.close()
+
+    # -- attaching -----------------------------------------------------------------------------------------------------
+
+    def attach(self, deadline: float | None = None) -> Channel | None:
+        """Takes a lease, if there is none; returns the channel that is one, or None for a server given by URL.
+
+        Raises `ServerStoppedError` after `close`, `TimeoutError` when the deadline (monotonic clock) passes, and all
+        that `ManagedVLLM` raises on entering.
+        """
+        with self._locked(deadline):
+            self._raise_if_closed()
+            if self._external is not None or (self._channel is not None and not self._channel.closed):
+                return self._channel
+            self._raise_if_over(self._channel)
+            if self.options.base_url is not None:
+                self._attach_external(self.options.base_url)
+                return None
+            self._channel = channel = self._take_lease(deadline)
+            if self._closed:
+                channel.close()
+            self._raise_if_closed()
+            return channel
+
+    @contextlib.contextmanager
+    def _locked(self, deadline: float | None) -> Iterator[None]:
+        """The lock; another thread may hold it for as long as it starts a supervisor. Raises `TimeoutError`."""
+        if not self._lock.acquire(timeout=-1 if deadline is None else _left(deadline)):
+            raise TimeoutError
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _raise_if_closed(self) -> None:
+        if self._closed:
+            raise ServerStoppedError("closed while waiting for the server", instance=self.id)
+
+    def _raise_if_over(self, channel: Channel | None) -> None:
+        """Raises, once, what a server of ours ended with; the next use starts anew.
+
+        A supervisor that was killed has said nothing, and nothing is raised: somebody starts the next at once.
+        """
+        status = channel.status if channel is not None and not channel.given_back else None
+        if status is None or status.state not in _OVER:
+            return
+        with self._lock:
+            if self._channel is channel:
+                self._channel = None
+        if status.state is ServerState.FAILED and status.diagnosis is not None:
+            raise error_for(status.diagnosis, instance=self.id, log_path=status.log_path)
+        raise ServerStoppedError("the server was stopped", instance=self.id, log_path=status.log_path)
+
+    def _attach_external(self, base_url: str) -> None:
+        model = os.environ.get(external.MODEL_VARIABLE) or self.options.model
+        self._external = external.attach(base_url, self.options.api_key, model)
+        log.info("attached to %s, which somebody else runs: not supervised", self._external.base_url)
+
+    def _take_lease(self, deadline: float | None) -> Channel:
+        home = directory.state_home()
+        instance = self.known.instance if self.known else find(self.options, home)
+        order = self.known.order if self.known else self.options.order
+        if self.options.name is not None and order is not None:
+            spec = order.spec
+            directory.claim_name(home, self.options.name, instance.id, lambda record: _differences(spec, record))
+        channel, running = self._lease(instance, order, deadline)
+        self.known = KnownServer(instance=instance, order=running)
+        return channel
+
+    def _lease(
+        self, instance: Instance, order: SupervisorOrder | None, deadline: float | None
+    ) -> tuple[Channel, SupervisorOrder]:
+        """A lease from the instance's supervisor, and what that was told; starts it where none runs."""
+        patience = time.monotonic() + _SUPERVISOR_PATIENCE_S
+        until = patience if deadline is None else min(patience, deadline)
+        killed = 0
+        while not self._closed:
+            channel = self._connect(instance)
+            if channel is not None:
+                reply = self._ask_for_lease(channel, instance, deadline)
+                if reply is not None and reply["ok"]:
+                    return channel, self._admitted(channel, instance, order, reply["order"])
+                self._wait_until_gone(channel, until)
+            elif order is None:
+                raise NoServerError(f"the server {instance.id} is not running any more; give model= to start one")
+            else:
+                killed += self._start(instance, order, until)
+                if killed >= _KILLED_SUPERVISORS:
+                    raise SupervisorError(
+                        f"{killed} supervisors in a row were killed while they came up; `dmesg` may know by whom",
+                        instance=instance.id,
+                        log_path=str(instance.supervisor_log),
+                    )
+            if time.monotonic() > until:
+                if until != patience:
+                    raise TimeoutError
+                raise SupervisorError(
+                    f"the supervisor neither answers nor ends within {_SUPERVISOR_PATIENCE_S:g} s; "
+                    f"its pid is {(instance.read_record() or {}).get('pid')}, its log {instance.supervisor_log}",
+                    instance=instance.id,
+                )
+        raise ServerStoppedError("closed while waiting for the server", instance=instance.id)
+
+    def _start(self, instance: Instance, order: SupervisorOrder, until: float) -> int:
+        """Takes part in the election; returns how many supervisors were spawned here and killed: none or one."""
+        outcome = _elect(instance, order, until)
+        if outcome is _Election.LEFT_TO_OTHERS:
+            time.sleep(0.01)
+        else:
+            self.started_it = outcome is _Election.STARTED
+        return int(outcome is _Election.KILLED)
+
+    def _connect(self, instance: Instance) -> Channel | None:
+        """A channel to the instance's supervisor, not yet a lease; None if none listens."""
+        # Weak, as is the finalizer: a handle that is dropped without `close` gives its lease back.
+        attachment = weakref.ref(self)
+
+        def on_change(status: ServerStatus) -> None:
+            follower = attachment()
+            if follower is not None:
+                follower._follow(status)
+
+        try:
+            channel = Channel.connect(instance.socket_path, on_change=on_change)
+        except SupervisorError:
+            raise
+        except TimeoutError as error:
+            raise SupervisorError("the supervisor does not accept connections", instance=instance.id) from error
+        except OSError:
+            return None
+        weakref.finalize(self, channel.close).atexit = False
+        return channel
+
+    def _ask_for_lease(self, channel: Channel, instance: Instance, deadline: float | None) -> dict[str, Any] | None:
+        """The supervisor's reply; None if it left at this very moment."""
+        left = _ANSWER_S if deadline is None else min(_ANSWER_S, _left(deadline))
+        try:
+            return channel.request(
+                "lease", timeout_s=left, keep_alive_s=self.options.keep_alive_s, what=_command_line()
+            )
+        except ConnectionError:
+            return None
+        except TimeoutError as error:
+            channel.close()
+            if left < _ANSWER_S:
+                raise
+            pid = (instance.read_record() or {}).get("pid")
+            raise SupervisorError(
+                f"the supervisor (pid {pid}) does not answer; if it is stopped or stuck, end it: kill -9 {pid}",
+                instance=instance.id,
+            ) from error
+
+    def _wait_until_gone(self, channel: Channel, deadline: float) -> None:
+        """Waits for a supervisor that is on its way out, so that the next one never meets it."""
+        with contextlib.suppress(TimeoutError):
+            channel.wait_until(lambda _: self._closed, _left(deadline))
+        channel.close()
+
+    def _admitted(
+        self, channel: Channel, instance: Instance, wanted: SupervisorOrder | None, told: Mapping[str, Any]
+    ) -> SupervisorOrder:
+        """What the running supervisor was told, if that is what is wanted; else the lease is given back."""
+        running = SupervisorOrder.from_dict(told)
+        try:
+            if wanted is not None and wanted.spec.identity != running.spec.identity:
+                raise ConfigMismatchError(
+                    "another server holds this id",
+                    differences=wanted.spec.differences(running.spec),
+                    instance=instance.id,
+                )
+            check_address(self.options.address, running.address, instance.id)
+        except BaseException:
+            channel.close()
+            raise
+        return running
+
+    # -- following -----------------------------------------------------------------------------------------------------
+
+    def _follow(self, status: ServerStatus) -> None:
+        for view in tuple(self._views):
+            view.update(status)
+        if self._on_status is not None:
+            self._on_status(status)
+
+    def wait_ready(
+        self, timeout: float | None = None, *, after_epoch: int | None = None, progress: bool | None = None
+    ) -> ServerStatus:
+        """Waits until the server is ready, as `ManagedVLLM.wait_ready` does."""
+        deadline = _deadline(timeout)
+
+        def settled(status: ServerStatus | None) -> bool:
+            if status is None:
+                return False
+            if status.state is ServerState.READY:
+                return after_epoch is None or status.epoch > after_epoch
+            return status.state in _OVER
+
+        while True:
+            channel = self._channel
+            if channel is None or channel.closed:
+                with _not_ready_within(timeout):
+                    channel = self.attach(deadline)
+                if channel is None:
+                    return self.status()
+                after_epoch = None  # another supervisor counts anew
+            with _not_ready_within(timeout), self._shown(channel, progress):
+                left = None if deadline is None else _left(deadline)
+                status = channel.wait_until(settled, left)
+            if status is not None and status.state is ServerState.READY and not channel.closed:
+                return status
+            if channel.given_back:
+                raise ServerStoppedError("closed while waiting for the server", instance=self.id)
+            self._raise_if_over(channel)
+            # The supervisor was killed: its server falls with it, and one of the users starts the next.
+
+    @contextlib.contextmanager
+    def _shown(self, channel: Channel, progress: bool | None) -> Iterator[None]:
+        """Shows the status while it changes, and as it is now unless the server is ready."""
+        options = self.options
+        title = options.model or self.id or "vLLM"
+        with StartupProgress(title, options.progress if progress is None else progress) as view:
+            self._views.append(view)
+            try:
+                status = channel.status
+                if status is not None and status.state in (ServerState.STARTING, ServerState.RESTARTING):
+                    view.update(status)
+                yield
+            finally:
+                with contextlib.suppress(ValueError):  # a forked child has no views
+                    self._views.remove(view)
+
+    def connection(
+        self, lost_epoch: int | None = None, timeout_s: float | None = None, pause_s: float = 0.0
+    ) -> tuple[Connection, int]:
+        """The connection to a ready server; after `lost_epoch` was lost, a later one, or the same if it is well.
+
+        What was lost may have been one connection only: a later epoch is waited for `pause_s` seconds, unless the
+        supervisor has noticed a death.
+        """
+        deadline = _deadline(timeout_s)
+        channel = self.attach(deadline)
+        if channel is not None and lost_epoch is not None:
+            with contextlib.suppress(TimeoutError):
+                channel.wait_until(
+                    lambda now: now is None or now.epoch > lost_epoch or now.state is not ServerState.READY,
+                    pause_s if timeout_s is None else min(pause_s, timeout_s),
+                )
+        status = self.wait_ready(None if deadline is None else _left(deadline))
+        assert status.connection is not None
+        return status.connection, status.epoch
+
+    def ready(self) -> tuple[Connection, int] | None:
+        """The connection to a server that is ready now, at once; None: `connection` may have to wait for it."""
+        channel, known = self._channel, self._external
+        if known is not None:
+            return known, 0
+        if channel is None or channel.closed:
+            return None
+        status = channel.status
+        if status is None or status.state is not ServerState.READY or status.connection is None:
+            return None
+        return status.connection, status.epoch
+
+    # -- asking --------------------------------------------------------------------------------------------------------
+
+    def status(self) -> ServerStatus:
+        """What the supervisor says now. A server given by URL is ready by definition."""
+        channel = self.attach()
+        if channel is None:
+            return ServerStatus(state=ServerState.READY, connection=self._external, extra={"external": True})
+        return ServerStatus.from_dict(channel.request("status")["status"])
+
+    def request(self, op: str) -> dict[str, Any]:
+        """The supervisor's reply to a request without arguments. Raises `ConfigError` for a server given by URL."""
+        channel = None if self.options.base_url is not None else self.attach()
+        if channel is None:
+            raise ConfigError(f"an external server can't be asked to {op} from here", field="base_url")
+        return channel.request(op)
+
+    def environ(self) -> dict[str, str]:
+        """The environment variables with which a bare handle attaches to this very server."""
+        self.attach()
+        if self._external is not None:
+            found = self._external
+            return {
+                external.URL_VARIABLE: found.base_url,
+                external.MODEL_VARIABLE: found.model,
+                external.KEY_VARIABLE: found.api_key,
+            }
+        assert self.known is not None
+        return {
+            directory.HOME_VARIABLE: str(self.known.instance.home),
+            ATTACH_VARIABLE: self.known.instance.id,
+            external.URL_VARIABLE: "",
+        }
+
+
+@contextlib.contextmanager
+def _not_ready_within(timeout: float | None) -> Iterator[None]:
+    """Says what a bare `TimeoutError` is about. The server's own `StartupTimeoutError` is one, too, and passes."""
+    try:
+        yield
+    except TimeoutError as error:
+        if timeout is None or isinstance(error, ManagedVLLMError):
+            raise
+        raise TimeoutError(f"the server was not ready within {timeout:g} s") from None
+
+
+def _deadline(timeout_s: float | None) -> float | None:
+    """A time of the monotonic clock; None: never."""
+    return None if timeout_s is None else time.monotonic() + timeout_s
+
+
+def _left(deadline: float) -> float:
+    """Seconds until the deadline, at least 0."""
+    return max(0.0, deadline - time.monotonic())

@@ -1,0 +1,55 @@
+"""Calling a user's function at each change of a server's state."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+
+from managed_vllm import forks
+from managed_vllm.status import ServerState, ServerStatus
+
+log = logging.getLogger("managed_vllm")
+
+_Statuses = queue.SimpleQueue[ServerStatus | None]
+
+
+class StatusListener:
+    """Calls a function for each new state or epoch, one after the other, in a thread of its own.
+
+    Not in the thread that reads the channel: the function may use the handle, and so wait for news from that thread.
+    What the function raises is logged. The thread starts with the first call and ends with the listener.
+    """
+
+    def __init__(self, function: Callable[[ServerStatus], None]) -> None:
+        self._function = function
+        self._begin()
+        forks.call_in_child(self._begin)
+
+    def _begin(self) -> None:
+        self._last: tuple[ServerState, int] | None = None
+        self._running = False
+        self._statuses: _Statuses = queue.SimpleQueue()
+        weakref.finalize(self, self._statuses.put, None).atexit = False
+
+    def put(self, status: ServerStatus) -> None:
+        """Takes the newest status; only called by the one thread that reads the channel."""
+        if (status.state, status.epoch) == self._last:
+            return
+        self._last = (status.state, status.epoch)
+        self._statuses.put(status)
+        if not self._running:
+            self._running = True
+            # It holds no reference to this object, and so ends with it.
+            arguments = self._statuses, self._function
+            threading.Thread(target=_call_for_each, args=arguments, name="managed-vllm-status", daemon=True).start()
+
+
+def _call_for_each(statuses: _Statuses, function: Callable[[ServerStatus], None]) -> None:
+    while (status := statuses.get()) is not None:
+        try:
+            function(status)
+        except Exception:
+            log.exception("on_status failed")

@@ -1,0 +1,62 @@
+"""The user's function is called for each change of state."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+
+import pytest
+from processes import eventually
+
+from managed_vllm.instance.status_listener import StatusListener
+from managed_vllm.status import ServerState, ServerStatus
+
+STARTING = ServerStatus(state=ServerState.STARTING, epoch=1)
+READY = ServerStatus(state=ServerState.READY, epoch=1)
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "managed-vllm-status"]
+
+
+def test_each_change_is_told_once_and_in_order(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[ServerStatus] = []
+
+    def function(status: ServerStatus) -> None:
+        told.append(status)
+        if status is READY:
+            raise ValueError("the user's own fault")
+
+    listener = StatusListener(function)
+    again = ServerStatus(state=ServerState.READY, epoch=2)
+    for status in (STARTING, STARTING, READY, READY, again):
+        listener.put(status)
+    eventually(lambda: len(told) == 3, "told")
+    assert told == [STARTING, READY, again]
+    assert "the user's own fault" in caplog.text
+
+
+def test_its_thread_starts_with_the_first_call_and_ends_with_the_listener() -> None:
+    eventually(lambda: not threads(), "those of other tests have ended")
+    listener = StatusListener(lambda status: None)
+    assert not threads()
+    listener.put(READY)
+    assert len(threads()) == 1
+    del listener
+    gc.collect()
+    eventually(lambda: not threads(), "the thread has ended")
+
+
+def test_a_forked_child_has_a_thread_of_its_own() -> None:
+    reading, writing = os.pipe()
+    listener = StatusListener(lambda status: os.close(writing) if os.write(writing, status.state.encode()) else None)
+    child = os.fork()
+    if child == 0:
+        listener.put(READY)
+        threading.Event().wait(60)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert pipe.read() == "ready"
+    os.kill(child, 9)
+    os.waitpid(child, 0)
