@@ -28,7 +28,7 @@ from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, ServerStatus
 from managed_vllm.agent.actions import parse_json_actions, parse_ui_tars
 from managed_vllm.errors import ActionParseError
 from managed_vllm.request.bodies import encode_body
-from managed_vllm.request.responses import decoded
+from managed_vllm.request.responses import parse
 from managed_vllm.server.diagnosis import diagnose
 
 SCREEN = (1920, 1080)
@@ -76,7 +76,7 @@ def answer_rows() -> list[Row]:
     for name, answer in answers.items():
         data = json.dumps(answer).encode()
         rows.append(
-            compared(f"decode a {name}", partial(decoded, data), "json.loads, each value looked at",
+            compared(f"decode a {name}", partial(parse, data), "json.loads, each value looked at",
                      partial(_walk, data), 1.0)
         )  # fmt: skip
     return rows

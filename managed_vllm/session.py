@@ -395,7 +395,7 @@ class _Clients:
             base_url=connection.base_url,
             api_key=connection.api_key or "none",
             timeout=None,
-            http_client=make_http(transport=make(module, self.async_client._exchange), trust_env=False),
+            http_client=make_http(transport=make(module, self.async_client.sender), trust_env=False),
         )
         self._openai[kind] = (connection, client)
         return client

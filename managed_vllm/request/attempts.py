@@ -1,8 +1,8 @@
-"""One request until it is answered: find the server, send, read, and begin again where the answer was lost.
+"""Sends one request until it is answered: `Sender.send`, and `Sender.open` for the OpenAI SDK.
 
-In order: a place among those in flight (`in_flight`), the connection to a server that is ready, the sending, the
-answer. A loss (`ResponseLostError`) leads back to the second, after a pause. The caller's deadline bounds all of it.
-Whoever waits for the same server to come back waits together: one thread asks for all of them.
+In this order: a place among the requests in flight (`concurrency`), the server that is ready (`endpoints`), the HTTP
+request, its response. A lost response (`ResponseLostError`) leads back to the second step as often as `RetryPolicy`
+allows (`retry`). One `Bound` holds over all of it: the caller's deadline, and the closing of the client.
 """
 
 from __future__ import annotations
@@ -11,196 +11,101 @@ import asyncio
 import contextlib
 import errno
 import functools
-import re
-import threading
 import time
-import weakref
-from collections.abc import AsyncIterator, Callable, Container, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import aiohttp
-import msgspec
 
 from managed_vllm import forks
-from managed_vllm.errors import (
-    AuthenticationError,
-    BadRequestError,
-    ContextLengthError,
-    ManagedVLLMError,
-    ModelNotFoundError,
-    RequestError,
-    RequestTimeoutError,
-    ServerBusyError,
-    ServerDiedError,
-)
+from managed_vllm.errors import RequestError, RequestTimeoutError, ServerDiedError
 from managed_vllm.policies import RetryPolicy
 from managed_vllm.request.bodies import RequestBody, encode_body
-from managed_vllm.request.concurrency import MOST, InFlight
-from managed_vllm.request.connections import Session, Transport
-from managed_vllm.request.resume import Events, Losses, ResponseLostError, Step
+from managed_vllm.request.bounds import Bound, closed_error
+from managed_vllm.request.concurrency import MAX_IN_FLIGHT, ConcurrencyLimiter
+from managed_vllm.request.connections import ConnectionPool, Transport
+from managed_vllm.request.endpoints import Endpoint, Endpoints, Find, Lookups, Ready
+from managed_vllm.request.event_loops import PerLoop
+from managed_vllm.request.http_errors import error_for_status, message_of
+from managed_vllm.request.pending import HTTPRequest, PendingRequest, RequestStats
+from managed_vllm.request.responses import MALFORMED, EventDecoder
+from managed_vllm.request.retry import ResponseLostError, Retries
 from managed_vllm.request.server_images import ServerImages, is_miss
 from managed_vllm.status import Connection
 
-Found = tuple[Connection, int]
+Progress = Callable[[], None]
 
 _LOST = (408, 429, 500, 502, 503, 504)
 _REFUSED = (429, 503)
-_TAIL_S = 0.25
-"""For what follows the last token of a stream: read to its end, the connection can be used again."""
-_TORN = "the answer was cut, and can't go on where it was: see stream()"
-_MAX_ANSWER = 1 << 30
-"""Bytes. All logprobs of a long answer, of a vocabulary of 150,000, have some hundred million."""
-_NOT_AN_ANSWER = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
-
-
-class Work(Protocol):
-    """What is to be done, step by step: `resume.Generation`, or `Question`."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether `answer` has it."""
-
-    @property
-    def optional(self) -> bool:
-        """Whether there is another way without the last step."""
-
-    @property
-    def kept(self) -> int:
-        """Tokens that were not generated again."""
-
-    @property
-    def torn(self) -> bool:
-        """Whether the caller has been given something that is lost."""
-
-    def next(self) -> Step:
-        """What to send now."""
-
-    def take_json(self, data: bytes | None) -> None:
-        """The answer to a step; None: refused. Raises `ResponseLostError`, or `ValueError` for what is none."""
-
-    def feed(self, data: bytes) -> None:
-        """One event of a stream."""
-
-    def lost(self) -> bool:
-        """The answer was lost. Returns whether there was progress nevertheless."""
-
-    def answer(self) -> Mapping[str, Any]:
-        """The complete answer."""
-
-
-class Question:
-    """One request that has a whole answer, and can be asked again: `keys` must be in it, for it to be one."""
-
-    optional = False
-    torn = False
-    kept = 0
-
-    def __init__(self, path: str, body: dict[str, Any] | None, *keys: str) -> None:
-        self._step = Step("GET" if body is None else "POST", path, body)
-        self._keys = keys
-        self._answer: dict[str, Any] | None = None
-
-    @property
-    def complete(self) -> bool:
-        return self._answer is not None
-
-    def next(self) -> Step:
-        return self._step
-
-    def take_json(self, data: bytes | None) -> None:
-        answer = msgspec.json.decode(data or b"")
-        if not isinstance(answer, dict) or any(key not in answer for key in self._keys):
-            raise ValueError(f"no {', '.join(self._keys)} in it")
-        self._answer = answer
-
-    def feed(self, data: bytes) -> None:
-        raise ResponseLostError("a stream that nobody asked for")
-
-    def lost(self) -> bool:
-        return False
-
-    def answer(self) -> dict[str, Any]:
-        assert self._answer is not None
-        return self._answer
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What is to tell of a request's way. Times are seconds; `started_at` is Unix time."""
-
-    model: str
-    epoch: int
-    attempts: int
-    resumed_tokens: int
-    started_at: float
-    latency: float
-    time_to_first_token: float | None
+_STREAM_END_S = 0.25
+"""For what follows the last token of a stream: once it is read to its end, its connection can be used again."""
+_BROKEN_OFF = "the answer was cut, and can't go on where it was: see stream()"
+_MAX_RESPONSE = 1 << 30
+"""Bytes. All logprobs of a long answer, with a vocabulary of 150,000, take some hundred million."""
 
 
 @dataclass
-class _Here:
-    """What belongs to one event loop."""
+class _LoopState:
+    """What a sender has in one event loop. `epoch` is the newest that was seen."""
 
-    in_flight: InFlight
-    ended: asyncio.Future[None]
-    joint: dict[int | None, asyncio.Future[Found]] = field(default_factory=dict)
-    bounds: set[asyncio.Timeout] = field(default_factory=set)
+    limiter: ConcurrencyLimiter
+    bounds: set[Bound] = field(default_factory=set)
+    lookups: Lookups = field(default_factory=dict)
     bytes_sent: int = 0
     epoch: int = 0
 
-    def end(self) -> None:
-        """Ends what waits or reads. aiohttp 3.14 lets who reads a body wait for ever when its connector is closed."""
-        if not self.ended.done():
-            self.ended.set_result(None)
+    def close(self) -> None:
+        """Ends what is in flight: aiohttp 3.14 lets the reader of a body wait for ever when its connector is closed."""
         for bound in list(self.bounds):
-            if not bound.expired():
-                bound.reschedule(self.ended.get_loop().time())
+            bound.close()
 
 
-class Exchange:
-    """Everything a client has in flight. `find` may block; it is `VLLMClient`'s argument `connection`.
+class Sender:
+    """Sends the requests of one client, from any number of event loops.
 
-    `ready` is asked before it and never blocks: the connection to a server that is ready now, or None.
+    Args:
+        find, ready: where the server is, as for `Endpoints`.
+        retry: how often a lost request is sent again.
+        max_in_flight: requests in flight at once in one event loop, at most.
+        media_ids: whether an image that the server has is sent as its id alone.
     """
 
     def __init__(
         self,
-        find: Callable[[int | None, float | None, float], Found],
-        ready: Callable[[], Found | None],
+        find: Find,
+        ready: Ready,
         *,
         retry: RetryPolicy,
-        max_in_flight: int = MOST,
+        max_in_flight: int = MAX_IN_FLIGHT,
         media_ids: bool = False,
     ) -> None:
-        self._find = find
-        self._ready = ready
         self.retry = retry
-        self._most = max_in_flight
+        self.max_in_flight = max_in_flight
+        self._endpoints = Endpoints(find, ready)
         self._transport = Transport()
-        self._lock = threading.Lock()
-        self._closed = False
-        self._bytes_sent = 0
-        self._here: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Here] = weakref.WeakKeyDictionary()
         self._images = ServerImages() if media_ids else None
-        _live.add(self)
+        self._states = PerLoop(lambda: _LoopState(ConcurrencyLimiter(max_in_flight)), self._keep_bytes_sent)
+        self._bytes_of_closed_loops = 0
+        self._closed = False
+        forks.call_in_child(self._after_fork)
 
     @property
     def bytes_sent(self) -> int:
         """Bytes of all request bodies so far."""
-        with self._lock:
-            return self._bytes_sent + sum(here.bytes_sent for here in self._here.values())
+        return self._bytes_of_closed_loops + sum(state.bytes_sent for _, state in self._states.items())
 
-    # -- life ----------------------------------------------------------------------------------------------------------
+    @property
+    def in_flight(self) -> int:
+        """Requests that are in flight now, in all event loops."""
+        return sum(state.limiter.in_flight for _, state in self._states.items())
 
     def close(self) -> None:
-        """What is in flight ends with `ServerDiedError` and is not sent again. From any thread."""
-        with self._lock:
-            self._closed = True
-            heres = list(self._here.items())
-        for loop, here in heres:
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(here.end)
+        """Ends what is in flight with `ServerDiedError`; nothing is sent again. From any thread."""
+        self._closed = True
+        for loop, state in self._states.items():
+            with contextlib.suppress(RuntimeError):  # that loop is closed
+                loop.call_soon_threadsafe(state.close)
         self._transport.close()
 
     async def aclose(self) -> None:
@@ -208,514 +113,364 @@ class Exchange:
         self.close()
         await self._transport.aclose()
 
-    def forget(self) -> None:
-        """In a forked child: what is in flight is the parent's."""
-        self._lock = threading.Lock()
-        self._here = weakref.WeakKeyDictionary()
-        if self._images is not None:
-            self._images = ServerImages()  # another thread may have held its lock
-        self._transport.forget()
-
-    def here(self) -> _Here:
-        """The state of the running loop."""
-        loop = asyncio.get_running_loop()
-        found = self._here.get(loop)
-        if found is None:
-            with self._lock:
-                for ended in [one for one in self._here if one.is_closed()]:  # its future keeps it alive
-                    self._bytes_sent += self._here.pop(ended).bytes_sent
-                found = self._here.setdefault(loop, _Here(InFlight(self._most), loop.create_future()))
-        if self._closed:
-            raise ServerDiedError("the client was closed under this request")
-        return found
-
-    # -- one request ---------------------------------------------------------------------------------------------------
-
-    async def ask(
+    async def send(
         self,
-        work: Work,
+        request: PendingRequest,
         deadline: float | None,
-        news: Callable[[], None] | None = None,
+        on_progress: Progress | None = None,
         *,
-        within: float | None = None,
-    ) -> Told:
-        """Works until `work` is complete; `deadline` is of the monotonic clock. `news` is called as a stream comes in.
+        timeout_s: float | None = None,
+    ) -> RequestStats:
+        """Sends `request` until it is complete.
 
-        `within` are seconds from when it has its place among those in flight.
+        Args:
+            request: what to send; it takes the responses.
+            deadline: in seconds of the monotonic clock. None: there is none.
+            on_progress: called whenever a part of a stream has come, and after a loss.
+            timeout_s: seconds from the moment when it is admitted to those in flight.
 
         Raises a `RequestError`, or what the server ended with (`StartupError`, `ServerStoppedError`).
         """
-        here = self.here()
-        await _before(deadline, here.in_flight.enter())
-        started, started_at = time.monotonic(), time.time()
-        if within is not None:
-            deadline = started + within if deadline is None else min(deadline, started + within)
-        answered = False
+        state = self._open_state()
+        attempts = _RequestAttempts(self, state, request, on_progress)
+        bound = Bound(state.bounds, deadline, _NOT_SENT)
         try:
-            connection, epoch, attempts, first = await self._until_complete(here, work, deadline, news)
-            answered = True
-        finally:
-            here.in_flight.leave(answered=answered)
-        return Told(
-            model=connection.model,
-            epoch=epoch,
-            attempts=attempts,
-            resumed_tokens=work.kept,
-            started_at=started_at,
-            latency=time.monotonic() - started,
-            time_to_first_token=None if first is None else first - started,
-        )
-
-    async def _until_complete(
-        self, here: _Here, work: Work, deadline: float | None, news: Callable[[], None] | None
-    ) -> tuple[Connection, int, int, float | None]:
-        losses = Losses(self.retry)
-        attempts = answered = 0
-        lost: int | None = None
-        pause = 0.0
-        first: float | None = None
-
-        def told() -> None:
-            nonlocal first
-            if first is None:
-                first = time.monotonic()
-            if news is not None:
-                news()
-
-        while True:
-            connection, epoch = await self._next(here, losses, lost, deadline, pause)
-            if epoch > here.epoch:
-                here.epoch = epoch
-                here.in_flight.renew()
-            step = work.next()
-            attempts += step.stream or not work.optional
-            try:
-                await self._exchange(here, connection, epoch, work, step, deadline, told, again=losses.ever)
-                lost, pause = None, 0.0
-                if work.torn:
-                    raise ServerDiedError(_TORN)
-            except ResponseLostError as error:
-                if self._closed:
-                    raise ServerDiedError("the client was closed under this request") from error
-                refused = error.status in _REFUSED or _exhausted(error)
-                if refused:
-                    here.in_flight.refused()
-                progressed = work.lost()
-                if news is not None:
-                    news()
-                if work.torn:
-                    raise ServerDiedError(_TORN) from error
-                if not work.complete:
-                    if losses.lost == 0:
-                        answered = here.in_flight.answered
-                    pause, lost = losses.add(error, progressed=progressed), epoch
-                    if refused and losses.too_many is not None and answered == here.in_flight.answered:
-                        here.in_flight.give_up(functools.partial(_enough, losses, error))
-                    _raise_if_enough(losses, error)
-                    if refused:
-                        await _before(deadline, here.in_flight.give_way())
-            if work.complete:
-                return connection, epoch, attempts, first
+            async with bound:
+                await state.limiter.acquire()
+                attempts.begin()
+                if timeout_s is not None:
+                    bound.tighten(attempts.begun + timeout_s)
+                try:
+                    await self._until_done(attempts, state, bound)
+                finally:
+                    state.limiter.release(answered=request.complete)
+        except (RequestTimeoutError, ServerDiedError):
+            if not request.complete or request.broken_off:
+                raise  # otherwise it was over while the end of a stream was read
+        return attempts.stats()
 
     async def open(
         self, method: str, path: str, headers: list[tuple[str, str]], body: bytes | None, deadline: float | None
     ) -> aiohttp.ClientResponse:
-        """Sends any request to where the server is, until an answer begins; the caller reads it, and closes it.
+        """Sends any HTTP request until a response begins, which the caller reads and closes.
 
         `path` is absolute, below the server's root. Raises `RequestTimeoutError`, `ServerDiedError`, or what the server
-        ended with. Losses of the answer's rest are the caller's.
+        ended with. If the rest of the response is lost, that is the caller's affair.
         """
-        here = self.here()
-        losses = Losses(self.retry)
-        lost: int | None = None
-        pause = 0.0
+        state = self._open_state()
+        attempts = _OpenAttempts(self._transport, method, path, headers, body)
+        async with Bound(state.bounds, deadline, _NOT_SENT) as bound:
+            await self._until_done(attempts, state, bound)
+        assert attempts.response is not None
+        return attempts.response
+
+    def bound(self, timeout_s: float | None) -> Bound:
+        """For what a caller of `open` waits for: ends it after so many seconds, and when the client is closed."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        return Bound(self._open_state().bounds, deadline, _NO_ANSWER)
+
+    # -- attempts ------------------------------------------------------------------------------------------------------
+
+    async def _until_done(self, attempts: _Attempts, state: _LoopState, bound: Bound) -> None:
+        """Makes attempts, each with a server that is ready, until one succeeds or there are no further ones."""
+        retries = Retries(self.retry)
+        lost_epoch: int | None = None
+        pause_s = 0.0
         while True:
-            connection, epoch = await self._next(here, losses, lost, deadline, pause)
-            session = self._transport.session(connection)
-            if session is None:
-                raise ServerDiedError("the client was closed under this request")
+            bound.reason = _NOT_READY
+            endpoint = await self._endpoints.get(state.lookups, lost_epoch, pause_s, bound)
+            bound.reason = _NOT_SENT
+            if lost_epoch is not None and endpoint[1] != lost_epoch:
+                spread_s = retries.add_epoch()
+                retries.raise_if_exhausted()
+                await asyncio.sleep(spread_s)
+            bound.check()
+            bound.reason = _NO_ANSWER
             try:
-                async with self.bounded(None if deadline is None else _left(deadline)):
-                    return await session.open(method, path, headers, body)
-            except TimeoutError as error:
-                if not isinstance(error, aiohttp.ClientError):
-                    raise RequestTimeoutError("no answer before the deadline") from error
-                cause: Exception = error
-            except (aiohttp.ClientError, OSError) as error:
-                cause = error
-            if self._closed:
-                raise ServerDiedError("the client was closed under this request") from cause
-            loss = ResponseLostError(
-                f"{type(cause).__name__}: {cause}", sent=not isinstance(cause, aiohttp.ClientConnectorError)
-            )
-            pause, lost = losses.add(loss, progressed=False), epoch
-            _raise_if_enough(losses, loss)
+                if await attempts.make(endpoint, resend=retries.ever_lost):
+                    return
+                lost_epoch, pause_s = None, 0.0
+            except ResponseLostError as error:
+                bound.check()
+                progressed = attempts.lost(error, first=not retries.lost)
+                if attempts.done:
+                    return
+                lost_epoch, pause_s = endpoint[1], retries.add_loss(error, progressed=progressed)
+                await attempts.back_off(error, retries)
 
-    @contextlib.asynccontextmanager
-    async def bounded(self, seconds: float | None) -> AsyncIterator[None]:
-        """What is within ends after so many seconds (`TimeoutError`), and with the client (`ServerDiedError`)."""
-        here = self.here()
-        bound = asyncio.timeout(seconds)
-        here.bounds.add(bound)
-        try:
-            async with bound:
-                yield
-        except TimeoutError as error:
-            if self._closed:
-                raise ServerDiedError("the client was closed under this request") from error
-            raise
-        finally:
-            here.bounds.discard(bound)
-
-    # -- the server ----------------------------------------------------------------------------------------------------
-
-    async def _next(self, here: _Here, losses: Losses, lost: int | None, deadline: float | None, pause: float) -> Found:
-        """The connection for the next attempt, after a pause if another was lost. Raises when `losses` are enough."""
-        connection, epoch = await self._connect(here, lost, deadline, pause)
-        if lost is not None and epoch != lost:
-            spread = losses.new_epoch()
-            _raise_if_enough(losses)
-            await _sleep(here, spread, deadline)
-        return connection, epoch
-
-    async def _connect(self, here: _Here, lost: int | None, deadline: float | None, pause: float) -> Found:
-        if lost is None:
-            ready = self._ready()
-            if ready is not None:
-                _raise_if_late(deadline)
-                return ready
-        again = time.monotonic() + pause
-        while True:
-            mine = lost not in here.joint
-            connection, epoch = await self._joint(here, lost, deadline, max(0.0, again - time.monotonic()))
-            if epoch != lost or time.monotonic() >= again:
-                break
-            if mine:
-                await _sleep(here, again - time.monotonic(), deadline)
-                break
-        if self._closed:
-            raise ServerDiedError("the client was closed under this request")
-        _raise_if_late(deadline)
-        return connection, epoch
-
-    async def _joint(self, here: _Here, lost: int | None, deadline: float | None, pause: float) -> Found:
-        """What `find` says, asked once for all who wait for the same."""
-        while True:
-            found = here.joint.get(lost)
-            if found is None:
-                left = None if deadline is None else _left(deadline)
-                found = here.joint[lost] = _in_thread(lambda: self._find(lost, left, pause))  # noqa: B023
-                found.add_done_callback(lambda _: here.joint.pop(lost, None))
-            waiting: set[asyncio.Future[Any]] = {found, here.ended}
-            await asyncio.wait(
-                waiting,
-                timeout=None if deadline is None else _left(deadline),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if here.ended.done() and not found.done():
-                raise ServerDiedError("the client was closed under this request")
-            if not found.done():
-                raise RequestTimeoutError("the server was not ready before the deadline")
-            try:
-                return found.result()
-            except ManagedVLLMError as error:  # a start that timed out is a TimeoutError as well
-                raise _copy(error) from error
-            except TimeoutError as error:  # of the one who asked for all
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise RequestTimeoutError("the server was not ready before the deadline") from error
-
-    # -- sending and reading -------------------------------------------------------------------------------------------
-
-    async def _exchange(
+    async def exchange(
         self,
-        here: _Here,
-        connection: Connection,
-        epoch: int,
-        work: Work,
-        step: Step,
-        deadline: float | None,
-        news: Callable[[], None],
+        endpoint: Endpoint,
+        state: _LoopState,
+        request: PendingRequest,
+        http: HTTPRequest,
+        on_progress: Progress,
         *,
-        again: bool,
+        resend: bool,
     ) -> None:
-        """Sends one step and feeds what comes back to the work. Raises `ResponseLostError` or a `RequestError`."""
-        bound = asyncio.timeout(None if deadline is None else _left(deadline))
-        here.bounds.add(bound)
-        try:
-            async with bound:
-                await self._send(here, connection, epoch, work, step, news, again=again)
-        except TimeoutError as error:
-            if work.complete:
-                return
-            if self._closed:
-                raise ServerDiedError("the client was closed under this request") from error
-            raise RequestTimeoutError("no answer before the deadline") from error
-        finally:
-            here.bounds.discard(bound)
+        """Sends one HTTP request, and gives the response to `request`.
 
-    async def _send(
-        self,
-        here: _Here,
-        connection: Connection,
-        epoch: int,
-        work: Work,
-        step: Step,
-        news: Callable[[], None],
-        *,
-        again: bool,
-    ) -> None:
-        """`again`: after a loss, or a miss: images are sent with their data, whatever the server seems to have."""
-        session = self._transport.session(connection)
-        if session is None:
-            raise ServerDiedError("the client was closed under this request")
-        life = (connection.base_url, epoch)
-        encoded: RequestBody | None = None
-        if step.body is not None:
+        `resend`: after a loss or a miss, images are sent with their data, whatever the server seems to have.
+
+        Raises `ResponseLostError`, or a `RequestError` for good.
+        """
+        connection, epoch = endpoint
+        pool = self._transport.pool(connection)
+        server = (connection.base_url, epoch)
+        body: RequestBody | None = None
+        if http.body is not None:
             known: Container[str] | None = None
             if self._images is not None:
-                known = () if again else self._images.known(life)
-            encoded = encode_body({"model": connection.model, **step.body}, known=known)
-            here.bytes_sent += encoded.size
+                known = () if resend else self._images.known(server)
+            body = encode_body({"model": connection.model, **http.body}, known=known)
+            state.bytes_sent += body.size
         try:
-            response = await _open(session, step, encoded, connection)
+            response = await _open(pool, http, body, connection)
             try:
-                if step.stream and response.status == 200 and response.content_type == "text/event-stream":
-                    await _feed(response, work, news)
-                    if not work.complete:
-                        raise ResponseLostError("the stream ended before the answer did")
-                    data = None
-                else:
-                    data = await _read(response)
+                data = await _read(response, http, request, on_progress)
             finally:
                 response.close() if response.status == 200 and not response.content.at_eof() else response.release()
         except (aiohttp.ClientError, OSError) as error:
-            if work.complete:
+            if request.complete:
                 return
             raise ResponseLostError(f"{type(error).__name__}: {error}") from error
-        except RuntimeError as error:
-            if self._closed:
-                raise ServerDiedError("the client was closed under this request") from error
-            raise
-        if self._images is not None and encoded is not None and encoded.uuids:
+        if self._images is not None and body is not None and body.uuids:
             if response.status == 200:
-                self._images.learn(life, encoded.uuids)
-            elif encoded.as_ids and is_miss(response.status, said := _message(data or b"")):
-                self._images.missed(life, encoded.as_ids, said)
-                return await self._send(here, connection, epoch, work, step, news, again=True)
+                self._images.learn(server, body.uuids)
+            elif body.as_ids and is_miss(response.status, message := message_of(data or b"")):
+                self._images.missed(server, body.as_ids, message)
+                return await self.exchange(endpoint, state, request, http, on_progress, resend=True)
         if data is not None:
-            take(work, response.status, data, connection, step.body)
+            take_response(request, response.status, data, connection, http.body)
+
+    # -- event loops and forks -----------------------------------------------------------------------------------------
+
+    def _open_state(self) -> _LoopState:
+        """The state of the running loop. Raises `ServerDiedError` once the client is closed."""
+        state = self._states.current()
+        if self._closed:
+            raise closed_error()
+        return state
+
+    def _keep_bytes_sent(self, state: _LoopState) -> None:
+        self._bytes_of_closed_loops += state.bytes_sent
+
+    def _after_fork(self) -> None:
+        """In a forked child: what is in flight is the parent's."""
+        self._states.after_fork()
+        if self._images is not None:
+            self._images = ServerImages()  # another thread may have held its lock
+        self._transport.after_fork()
+
+
+_NOT_SENT = "the deadline passed before the request was sent"
+_NOT_READY = "the server was not ready before the deadline"
+_NO_ANSWER = "no answer before the deadline"
+
+
+class _Attempts(Protocol):
+    """The attempts at one request."""
+
+    @property
+    def done(self) -> bool:
+        """Whether no further attempt is needed."""
+
+    async def make(self, endpoint: Endpoint, *, resend: bool) -> bool:
+        """Makes one attempt; returns whether it was the last. Raises `ResponseLostError`."""
+
+    def lost(self, error: ResponseLostError, *, first: bool) -> bool:
+        """The response was lost, for the `first` time in a row. Returns whether there was progress nevertheless."""
+
+    async def back_off(self, error: ResponseLostError, retries: Retries) -> None:
+        """Raises if there is no further attempt; makes way for others where the server refuses requests."""
+
+
+class _RequestAttempts:
+    """The attempts at a request that is in flight."""
+
+    def __init__(
+        self, sender: Sender, state: _LoopState, request: PendingRequest, on_progress: Progress | None
+    ) -> None:
+        self._sender = sender
+        self._state = state
+        self._request = request
+        self._on_progress = on_progress
+        self._connection: Connection | None = None
+        self._epoch = 0
+        self._count = 0
+        self._answered_before = 0
+        self._first_token_at: float | None = None
+        self._started_at = 0.0
+        self.begun = 0.0
+
+    def begin(self) -> None:
+        """The request has its place among those in flight: its time starts."""
+        self.begun, self._started_at = time.monotonic(), time.time()
+
+    @property
+    def done(self) -> bool:
+        return self._request.complete
+
+    async def make(self, endpoint: Endpoint, *, resend: bool) -> bool:
+        self._connection, self._epoch = endpoint
+        if self._epoch > self._state.epoch:
+            self._state.epoch = self._epoch
+            self._state.limiter.reset()
+        http = self._request.next()
+        self._count += http.stream or not self._request.optional
+        await self._sender.exchange(endpoint, self._state, self._request, http, self._progressed, resend=resend)
+        if self._request.broken_off:
+            raise ServerDiedError(_BROKEN_OFF)
+        return self._request.complete
+
+    def lost(self, error: ResponseLostError, *, first: bool) -> bool:
+        if _is_refusal(error):
+            self._state.limiter.refused()
+        progressed = self._request.lost()
+        if self._on_progress is not None:
+            self._on_progress()
+        if self._request.broken_off:
+            raise ServerDiedError(_BROKEN_OFF) from error
+        if first:
+            self._answered_before = self._state.limiter.answered
+        return progressed
+
+    async def back_off(self, error: ResponseLostError, retries: Retries) -> None:
+        limiter, refused = self._state.limiter, _is_refusal(error)
+        if refused and retries.exhausted and limiter.answered == self._answered_before:
+            limiter.fail_waiting(functools.partial(retries.error, error))
+        retries.raise_if_exhausted(error)
+        if refused:
+            await limiter.wait_again()
+
+    def stats(self) -> RequestStats:
+        assert self._connection is not None
+        first = self._first_token_at
+        return RequestStats(
+            model=self._connection.model,
+            epoch=self._epoch,
+            attempts=self._count,
+            resumed_tokens=self._request.kept,
+            started_at=self._started_at,
+            latency=time.monotonic() - self.begun,
+            time_to_first_token=None if first is None else first - self.begun,
+        )
+
+    def _progressed(self) -> None:
+        if self._first_token_at is None:
+            self._first_token_at = time.monotonic()
+        if self._on_progress is not None:
+            self._on_progress()
+
+
+class _OpenAttempts:
+    """The attempts at an HTTP request of which only the beginning of the response is waited for."""
+
+    done = False
+
+    def __init__(
+        self, transport: Transport, method: str, path: str, headers: list[tuple[str, str]], body: bytes | None
+    ) -> None:
+        self._transport = transport
+        self._request = method, path, headers, body
+        self.response: aiohttp.ClientResponse | None = None
+
+    async def make(self, endpoint: Endpoint, *, resend: bool) -> bool:
+        connection, _ = endpoint
+        pool = self._transport.pool(connection)
+        try:
+            self.response = await pool.open(*self._request)
+        except (aiohttp.ClientError, OSError) as error:
+            sent = not isinstance(error, aiohttp.ClientConnectorError)
+            raise ResponseLostError(f"{type(error).__name__}: {error}", sent=sent) from error
+        return True
+
+    def lost(self, error: ResponseLostError, *, first: bool) -> bool:
+        return False
+
+    async def back_off(self, error: ResponseLostError, retries: Retries) -> None:
+        retries.raise_if_exhausted(error)
+
+
+def _is_refusal(loss: ResponseLostError) -> bool:
+    """Whether the server takes no more, or this process or machine has no file descriptor left for a connection."""
+    cause = loss.__cause__
+    exhausted = isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)
+    return exhausted or loss.status in _REFUSED
+
+
+# -- one HTTP request --------------------------------------------------------------------------------------------------
 
 
 async def _open(
-    session: Session, step: Step, body: RequestBody | None, connection: Connection
+    pool: ConnectionPool, http: HTTPRequest, body: RequestBody | None, connection: Connection
 ) -> aiohttp.ClientResponse:
     try:
-        return await session.request(step.method, step.path, body)
+        return await pool.request(http.method, http.path, body)
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
         raise ResponseLostError(f"can't connect to {connection.base_url}: {error}", sent=False) from error
     except (aiohttp.InvalidURL, UnicodeError) as error:
         raise RequestError(f"{connection.base_url} can't be asked: {error}") from error
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    if response.content_length is not None and response.content_length <= _MAX_ANSWER:
+async def _read(
+    response: aiohttp.ClientResponse, http: HTTPRequest, request: PendingRequest, on_progress: Progress
+) -> bytes | None:
+    """Reads a whole response and returns it, or a stream into `request`: None."""
+    if not (http.stream and response.status == 200 and response.content_type == "text/event-stream"):
+        return await _read_whole(response)
+    await _read_stream(response, request, on_progress)
+    if not request.complete:
+        raise ResponseLostError("the stream ended before the answer did")
+    return None
+
+
+async def _read_whole(response: aiohttp.ClientResponse) -> bytes:
+    if response.content_length is not None and response.content_length <= _MAX_RESPONSE:
         return await response.read()
     pieces, size = [], 0
     async for piece in response.content.iter_any():
         pieces.append(piece)
         size += len(piece)
-        if size > _MAX_ANSWER:
+        if size > _MAX_RESPONSE:
             response.close()
-            raise RequestError(f"the answer is longer than {_MAX_ANSWER} bytes", status=response.status)
+            raise RequestError(f"the answer is longer than {_MAX_RESPONSE} bytes", status=response.status)
     return b"".join(pieces)
 
 
-async def _feed(response: aiohttp.ClientResponse, work: Work, news: Callable[[], None]) -> None:
-    """Reads a stream into the work, and to its end, if that comes at once: the connection can stay then."""
-    events = Events()
+async def _read_stream(response: aiohttp.ClientResponse, request: PendingRequest, on_progress: Progress) -> None:
+    """Also reads to the end of the stream, if that comes at once: then the connection can be used again."""
+    decoder = EventDecoder()
     content = response.content
-    while not work.complete:
+    while not request.complete:
         data = await content.readany()
         if not data and content.at_eof():
             return
-        for event in events.feed(data):
-            work.feed(event)
-        news()
+        for event in decoder.feed(data):
+            request.feed(event)
+        on_progress()
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_TAIL_S):
+        async with asyncio.timeout(_STREAM_END_S):
             while not content.at_eof():
                 await content.readany()
 
 
-def take(work: Work, status: int, data: bytes, connection: Connection, body: Mapping[str, Any] | None = None) -> None:
-    """Gives a whole answer to the work. Raises `ResponseLostError`, or a `RequestError` that says why it is none."""
+def take_response(
+    request: PendingRequest, status: int, data: bytes, connection: Connection, body: Mapping[str, Any] | None = None
+) -> None:
+    """Gives a whole response to `request`.
+
+    Raises `ResponseLostError`, or the `RequestError` for a request that the server refuses; `body` is what was sent.
+    """
     if status in _LOST:
-        raise ResponseLostError(f"HTTP {status}: {_message(data)}", status=status)
+        raise ResponseLostError(f"HTTP {status}: {message_of(data)}", status=status)
     if status >= 400:
-        if work.optional:
-            return work.take_json(None)
-        raise refusal(status, _message(data), connection, body)
+        if request.optional:
+            return request.take_json(None)
+        raise error_for_status(status, message_of(data), connection, body)
     if status != 200:
         raise ResponseLostError(f"HTTP {status}: {data[:500]!r}", status=status)
     try:
-        work.take_json(data)
-    except (*_NOT_AN_ANSWER, RecursionError) as error:
+        request.take_json(data)
+    except MALFORMED as error:
         raise ResponseLostError(f"not an answer ({error}): {data[:500]!r}", status=status) from error
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-_LONGEST = re.compile(
-    r"maximum context length (?:is|of) (\d+)|(?:maximum )?model length(?: of|:)? (\d+)|context length \((\d+)\)"
-    r"|max_(?:model_len|total_tokens)[= ]+(\d+)"
-)
-_PROMPT = re.compile(
-    r"contains (?:at least )?(\d+) (?:input tokens|characters)|prompt \(length (\d+)\)|\((\d+) in the messages"
-    r"|request has (\d+) input tokens|Input length \((\d+)\)|prompt length (\d+)"
-)
-_WANTED = re.compile(
-    r"requested (\d+) output tokens|max(?:_completion|_output)?_tokens'? ?(?:is too large: |=)(\d+)"
-    r"|(\d+) in the completion"
-)
-
-_FULL = "max_tokens must be at least 1, got 0"
-"""What is said of a prompt that leaves no place for a single token, whatever was asked for."""
-
-
-def refusal(status: int, message: str, connection: Connection, body: Mapping[str, Any] | None = None) -> RequestError:
-    """The error for HTTP 4xx to a request. The messages are those of vLLM 0.32 (`renderers/params.py`, `v1/engine`)."""
-    body = body or {}
-    said = f"HTTP {status}: {message}"
-    if status in (401, 403):
-        return AuthenticationError(said, base_url=connection.base_url, status=status)
-    if status == 404 and "model" in message.lower():
-        return ModelNotFoundError(said, model=str(body.get("model") or connection.model), status=status)
-    if (longest := _number(_LONGEST, message)) is not None:
-        prompt = None if "characters" in message else _number(_PROMPT, message)
-        return ContextLengthError(
-            said,
-            max_model_len=longest,
-            prompt_tokens=prompt,
-            max_tokens=_number(_WANTED, message),
-            status=status,
-        )
-    wanted = body.get("max_tokens", body.get("max_completion_tokens"))
-    if _FULL in message and body and wanted != 0:
-        return ContextLengthError(f"the prompt leaves no place for an answer; {said}", max_tokens=wanted, status=status)
-    return BadRequestError(said, status=status)
-
-
-def _number(pattern: re.Pattern[str], text: str) -> int | None:
-    found = pattern.search(text)
-    digits = "" if found is None else next(group for group in found.groups() if group is not None)
-    return int(digits) if 0 < len(digits) < 20 else None
-
-
-def _message(data: bytes) -> str:
-    try:
-        error = msgspec.json.decode(data)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (*_NOT_AN_ANSWER, RecursionError):
-        return data[:1000].decode(errors="replace")
-
-
-def _raise_if_enough(losses: Losses, cause: ResponseLostError | None = None) -> None:
-    if losses.too_many is not None:
-        raise _enough(losses, cause)
-
-
-def _enough(losses: Losses, cause: ResponseLostError | None) -> RequestError:
-    why = str(losses.too_many)
-    busy = losses.status == 429
-    error: RequestError = ServerBusyError(f"the server is busy: {why}") if busy else ServerDiedError(why)
-    error.status = losses.status
-    error.__cause__ = cause
-    return error
-
-
-def _raise_if_late(deadline: float | None) -> None:
-    if deadline is not None and time.monotonic() >= deadline:
-        raise RequestTimeoutError("the deadline passed before the request was sent")
-
-
-def _exhausted(loss: ResponseLostError) -> bool:
-    """Whether no connection could be made since this process, or this machine, has no file descriptor left."""
-    error = loss.__cause__
-    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
-
-
-def _copy(error: ManagedVLLMError) -> ManagedVLLMError:
-    """One each for all who waited together: each is raised, and told of, in another place."""
-    rebuild, arguments = error.__reduce__()
-    copied: ManagedVLLMError = rebuild(*arguments)
-    return copied
-
-
-# -- waiting -----------------------------------------------------------------------------------------------------------
-
-
-def _left(deadline: float) -> float:
-    return max(0.0, deadline - time.monotonic())
-
-
-async def _before(deadline: float | None, place: Coroutine[Any, Any, None]) -> None:
-    """Waits for a place among those in flight."""
-    if deadline is None:
-        return await place
-    try:
-        async with asyncio.timeout(_left(deadline)):
-            await place
-    except TimeoutError:
-        raise RequestTimeoutError("the deadline passed before the request was sent") from None
-
-
-async def _sleep(here: _Here, seconds: float, deadline: float | None) -> None:
-    """Sleeps, but not beyond the deadline or the client's end."""
-    if deadline is not None:
-        seconds = min(seconds, _left(deadline))
-    if seconds > 0:
-        await asyncio.wait({here.ended}, timeout=seconds)
-
-
-def _in_thread(function: Callable[[], Found]) -> asyncio.Future[Found]:
-    """The function's result, from a thread of its own: a loop that ends must not wait for one that is stuck."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Found] = loop.create_future()
-
-    def settle(result: Found | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            assert result is not None
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-            future.exception()  # perhaps nobody waits any more
-
-    def work() -> None:
-        result, error = None, None
-        try:
-            result = function()
-        except BaseException as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop was closed
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=work, name="managed-vllm-find", daemon=True).start()
-    return future
-
-
-_live: weakref.WeakSet[Exchange] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for exchange in _everybody():
-        exchange.forget()
-
-
-def _everybody() -> Iterator[Exchange]:
-    with contextlib.suppress(RuntimeError):  # changed by another thread in the moment of the fork
-        yield from list(_live)
-
-
-forks.call_in_child(_after_fork_in_child)

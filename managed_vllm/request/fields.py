@@ -1,6 +1,6 @@
 """Which request fields each of vLLM's two routes knows, so that no other is sent by mistake: vLLM ignores it silently.
 
-The names are those of vLLM 0.32's `CompletionRequest` and `ChatCompletionRequest` (`request.field_types`);
+The names are those of vLLM 0.32's `CompletionRequest` and `ChatCompletionRequest` (`request.arguments`);
 tests/request/test_sampling.py compares them with the installed vllm's. `extra_body={…}` bypasses the tables: for
 another version, another server, a plugin.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
-from managed_vllm.request.field_types import ChatFields, CompletionFields, GenerationFields, names_of
+from managed_vllm.request.arguments import ChatFields, CompletionFields, GenerationFields, names_of
 from managed_vllm.request.sampling import nearest
 
 BOTH_ROUTES = names_of(GenerationFields)
@@ -50,7 +50,7 @@ _OTHER_NAMES: Mapping[str, str] = {
     "guided_whitespace_pattern": "structured_outputs={'regex': …} or {'grammar': …}",
     "extra_args": "vllm_xargs",
 }
-"""What vLLM has removed or calls otherwise here; it would ignore them in silence."""
+"""Fields that vLLM has removed or renamed; it would ignore them in silence."""
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "stream": (False,),
     "use_beam_search": (False,),
@@ -58,11 +58,11 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "return_token_offsets": (False,),
     "chat_template_content_format": ("auto",),
 }
-"""Values of refused ones that ask for nothing. None does so for each."""
+"""Values of refused fields that ask for nothing. For each, so does None."""
 
 
 def known(*, chat: bool) -> frozenset[str]:
-    """The fields that are passed on to `/v1/chat/completions` (`chat`) or `/v1/completions`."""
+    """The fields that `/v1/chat/completions` (`chat`) or `/v1/completions` knows, and that are passed on."""
     return BOTH_ROUTES | (CHAT_ONLY if chat else COMPLETIONS_ONLY)
 
 
@@ -99,8 +99,8 @@ def _why(name: str, *, chat: bool) -> str:
     return f"the route has no such field{hint}; extra_body={{{name!r}: …}} sends it unchecked"
 
 
-class Common:
-    """What the requests of one call have in common: the caller's keyword `fields`, and `extra_body`, unchecked.
+class CallFields:
+    """The fields that the requests of one call share: the caller's keywords (`fields`), and `extra_body`, unchecked.
 
     Raises `UnsupportedParameterError` for a field that can't be passed on, `BadRequestError` for one that is wrong.
     """
@@ -119,23 +119,23 @@ class Common:
             self._priorities = self._fields.pop("priority")
 
     def with_params(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """All of a request but what it asks. Raises `BadRequestError` for what is a sampling parameter as well."""
+        """All fields of a request but its prompt. Raises `BadRequestError` for a keyword that is also in `params`."""
         for name in sorted(self._fields.keys() & params.keys()):
             if self._fields[name] != params[name]:
                 raise BadRequestError(f"{name} is given twice: as a keyword and in the sampling parameters", field=name)
         return with_candidates_as_ids({**self._fields, **params, **self._extra}, chat=self._chat)
 
     def body(self, asked: Mapping[str, Any], rest: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """The body of one request: what it asks, and the `rest` from `with_params`."""
+        """The body of one request: its prompt (`asked`), and the `rest` from `with_params`."""
         if self._priorities is None:
             return {**asked, **rest}
         return {**asked, "priority": self._priorities[index], **rest}
 
 
 def with_candidates_as_ids(body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
-    """The body so that candidates come as token ids where there are any beside the sampled token.
+    """The body with a request for candidates as token ids, if any are requested beside the sampled token.
 
-    As texts two of them can be the same, and can't be told apart (vLLM 0.32: `return_tokens_as_token_ids`).
+    Different candidates can have the same text (vLLM 0.32: `return_tokens_as_token_ids`).
     """
     candidates = body.get("top_logprobs" if chat else "logprobs") or body.get("logprob_token_ids")
     logprobs = body.get("logprobs")

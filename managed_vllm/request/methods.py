@@ -1,56 +1,39 @@
 """The synchronous methods for requests, which `ManagedVLLM` and `VLLMClient` share: `chat`, `generate`, `stream` …
 
 `RequestMethods` holds their signatures and documentation. Each waits for the method of the same name and signature of
-`AsyncVLLMClient`, which is the one implementation.
+`AsyncRequestMethods`, which has the one implementation.
 
 Imports nothing beyond the standard library: `ManagedVLLM` derives from it, and has to be imported within milliseconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Unpack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
 from managed_vllm.request import portal
-from managed_vllm.request.field_types import (
+from managed_vllm.request.arguments import (
     ChatFields,
     CompletionFields,
+    Conversation,
+    Params,
+    ProgressBar,
+    Prompt,
     StreamFields,
     TokenizeFields,
     names_fields,
 )
 
 if TYPE_CHECKING:
-    from managed_vllm.client import AsyncVLLMClient
+    from managed_vllm.request.async_methods import AsyncRequestMethods
     from managed_vllm.request.outputs import EmbeddingRequestOutput, RequestOutput, ScoringRequestOutput
-    from managed_vllm.request.sampling import SamplingParams
-
-
-class VLLMSamplingParams(Protocol):
-    """A `vllm.SamplingParams`, without importing vllm."""
-
-    @property
-    def n(self) -> int: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def max_tokens(self) -> int | None: ...
-
-
-Message: TypeAlias = Mapping[str, Any]
-"""`{"role": …, "content": …}`, as for the OpenAI API; `request.messages` says what a content may be."""
-Conversation: TypeAlias = Sequence[Message]
-Prompt: TypeAlias = "str | Iterable[int] | Mapping[str, Any]"
-"""A text, token ids, or a dict with `prompt` or `prompt_token_ids` and perhaps `multi_modal_data`."""
-Params: TypeAlias = "SamplingParams | VLLMSamplingParams | Mapping[str, Any]"
-ProgressBar: TypeAlias = bool | Callable[..., Any]
 
 
 class RequestMethods:
     """Requests to one server. What is documented for `chat` holds for all of them."""
 
     @property
-    def async_client(self) -> AsyncVLLMClient:
+    def async_client(self) -> AsyncRequestMethods:
         """The same methods for asyncio: `await llm.async_client.chat(…)`."""
         raise NotImplementedError
 

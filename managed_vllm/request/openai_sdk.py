@@ -1,9 +1,9 @@
-"""The OpenAI SDK on our connections: what its HTTP library calls a transport, for `llm.openai` and `llm.async_openai`.
+"""The OpenAI SDK on our connections, for `llm.openai` and `llm.async_openai`: its HTTP library's transports.
 
-A request goes to where the server is now, whatever address the SDK's client was made with. One that could not be sent,
-or whose connection broke before an answer began, waits for the server to come back and is sent again, as often as the
-client's `RetryPolicy` allows; what breaks later is the SDK's to retry (its `max_retries`). The SDK's `timeout=` bounds
-the wait for the answer's beginning, and each wait within it.
+A request goes to where the server is now, whatever address the SDK's client was made with. A request that could not be
+sent, or whose connection broke before a response began, waits for the server to come back and is sent again, as often
+as the client's `RetryPolicy` allows. What breaks later is left to the SDK's `max_retries`. The SDK's `timeout=` limits
+the wait for the beginning of the response, and each wait within it.
 
 The SDK has changed its HTTP library from httpx to httpx2; so the classes are made from the module that it uses.
 """
@@ -14,97 +14,95 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp
 
 from managed_vllm.errors import RequestTimeoutError, ServerDiedError
 from managed_vllm.request import portal
+from managed_vllm.request.attempts import Sender
 
-if TYPE_CHECKING:
-    from managed_vllm.request.attempts import Exchange
-
-_OURS = frozenset({b"host", b"content-length", b"connection", b"transfer-encoding"})
-"""Headers that are made anew for the connection that a request goes by."""
+_SET_BY_US = frozenset({b"host", b"content-length", b"connection", b"transfer-encoding"})
+"""Headers that depend on the connection by which a request goes."""
 
 
-def async_transport(httpx: ModuleType, exchange: Exchange) -> Any:
+def async_transport(httpx: ModuleType, sender: Sender) -> Any:
     """An `httpx.AsyncBaseTransport`."""
 
     class Stream(httpx.AsyncByteStream):  # type: ignore[name-defined,misc]
-        def __init__(self, answer: _Answer) -> None:
-            self._answer = answer
+        def __init__(self, body: _ResponseBody) -> None:
+            self._body = body
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
-            while piece := await self._answer.read():
+            while piece := await self._body.read():
                 yield piece
 
         async def aclose(self) -> None:
-            self._answer.close()
+            self._body.close()
 
     class Transport(httpx.AsyncBaseTransport):  # type: ignore[name-defined,misc]
         async def handle_async_request(self, request: Any) -> Any:
-            answer = await _ask(httpx, exchange, request, await request.aread())
-            return httpx.Response(answer.status, headers=answer.headers, stream=Stream(answer), request=request)
+            body = await _send(httpx, sender, request, await request.aread())
+            return httpx.Response(body.status, headers=body.headers, stream=Stream(body), request=request)
 
     return Transport()
 
 
-def transport(httpx: ModuleType, exchange: Exchange) -> Any:
-    """An `httpx.BaseTransport`, which works in the portal's loop."""
+def transport(httpx: ModuleType, sender: Sender) -> Any:
+    """An `httpx.BaseTransport`, which works in the portal's event loop."""
 
     class Stream(httpx.SyncByteStream):  # type: ignore[name-defined,misc]
-        def __init__(self, answer: _Answer) -> None:
-            self._answer = answer
-            self._where = portal.loop()
+        def __init__(self, body: _ResponseBody) -> None:
+            self._body = body
+            self._loop = portal.loop()
 
         def __iter__(self) -> Iterator[bytes]:
-            while piece := portal.run(self._answer.read):
+            while piece := portal.run(self._body.read):
                 yield piece
 
         def close(self) -> None:
             async def close() -> None:
-                self._answer.close()
+                self._body.close()
 
-            portal.end(self._where, close)
+            portal.clean_up(self._loop, close)
 
     class Transport(httpx.BaseTransport):  # type: ignore[name-defined,misc]
         def handle_request(self, request: Any) -> Any:
-            body = request.read()
-            answer = portal.run(lambda: _ask(httpx, exchange, request, body))
-            return httpx.Response(answer.status, headers=answer.headers, stream=Stream(answer), request=request)
+            content = request.read()
+            body = portal.run(lambda: _send(httpx, sender, request, content))
+            return httpx.Response(body.status, headers=body.headers, stream=Stream(body), request=request)
 
     return Transport()
 
 
-async def _ask(httpx: ModuleType, exchange: Exchange, request: Any, body: bytes) -> _Answer:
+async def _send(httpx: ModuleType, sender: Sender, request: Any, content: bytes) -> _ResponseBody:
     limits = request.extensions.get("timeout") or {}
     headers = [
         (name.decode("ascii"), value.decode("latin-1"))
         for name, value in request.headers.raw
-        if name.lower() not in _OURS
+        if name.lower() not in _SET_BY_US
     ]
     path = request.url.raw_path.decode("ascii")
     read_s = limits.get("read")
     deadline = None if read_s is None else time.monotonic() + read_s
-    with _translated(httpx, request):
-        response = await exchange.open(request.method, path, headers, body or None, deadline)
-    return _Answer(httpx, exchange, request, response, read_s)
+    with _sdk_errors(httpx, request):
+        response = await sender.open(request.method, path, headers, content or None, deadline)
+    return _ResponseBody(httpx, sender, request, response, read_s)
 
 
-class _Answer:
-    """An answer on its way."""
+class _ResponseBody:
+    """The body of a response, which is read piece by piece."""
 
     def __init__(
         self,
         httpx: ModuleType,
-        exchange: Exchange,
+        sender: Sender,
         request: Any,
         response: aiohttp.ClientResponse,
         read_s: float | None,
     ) -> None:
         self._httpx = httpx
-        self._exchange = exchange
+        self._sender = sender
         self._request = request
         self._response = response
         self._read_s = read_s
@@ -112,17 +110,17 @@ class _Answer:
         self.headers = [(bytes(name), bytes(value)) for name, value in response.raw_headers]
 
     async def read(self) -> bytes:
-        """What has come; empty at the end."""
+        """The next piece; empty at the end."""
         content = self._response.content
-        with _translated(self._httpx, self._request):
-            async with self._exchange.bounded(self._read_s):
+        with _sdk_errors(self._httpx, self._request):
+            async with self._sender.bound(self._read_s):
                 data = await content.readany()
                 while not data and not content.at_eof():
                     data = await content.readany()
                 return data
 
     def close(self) -> None:
-        """Gives the connection back, or closes it where the answer is not at its end: then the server stops, too."""
+        """Gives the connection back. Before the end of the body it is closed instead: then the server stops, too."""
         if self._response.content.at_eof():
             self._response.release()
         else:
@@ -130,8 +128,8 @@ class _Answer:
 
 
 @contextlib.contextmanager
-def _translated(httpx: ModuleType, request: Any) -> Iterator[None]:
-    """Errors as the SDK knows them; those of our own that say more pass as they are."""
+def _sdk_errors(httpx: ModuleType, request: Any) -> Iterator[None]:
+    """Raises the HTTP library's errors, which the SDK knows; errors of ours that say more pass as they are."""
     try:
         yield
     except (RequestTimeoutError, TimeoutError) as error:

@@ -1,11 +1,12 @@
-"""What comes back from a request, in the shape of `vllm.RequestOutput`: exact token ids, as the server sampled them.
+"""What a request returns, in the shape of `vllm.RequestOutput`: exact token ids, as the server sampled them.
 
-Names and types are vLLM's (0.32), so that code written for `vllm.LLM` goes on working. What the OpenAI-compatible
-routes don't tell is None, and the docstrings say so.
+Names and types are vLLM's (0.32), so that code written for `vllm.LLM` keeps working. What the OpenAI-compatible routes
+don't return is None, and the docstrings say so.
 
-The ids of logprobs' candidates are exact: they are asked for as `token_id:123` (`return_tokens_as_token_ids`). Then the
-routes don't tell the candidates' texts: `decoded_token` is None, but for the sampled token in a chat. With `logprobs=0`
-there is only the sampled token, whose id is known anyway, and its text is told. `prompt_logprobs` have all of it.
+The ids of logprobs' candidates are exact: they are requested as `token_id:123` (`return_tokens_as_token_ids`). The
+routes then don't return the candidates' texts: `decoded_token` is None, but for the sampled token in a chat. With
+`logprobs=0` there is only the sampled token, whose id is known anyway, and its text is returned. `prompt_logprobs` are
+complete.
 """
 
 from __future__ import annotations
@@ -13,25 +14,23 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import msgspec
 
-from managed_vllm.request.responses import Choice, Decoded, Logprobs, TokenLogprob, converted
-
-if TYPE_CHECKING:
-    from managed_vllm.request.attempts import Told
+from managed_vllm.request.pending import RequestStats
+from managed_vllm.request.responses import Choice, Logprobs, ParsedResponse, TokenLogprob, parse_dict
 
 _ID = "token_id:"
 _SHOWN = 60
 
 
 class Logprob(msgspec.Struct, frozen=True, gc=False):
-    """One candidate at one place. `rank` is 1 for the likeliest.
+    """One candidate at one position. `rank` is 1 for the likeliest.
 
-    The routes don't tell ranks of generated tokens; they come from the order of the candidates. So `rank` is None for a
-    sampled token that is not among the likeliest asked for, and for `logprob_token_ids`. Of equally likely ones the
-    sampled one counts as first.
+    The routes don't return the ranks of generated tokens; they follow from the order of the candidates. So `rank` is
+    None for a sampled token that is not among the likeliest requested, and for `logprob_token_ids`. Of equally likely
+    candidates, the sampled one counts as the first.
     """
 
     logprob: float
@@ -50,14 +49,13 @@ class CompletionOutput:
         index: its number among them.
         text: its text.
         token_ids: its token ids, as sampled.
-        cumulative_logprob: sum of the sampled tokens' logprobs; None if logprobs were not asked for.
-        logprobs: one dict per token, `{token id: Logprob}`, the sampled token first, then the candidates, likeliest
-            first.
+        cumulative_logprob: the sum of the sampled tokens' logprobs; None if logprobs were not requested.
+        logprobs: one dict per token, `{token id: Logprob}`: the sampled token, then the candidates, likeliest first.
         finish_reason: "stop", "length", "tool_calls", "repetition" …
         stop_reason: the stop string or token id that was hit; None for the end-of-sequence token.
-        reasoning: what a reasoning parser of the server took out of the text, in a chat.
-        tool_calls: what a tool parser took out of it, as dicts of OpenAI's shape.
-        routed_experts: as the server has it: base64 of a `.npy` file.
+        reasoning: what the server's reasoning parser took out of the text, in a chat.
+        tool_calls: what the server's tool parser took out of it, as dicts of OpenAI's shape.
+        routed_experts: as the server returns it: base64 of a `.npy` file.
     """
 
     index: int
@@ -71,14 +69,14 @@ class CompletionOutput:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     routed_experts: str | None = None
 
-    # The routes don't tell these.
+    # The routes don't return these.
     lora_request: ClassVar[None] = None
     sampling_mask: ClassVar[None] = None
     spec_decode_metrics: ClassVar[None] = None
     weight_versions: ClassVar[None] = None
 
     def finished(self) -> bool:
-        """As in vLLM: whether there is a finish_reason."""
+        """Whether there is a finish_reason, as in vLLM."""
         return self.finish_reason is not None
 
     def __repr__(self) -> str:
@@ -96,22 +94,22 @@ class RequestOutput:
         request_id: the server's id of the request.
         prompt: the prompt, if it was text; of a chat only with `return_prompt_text=True`.
         prompt_token_ids: its token ids, as the server made them.
-        prompt_logprobs: one dict per token of the prompt, None for the first; None if not asked for.
+        prompt_logprobs: one dict per token of the prompt, None for the first; None if not requested.
         outputs: the `n` answers.
-        finished: True, but for the parts of a stream that are not the last.
-        metrics: the server's own times (`time_to_first_token_ms` …), where it is started with
+        finished: True, but for the parts of a stream before the last.
+        metrics: the server's own times (`time_to_first_token_ms` …), if it was started with
             `--enable-per-request-metrics`; not for streamed (resumable) generations.
-        num_cached_tokens: tokens of the prompt found in the prefix cache, where the server is started with
+        num_cached_tokens: tokens of the prompt that were in the prefix cache, if the server was started with
             `--enable-prompt-tokens-details`; not for streamed generations.
-        kv_transfer_params, ec_transfer_params: where the server transfers.
-        model: the name that was asked.
-        epoch: the life of the server that ended the answer.
-        attempts: number of sendings.
-        latency: seconds, waiting for the server included, but not the waiting for a place among those in flight.
-        started_at: Unix time at which that began.
-        time_to_first_token: seconds of it until the first token; None where the answer was not streamed.
-        resumed_tokens: tokens that came from lives or connections before, and were not generated again.
-        raw: the answer as it came; no part of comparisons and of `to_dict`.
+        kv_transfer_params, ec_transfer_params: from a server that transfers caches.
+        model: the name under which the server has the model.
+        epoch: the server's epoch in which the answer ended.
+        attempts: how often the request was sent.
+        latency: seconds from `started_at`, waiting for the server included.
+        started_at: Unix time at which the request was admitted to those in flight (`max_in_flight`).
+        time_to_first_token: seconds of `latency` until the first token; None if the answer was not streamed.
+        resumed_tokens: tokens that came before a loss, and were not generated again.
+        raw: the response as it came; ignored by comparisons and `to_dict`.
     """
 
     request_id: str
@@ -133,7 +131,7 @@ class RequestOutput:
     resumed_tokens: int = 0
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    # The routes don't tell these.
+    # The routes don't return these.
     lora_request: ClassVar[None] = None
     encoder_prompt: ClassVar[None] = None
     encoder_prompt_token_ids: ClassVar[None] = None
@@ -141,26 +139,31 @@ class RequestOutput:
     prompt_token_id_logprobs: ClassVar[None] = None
 
     @classmethod
-    def from_answer(
+    def from_response(
         cls,
-        answer: Decoded | Mapping[str, Any],
+        response: ParsedResponse | Mapping[str, Any],
         body: Mapping[str, Any],
-        told: Told | None = None,
+        stats: RequestStats | None = None,
         *,
         chat: bool,
         logprobs: int | None = None,
         before: int = 0,
     ) -> RequestOutput:
-        """From a route's answer to the request `body`: whole, or a part of it that is not the last (`told` is None).
+        """From the response to a request.
 
-        `logprobs` is the number of candidates that the caller wants (-1: all), where the body asks for more. `before`
-        are attempts that `told` does not know of.
+        Args:
+            response: whole, or a part of a stream.
+            body: of the request.
+            stats: how it was served; None for a part of a stream before the last.
+            chat: which route it is of.
+            logprobs: how many candidates the caller wants (-1: all), if the body requests more.
+            before: attempts that `stats` does not count.
         """
         if logprobs is None:
             logprobs = (body.get("top_logprobs") or 0) if chat else body.get("logprobs")
         ranked = not body.get("logprob_token_ids")
-        whole = answer if isinstance(answer, Decoded) else converted(answer)
-        found = whole.answer
+        parsed = response if isinstance(response, ParsedResponse) else parse_dict(response)
+        found = parsed.response
         choices = found.choices
         if len(choices) > 1:
             choices = sorted(choices, key=_index)
@@ -177,21 +180,21 @@ class RequestOutput:
             num_cached_tokens=None if details is None else details.cached_tokens,
             kv_transfer_params=found.kv_transfer_params,
             ec_transfer_params=found.ec_transfer_params,
-            raw=whole.raw,
-            finished=told is not None or first.finish_reason is not None,
-            model=found.model or "" if told is None else told.model,
-            epoch=0 if told is None else told.epoch,
-            attempts=1 if told is None else told.attempts + before,
-            latency=0.0 if told is None else told.latency,
-            started_at=0.0 if told is None else told.started_at,
-            time_to_first_token=None if told is None else told.time_to_first_token,
-            resumed_tokens=0 if told is None else told.resumed_tokens,
+            raw=parsed.raw,
+            finished=stats is not None or first.finish_reason is not None,
+            model=found.model or "" if stats is None else stats.model,
+            epoch=0 if stats is None else stats.epoch,
+            attempts=1 if stats is None else stats.attempts + before,
+            latency=0.0 if stats is None else stats.latency,
+            started_at=0.0 if stats is None else stats.started_at,
+            time_to_first_token=None if stats is None else stats.time_to_first_token,
+            resumed_tokens=0 if stats is None else stats.resumed_tokens,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but `raw` in dicts, lists and plain values; `json` can write it, and `from_dict` reads both.
+        """All but `raw`, as dicts, lists and plain values. `json` can write it, and `from_dict` reads both forms.
 
-        (JSON makes texts of the token ids that are keys of logprobs.)
+        (In JSON the token ids that are keys of logprobs become texts.)
         """
         found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "raw"}
         found["outputs"] = [_plain_completion(output) for output in self.outputs]
@@ -200,7 +203,7 @@ class RequestOutput:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> RequestOutput:
-        """What `to_dict` has made. Raises `ValueError` for what is something else."""
+        """The inverse of `to_dict`. Raises `ValueError` for anything else."""
         try:
             found = dict(given)
             found["outputs"] = [
@@ -228,7 +231,7 @@ class EmbeddingOutput:
 
     @property
     def hidden_size(self) -> int:
-        """Length of the vector."""
+        """The length of the vector."""
         return len(self.embedding)
 
     def __repr__(self) -> str:
@@ -237,14 +240,14 @@ class EmbeddingOutput:
 
 @dataclass(frozen=True)
 class ScoringOutput:
-    """`score` says how well two texts fit: of a cross-encoder, or the cosine of embeddings."""
+    """`score` says how well two texts fit: a cross-encoder's score, or the cosine of embeddings."""
 
     score: float
 
 
 @dataclass(frozen=True)
 class _PoolingRequestOutput:
-    """`usage` has the number of the prompt's tokens; the rest as in `RequestOutput`."""
+    """`usage` has the number of the prompt's tokens; the rest is as in `RequestOutput`."""
 
     request_id: str
     outputs: Any
@@ -259,30 +262,30 @@ class _PoolingRequestOutput:
     usage: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, answer: Mapping[str, Any], outputs: Any, told: Told) -> Self:
-        """From a route's whole answer."""
+    def of(cls, response: Mapping[str, Any], outputs: Any, stats: RequestStats) -> Self:
+        """From a route's response."""
         return cls(
-            request_id=str(answer.get("id") or uuid.uuid4()),
+            request_id=str(response.get("id") or uuid.uuid4()),
             outputs=outputs,
-            model=told.model,
-            epoch=told.epoch,
-            attempts=told.attempts,
-            latency=told.latency,
-            started_at=told.started_at,
-            usage=dict(answer.get("usage") or {}),
+            model=stats.model,
+            epoch=stats.epoch,
+            attempts=stats.attempts,
+            latency=stats.latency,
+            started_at=stats.started_at,
+            usage=dict(response.get("usage") or {}),
         )
 
 
 @dataclass(frozen=True)
 class EmbeddingRequestOutput(_PoolingRequestOutput):
-    """The embedding of one prompt. The route does not tell `prompt_token_ids`."""
+    """The embedding of one prompt. The route does not return `prompt_token_ids`."""
 
     outputs: EmbeddingOutput
 
 
 @dataclass(frozen=True)
 class ScoringRequestOutput(_PoolingRequestOutput):
-    """The score of one pair. The route does not tell `prompt_token_ids`."""
+    """The score of one pair. The route does not return `prompt_token_ids`."""
 
     outputs: ScoringOutput
 
@@ -291,7 +294,7 @@ def _short(text: str) -> str:
     return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}…"
 
 
-# -- from an answer ----------------------------------------------------------------------------------------------------
+# -- from a response --------------------------------------------------------------------------------------------------
 
 
 def _index(choice: Choice) -> int:
@@ -300,9 +303,9 @@ def _index(choice: Choice) -> int:
 
 def _completion(choice: Choice, wanted: int, *, chat: bool, ranked: bool) -> CompletionOutput:
     token_ids = choice.token_ids or []
-    told = choice.logprobs
+    given = choice.logprobs
     logprobs, cumulative = (
-        _places(told, token_ids, wanted, chat=chat, ranked=ranked) if told is not None else (None, None)
+        _positions(given, token_ids, wanted, chat=chat, ranked=ranked) if given is not None else (None, None)
     )
     message = choice.message
     text = choice.text if message is None else message.content
@@ -323,41 +326,41 @@ def _completion(choice: Choice, wanted: int, *, chat: bool, ranked: bool) -> Com
 _Candidates = Iterable[tuple[str, float | None]]
 
 
-def _places(
-    told: Logprobs, token_ids: list[int], wanted: int, *, chat: bool, ranked: bool
+def _positions(
+    given: Logprobs, token_ids: list[int], wanted: int, *, chat: bool, ranked: bool
 ) -> tuple[list[dict[int, Logprob]] | None, float | None]:
-    """The dicts of all places, and the sum of the sampled tokens' logprobs."""
+    """The dicts of all positions, and the sum of the sampled tokens' logprobs."""
     entries: Iterable[tuple[float, str | None, _Candidates]]
-    last = len(token_ids)  # echo=True: the logprobs of the prompt stand before
+    last = len(token_ids)  # with echo=True the logprobs of the prompt come first
     if chat:
-        content = told.content or []
+        content = given.content or []
         if len(content) > last > 0:
             content = content[-last:]
         values = [entry.logprob for entry in content]
         if len(values) == last and wanted > 0 and ranked:
-            quick = _chat_places(content, token_ids, wanted)
+            quick = _chat_positions(content, token_ids, wanted)
             if quick is not None:
                 return quick, sum(values, 0.0)
         entries = map(_of_chat, content)
     else:
-        tokens, numbers = told.tokens or [], told.token_logprobs or []
-        tops: Sequence[Mapping[str, float | None] | None] = told.top_logprobs or [None] * len(tokens)
+        tokens, numbers = given.tokens or [], given.token_logprobs or []
+        tops: Sequence[Mapping[str, float | None] | None] = given.top_logprobs or [None] * len(tokens)
         if len(tokens) > last > 0:
             numbers, tokens, tops = numbers[-last:], tokens[-last:], tops[-last:]
         values = [0.0 if value is None else value for value in numbers]
         entries = map(_of_completion, values, tokens, tops)
     if len(values) != last:
         return None, sum(values, 0.0)
-    places = [
-        _place(token, value, text, candidates, wanted, chat, ranked)
+    positions = [
+        _position(token, value, text, candidates, wanted, chat, ranked)
         for token, (value, text, candidates) in zip(token_ids, entries, strict=True)
     ]
-    return places, sum(values, 0.0)
+    return positions, sum(values, 0.0)
 
 
 def _of_chat(entry: TokenLogprob) -> tuple[float, str | None, _Candidates]:
     text: str | None = entry.token
-    if entry.token.startswith(_ID):  # the bytes are of the text, not of what stands for it
+    if entry.token.startswith(_ID):  # the bytes are of the text, not of the id
         text = None if entry.bytes is None else bytes(entry.bytes).decode("utf-8", errors="replace")
     return entry.logprob, text, [(one.token, one.logprob) for one in entry.top_logprobs or ()]
 
@@ -368,9 +371,9 @@ def _of_completion(
     return value, None if token.startswith(_ID) else token, top.items() if top else ()
 
 
-def _chat_places(content: list[TokenLogprob], token_ids: list[int], wanted: int) -> list[dict[int, Logprob]] | None:
-    """As `_place` for each, written out: this is where most of a client's time goes. None: not the usual case."""
-    places = []
+def _chat_positions(content: list[TokenLogprob], token_ids: list[int], wanted: int) -> list[dict[int, Logprob]] | None:
+    """As `_position` for each, inlined: most of a client's time is spent here. None: not the usual case."""
+    positions = []
     for token, entry in zip(token_ids, content, strict=True):
         spelt = entry.bytes
         if entry.token[:9] != _ID or entry.top_logprobs is None:
@@ -392,17 +395,17 @@ def _chat_places(content: list[TokenLogprob], token_ids: list[int], wanted: int)
                 found[number] = Logprob(its, rank)
         text = None if spelt is None else bytes(spelt).decode("utf-8", "replace")
         found[token] = Logprob(value, likelier + 1 if likelier < others else None, text)
-        places.append(found)
-    return places
+        positions.append(found)
+    return positions
 
 
-def _place(
+def _position(
     token: int, value: float, text: str | None, candidates: _Candidates, wanted: int, chat: bool, ranked: bool
 ) -> dict[int, Logprob]:
-    """The dict of one place, as vLLM has it: the sampled token first, then the `wanted` likeliest (-1: all).
+    """The dict of one position, as vLLM has it: the sampled token first, then the `wanted` likeliest (-1: all).
 
     The candidates come in the order of their ranks, but for the sampled one, which is the first. A completion has
-    `wanted` of them and the sampled one, if that is another; a chat has as many as were asked for, that one included.
+    `wanted` of them, and the sampled one if that is another; a chat has as many as were requested, that one included.
     """
     if not wanted and ranked:
         return {token: Logprob(value, None, text)}
@@ -411,7 +414,7 @@ def _place(
     likelier = others = 0
     for name, its in candidates:
         if name[:9] != _ID or its is None:
-            return {token: sampled}  # the server names no ids
+            return {token: sampled}  # the server returns no ids
         number = int(name[9:])
         if number == token:
             continue
@@ -430,9 +433,9 @@ def _place(
     return found
 
 
-def _prompt_logprobs(told: Any) -> list[dict[int, Logprob] | None] | None:
-    """From dicts of JSON, whose keys may be texts."""
-    return msgspec.convert(told, list[dict[int, Logprob] | None] | None, str_keys=True)
+def _prompt_logprobs(given: Any) -> list[dict[int, Logprob] | None] | None:
+    """From JSON's dicts, whose keys may be texts."""
+    return msgspec.convert(given, list[dict[int, Logprob] | None] | None, str_keys=True)
 
 
 def _plain_logprobs(logprobs: Iterable[Mapping[int, Logprob] | None] | None) -> list[Any] | None:
@@ -440,12 +443,12 @@ def _plain_logprobs(logprobs: Iterable[Mapping[int, Logprob] | None] | None) -> 
         return None
     return [
         None
-        if place is None
+        if position is None
         else {
             token: {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.decoded_token}
-            for token, one in place.items()
+            for token, one in position.items()
         }
-        for place in logprobs
+        for position in logprobs
     ]
 
 

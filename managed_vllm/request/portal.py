@@ -1,7 +1,7 @@
-"""One event loop in a thread of its own, for everybody in this process who has none: the synchronous callers.
+"""The event loop of synchronous callers, in a thread of its own: one for the whole process.
 
-Made on first use and kept; it works from any thread, within another running event loop (a notebook's), and anew in a
-forked child. Who waits here can be interrupted: Ctrl-C cancels what he waits for.
+Started on first use and kept. It can be used from any thread, and within another running event loop (a notebook's); a
+forked child starts its own. Waiting can be interrupted: Ctrl-C cancels what is waited for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _loop: asyncio.AbstractEventLoop | None = None
 
 
 def loop() -> asyncio.AbstractEventLoop:
-    """The event loop; its thread is a daemon, and ends with the process."""
+    """The event loop. Its thread is a daemon, so it ends with the process."""
     global _loop
     with _lock:
         if _loop is None:
@@ -38,17 +38,17 @@ def loop() -> asyncio.AbstractEventLoop:
 
 
 def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
-    """A task that raises SystemExit or KeyboardInterrupt ends asyncio's loop; who waits for it is told by the next."""
+    """Goes on after a task that raises SystemExit or KeyboardInterrupt, which ends asyncio's loop."""
     while True:
         with contextlib.suppress(SystemExit, KeyboardInterrupt):
             loop.run_forever()
 
 
 def run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Runs the coroutine that `make` makes on the portal's loop and waits for its result.
+    """Runs the coroutine that `make` makes in the portal's loop, and returns its result.
 
-    If the caller is interrupted (KeyboardInterrupt, a time-out by signal), it is cancelled, for which the caller waits
-    2 s at most. Raises `RuntimeError` within the loop itself, which would wait for itself.
+    If the caller is interrupted (KeyboardInterrupt, a time-out by signal), the coroutine is cancelled, which may take
+    up to 2 s. Raises `RuntimeError` within the loop itself, which would wait for itself.
     """
     where = loop()
     if _is_running(where):
@@ -68,7 +68,10 @@ def run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 def iterate(items: AsyncIterator[T]) -> Iterator[T]:
-    """The items, one by one, from the loop. Closes an asynchronous generator when the iterator is closed or garbage."""
+    """The items, one by one, from the portal's loop.
+
+    An asynchronous generator is closed when the iterator is closed or collected.
+    """
     where = loop()
 
     async def following() -> tuple[T] | None:
@@ -82,14 +85,14 @@ def iterate(items: AsyncIterator[T]) -> Iterator[T]:
             yield found[0]
     finally:
         if isinstance(items, AsyncGenerator):
-            end(where, items.aclose)
+            clean_up(where, items.aclose)
 
 
-def end(where: asyncio.AbstractEventLoop, make: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Runs a clean-up on the loop as `run` does; but it may come whenever an object becomes garbage.
+def clean_up(where: asyncio.AbstractEventLoop, make: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """As `run`, for clean-up that may come at any time, when an object is collected.
 
-    So within the loop itself nobody waits for it, and where that loop does not run nothing is done: in a forked child,
-    where what is to clean up is the parent's, and at the interpreter's end.
+    Within the loop itself it does not wait. It does nothing in a forked child, where the parent cleans up, and when the
+    interpreter ends.
     """
     if where is not _loop or sys.is_finalizing():
         return
@@ -100,7 +103,7 @@ def end(where: asyncio.AbstractEventLoop, make: Callable[[], Coroutine[Any, Any,
 
 
 def _is_running(where: asyncio.AbstractEventLoop) -> bool:
-    """Whether this is the loop that runs this very code."""
+    """Whether this code runs in that loop."""
     try:
         return asyncio.get_running_loop() is where
     except RuntimeError:
@@ -108,13 +111,13 @@ def _is_running(where: asyncio.AbstractEventLoop) -> bool:
 
 
 def _settle(where: asyncio.AbstractEventLoop) -> None:
-    """Waits until the loop has come round: a cancelled task has then closed its connections."""
+    """Waits for one round of the loop: then a cancelled task has closed its connections."""
     with contextlib.suppress(concurrent.futures.TimeoutError, KeyboardInterrupt):
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0.01), where).result(_CANCEL_S)
 
 
 def _after_fork_in_child() -> None:
-    """The thread stayed with the parent, and the lock may have been held by another one."""
+    """The thread stayed with the parent, and another one may have held the lock."""
     global _lock, _loop
     _lock = threading.Lock()
     _loop = None

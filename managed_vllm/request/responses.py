@@ -1,8 +1,8 @@
-"""The answers of vLLM's two routes as they are decoded: their types are checked, what nobody reads is skipped.
+"""The responses of vLLM's two generation routes, decoded: types are checked, unused fields are skipped.
 
-From JSON straight into these takes half the time, and a fifth of the garbage, of dicts; a value of a wrong type is an
-error by its place (`msgspec.ValidationError`, a `ValueError`). Fields are those of vLLM 0.32; all but `choices` may be
-missing, for other servers.
+Decoding JSON straight into these structs takes half the time of decoding into dicts, and makes a fifth of the garbage.
+A value of a wrong type is a `msgspec.ValidationError` (a `ValueError`) that says where it is. Fields are those of vLLM
+0.32; all but `choices` may be missing, for other servers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
+
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
+"""What reading a response raises if it is of another shape."""
 
 
 class TopLogprob(msgspec.Struct, gc=False):
@@ -21,7 +24,7 @@ class TopLogprob(msgspec.Struct, gc=False):
 
 
 class TokenLogprob(msgspec.Struct, gc=False):
-    """One place, in a chat. `bytes` are those of the token's text, also where `token` is an id."""
+    """One position, in a chat. `bytes` are those of the token's text, also where `token` is an id."""
 
     token: str
     logprob: float
@@ -38,8 +41,8 @@ class Logprobs(msgspec.Struct, gc=False):
     top_logprobs: list[dict[str, float | None] | None] | None = None
 
 
-class AnswerMessage(msgspec.Struct, gc=False):
-    """What a chat answers."""
+class ResponseMessage(msgspec.Struct, gc=False):
+    """A choice's message, in a chat."""
 
     content: str | None = None
     reasoning: str | None = None
@@ -53,7 +56,7 @@ class Choice(msgspec.Struct, gc=False):
 
     index: int
     text: str | None = None
-    message: AnswerMessage | None = None
+    message: ResponseMessage | None = None
     token_ids: list[int] | None = None
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
@@ -64,19 +67,19 @@ class Choice(msgspec.Struct, gc=False):
 
 
 class PromptTokensDetails(msgspec.Struct, gc=False):
-    """Where the server is started with `--enable-prompt-tokens-details`."""
+    """Present if the server was started with `--enable-prompt-tokens-details`."""
 
     cached_tokens: int | None = None
 
 
 class Usage(msgspec.Struct, gc=False):
-    """What of it is read."""
+    """The part of it that is used."""
 
     prompt_tokens_details: PromptTokensDetails | None = None
 
 
-class Answer(msgspec.Struct, gc=False):
-    """A whole answer."""
+class GenerationResponse(msgspec.Struct, gc=False):
+    """The body of a whole response."""
 
     choices: list[Choice]
     id: str | int | None = None
@@ -90,11 +93,11 @@ class Answer(msgspec.Struct, gc=False):
     ec_transfer_params: dict[str, Any] | None = None
 
 
-_decoder = msgspec.json.Decoder(Answer)
+_decoder = msgspec.json.Decoder(GenerationResponse)
 
 
-class RawAnswer(Mapping[str, Any]):
-    """An answer as it came, decoded when it is looked at."""
+class LazyJSON(Mapping[str, Any]):
+    """A JSON object, decoded when it is first read."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -118,21 +121,39 @@ class RawAnswer(Mapping[str, Any]):
         return repr(self._dict())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (RawAnswer, (self._data,))
+        return (LazyJSON, (self._data,))
 
 
-class Decoded(msgspec.Struct, gc=False):
-    """A whole answer, and what it was decoded from."""
+class ParsedResponse(msgspec.Struct, gc=False):
+    """A whole response, and the JSON object that it was decoded from."""
 
-    answer: Answer
+    response: GenerationResponse
     raw: Mapping[str, Any]
 
 
-def decoded(data: bytes) -> Decoded:
-    """From JSON. Raises `ValueError` or `RecursionError` for what is no answer."""
-    return Decoded(_decoder.decode(data), RawAnswer(data))
+def parse(data: bytes) -> ParsedResponse:
+    """From JSON. Raises `ValueError` or `RecursionError` if it is no such response."""
+    return ParsedResponse(_decoder.decode(data), LazyJSON(data))
 
 
-def converted(raw: Mapping[str, Any]) -> Decoded:
-    """From dicts and lists, as JSON has them. Raises as `decoded`."""
-    return Decoded(msgspec.convert(raw, Answer, strict=True, str_keys=True), raw)
+def parse_dict(raw: Mapping[str, Any]) -> ParsedResponse:
+    """From dicts and lists. Raises as `parse`."""
+    return ParsedResponse(msgspec.convert(raw, GenerationResponse, strict=True, str_keys=True), raw)
+
+
+class EventDecoder:
+    """Splits a stream of server-sent events, which may come in pieces of any size."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._first = True
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The data of each event that is complete now: JSON, or `[DONE]`."""
+        lines = (self._rest + data).split(b"\n")
+        self._rest = lines.pop()
+        if self._first and lines:
+            self._first, lines[0] = False, lines[0].removeprefix(b"\xef\xbb\xbf")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip()

@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from processes import HANG_S, eventually
 from scripted_server import ANSWER, QUICK, Act, Script, client_of, http, says
 
@@ -29,14 +27,11 @@ from managed_vllm import AsyncVLLMClient, RetryPolicy, VLLMClient
 from managed_vllm.errors import (
     AuthenticationError,
     BadRequestError,
-    ContextLengthError,
     ModelNotFoundError,
     RequestError,
     ServerBusyError,
     ServerDiedError,
 )
-from managed_vllm.request.attempts import refusal
-from managed_vllm.request.concurrency import FIRST, InFlight
 from managed_vllm.request.outputs import RequestOutput
 from managed_vllm.status import Connection
 
@@ -324,10 +319,13 @@ def test_without_file_descriptors_fewer_are_in_flight() -> None:
 
 
 def test_a_new_life_of_the_server_takes_in_as_many_as_the_first() -> None:
-    alive = threading.Event()
+    alive, together = threading.Event(), threading.Event()
+    all_of_them = threading.Barrier(60)
     now = [1]
 
     def act(client: socket.socket) -> None:
+        if together.is_set():
+            all_of_them.wait(HANG_S)
         says(ANSWER if alive.is_set() else {"error": {"message": "dead"}}, 200 if alive.is_set() else 503)(client)
 
     async def main() -> None:
@@ -342,267 +340,12 @@ def test_a_new_life_of_the_server_takes_in_as_many_as_the_first() -> None:
             client = AsyncVLLMClient(connection=connection, retry=RetryPolicy(backoff_initial_s=0.01, spread_s=0))
             outputs = await client.generate(["x"] * 60, SHORT)
             assert texts(outputs) == ["fine"] * 60
-            assert client._exchange.here().in_flight.limit >= FIRST
+            together.set()
+            outputs = await client.generate(["x"] * 60, SHORT)  # which are answered once all are in flight
+            assert texts(outputs) == ["fine"] * 60
             await client.aclose()
 
     asyncio.run(main())
-
-
-# -- the bound itself --------------------------------------------------------------------------------------------------
-
-
-def run(body: Callable[[], Any]) -> None:
-    async def main() -> None:
-        await body()
-
-    asyncio.run(main())
-
-
-async def turn() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
-def test_refusals_of_one_round_halve_the_bound_once() -> None:
-    async def body() -> None:
-        bound = InFlight(16)
-        for _ in range(16):
-            await bound.enter()
-        for _ in range(16):
-            bound.refused()
-        assert bound.limit == 8
-        bound.refused()
-        assert bound.limit == 4
-
-    run(body)
-
-
-def test_answers_end_a_round_as_refusals_do() -> None:
-    async def body() -> None:
-        bound = InFlight(16)
-        for _ in range(16):
-            await bound.enter()
-        bound.refused()
-        assert bound.limit == 8
-        for _ in range(15):
-            bound.leave(answered=False)
-        for _ in range(7):
-            await bound.enter()
-        bound.refused()
-        assert bound.limit == 4
-
-    run(body)
-
-
-def test_the_bound_never_falls_below_one() -> None:
-    async def body() -> None:
-        bound = InFlight(3)
-        for _ in range(100):
-            bound.refused()
-        assert bound.limit == 1
-        await bound.enter()
-        waiting = asyncio.create_task(bound.enter())
-        await turn()
-        assert not waiting.done()
-        bound.leave(answered=True)
-        await waiting
-
-    run(body)
-
-
-def test_the_bound_doubles_in_each_round_until_the_first_refusal_and_then_grows_by_one() -> None:
-    async def body() -> None:
-        bound = InFlight(4096)
-        assert bound.limit == FIRST
-
-        async def round_() -> None:
-            count = bound.limit
-            for _ in range(count):
-                await bound.enter()
-            waiting = [asyncio.create_task(bound.enter()) for _ in range(2 * count)]
-            await turn()
-            for _ in range(count):
-                bound.leave(answered=True)
-            await turn()
-            while bound.now:
-                bound.leave(answered=False)
-                await asyncio.sleep(0)
-            await asyncio.gather(*waiting)
-
-        await round_()
-        assert bound.limit == 2 * FIRST
-        await round_()
-        assert bound.limit == 4 * FIRST
-        for _ in range(4 * FIRST):
-            await bound.enter()
-        for _ in range(4 * FIRST):
-            bound.refused()
-        for _ in range(4 * FIRST):
-            bound.leave(answered=False)
-        assert bound.limit == 2 * FIRST
-        await round_()
-        assert 2 * FIRST <= bound.limit <= 2 * FIRST + 2
-
-    run(body)
-
-
-def test_the_bound_does_not_grow_while_it_is_not_used_up() -> None:
-    async def body() -> None:
-        bound = InFlight(4096)
-        for _ in range(1000):
-            await bound.enter()
-            bound.leave(answered=True)
-        assert bound.limit == FIRST
-
-    run(body)
-
-
-def test_who_comes_first_is_served_first() -> None:
-    async def body() -> None:
-        bound = InFlight(2)
-        order: list[int] = []
-
-        async def one(number: int) -> None:
-            await bound.enter()
-            order.append(number)
-
-        await bound.enter()
-        await bound.enter()
-        tasks = [asyncio.create_task(one(number)) for number in range(10)]
-        await turn()
-        for _ in range(10):
-            bound.leave(answered=True)
-            late = asyncio.create_task(one(99))  # does not push in
-            await turn()
-            late.cancel()
-        await asyncio.gather(*tasks)
-        assert order == list(range(10))
-
-    run(body)
-
-
-def test_who_is_refused_waits_before_those_who_were_never_sent() -> None:
-    async def body() -> None:
-        bound = InFlight(2)
-        await bound.enter()
-        await bound.enter()
-        order: list[str] = []
-
-        async def new() -> None:
-            await bound.enter()
-            order.append("new")
-
-        async def refused() -> None:
-            bound.refused()
-            await bound.give_way()
-            order.append("refused")
-
-        tasks = [asyncio.create_task(new()), asyncio.create_task(refused())]
-        await turn()
-        assert (bound.now, bound.limit, order) == (1, 1, [])
-        bound.leave(answered=False)
-        await turn()
-        assert order == ["refused"]
-        bound.leave(answered=False)
-        await asyncio.gather(*tasks)
-        assert bound.now == 1
-
-    run(body)
-
-
-def test_cancelled_while_waiting_loses_no_place() -> None:
-    async def body() -> None:
-        bound = InFlight(1)
-        await bound.enter()
-        first, second = (asyncio.create_task(bound.enter()) for _ in range(2))
-        await turn()
-        first.cancel()
-        bound.leave(answered=True)  # before the cancelled one has noticed
-        results = await asyncio.gather(first, second, return_exceptions=True)
-        assert isinstance(results[0], asyncio.CancelledError)
-        assert results[1] is None
-        assert bound.now == 1
-
-        third, fourth = (asyncio.create_task(bound.enter()) for _ in range(2))
-        await turn()
-        bound.leave(answered=True)
-        third.cancel()  # it has the place already
-        results = await asyncio.gather(third, fourth, return_exceptions=True)
-        assert isinstance(results[0], asyncio.CancelledError)
-        assert results[1] is None
-        assert bound.now == 1
-
-    run(body)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.integers(1, 6),
-    st.lists(st.tuples(st.sampled_from("ecolrgt"), st.integers(0, 30)), max_size=80),
-)
-def test_whatever_happens_places_are_counted_right_and_nobody_waits_for_ever(most: int, acts: list[Any]) -> None:
-    """e: enter, c: cancel, l: leave answered, o: leave otherwise, r: refused, g: refused and give way, t: turns."""
-
-    async def body() -> None:
-        bound = InFlight(most)
-        ends: list[asyncio.Event] = []
-        answered: list[bool] = []
-        tasks: list[asyncio.Task[None]] = []
-        holding: set[int] = set()
-        giving: dict[int, asyncio.Event] = {}
-
-        async def one(number: int) -> None:
-            await bound.enter()
-            try:
-                holding.add(number)
-                while not ends[number].is_set():
-                    waits = [asyncio.create_task(event.wait()) for event in (ends[number], giving[number])]
-                    try:
-                        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                    finally:
-                        for wait in waits:
-                            wait.cancel()
-                    if giving[number].is_set():
-                        giving[number].clear()
-                        bound.refused()
-                        holding.discard(number)
-                        await bound.give_way()
-                        holding.add(number)
-            finally:
-                holding.discard(number)
-                bound.leave(answered=answered[number])
-
-        for act, which in acts:
-            if act == "e":
-                ends.append(asyncio.Event())
-                answered.append(True)
-                giving[len(tasks)] = asyncio.Event()
-                tasks.append(asyncio.create_task(one(len(tasks))))
-            elif act == "r":
-                bound.refused()
-            elif act == "t":
-                await turn()
-            elif tasks:
-                number = which % len(tasks)
-                if act == "c":
-                    tasks[number].cancel()
-                elif act == "g":
-                    giving[number].set()
-                else:
-                    answered[number] = act == "l"
-                    ends[number].set()
-            assert 1 <= bound.limit <= most
-        await turn()
-        await turn()
-        assert len(holding) == bound.now
-        for end in ends:
-            end.set()
-        async with asyncio.timeout(HANG_S):
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results)
-        assert bound.now == 0
-
-    run(body)
 
 
 # -- very many ---------------------------------------------------------------------------------------------------------
@@ -678,113 +421,7 @@ def test_9000_requests_in_one_call_with_about_4096_in_flight() -> None:
     assert 3500 < int(said["in flight"]) <= 4096  # the bound grows only while it is used up
 
 
-# -- what the server refuses -------------------------------------------------------------------------------------------
-
-HERE = Connection(base_url="http://localhost:1/v1", api_key="", model="m")
-TOO_LONG: dict[str, tuple[str, tuple[int | None, int | None, int | None]]] = {
-    # vLLM 0.32, renderers/params.py
-    "_token_len_check": (
-        "This model's maximum context length is 128 tokens. However, your prompt contains 200 input tokens, which "
-        "exceeds this limit even without any output tokens. Please reduce the length of the input prompt. "
-        "(parameter=input_tokens, value=200)",
-        (128, 200, None),
-    ),
-    "_token_len_check, truncated": (
-        "This model's maximum context length is 128 tokens. However, your prompt contains at least 129 input tokens, "
-        "which exceeds this limit even without any output tokens. Please reduce the length of the input prompt. "
-        "(parameter=input_tokens, value=129)",
-        (128, 129, None),
-    ),
-    "_text_len_check": (
-        "This model's maximum context length is 128 tokens. However, your prompt contains 90000 characters (more than "
-        "2048 characters, which is the upper bound for 128 input tokens). Please reduce the length of the input "
-        "prompt. (parameter=input_text, value=90000)",
-        (128, None, None),
-    ),
-    "output tokens alone, completions": (
-        "max_tokens=4096 cannot be greater than max_model_len=128. Please request fewer output tokens. "
-        "(parameter=max_tokens, value=4096)",
-        (128, None, 4096),
-    ),
-    "output tokens alone, chat": (
-        "max_completion_tokens=4096 cannot be greater than max_model_len=128. Please request fewer output tokens. "
-        "(parameter=max_completion_tokens, value=4096)",
-        (128, None, 4096),
-    ),
-    "output tokens alone, without names": (
-        "max_output_tokens=4096 cannot be greater than max_total_tokens=128. Please request fewer output tokens.",
-        (128, None, 4096),
-    ),
-    "truncate_prompt_tokens": (
-        "truncate_prompt_tokens=512 cannot be greater than max_model_len = 128. Please request a smaller truncation "
-        "size. (parameter=truncate_prompt_tokens, value=512)",
-        (128, None, None),
-    ),
-    # v1/engine/input_processor.py
-    "_validate_prompt_len": (
-        "The decoder prompt (length 300) is longer than the maximum model length of 128. Make sure that "
-        "`max_model_len` is no smaller than the number of text tokens plus multimodal tokens. For image inputs, the "
-        "number of image tokens depends on the number of images, and possibly their aspect ratios as well.",
-        (128, 300, None),
-    ),
-    "_validate_prompt_len, just": (
-        "The decoder prompt (length 128) plus the number of requested output tokens (at least 1) is longer than the "
-        "maximum model length of 128. Make sure that `max_model_len` is no smaller than the number of text tokens "
-        "(prompt + requested output tokens).",
-        (128, 128, None),
-    ),
-    # entrypoints/serve/utils/api_utils.py
-    "get_max_tokens": ("Input length (300) exceeds model's maximum context length (128).", (128, 300, None)),
-    # entrypoints/openai/responses/serving.py
-    "responses": (
-        "The engine prompt length 300 exceeds the max_model_len 128. Please reduce prompt.",
-        (128, 300, None),
-    ),
-    # older versions, and OpenAI
-    "requested both": (
-        "This model's maximum context length is 128 tokens. However, you requested 140 tokens (100 in the messages, "
-        "40 in the completion). Please reduce the length of the messages or completion.",
-        (128, 100, 40),
-    ),
-    "output after input": (
-        "'max_tokens' or 'max_completion_tokens' is too large: 40. This model's maximum context length is 128 tokens "
-        "and your request has 100 input tokens (40 > 128 - 100).",
-        (128, 100, 40),
-    ),
-    "requested output": (
-        "This model's maximum context length is 128 tokens. However, you requested 40 output tokens and your prompt "
-        "contains at least 89 input tokens, for a total of at least 129 tokens. Please reduce the length of the input "
-        "prompt or the number of requested output tokens.",
-        (128, 89, 40),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", TOO_LONG)
-def test_what_is_too_long_is_told_in_numbers(case: str) -> None:
-    message, (max_model_len, prompt, max_tokens) = TOO_LONG[case]
-    error = refusal(400, message, HERE)
-    assert isinstance(error, ContextLengthError), error
-    assert (error.max_model_len, error.prompt_tokens, error.max_tokens) == (max_model_len, prompt, max_tokens)
-    assert error.status == 400
-    assert message in str(error)
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        "temperature must be non-negative, got -1.0. (parameter=temperature, value=-1.0)",
-        "The model `m` is busy",
-        "max_tokens must be at least 1, got 0",
-        "maximum context length is 9" + "9" * 5000 + " tokens",
-        "Requested sample logprobs of 30, which is greater than max allowed: 20",
-        "",
-    ],
-)
-def test_other_refusals_are_bad_requests(message: str) -> None:
-    error = refusal(400, message, HERE)
-    assert type(error) is BadRequestError
-
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 ERRORS: dict[str, tuple[Act, type[RequestError], str]] = {
     "wrong key": (says({"error": "Unauthorized"}, 401), AuthenticationError, "Unauthorized"),

@@ -20,15 +20,18 @@ from processes import HANG_S
 from scripted_server import Script, client_of
 
 from managed_vllm import RetryPolicy, VLLMClient
-from managed_vllm.client import _checked
 from managed_vllm.errors import ManagedVLLMError, RequestError, RequestTimeoutError, ServerDiedError
-from managed_vllm.request.attempts import Told, take
+from managed_vllm.request.attempts import take_response
+from managed_vllm.request.calls import checked_shape
 from managed_vllm.request.outputs import CompletionOutput, Logprob, RequestOutput
-from managed_vllm.request.resume import Events, Generation, ResponseLostError
+from managed_vllm.request.pending import RequestStats
+from managed_vllm.request.responses import EventDecoder
+from managed_vllm.request.resume import Generation
+from managed_vllm.request.retry import ResponseLostError
 from managed_vllm.status import Connection
 
 HERE = Connection(base_url="http://localhost:1/v1", api_key="", model="m")
-TOLD = Told("m", 1, 1, 0, 0.0, 0.1, None)
+STATS = RequestStats("m", 1, 1, 0, 0.0, 0.1, None)
 QUICK = RetryPolicy(max_lost=3, max_deaths=2, backoff_initial_s=0.001, backoff_max_s=0.001, spread_s=0)
 
 # -- what a right server says: a byte-level tokenizer, whose tokens may end within a character -------------------------
@@ -179,10 +182,10 @@ def check_completion(one: CompletionOutput) -> None:
     assert one.routed_experts is None or type(one.routed_experts) is str
 
 
-def output_of(answer: Any, body: dict[str, Any], told: Told | None, *, chat: bool) -> RequestOutput:
+def output_of(answer: Any, body: dict[str, Any], stats: RequestStats | None, *, chat: bool) -> RequestOutput:
     """As the client does it."""
-    with _checked(answer):
-        return RequestOutput.from_answer(answer, body, told, chat=chat, logprobs=1)
+    with checked_shape(answer):
+        return RequestOutput.from_response(answer, body, stats, chat=chat, logprobs=1)
 
 
 # -- mutations ---------------------------------------------------------------------------------------------------------
@@ -237,9 +240,9 @@ def mutated_answer(data: st.DataObject) -> None:
     generation = Generation("/chat/completions" if chat else "/completions", body, stream=False)
     generation.next()
     with contextlib.suppress(ResponseLostError, RequestError):
-        take(generation, 200, json.dumps(answer).encode(), HERE)
+        take_response(generation, 200, json.dumps(answer).encode(), HERE)
         assert generation.complete
-        check(output_of(generation.whole or generation.answer(), body, TOLD, chat=chat))
+        check(output_of(generation.whole or generation.answer(), body, STATS, chat=chat))
 
 
 def mutated_stream(data: st.DataObject) -> None:
@@ -255,11 +258,13 @@ def mutated_stream(data: st.DataObject) -> None:
                 assert step.body is not None
                 check_ids(step.body["tokens"])
                 said = data.draw(STRANGE) if life < 6 else "x"
-                take(generation, 200, json.dumps({"prompt": said}).encode(), HERE)
+                take_response(generation, 200, json.dumps({"prompt": said}).encode(), HERE)
             elif step.path == "/v1/models":
-                take(generation, 200, json.dumps(mutate(data, {"data": [{"max_model_len": 99}]})).encode(), HERE)
+                take_response(
+                    generation, 200, json.dumps(mutate(data, {"data": [{"max_model_len": 99}]})).encode(), HERE
+                )
             elif not step.stream:
-                take(generation, 200, json.dumps(whole(chat=chat)).encode(), HERE)
+                take_response(generation, 200, json.dumps(whole(chat=chat)).encode(), HERE)
             else:
                 assert step.body is not None
                 resumed = step.path == "/v1/completions" and isinstance(step.body.get("prompt"), list)
@@ -270,7 +275,7 @@ def mutated_stream(data: st.DataObject) -> None:
                     events = mutate(data, events)
                 for one in events[: cuts.pop() if cuts else None]:
                     generation.feed(json.dumps(one).encode())
-                    part = generation.fresh()
+                    part = generation.new_part()
                     if part is not None:
                         check(output_of(part, body, None, chat=chat))
                 if not generation.complete:
@@ -283,7 +288,7 @@ def mutated_stream(data: st.DataObject) -> None:
             break
     assert generation.complete
     with contextlib.suppress(RequestError):
-        check(output_of(generation.whole or generation.answer(), body, TOLD, chat=chat))
+        check(output_of(generation.whole or generation.answer(), body, STATS, chat=chat))
 
 
 def right_stream_however_it_is_cut(data: st.DataObject) -> None:
@@ -298,7 +303,7 @@ def right_stream_however_it_is_cut(data: st.DataObject) -> None:
         assert step.body is not None
         if step.path == "/detokenize":
             said = b"".join(SPELT[one - 1] for one in step.body["tokens"]).decode(errors="replace")
-            take(generation, 200, json.dumps({"prompt": said}).encode(), HERE)
+            take_response(generation, 200, json.dumps({"prompt": said}).encode(), HERE)
             continue
         resumed = isinstance(step.body.get("prompt"), list)
         start = len(step.body["prompt"]) - len(PROMPT) if resumed else 0
@@ -306,15 +311,15 @@ def right_stream_however_it_is_cut(data: st.DataObject) -> None:
         for one in events[: cuts.pop() if cuts else None]:
             generation.feed(json.dumps(one).encode())
             # `feed` may have completed it, which mypy does not see.
-            if not generation.complete and (part := generation.fresh()) is not None:  # type: ignore[redundant-expr]
+            if not generation.complete and (part := generation.new_part()) is not None:  # type: ignore[redundant-expr]
                 parts.append(output_of(part, body, None, chat=chat))
         if not generation.complete:
             generation.lost()
-            assert not generation.torn
-    last = generation.fresh()
+            assert not generation.broken_off
+    last = generation.new_part()
     if last is not None:
-        parts.append(output_of(last, body, TOLD, chat=chat))
-    output = output_of(generation.whole or generation.answer(), body, TOLD, chat=chat)
+        parts.append(output_of(last, body, STATS, chat=chat))
+    output = output_of(generation.whole or generation.answer(), body, STATS, chat=chat)
     assert (output.outputs[0].text, output.outputs[0].token_ids) == (TEXT, IDS)
     assert output.prompt_token_ids == PROMPT
     assert "".join(part.outputs[0].text for part in parts) == TEXT
@@ -325,7 +330,7 @@ def right_stream_however_it_is_cut(data: st.DataObject) -> None:
 
 
 def events_of(raw: bytes, sizes: list[int]) -> list[bytes]:
-    events, at = Events(), 0
+    events, at = EventDecoder(), 0
     found: list[bytes] = []
     for size in [*sizes, len(raw)]:
         found += events.feed(raw[at : at + size])
@@ -583,9 +588,9 @@ def test_no_beginning_of_an_answer_is_an_answer(chat: bool) -> None:
         generation = Generation("/chat/completions" if chat else "/completions", body, stream=False)
         generation.next()
         with pytest.raises(ResponseLostError):
-            take(generation, 200, data[:end], HERE)
-    take(generation, 200, data, HERE)
-    assert right(output_of(generation.whole, body, TOLD, chat=chat))
+            take_response(generation, 200, data[:end], HERE)
+    take_response(generation, 200, data, HERE)
+    assert right(output_of(generation.whole, body, STATS, chat=chat))
 
 
 def chat_with(message: Any, **choice: Any) -> bytes:

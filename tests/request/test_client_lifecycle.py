@@ -483,7 +483,7 @@ def test_a_cancelled_batch_is_ended_on_the_server_and_the_others_go_on(server: B
             assert (await client.generate("meanwhile", SHORT))[0].outputs[0].text == "<meanwhile>"
             server.release.set()
             assert [one.outputs[0].text for one in await other] == ["<slow 1>", "<slow 2>"]
-            assert client._exchange.here().in_flight.now == 0
+            assert client.in_flight == 0
 
     asyncio.run(main())
 
@@ -524,7 +524,7 @@ def test_aclose_has_closed_the_connections_when_it_returns(server: ByPrompt) -> 
 def test_a_client_that_is_garbage_leaves_no_connection(server: ByPrompt) -> None:
     source = """
         from managed_vllm.request import connections
-        connections.IDLE_S = 3600  # not because they are idle
+        connections.MAX_IDLE_S = 3600  # not because they are idle
         before = 3  # the portal's own sockets
         ask(VLLMClient(url, "", "m"), "a")
         while sockets() > before:
@@ -589,7 +589,7 @@ def test_idle_connections_are_closed_before_the_server_does_it(server: ByPrompt,
             client.generate(["a", "b", "c"], SHORT)
             eventually(lambda: server.hung_up == server.connections, "all are closed")
     assert server.connections == 3
-    assert connections.IDLE_S < 5  # uvicorn's own limit
+    assert connections.MAX_IDLE_S < 5  # uvicorn's own limit
 
 
 def test_a_server_that_closes_idle_connections_in_between_is_no_error() -> None:

@@ -35,7 +35,6 @@ from managed_vllm.errors import (
     ServerDiedError,
     UnsupportedParameterError,
 )
-from managed_vllm.request.resume import Losses, ResponseLostError
 from managed_vllm.status import Connection
 
 LOSSES: dict[str, Act] = {
@@ -286,20 +285,3 @@ def test_a_generation_that_kills_its_server_at_the_same_place_is_given_up(script
         client.generate("x", {"max_tokens": 99}, resume=True)
     client.close()
     assert len(server.requests) == 3
-
-
-def test_pauses_double_with_full_jitter_and_who_waited_for_a_new_epoch_is_spread() -> None:
-    policy = RetryPolicy(max_lost=100, max_deaths=100)
-    pauses: list[list[float]] = [[] for _ in range(9)]
-    for _ in range(300):
-        losses = Losses(policy)
-        for each in pauses:
-            each.append(losses.add(ResponseLostError("x"), progressed=False))
-    for number, each in enumerate(pauses):
-        longest = min(2.0, 0.05 * 2**number)
-        assert 0.9 * longest < max(each) <= longest
-        assert min(each) < 0.1 * longest
-    spread = [Losses(policy).new_epoch() for _ in range(1000)]
-    assert 0.18 < max(spread) <= 0.2
-    in_one_ms = max(sum(1 for value in spread if int(value * 1000) == ms) for ms in range(200))
-    assert in_one_ms < 30

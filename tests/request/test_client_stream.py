@@ -309,7 +309,7 @@ def test_leaving_an_asynchronous_stream_ends_it_on_the_server(script: Callable[.
             with pytest.raises(asyncio.CancelledError):
                 await task
             await hung_up(3)
-            assert client._exchange.here().in_flight.now == 0
+            assert client.in_flight == 0
 
     asyncio.run(main())
 

@@ -13,7 +13,7 @@ import pytest
 from scripted_server import ANSWER, FIRST, Script, says, streams, token
 
 from managed_vllm import AsyncVLLMClient, ManagedVLLM, VLLMClient
-from managed_vllm.request.field_types import ChatFields, CompletionFields, StreamFields, TokenizeFields
+from managed_vllm.request.arguments import ChatFields, CompletionFields, StreamFields, TokenizeFields
 from managed_vllm.request.methods import RequestMethods
 
 METHODS = ("chat", "generate", "generate_with_messages", "stream", "embed", "score", "tokenize", "detokenize")

@@ -60,7 +60,7 @@ def output_of(route: str, count: int, tokens: list[int], values: list[dict[int, 
     params = SamplingParams(logprobs=count)
     body = with_candidates_as_ids(params.to_request(chat=route == "chat"), chat=route == "chat")
     answer = json.loads(json.dumps(answer_of(route, body, tokens, values)))
-    return RequestOutput.from_answer(answer, body, chat=route == "chat", logprobs=count)
+    return RequestOutput.from_response(answer, body, chat=route == "chat", logprobs=count)
 
 
 distinct = st.permutations(range(30)).map(lambda order: {token: -0.5 - place / 8 for place, token in enumerate(order)})
@@ -128,21 +128,21 @@ def test_chosen_candidates_have_no_ranks() -> None:
     top = {"token_id:5": -1.0, "token_id:7": -3.0, "token_id:8": -2.0}
     told = {"tokens": ["token_id:5"], "token_logprobs": [-1.0], "top_logprobs": [top]}
     choice = {"index": 0, "text": "x", "token_ids": [5], "logprobs": told}
-    found = RequestOutput.from_answer({"choices": [choice]}, body, chat=False).outputs[0].logprobs
+    found = RequestOutput.from_response({"choices": [choice]}, body, chat=False).outputs[0].logprobs
     assert found == [{5: Logprob(-1.0), 7: Logprob(-3.0), 8: Logprob(-2.0)}]
 
 
 def test_without_ids_of_the_candidates_the_sampled_token_is_there() -> None:
     told = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": [{"a": -1.0, "b": -2.0}]}
     choice = {"index": 0, "text": "a", "token_ids": [5], "logprobs": told}
-    found = RequestOutput.from_answer({"choices": [choice]}, {"logprobs": 2}, chat=False).outputs[0].logprobs
+    found = RequestOutput.from_response({"choices": [choice]}, {"logprobs": 2}, chat=False).outputs[0].logprobs
     assert found == [{5: Logprob(-1.0, None, "a")}]
 
 
 def test_with_echo_the_prompts_logprobs_are_left_out() -> None:
     told = {"tokens": ["p", "a"], "token_logprobs": [None, -1.0], "top_logprobs": [None, {"a": -1.0}]}
     choice = {"index": 0, "text": "a", "token_ids": [5], "logprobs": told}
-    output = RequestOutput.from_answer({"choices": [choice]}, {"logprobs": 0, "echo": True}, chat=False).outputs[0]
+    output = RequestOutput.from_response({"choices": [choice]}, {"logprobs": 0, "echo": True}, chat=False).outputs[0]
     assert output.logprobs == [{5: Logprob(-1.0, None, "a")}]
     assert output.cumulative_logprob == -1.0
 
@@ -171,7 +171,7 @@ CHAT = {
 
 
 def test_everything_that_the_server_tells_has_its_place() -> None:
-    output = RequestOutput.from_answer(CHAT, {}, chat=True)
+    output = RequestOutput.from_response(CHAT, {}, chat=True)
     assert (output.request_id, output.prompt, output.prompt_token_ids) == ("chat-1", "rendered", [1, 2])
     assert output.prompt_logprobs == [None, {2: Logprob(-1.0, 2, "b")}]
     assert (output.num_cached_tokens, output.metrics) == (1, {"time_to_first_token_ms": 3.0})

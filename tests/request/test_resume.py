@@ -25,7 +25,9 @@ from processes import INSTANT, engine_on_one_core, tree
 from managed_vllm import ManagedVLLM, RestartPolicy, RetryPolicy, ServerStatus, demo
 from managed_vllm.errors import ConfigError, ServerDiedError
 from managed_vllm.request.outputs import RequestOutput
-from managed_vllm.request.resume import RESUME_FROM, Events, Generation, ResponseLostError, is_long, obstacle
+from managed_vllm.request.responses import EventDecoder
+from managed_vllm.request.resume import RESUME_FROM, Generation, is_long, obstacle
+from managed_vllm.request.retry import ResponseLostError
 
 # -- a model of vLLM's answers -----------------------------------------------------------------------------------------
 
@@ -263,7 +265,7 @@ def test_events_are_found_however_the_bytes_come(data: st.DataObject) -> None:
     ending = data.draw(st.sampled_from([b"\n\n", b"\r\n\r\n"]))
     wire = b": a comment\n" + b"".join(b"data: " + event + ending for event in events)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=20)))
-    parser = Events()
+    parser = EventDecoder()
     found: list[bytes] = []
     for begin, end in zip([0, *cuts], [*cuts, len(wire)], strict=True):
         found += parser.feed(wire[begin:end])

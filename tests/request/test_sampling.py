@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from managed_vllm import SamplingParams
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
-from managed_vllm.request.fields import BOTH_ROUTES, CHAT_ONLY, COMPLETIONS_ONLY, REFUSED, Common, checked, known
+from managed_vllm.request.fields import BOTH_ROUTES, CHAT_ONLY, COMPLETIONS_ONLY, REFUSED, CallFields, checked, known
 from managed_vllm.request.sampling import REFUSED as REFUSED_PARAMETERS
 from managed_vllm.request.sampling import REFUSED_IN_STRUCTURED_OUTPUTS, StructuredOutputsParams
 
@@ -240,7 +240,7 @@ def test_whatever_is_given_is_taken_or_refused_by_type(given_: dict[str, Any]) -
 
 def body_of(fields: dict[str, Any], params: Any = None, *, chat: bool = False, extra: Any = None) -> dict[str, Any]:
     made = SamplingParams.of(params).to_request(chat=chat)
-    common = Common(fields, extra, 1, chat=chat)
+    common = CallFields(fields, extra, 1, chat=chat)
     return common.body({"messages": []} if chat else {"prompt": "x"}, common.with_params(made), 0)
 
 
@@ -301,7 +301,7 @@ def test_a_field_given_twice_is_refused_unless_it_says_the_same() -> None:
 
 def test_priorities_are_for_all_or_one_each() -> None:
     def priorities(given: object) -> list[int]:
-        common = Common({"priority": given}, None, 2, chat=False)
+        common = CallFields({"priority": given}, None, 2, chat=False)
         return [common.body({"prompt": "x"}, common.with_params({}), index)["priority"] for index in range(2)]
 
     assert priorities([1, 2]) == [1, 2]

@@ -1,8 +1,8 @@
-"""The request fields that the client's methods take as keywords, with their types: vLLM 0.32's, by route.
+"""The types of the methods' arguments: prompts, conversations, sampling parameters, and the fields of each route.
 
-`ManagedVLLM.chat(…, **fields: Unpack[ChatFields])`: a type checker knows each name, an editor offers it, and
-`names_fields` makes `help()` show it. `request.fields` takes its tables of names from here, so there is one list of
-them. None means for each: not sent, so the server's default counts.
+The fields are vLLM 0.32's: `chat(…, **fields: Unpack[ChatFields])`. A type checker knows each name, an editor offers
+it, and `names_fields` makes `help()` show it. `request.fields` takes its tables of names from here, so there is one
+list of them. For each, None means: not sent, so the server's default counts.
 
 Imports nothing but the standard library: `ManagedVLLM` needs it, and has to be imported within milliseconds.
 """
@@ -10,10 +10,33 @@ Imports nothing but the standard library: `ManagedVLLM` needs it, and has to be 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, TypeVar
+
+if TYPE_CHECKING:
+    from managed_vllm.request.sampling import SamplingParams
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class VLLMSamplingParams(Protocol):
+    """A `vllm.SamplingParams`, without importing vllm."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def max_tokens(self) -> int | None: ...
+
+
+Message: TypeAlias = Mapping[str, Any]
+"""`{"role": …, "content": …}`, as for the OpenAI API; `request.messages` says what a content may be."""
+Conversation: TypeAlias = Sequence[Message]
+Prompt: TypeAlias = "str | Iterable[int] | Mapping[str, Any]"
+"""A text, token ids, or a dict with `prompt` or `prompt_token_ids` and perhaps `multi_modal_data`."""
+Params: TypeAlias = "SamplingParams | VLLMSamplingParams | Mapping[str, Any]"
+ProgressBar: TypeAlias = bool | Callable[..., Any]
 
 
 class GenerationFields(TypedDict, total=False):

@@ -1,0 +1,211 @@
+"""The generations of one call of `chat`, `generate` or `stream`: from its parameters to bodies, and on to outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from managed_vllm.errors import BadRequestError, RequestError, UnsupportedParameterError
+from managed_vllm.request.attempts import Sender
+from managed_vllm.request.fields import CallFields
+from managed_vllm.request.outputs import RequestOutput
+from managed_vllm.request.pending import RequestStats
+from managed_vllm.request.prompts import conversation_fields, fields_with_images, prompt_fields
+from managed_vllm.request.responses import MALFORMED, ParsedResponse
+from managed_vllm.request.resume import Generation, is_long, obstacle
+from managed_vllm.request.sampling import SamplingParams
+
+
+class Call:
+    """What the generations of one call have in common.
+
+    Args:
+        sender: sends them.
+        count: how many there are.
+        sampling_params: as the caller gives them: one for all, or one each.
+        fields: the caller's keywords for the request body.
+        extra_body: fields that are sent unchecked.
+    """
+
+    def __init__(
+        self,
+        sender: Sender,
+        count: int,
+        sampling_params: Any,
+        fields: Mapping[str, Any],
+        extra_body: Mapping[str, Any] | None,
+    ) -> None:
+        self._sender = sender
+        self._count = count
+        self._sampling_params = sampling_params
+        self._fields = fields
+        self._extra_body = extra_body
+        self._routes: dict[bool, tuple[CallFields, list[SamplingParams], list[dict[str, Any]]]] = {}
+
+    def check(self, *, chat: bool) -> None:
+        """Raises `BadRequestError` or `UnsupportedParameterError` for wrong parameters, before anything is sent."""
+        self._route(chat=chat)
+
+    def _route(self, *, chat: bool) -> tuple[CallFields, list[SamplingParams], list[dict[str, Any]]]:
+        """For one route: the fields, the sampling parameters, and bodies without a prompt; one for all, or one each."""
+        found = self._routes.get(chat)
+        if found is not None:
+            return found
+        fields = CallFields(self._fields, self._extra_body, self._count, chat=chat)
+        given = self._sampling_params
+        if isinstance(given, list | tuple):
+            if len(given) != self._count:
+                raise BadRequestError(f"{self._count} prompts but {len(given)} sampling parameters")
+            params = [SamplingParams.of(one, chat=chat) for one in given]
+        else:
+            params = [SamplingParams.of(given, chat=chat)]
+        rests = [fields.with_params(one.to_request(chat=chat)) for one in params]
+        for rest in rests:
+            if rest.get("stream") or rest.get("stream_options"):
+                raise BadRequestError("stream= is not for this client: what comes back is whole; see stream()")
+        self._routes[chat] = fields, params, rests
+        return self._routes[chat]
+
+    def _body(self, index: int, asked: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
+        fields, _, rests = self._route(chat=chat)
+        return fields.body(asked, rests[index if len(rests) > 1 else 0], index)
+
+    def _wanted_logprobs(self, index: int, *, chat: bool) -> int | None:
+        _, params, _ = self._route(chat=chat)
+        return params[index if len(params) > 1 else 0].logprobs
+
+    # -- whole answers -------------------------------------------------------------------------------------------------
+
+    async def answer_conversation(
+        self, index: int, messages: Any, deadline: float | None, *, resume: bool | None, timeout_s: float | None
+    ) -> RequestOutput:
+        """The answer to one conversation. `resume` and `timeout_s` are those of `chat`."""
+        asked = await conversation_fields(messages)
+        return await self._generate(index, asked, deadline, resume, timeout_s, chat=True)
+
+    async def complete_prompt(
+        self, index: int, prompt: Any, deadline: float | None, *, resume: bool | None, timeout_s: float | None
+    ) -> RequestOutput:
+        """The completion of one prompt."""
+        asked, images = prompt_fields(prompt)
+        if images is None:
+            return await self._generate(index, asked, deadline, resume, timeout_s, chat=False)
+        text = asked["prompt"]
+        asked = await fields_with_images(text, images)
+        return replace(await self._generate(index, asked, deadline, resume, timeout_s, chat=True), prompt=text)
+
+    async def _generate(
+        self,
+        index: int,
+        asked: Mapping[str, Any],
+        deadline: float | None,
+        resume: bool | None,
+        timeout_s: float | None,
+        *,
+        chat: bool,
+    ) -> RequestOutput:
+        async def send(body: dict[str, Any], before: int) -> RequestOutput:
+            generation = Generation(route, body, stream=_is_streamed(body, resume))
+            stats = await self._sender.send(generation, deadline, timeout_s=timeout_s)
+            response = generation.whole or generation.answer()
+            return self._output(index, response, body, stats, chat=chat, before=before)
+
+        route = _route_of(chat=chat)
+        body = self._body(index, asked, chat=chat)
+        try:
+            return await send(body, 0)
+        except BadRequestError as error:
+            # For a chat one candidate more is requested, which may be one too many (`--max-logprobs`).
+            wanted = self._wanted_logprobs(index, chat=chat)
+            fewer = chat and wanted and body.get("top_logprobs") == wanted + 1 and "logprobs" in error.message
+            if not fewer:
+                raise
+        return await send({**body, "top_logprobs": wanted}, 1)
+
+    def _output(
+        self,
+        index: int,
+        response: ParsedResponse | Mapping[str, Any],
+        body: Mapping[str, Any],
+        stats: RequestStats | None,
+        *,
+        chat: bool,
+        before: int = 0,
+    ) -> RequestOutput:
+        with checked_shape(response):
+            wanted = self._wanted_logprobs(index, chat=chat)
+            return RequestOutput.from_response(response, body, stats, chat=chat, logprobs=wanted, before=before)
+
+    # -- streams -------------------------------------------------------------------------------------------------------
+
+    async def stream(self, prompt: Any, deadline: float | None, *, chat: bool) -> AsyncGenerator[RequestOutput, None]:
+        """The parts of one answer."""
+        asked: Mapping[str, Any]
+        if chat:
+            asked = await conversation_fields(prompt)
+        else:
+            asked, images = prompt_fields(prompt)
+            if images is not None:
+                asked, chat = await fields_with_images(asked["prompt"], images), True
+        body = self._body(0, asked, chat=chat)
+        for name, harmless in (("n", 1), ("echo", False)):
+            if body.get(name) not in (None, harmless):
+                raise UnsupportedParameterError(f"{name}= does not go with stream(); llm.openai streams it", field=name)
+        route, body_sent = _route_of(chat=chat), {"stream_interval": 1, **body}
+        generation = Generation(route, body_sent, stream=True, obstacle=obstacle(body))
+        async with contextlib.aclosing(self._parts(generation, deadline)) as parts:
+            async for part, stats in parts:
+                yield self._output(0, part, body, stats, chat=chat)
+
+    async def _parts(
+        self, generation: Generation, deadline: float | None
+    ) -> AsyncGenerator[tuple[Mapping[str, Any], RequestStats | None], None]:
+        """Each new part of a generation as it comes; with the last one, how it was served."""
+        news = asyncio.Event()
+        sending = asyncio.create_task(self._sender.send(generation, deadline, news.set))
+        sending.add_done_callback(lambda _: news.set())
+        try:
+            while True:
+                await news.wait()
+                news.clear()
+                stats = None
+                if sending.done():
+                    stats = sending.result()
+                elif generation.complete:
+                    continue  # the last part needs the stats
+                part = generation.new_part()
+                if part is not None:
+                    yield part, stats
+                if stats is not None:
+                    return
+        finally:
+            if not sending.done():
+                sending.cancel()
+                await asyncio.wait({sending})
+            if not sending.cancelled():
+                sending.exception()  # asyncio would report one that nobody has seen
+
+
+@contextlib.contextmanager
+def checked_shape(response: Any) -> Iterator[None]:
+    """Raises a `RequestError` for a response of another shape."""
+    try:
+        yield
+    except MALFORMED as error:
+        raise RequestError(f"not an answer of the route ({error}): {str(response)[:500]}") from error
+
+
+def _route_of(*, chat: bool) -> str:
+    return "/chat/completions" if chat else "/completions"
+
+
+def _is_streamed(body: Mapping[str, Any], resume: bool | None) -> bool:
+    if resume is False or (resume is None and not is_long(body)):
+        return False
+    why = obstacle(body)
+    if why is not None and resume:
+        raise BadRequestError(f"this generation can't be resumed: {why}")
+    return why is None

@@ -1,0 +1,85 @@
+"""When a request whose response was lost is sent again, and when it is given up: `RetryPolicy`, applied."""
+
+from __future__ import annotations
+
+import random
+
+from managed_vllm.errors import RequestError, ServerBusyError, ServerDiedError
+from managed_vllm.policies import RetryPolicy
+
+
+class ResponseLostError(Exception):
+    """A response was lost, perhaps with its server: worth another attempt. Callers of the library never see it.
+
+    `status` is the HTTP status, if one came. `sent`: the request may have reached the server; one that did not can't be
+    what kills it.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None, sent: bool = True) -> None:
+        super().__init__(message)
+        self.status = status
+        self.sent = sent
+
+
+class Retries:
+    """Counts the losses of one request.
+
+    Attributes:
+        ever_lost: whether any response was lost.
+        lost: responses lost in a row, without progress, since the last epoch began.
+        deaths: epochs that ended under the request without progress.
+    """
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self._policy = policy
+        self.ever_lost = False
+        self.lost = 0
+        self.deaths = 0
+        self._sent = False
+        self._status: int | None = None
+        self._reason = ""
+
+    def add_loss(self, loss: ResponseLostError, *, progressed: bool) -> float:
+        """Counts a lost response; returns the seconds to wait for another epoch, at most.
+
+        `progressed`: new tokens were kept.
+        """
+        if progressed:
+            self.deaths = self.lost = 0
+        self.ever_lost = True
+        self.lost += 1
+        self._sent = self._sent or loss.sent
+        self._status = loss.status
+        self._reason = str(loss)
+        longest = min(self._policy.backoff_max_s, self._policy.backoff_initial_s * 2.0 ** min(self.lost - 1, 60))
+        return random.uniform(0, longest)
+
+    def add_epoch(self) -> float:
+        """The last loss was a death, and another epoch is ready. Returns the seconds to wait before sending."""
+        self.deaths += self._sent
+        self.lost, self._sent = 0, False
+        return random.uniform(0, self._policy.spread_s)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the policy allows no further attempt."""
+        return self.deaths >= self._policy.max_deaths or self.lost >= self._policy.max_lost
+
+    def error(self, cause: ResponseLostError | None = None) -> RequestError:
+        """What to tell the caller once there is no further attempt."""
+        if self.deaths >= self._policy.max_deaths:
+            times = "once" if self.deaths == 1 else f"{self.deaths} times"
+            why = f"the server died {times} under this request; it may be what kills it. At last: {self._reason}"
+        else:
+            times = "once" if self.lost == 1 else f"{self.lost} times in a row"
+            why = f"the answer was lost {times}, without a new life of the server. At last: {self._reason}"
+        busy = self._status == 429
+        error: RequestError = ServerBusyError(f"the server is busy: {why}") if busy else ServerDiedError(why)
+        error.status = self._status
+        error.__cause__ = cause
+        return error
+
+    def raise_if_exhausted(self, cause: ResponseLostError | None = None) -> None:
+        """Raises `error` if there is no further attempt."""
+        if self.exhausted:
+            raise self.error(cause)
