@@ -382,21 +382,9 @@ class _Clients:
         kept = self._openai.get(kind)
         if kept is not None and kept[0] == connection:
             return kept[1]
-        import importlib
-
         from managed_vllm.request import openai_sdk
 
-        sdk = importlib.import_module("openai")
-        make_http = getattr(sdk, "DefaultHttpxClient" if kind == "OpenAI" else "DefaultAsyncHttpxClient")
-        # The SDK moved from httpx to httpx2: the transport must be of the one it uses.
-        module = importlib.import_module(make_http.__mro__[1].__module__.partition(".")[0])
-        make = openai_sdk.transport if kind == "OpenAI" else openai_sdk.async_transport
-        client = getattr(sdk, kind)(
-            base_url=connection.base_url,
-            api_key=connection.api_key or "none",
-            timeout=None,
-            http_client=make_http(transport=make(module, self.async_client.sender), trust_env=False),
-        )
+        client = openai_sdk.make_client(kind, connection, self.async_client.sender)
         self._openai[kind] = (connection, client)
         return client
 

@@ -1,4 +1,4 @@
-"""The OpenAI SDK on our connections, for `llm.openai` and `llm.async_openai`: its HTTP library's transports.
+"""The OpenAI SDK's clients on our connections, for `llm.openai` and `llm.async_openai`.
 
 A request goes to where the server is now, whatever address the SDK's client was made with. A request that could not be
 sent, or whose connection broke before a response began, waits for the server to come back and is sent again, as often
@@ -11,6 +11,7 @@ The SDK has changed its HTTP library from httpx to httpx2; so the classes are ma
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 from collections.abc import AsyncIterator, Iterator
 from types import ModuleType
@@ -21,12 +22,27 @@ import aiohttp
 from managed_vllm.errors import RequestTimeoutError, ServerDiedError
 from managed_vllm.request import portal
 from managed_vllm.request.attempts import Sender
+from managed_vllm.status import Connection
 
 _SET_BY_US = frozenset({b"host", b"content-length", b"connection", b"transfer-encoding"})
 """Headers that depend on the connection by which a request goes."""
 
 
-def async_transport(httpx: ModuleType, sender: Sender) -> Any:
+def make_client(kind: str, connection: Connection, sender: Sender) -> Any:
+    """An `openai.OpenAI` or `openai.AsyncOpenAI` (`kind`) that sends by `sender`, without a time-out of its own."""
+    sdk = importlib.import_module("openai")
+    http_client = getattr(sdk, "DefaultHttpxClient" if kind == "OpenAI" else "DefaultAsyncHttpxClient")
+    httpx = importlib.import_module(http_client.__mro__[1].__module__.partition(".")[0])
+    transport = _transport(httpx, sender) if kind == "OpenAI" else _async_transport(httpx, sender)
+    return getattr(sdk, kind)(
+        base_url=connection.base_url,
+        api_key=connection.api_key or "none",
+        timeout=None,
+        http_client=http_client(transport=transport, trust_env=False),
+    )
+
+
+def _async_transport(httpx: ModuleType, sender: Sender) -> Any:
     """An `httpx.AsyncBaseTransport`."""
 
     class Stream(httpx.AsyncByteStream):  # type: ignore[name-defined,misc]
@@ -48,7 +64,7 @@ def async_transport(httpx: ModuleType, sender: Sender) -> Any:
     return Transport()
 
 
-def transport(httpx: ModuleType, sender: Sender) -> Any:
+def _transport(httpx: ModuleType, sender: Sender) -> Any:
     """An `httpx.BaseTransport`, which works in the portal's event loop."""
 
     class Stream(httpx.SyncByteStream):  # type: ignore[name-defined,misc]
