@@ -1,0 +1,1 @@
+"""What users and supervisor share: the state directory, the channel, attaching, spawning, and external servers."""

@@ -40,7 +40,7 @@ def _name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("tool", ["docs_errors.py", "docs_parameters.py"])
+@pytest.mark.parametrize("tool", ["arrows.py", "docs_errors.py", "docs_parameters.py"])
 def test_the_generated_tables_are_those_of_the_code(tool: str) -> None:
     command = [sys.executable, str(ROOT / "tools" / tool), "--check"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
