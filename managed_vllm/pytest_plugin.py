@@ -2,13 +2,13 @@
 
 What must hold:
 
-1. Loaded into every pytest run of everybody who installed the library: importing it imports nothing but pytest, and it
-   says nothing unless it is used (or `-v` given: one line in the header).
-2. Workers of pytest-xdist and other runs on the machine share a server because they ask for the same one; each session
-   holds a lease of its own until it ends, so nobody's end takes the server from somebody else.
-3. A start that failed fails every test that uses it, briefly, and is not tried again in the session.
+1. pytest loads it wherever the library is installed. So importing it imports nothing but pytest, and it prints nothing
+   unless it is used (or, with `-v`, one line in the header).
+2. Workers of pytest-xdist and other runs on the machine share a server by asking for the same one. Each session holds a
+   lease of its own until it ends, so that none takes the server away from another.
+3. If the server fails to start, every test that uses it fails, with a short message; the session does not try again.
 4. Each setting is taken from the nearest place that has it: the test's marker, its class's, its module's, the command
-   line, the ini file. Engine arguments and environment variables are merged name by name; None takes one out.
+   line, the ini file. Engine arguments and environment variables are merged name by name; None removes one.
 """
 
 from __future__ import annotations
@@ -73,20 +73,20 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Hands a marker's arguments to the session fixture, as its parameter: pytest groups the tests by it."""
+    """Passes a marker's arguments to the session fixture as its parameter, by which pytest groups the tests."""
     if NAME not in metafunc.fixturenames:
         return
     marks = list(metafunc.definition.iter_markers(NAME))
     if marks:
         arguments: dict[str, Any] = {}
-        for mark in reversed(marks):  # the nearest is the last word
+        for mark in reversed(marks):  # the nearest last: it decides
             arguments = _merged(arguments, _marked(mark))
         metafunc.parametrize(NAME, [arguments], indirect=True, scope="session", ids=[_HIDDEN])
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A marker must not be ignored silently where pytest can't parametrize: on the tests of a `unittest.TestCase`."""
+    """Fails where the marker would be ignored: pytest can't parametrize the tests of a `unittest.TestCase`."""
     if item.get_closest_marker(NAME) is None or NAME not in getattr(item, "fixturenames", ()):
         return
     if NAME not in getattr(getattr(item, "callspec", None), "params", ()):
@@ -104,7 +104,7 @@ def _marked(mark: pytest.Mark) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def managed_vllm(request: pytest.FixtureRequest, _managed_vllm_servers: _Servers) -> ManagedVLLM:
-    """A vLLM server that is ready: an entered `ManagedVLLM`, shared with all workers and runs that ask for the same."""
+    """A vLLM server that is ready: an entered `ManagedVLLM`, shared with every run that asks for the same."""
     return _managed_vllm_servers.get(getattr(request, "param", {}))
 
 
@@ -117,7 +117,7 @@ def _managed_vllm_servers(pytestconfig: pytest.Config) -> Iterator[_Servers]:
 class _Servers:
     """The servers used in this session, each entered once and held until the end; failures are kept as well.
 
-    Held, because a server that tests come back to should not start twice; what one session uses must fit side by side.
+    Otherwise a server could start several times in a session. All that a session uses must fit on the machine at once.
     """
 
     def __init__(self, config: pytest.Config, leases: contextlib.ExitStack) -> None:
@@ -132,7 +132,7 @@ class _Servers:
             self._known[key] = self._enter(marked)
         known = self._known[key]
         if isinstance(known, str):
-            # Only the text: the frames between here and the error are ours, not the test's.
+            # Without a traceback: its frames would be ours, not the test's.
             pytest.fail(known, pytrace=False)
         return known
 
@@ -169,7 +169,7 @@ def _arguments(config: pytest.Config, marked: Mapping[str, Any]) -> dict[str, An
         arguments = _merged(arguments, {name: value for name, value in layer.items() if value is not None})
     arguments = {name: value for name, value in _merged(arguments, marked).items() if value is not None}
     if "model" not in arguments and not _is_external(arguments):
-        arguments["model"] = DEFAULT_MODEL  # of an external server nobody said that it serves the demo
+        arguments["model"] = DEFAULT_MODEL  # an external server need not serve the demo
     return arguments
 
 

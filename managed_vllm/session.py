@@ -1,10 +1,8 @@
-"""`ManagedVLLM`: attach to a server or start one, hold the lease, hand out clients.
+"""`ManagedVLLM`: the handle. It attaches to a server or starts one, holds the lease, and hands out clients.
 
-The order in which a server is found:
-
-1. A URL (`base_url=`, or `VLLM_SERVER_URL`): checked, not supervised.
-2. A live instance: of this key, of this `name`, the one a parent passed on by `environ()`, or the only one there is.
-3. A new one.
+A handle is what was asked for (`_Settings`, frozen), and what it has in this process: an `Attachment`
+(`managed_vllm.instance.attach`: how the server is found or started) and the clients made for that. `close` ends both;
+the next use begins with new ones.
 """
 
 from __future__ import annotations
@@ -41,10 +39,12 @@ KEEP_ALIVE_S = 5.0
 class ManagedVLLM(RequestMethods):
     """One vLLM server, shared by every process of this user that asks for the same thing.
 
-    Enter it (`with` or `async with`, as often as you like, from any thread), or just use it: the first use starts.
+    Enter it (`with` or `async with`, as often as you like, from any thread), or just use it: the first use starts the
+    server.
 
     Args:
-        model: Hugging Face id, local folder, or `"demo"` for the embedded model. None: attach to what runs already.
+        model: Hugging Face id, local folder, or `"demo"` for the embedded model. None: attach to a server that is
+            already running.
         name: a readable handle. The same name with other arguments is a `ConfigMismatchError`.
         base_url: a server that somebody else runs, with or without `/v1`; it is checked, not supervised.
         api_key: the key the server wants; for a server of ours the default is a random one.
@@ -59,14 +59,14 @@ class ManagedVLLM(RequestMethods):
         python: another interpreter whose vLLM to run.
         command: any other way to launch an OpenAI-compatible server, as a list of words with `{port}`, `{host}`,
             `{model}`, `{name}`, `{uds}`, or the word `{args}` for all of vLLM's flags. The key is in `VLLM_API_KEY`.
-        wait: False: return from entering at once; the first use waits.
-        progress: show the start-up; None: only on a terminal.
+        wait: whether entering waits until the server is ready; if not, the first use does.
+        progress: whether to show the start-up; None: only on a terminal.
         retry: how often a request whose answer was lost is sent again (`RetryPolicy`).
-        media_ids: whether an image that the server has already is sent as its id alone; not for a server by URL.
+        media_ids: whether an image that the server already has is sent as its id alone; never for a server by URL.
         restart: when to start again a server that crashed or hung.
         hang: when a server that does nothing counts as hung; `HangPolicy.never()` for debugging it.
-        on_status: called with the new `ServerStatus` at each change of state (ready, restarting, failed, …), one after
-            the other in a thread of its own; it may use this handle. What it raises is logged.
+        on_status: called with the new `ServerStatus` at each change of state (ready, restarting, failed, …): one call
+            after the other, in a thread of its own, so that it may use this handle. What it raises is logged.
         **engine_args: vLLM's engine arguments by their names in `vllm.LLM` (`tensor_parallel_size=2`, …).
 
     Raises on entering: `ConfigError`, `ConfigMismatchError`, `NoServerError`, `StateDirectoryError`,
@@ -197,7 +197,7 @@ class ManagedVLLM(RequestMethods):
         try:
             return await asyncio.shield(entering)
         except asyncio.CancelledError:
-            # The thread can't be cancelled, but closing ends its waiting. Others who have entered need the attachment.
+            # The thread can't be cancelled, but closing ends its waiting. Not while others use the attachment.
             with self._lock:
                 if self._depth <= 1:
                     self.close()
@@ -214,7 +214,7 @@ class ManagedVLLM(RequestMethods):
     ) -> ServerStatus:
         """Waits until the server is ready; with `after_epoch` until a later life of it is.
 
-        `progress` as for the handle, for this once; None: as the handle was told.
+        `progress` overrides the handle's own for this call.
 
         Raises the server's `StartupError` if it has failed, `ServerStoppedError` if somebody stopped it, `TimeoutError`
         after `timeout` seconds. An external server is ready by definition.
@@ -326,7 +326,7 @@ class ManagedVLLM(RequestMethods):
         return {"settings": self._settings, "known": attachment.known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._set_up(state["settings"], state["known"], None)  # `on_status` is a function of the other process
+        self._set_up(state["settings"], state["known"], None)  # `on_status` stays with the other process
 
     def __repr__(self) -> str:
         options = self._settings.attach
@@ -336,7 +336,7 @@ class ManagedVLLM(RequestMethods):
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """What a handle was asked for: all of it that goes along where the handle is pickled."""
+    """What a handle was asked for. All of it is pickled with the handle."""
 
     attach: AttachOptions
     wait: bool

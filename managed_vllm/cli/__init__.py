@@ -43,10 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Terminated:
         return 143
     except BrokenPipeError:
-        # Whoever read our output has had enough; Python's own flush at the end must not complain either.
+        # The reader of our output has closed it. Python's own flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ConnectionError, TimeoutError) as error:  # a supervisor that goes, or hangs, while we ask it
+    except (ConnectionError, TimeoutError) as error:  # the supervisor went away, or hangs
         return _failed(error, 1)
 
 

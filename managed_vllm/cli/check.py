@@ -23,7 +23,7 @@ _ABSENT = (404, 405, 501)
 
 @dataclass(frozen=True)
 class Result:
-    """What one question found. `latency_s` is None where it was not asked."""
+    """What one check found. `latency_s` is None where it was left out."""
 
     name: str
     ok: bool
@@ -31,8 +31,8 @@ class Result:
     detail: str
 
 
-class _Failed(Exception):
-    """A question was answered, but not well."""
+class _CheckError(Exception):
+    """The server answered a check, and the answer is not good. The message says why."""
 
 
 def check(given: argparse.Namespace) -> int:
@@ -41,8 +41,8 @@ def check(given: argparse.Namespace) -> int:
     results, error = run_checks(url, key, model, timeout_s=given.timeout)
     ok = all(result.ok for result in results)
     if given.json:
-        told = {"type": type(error).__name__, "message": error.message} if error else None
-        print(json.dumps({"url": url, "ok": ok, "checks": [asdict(r) for r in results], "error": told}, indent=2))
+        problem = {"type": type(error).__name__, "message": error.message} if error else None
+        print(json.dumps({"url": url, "ok": ok, "checks": [asdict(r) for r in results], "error": problem}, indent=2))
     else:
         _print_table(url, results)
     if error is not None and not given.json:
@@ -78,7 +78,7 @@ def _target(given: argparse.Namespace) -> tuple[str, str | None, str | None]:
 def run_checks(
     url: str, key: str | None, model: str | None, *, timeout_s: float
 ) -> tuple[list[Result], ExternalServerError | AuthenticationError | None]:
-    """Asks the server all questions; the error is the one that made further questions senseless."""
+    """Runs all checks; returns their results, and the error after which the others were left out."""
     results: list[Result] = []
     with external.http_session(url, key) as http:
         results.append(_timed("health", lambda: _health(http, url, timeout_s)))
@@ -87,7 +87,7 @@ def run_checks(
             connection = external.attach(url, key, model, timeout_s=timeout_s)
         except (ExternalServerError, AuthenticationError) as error:
             results.append(Result("models", False, time.monotonic() - started, type(error).__name__))
-            results.append(Result("answer", False, None, "not asked"))
+            results.append(Result("answer", False, None, "left out"))
             return results, error
         results.append(Result("models", True, time.monotonic() - started, connection.model))
         results.append(_timed("answer", lambda: _answer(http, connection, timeout_s)))
@@ -98,7 +98,7 @@ def _timed(name: str, ask: Callable[[], str]) -> Result:
     started = time.monotonic()
     try:
         detail, ok = ask(), True
-    except _Failed as error:
+    except _CheckError as error:
         detail, ok = str(error), False
     except requests.Timeout:
         detail, ok = "no answer in time", False
@@ -112,7 +112,7 @@ def _health(http: requests.Session, url: str, timeout_s: float) -> str:
     if response.status_code in _ABSENT:
         return "no such route: not vLLM"
     if not response.ok:
-        raise _Failed(f"HTTP {response.status_code}")
+        raise _CheckError(f"HTTP {response.status_code}")
     return "HTTP 200"
 
 
@@ -125,12 +125,12 @@ def _answer(http: requests.Session, connection: Connection, timeout_s: float) ->
         prompt = {**common, "prompt": "Hello"}
         response = http.post(f"{connection.base_url}/completions", json=prompt, timeout=timeout_s)
     if not response.ok:
-        raise _Failed(f"HTTP {response.status_code}: {response.text[:300]}")
+        raise _CheckError(f"HTTP {response.status_code}: {response.text[:300]}")
     try:
         choice = response.json()["choices"][0]
         text = choice["text"] if "text" in choice else choice["message"].get("content") or ""
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise _Failed(f"not in OpenAI's form: {response.text[:300]}") from None
+        raise _CheckError(f"not in OpenAI's form: {response.text[:300]}") from None
     return repr(text if len(text) <= 60 else f"{text[:60]}…")
 
 

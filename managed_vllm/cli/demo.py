@@ -1,14 +1,13 @@
 """`managed-vllm demo`: several processes share one server of the demo model; then it plays the embedded desktop.
 
-The parent process starts the workers (`managed-vllm demo --worker N`), and all of them enter `ManagedVLLM("demo")` on
-its word. A worker speaks in JSON lines on its standard output, and waits for a line on its standard input wherever all
-have to be together:
+The parent process starts the workers (`managed-vllm demo --worker N`). A worker reports events as JSON lines on its
+standard output; where all have to act at the same moment, it waits for a line on its standard input:
 
-1. `here` → waits → enters → `ready` (after how many seconds, did it start the server?)
+1. `started` → waits → enters `ManagedVLLM("demo")` → `ready` (after how many seconds, did it start the server?)
 2. waits → answers its screens → `answers` → leaves → `left`
 
-Or `error`, with a message. When the workers have left, the parent plays rollouts (`demo.rollouts`) and leaves, too.
-Then the server must be gone, with every process and its folder.
+A worker that fails reports `error`, with a message. When all have left, the parent plays rollouts (`demo_rollouts`) and
+leaves, too. Then the server must be gone, with every process and its folder.
 """
 
 from __future__ import annotations
@@ -70,28 +69,28 @@ def _handle(given: argparse.Namespace, *, progress: bool) -> ManagedVLLM:
 
 
 def work(given: argparse.Namespace) -> int:
-    """A worker's part. What it has to say goes to the parent as JSON lines."""
+    """A worker's part."""
 
-    def tell(event: str, **what: Any) -> None:
-        print(json.dumps({"event": event, **what}), flush=True)
+    def report(event: str, **fields: Any) -> None:
+        print(json.dumps({"event": event, **fields}), flush=True)
 
-    def wait_for_word() -> None:
+    def wait_for_go() -> None:
         if not sys.stdin.readline():
             raise KeyboardInterrupt  # the parent is gone
 
     rng = random.Random(f"{given.seed} {given.worker}")
     screens = [demo.random_screen(rng) for _ in range(given.screens)]
     try:
-        tell("here")
-        wait_for_word()
+        report("started")
+        wait_for_go()
         began = time.monotonic()
         with _handle(given, progress=False) as llm:
-            tell("ready", seconds=time.monotonic() - began, started_it=llm.started_it, base_url=llm.base_url)
-            wait_for_word()
+            report("ready", seconds=time.monotonic() - began, started_it=llm.started_it, base_url=llm.base_url)
+            wait_for_go()
             outputs = llm.chat(
                 [screen.messages() for screen in screens], SamplingParams(temperature=0.0, max_tokens=_MAX_TOKENS)
             )
-            told = [
+            answers = [
                 {
                     "task": screen.task,
                     "answer": output.outputs[0].text,
@@ -102,10 +101,10 @@ def work(given: argparse.Namespace) -> int:
                 }
                 for screen, output in zip(screens, outputs, strict=True)
             ]
-            tell("answers", answers=told)
-        tell("left")
+            report("answers", answers=answers)
+        report("left")
     except ManagedVLLMError as error:
-        tell("error", message=str(error))
+        report("error", message=str(error))
         return 1
     return 0
 
@@ -117,7 +116,7 @@ def work(given: argparse.Namespace) -> int:
 class _Worker:
     number: int
     process: subprocess.Popen[str]
-    told: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
     ready: Mapping[str, Any] = field(default_factory=dict)
     answers: Sequence[Mapping[str, Any]] = ()
 
@@ -127,7 +126,7 @@ class _Worker:
 
 
 class _Demo:
-    """One run of the demonstration."""
+    """One run of the demonstration, in the parent."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self._given = given
@@ -142,8 +141,8 @@ class _Demo:
         )
         try:
             self._workers = [self._spawn(number) for number in range(1, count + 1)]
-            self._await("here")
-            self._give_word()
+            self._await("started")
+            self._release()
             began = time.monotonic()
             with _handle(self._given, progress=True) as llm:
                 seconds = time.monotonic() - began
@@ -157,7 +156,7 @@ class _Demo:
                     f"Each worker now answers {self._given.screens} random screens, all at once."
                 )
                 began = time.monotonic()
-                self._give_word()
+                self._release()
                 self._await("answers")
                 seconds = time.monotonic() - began
                 right = self._show_answers(seconds)
@@ -165,7 +164,7 @@ class _Demo:
                 played = None if self._given.command else self._play(llm)
         finally:
             self._end_workers()
-        self._see_server_gone(instance, status.supervisor_pid)
+        self._check_server_is_gone(instance, status.supervisor_pid)
         if right is not None and right < ENOUGH_RIGHT:
             raise DemoError(f"only {right:.0%} of the answers were right; at least {ENOUGH_RIGHT:.0%} should be")
         if played is not None and played < ENOUGH_RIGHT:
@@ -210,28 +209,28 @@ class _Demo:
         self._events.put((worker, {"event": "end"}))
 
     def _await(self, event: str) -> None:
-        """Waits until every worker has told `event`. Raises `DemoError` if one fails or dies."""
+        """Waits until every worker has reported `event`. Raises `DemoError` if one fails or dies."""
         deadline = time.monotonic() + _PATIENCE_S
-        while missing := [worker.number for worker in self._workers if event not in worker.told]:
+        while missing := [worker.number for worker in self._workers if event not in worker.reported]:
             try:
-                worker, told = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
+                worker, report = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 raise DemoError(f"no {event!r} from workers {missing} within {_PATIENCE_S:g} s") from None
-            match told["event"]:
+            match report["event"]:
                 case "error":
-                    raise DemoError(f"{worker.title} failed: {told['message']}")
+                    raise DemoError(f"{worker.title} failed: {report['message']}")
                 case "ready":
-                    worker.ready = told
+                    worker.ready = report
                 case "answers":
-                    worker.answers = told["answers"]
-                case "end" if "left" not in worker.told:
+                    worker.answers = report["answers"]
+                case "end" if "left" not in worker.reported:
                     raise DemoError(f"{worker.title} ended with exit code {worker.process.wait()} before {event!r}")
-            worker.told.add(told["event"])
+            worker.reported.add(report["event"])
 
-    def _give_word(self) -> None:
+    def _release(self) -> None:
         for worker in self._workers:
             assert worker.process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it is dead: `_await` tells how
+            with contextlib.suppress(BrokenPipeError):  # it is dead: `_await` reports how
                 worker.process.stdin.write("go\n")
                 worker.process.stdin.flush()
 
@@ -291,7 +290,7 @@ class _Demo:
         self._say(f"[bold]{sum(verdicts)} of {len(verdicts)} answers are right[/], in {seconds:.1f} s.")
         return float(sum(verdicts) / len(verdicts))
 
-    def _see_server_gone(self, instance: Instance, supervisor_pid: int | None) -> None:
+    def _check_server_is_gone(self, instance: Instance, supervisor_pid: int | None) -> None:
         seen = running.peek(instance)
         keep_alive_s = float(seen.extra.get("keep_alive_s") or 0.0) if seen else 0.0
         if seen is not None and (seen.pinned or seen.users or keep_alive_s > running.GONE_WITHIN_S):

@@ -1,4 +1,4 @@
-"""The demo's second half: the demo model plays the embedded desktop, and what it did can be looked at in a browser."""
+"""The demo's second half: the demo model plays the embedded desktop, and a page for the browser shows each step."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _MADE_BY = "managed-vllm demo"
 
 
 def play(llm: ManagedVLLM, out: Path, console: Any, *, tasks: int, n: int, seed: int) -> tuple[int, float]:
-    """Plays `tasks` × `n` rollouts into the folder `out`, which a demo before this one may have made.
+    """Plays `tasks` × `n` rollouts into the folder `out`; the run of an earlier demo there is replaced.
 
     Prints a table and where the page is. Returns how many rollouts were finished, and the share of them that succeeded.
 
-    Raises `ConfigError`: `out` is there, and no demo's.
+    Raises `ConfigError` if `out` exists and was not made by a demo.
     """
     with RunStore.create(_fresh(out), {"made_by": _MADE_BY, "tasks": tasks, "n": n, "seed": seed}) as store:
         scheduler = StreamingTaskScheduler(
@@ -31,7 +31,7 @@ def play(llm: ManagedVLLM, out: Path, console: Any, *, tasks: int, n: int, seed:
             DesktopEnvironment,
             n=n,
             max_concurrency=ENVIRONMENTS,
-            # A little chance, so that the rollouts of a task differ.
+            # Some randomness, so that the rollouts of a task differ.
             sampling_params=SamplingParams(temperature=0.0 if n == 1 else 0.7, max_tokens=64),
             limits=Limits(max_steps=10),
             agent=embedded(),
@@ -60,6 +60,6 @@ def _fresh(out: Path) -> Path:
         except RunStoreError:
             ours = out.is_dir() and not any(out.iterdir())
         if not ours:
-            raise ConfigError(f"{out} is there, and was not made by a demo; give another folder by --out", field="out")
+            raise ConfigError(f"{out} exists and was not made by a demo; give another folder with --out", field="out")
         shutil.rmtree(out)
     return out

@@ -1,4 +1,4 @@
-"""`managed-vllm logs`, and the reader that follows a log across its rotation."""
+"""`managed-vllm logs`, and a reader that follows a log across rotations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PATIENCE_S = 3.0
 
 
 class LogReader:
-    """Reads a log that grows, and that is moved away when it is long: `backlog` first, `news` from there on."""
+    """Reads a log that grows and is rotated: first `backlog`, from then on `news`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -64,7 +64,7 @@ class LogReader:
         return self._decoder.decode(self._file.read())
 
     def _is_moved(self) -> bool:
-        """Another file has the log's name. As long as none has, the old one may still grow."""
+        """Whether the path now leads to another file. Until then the old one may still grow."""
         assert self._file is not None
         try:
             now = self._path.stat()
@@ -80,8 +80,8 @@ class LogReader:
             self._file.close()
 
 
-class _Presence:
-    """Whether a server is still there, without a lease and without touching its locks."""
+class _ServerWatch:
+    """Finds out whether a server is gone, without a lease and without touching its locks."""
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
@@ -126,18 +126,18 @@ def logs(given: argparse.Namespace) -> int:
 
 
 def _follow(reader: LogReader, instance: Instance) -> None:
-    presence = _Presence(instance)
+    server = _ServerWatch(instance)
     try:
         while True:
-            gone = presence.is_gone()
-            text = reader.news()  # after the look: what a server says last is not lost
+            gone = server.is_gone()
+            text = reader.news()  # read after the check, so that a server's last words are shown
             write(text)
             if gone:
                 return
             if not text:
                 time.sleep(0.1)
     finally:
-        presence.close()
+        server.close()
 
 
 def write(text: str) -> None:

@@ -1,6 +1,6 @@
 """The servers of this user as the command line sees them: finding, `status`, `down`.
 
-Looking takes no lease: a connection that only asks is no user, so that it neither starts nor keeps nor ends anything.
+None of this takes a lease, so that looking at a server neither starts it nor keeps it nor ends it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import psutil
 
 from managed_vllm.errors import ConfigError, NoServerError, SupervisorError
-from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance import cleanup, directory, external
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
@@ -126,7 +124,7 @@ def status(given: argparse.Namespace) -> int:
 
 
 def to_json(instance: Instance, names: Sequence[str], seen: ServerStatus | None, *, show_key: bool) -> dict[str, Any]:
-    """One server as a JSON object; with its key only where that is wished."""
+    """One server as a JSON object; with its key only if `show_key`."""
     record = instance.read_record() or {}
     spec = record.get("spec") if isinstance(record.get("spec"), dict) else {}
     row: dict[str, Any] = {"id": instance.id, "names": list(names)}
@@ -243,7 +241,7 @@ def down(given: argparse.Namespace) -> int:
             print("Nothing is running.")
     else:
         chosen = [find(home, which) for which in given.which] or [the_only_one(home)]
-    # One after another: each says what became of it, and none is skipped because of another.
+    # One after the other: each reports its outcome, and a failure does not skip the rest.
     return max([_end(instance, force=given.force) for instance in dict.fromkeys(chosen)], default=0)
 
 
@@ -286,7 +284,7 @@ def _end(instance: Instance, *, force: bool) -> int:
 
 
 def _end_without_supervisor(instance: Instance, *, force: bool) -> int:
-    """For a supervisor that is dead, or hangs: then only by force."""
+    """Ends an instance whose supervisor is dead; one whose supervisor hangs only with `force`."""
     if directory.is_alive(instance):
         if not force:
             raise SupervisorError(
@@ -298,7 +296,7 @@ def _end_without_supervisor(instance: Instance, *, force: bool) -> int:
 
 
 def _reach(instance: Instance) -> Channel | None:
-    """A channel to the supervisor; one that has just been started is given the time to listen."""
+    """A channel to the supervisor, which may just be starting; None if it is dead or does not answer."""
     deadline = time.monotonic() + 10.0
     while True:
         try:
@@ -339,11 +337,9 @@ def wait_until_gone(instance: Instance, supervisor_pid: int | None, timeout_s: f
 
 def _kill_supervisor(instance: Instance) -> None:
     """SIGKILL for a supervisor that hangs. The kernel takes its server down with it."""
-    record = instance.read_record() or {}
-    pid = record.get("pid")
-    if isinstance(pid, int) and pid > 1 and lifeline.start_time(pid) == record.get("pid_start_time"):
-        with contextlib.suppress(psutil.Error):
-            cleanup.end_processes([psutil.Process(pid)])
+    supervisor = cleanup.recorded_supervisor(instance)
+    if supervisor is not None:
+        cleanup.end_processes([supervisor])
         # Its main thread may be a zombie while another one still holds the lock.
         deadline = time.monotonic() + 5.0
         while directory.is_alive(instance) and time.monotonic() < deadline:
@@ -359,7 +355,8 @@ def _clear(instance: Instance) -> int:
                 return 1
             left = cleanup.end_processes(cleanup.marked_processes(instance))
             if left:
-                print(f"error: can't end {', '.join(str(p.pid) for p in left)} of {instance.id}", file=sys.stderr)
+                pids = ", ".join(str(process.pid) for process in left)
+                print(f"error: can't end {pids} of {instance.id}", file=sys.stderr)
                 return 1
             directory.drop_names(instance.home, instance.id)
             cleanup.remove_instance(instance)

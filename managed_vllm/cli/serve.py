@@ -26,21 +26,21 @@ from managed_vllm.status import ServerState, ServerStatus
 
 def serve(given: argparse.Namespace) -> int:
     """`managed-vllm serve`: returns only by an exception, Ctrl-C and SIGTERM included."""
-    llm, instance = _asked(given, progress=True)
+    llm, instance = _prepare(given, progress=True)
     with terminable():
         try:
             with llm:
                 _print_use(instance, llm.status(), started=llm.started_it, stop="Ctrl-C")
                 _follow(llm, instance)
         except (KeyboardInterrupt, Terminated):
-            _see_off(instance)
+            _report_leaving(instance)
             raise
     return 0
 
 
 def up(given: argparse.Namespace) -> int:
     """`managed-vllm up`."""
-    llm, instance = _asked(given, progress=not given.json, wait=not given.no_wait)
+    llm, instance = _prepare(given, progress=not given.json, wait=not given.no_wait)
     with llm:
         llm.pin()
         seen = llm.status()
@@ -55,14 +55,14 @@ def up(given: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(given: argparse.Namespace, *, progress: bool, wait: bool = True) -> tuple[ManagedVLLM, Instance]:
-    """The handle for what the command line asks for, not entered, and the instance it will be."""
+def _prepare(given: argparse.Namespace, *, progress: bool, wait: bool = True) -> tuple[ManagedVLLM, Instance]:
+    """The handle for what the command line asks for, not entered, and the instance to which it will attach."""
     model, arguments = model_and_arguments(given)
     if not model:
         raise ConfigError("which model? Give --model NAME, a folder, or --model demo", field="model")
-    # Who says `serve` wants a server here, wherever the scripts of this shell find theirs.
+    # `serve` means a server here, even in a shell whose scripts use one elsewhere.
     os.environ.pop(external.URL_VARIABLE, None)
-    llm = handle(given, model, arguments, progress=progress, wait=wait, on_status=_Restarts())
+    llm = handle(given, model, arguments, progress=progress, wait=wait, on_status=_RestartReporter())
     spec = ServerSpec.of(
         model,
         engine_args=arguments,
@@ -87,7 +87,7 @@ def model_and_arguments(given: argparse.Namespace) -> tuple[str | None, dict[str
 
 
 def handle(given: argparse.Namespace, model: str | None, arguments: dict[str, Any], **more: Any) -> ManagedVLLM:
-    """A handle, not entered, with the options that `serve`, `up` and `rollout` have in common."""
+    """A handle, not entered, with the options that `serve`, `up` and `rollout` share."""
     return ManagedVLLM(
         model,
         name=given.name,
@@ -113,8 +113,8 @@ def _command(given: argparse.Namespace) -> list[str] | None:
     return shlex.split(given.command) if given.command else None
 
 
-class _Restarts:
-    """Tells of each restart on standard error: why, and when it serves again."""
+class _RestartReporter:
+    """Reports each restart on standard error: why it is restarted, and when it serves again."""
 
     def __init__(self) -> None:
         self._epoch = 0
@@ -179,7 +179,7 @@ def _follow(llm: ManagedVLLM, instance: Instance) -> None:
 
     threading.Thread(target=watch, name="managed-vllm-watch", daemon=True).start()
     with LogReader(instance.server_log) as reader:
-        # Whose server was running already has seen its start.
+        # Of a server that was running already the start is old news.
         write(reader.backlog(None if llm.started_it else 0))
         while True:
             over = bool(ended)
@@ -191,8 +191,8 @@ def _follow(llm: ManagedVLLM, instance: Instance) -> None:
                 time.sleep(0.1)
 
 
-def _see_off(instance: Instance) -> None:
-    """Our lease is given back. Waits until the server is gone, if we were the last user."""
+def _report_leaving(instance: Instance) -> None:
+    """After our lease was given back: says what becomes of the server, and waits for its end if that is near."""
     seen = running.peek(instance)
     if seen is None:
         running.wait_until_gone(instance, None)

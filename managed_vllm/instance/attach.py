@@ -8,8 +8,8 @@ from the first use of a handle to its `close`:
    one that runs.
 3. Its supervisor is asked for a lease. Where none runs, one user is elected by the instance's start lock and spawns it;
    the others meanwhile find its socket.
-4. What the supervisor was told is kept as `KnownServer`: when it is killed, any user who is left can start the same
-   server again, at the same address and with the same key.
+4. The supervisor's order is kept as `KnownServer`: after the supervisor was killed, any remaining user can start the
+   same server again, at the same address and with the same key.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _OVER = (ServerState.FAILED, ServerState.STOPPING, ServerState.GONE)
 
 @dataclass(frozen=True, kw_only=True)
 class KnownServer:
-    """A server that was attached to: its instance, and what its supervisor was told."""
+    """A server that was attached to: its instance, and the order with which its supervisor was started."""
 
     instance: Instance
     order: SupervisorOrder
@@ -76,9 +76,9 @@ class KnownServer:
 class AttachOptions:
     """Which server a user asks for.
 
-    With `base_url`, the server at that URL and nothing else; `api_key` is for that one. Without `spec` only a server
-    that runs already, of that `name` if one is given. `keep_alive_s` are the seconds that a server of ours outlives its
-    last user. `progress`: show the start-up; None: on a terminal only.
+    `base_url` means a server at that URL, and `api_key` is its key. Without a `spec`, only a server that is already
+    running will do: the one called `name`, if a name is given. `keep_alive_s` is how many seconds our server outlives
+    its last user. `progress` shows the start-up; None: on a terminal only.
     """
 
     model: str | None = None
@@ -93,7 +93,7 @@ class AttachOptions:
 
     @property
     def order(self) -> SupervisorOrder | None:
-        """What a supervisor would be told by this user; None: it can't start one."""
+        """The order for a new supervisor; None: there is no spec, so this user can't start one."""
         if self.spec is None:
             return None
         return SupervisorOrder(spec=self.spec, address=self.address, policy=self.policy)
@@ -103,7 +103,7 @@ class _Election(enum.Enum):
     STARTED = enum.auto()
     """The supervisor was spawned here, and listens."""
     LEFT_TO_OTHERS = enum.auto()
-    """Another user is spawning it, or the last one is still on its way out."""
+    """Another process is spawning it, or the last one is still shutting down."""
     KILLED = enum.auto()
     """The supervisor that was spawned here was killed before it listened."""
 
@@ -112,7 +112,7 @@ class _Election(enum.Enum):
 
 
 def find(options: AttachOptions, home: Path) -> Instance:
-    """The instance that is meant. Raises `NoServerError` where that takes a server that runs, and none fits."""
+    """The instance that is meant. Raises `NoServerError` if none is running and there is no spec to start one."""
     if options.spec is not None:
         return Instance(home, options.spec.key)
     alive = [instance for instance in directory.instances(home) if directory.is_alive(instance)]
@@ -138,7 +138,7 @@ def _listed(ids: Sequence[str]) -> str:
 
 
 def _elect(instance: Instance, order: SupervisorOrder, deadline: float) -> _Election:
-    """Spawns the supervisor of an instance, unless somebody else is at it."""
+    """Spawns the supervisor of an instance, unless another process does."""
     from managed_vllm.instance import spawn  # here: most processes only attach
 
     order.spec.check()
@@ -159,13 +159,13 @@ def _elect(instance: Instance, order: SupervisorOrder, deadline: float) -> _Elec
             raise StateDirectoryError(
                 f"can't start in {instance.folder}: {error}", path=str(instance.folder)
             ) from error
-        return _Election.LEFT_TO_OTHERS  # a supervisor that was leaving has removed the folder: begin again
+        return _Election.LEFT_TO_OTHERS  # a supervisor that was shutting down has removed the folder: begin again
 
 
 def check_address(wanted: Address, running: Address, instance_id: str) -> None:
-    """Raises `ConfigMismatchError` where the running server is not at an address that was asked for explicitly.
+    """Raises `ConfigMismatchError` if an explicit address is not the running server's.
 
-    A difference is no reason for a second server on the same devices.
+    Starting a second server instead would put it on the same devices.
     """
     differences: dict[str, tuple[Any, Any]] = {}
     for name in ("host", "port", "api_key"):
@@ -205,7 +205,7 @@ class Attachment:
 
     Args:
         options: which server.
-        known: the server that was attached to before, in this process or in the one where the handle was pickled.
+        known: the server this handle was attached to before, here or in the process that pickled it.
         on_status: called with each new `ServerStatus`, in the thread that reads the channel.
     """
 
@@ -218,7 +218,7 @@ class Attachment:
         self.options = options
         self.known = known
         self.started_it = False
-        """Whether this process has started the server's supervisor."""
+        """Whether this process started the server's supervisor."""
         self._on_status = on_status
         self._closed = False
         self._lock = threading.RLock()
@@ -248,7 +248,7 @@ class Attachment:
         return made
 
     def close(self) -> None:
-        """Gives the lease back, for good: whoever waits for the server, or is just attaching, gets an error."""
+        """Gives the lease back, for good. Threads that wait for the server, or are attaching, get an error."""
         self._closed = True
         channel = self._channel
         if channel is not None:
@@ -257,7 +257,7 @@ class Attachment:
     # -- attaching -----------------------------------------------------------------------------------------------------
 
     def attach(self, deadline: float | None = None) -> Channel | None:
-        """Takes a lease, if there is none; returns the channel that is one, or None for a server given by URL.
+        """Takes a lease, if there is none. Returns its channel, or None for a server given by URL.
 
         Raises `ServerStoppedError` after `close`, `TimeoutError` when the deadline (monotonic clock) passes, and all
         that `ManagedVLLM` raises on entering.
@@ -278,7 +278,7 @@ class Attachment:
 
     @contextlib.contextmanager
     def _locked(self, deadline: float | None) -> Iterator[None]:
-        """The lock; another thread may hold it for as long as it starts a supervisor. Raises `TimeoutError`."""
+        """Holds the lock, which another thread may have while it starts a supervisor. Raises `TimeoutError`."""
         if not self._lock.acquire(timeout=-1 if deadline is None else _left(deadline)):
             raise TimeoutError
         try:
@@ -291,9 +291,9 @@ class Attachment:
             raise ServerStoppedError("closed while waiting for the server", instance=self.id)
 
     def _raise_if_over(self, channel: Channel | None) -> None:
-        """Raises, once, what a server of ours ended with; the next use starts anew.
+        """Raises the error with which the server ended, but only once: the next use starts anew.
 
-        A supervisor that was killed has said nothing, and nothing is raised: somebody starts the next at once.
+        Nothing is raised for a supervisor that was killed: one of its users starts the next one at once.
         """
         status = channel.status if channel is not None and not channel.given_back else None
         if status is None or status.state not in _OVER:
@@ -308,7 +308,7 @@ class Attachment:
     def _attach_external(self, base_url: str) -> None:
         model = os.environ.get(external.MODEL_VARIABLE) or self.options.model
         self._external = external.attach(base_url, self.options.api_key, model)
-        log.info("attached to %s, which somebody else runs: not supervised", self._external.base_url)
+        log.info("attached to %s: an external server, not supervised", self._external.base_url)
 
     def _take_lease(self, deadline: float | None) -> Channel:
         home = directory.state_home()
@@ -324,7 +324,7 @@ class Attachment:
     def _lease(
         self, instance: Instance, order: SupervisorOrder | None, deadline: float | None
     ) -> tuple[Channel, SupervisorOrder]:
-        """A lease from the instance's supervisor, and what that was told; starts it where none runs."""
+        """A lease from the instance's supervisor, and its order. Starts the supervisor if none is running."""
         patience = time.monotonic() + _SUPERVISOR_PATIENCE_S
         until = patience if deadline is None else min(patience, deadline)
         killed = 0
@@ -356,7 +356,7 @@ class Attachment:
         raise ServerStoppedError("closed while waiting for the server", instance=instance.id)
 
     def _start(self, instance: Instance, order: SupervisorOrder, until: float) -> int:
-        """Takes part in the election; returns how many supervisors were spawned here and killed: none or one."""
+        """Takes part in the election. Returns 1 if the supervisor was spawned here and killed at once, else 0."""
         outcome = _elect(instance, order, until)
         if outcome is _Election.LEFT_TO_OTHERS:
             time.sleep(0.01)
@@ -366,7 +366,7 @@ class Attachment:
 
     def _connect(self, instance: Instance) -> Channel | None:
         """A channel to the instance's supervisor, not yet a lease; None if none listens."""
-        # Weak, as is the finalizer: a handle that is dropped without `close` gives its lease back.
+        # Weak, like the finalizer below: a handle that is dropped without `close` gives its lease back.
         attachment = weakref.ref(self)
 
         def on_change(status: ServerStatus) -> None:
@@ -405,16 +405,16 @@ class Attachment:
             ) from error
 
     def _wait_until_gone(self, channel: Channel, deadline: float) -> None:
-        """Waits for a supervisor that is on its way out, so that the next one never meets it."""
+        """Waits until a supervisor that is shutting down has ended, so that the next one never meets it."""
         with contextlib.suppress(TimeoutError):
             channel.wait_until(lambda _: self._closed, _left(deadline))
         channel.close()
 
     def _admitted(
-        self, channel: Channel, instance: Instance, wanted: SupervisorOrder | None, told: Mapping[str, Any]
+        self, channel: Channel, instance: Instance, wanted: SupervisorOrder | None, order: Mapping[str, Any]
     ) -> SupervisorOrder:
-        """What the running supervisor was told, if that is what is wanted; else the lease is given back."""
-        running = SupervisorOrder.from_dict(told)
+        """The running supervisor's order. If that is not what is wanted, gives the lease back and raises."""
+        running = SupervisorOrder.from_dict(order)
         try:
             if wanted is not None and wanted.spec.identity != running.spec.identity:
                 raise ConfigMismatchError(
@@ -456,7 +456,7 @@ class Attachment:
                     channel = self.attach(deadline)
                 if channel is None:
                     return self.status()
-                after_epoch = None  # another supervisor counts anew
+                after_epoch = None  # another supervisor counts its epochs anew
             with _not_ready_within(timeout), self._shown(channel, progress):
                 left = None if deadline is None else _left(deadline)
                 status = channel.wait_until(settled, left)
@@ -469,7 +469,7 @@ class Attachment:
 
     @contextlib.contextmanager
     def _shown(self, channel: Channel, progress: bool | None) -> Iterator[None]:
-        """Shows the status while it changes, and as it is now unless the server is ready."""
+        """Shows the server's status on the terminal while it starts."""
         options = self.options
         title = options.model or self.id or "vLLM"
         with StartupProgress(title, options.progress if progress is None else progress) as view:
@@ -486,10 +486,11 @@ class Attachment:
     def connection(
         self, lost_epoch: int | None = None, timeout_s: float | None = None, pause_s: float = 0.0
     ) -> tuple[Connection, int]:
-        """The connection to a ready server; after `lost_epoch` was lost, a later one, or the same if it is well.
+        """The connection to a ready server, and its epoch.
 
-        What was lost may have been one connection only: a later epoch is waited for `pause_s` seconds, unless the
-        supervisor has noticed a death.
+        `lost_epoch` is the epoch in which the caller lost an answer. The server may have died, or only one connection
+        broke. So this waits up to `pause_s` seconds for a later epoch, and longer if the supervisor has seen the server
+        die; then the same epoch is returned once more.
         """
         deadline = _deadline(timeout_s)
         channel = self.attach(deadline)
@@ -504,7 +505,7 @@ class Attachment:
         return status.connection, status.epoch
 
     def ready(self) -> tuple[Connection, int] | None:
-        """The connection to a server that is ready now, at once; None: `connection` may have to wait for it."""
+        """As `connection`, without waiting: None if the server is not ready at this moment."""
         channel, known = self._channel, self._external
         if known is not None:
             return known, 0
@@ -551,7 +552,7 @@ class Attachment:
 
 @contextlib.contextmanager
 def _not_ready_within(timeout: float | None) -> Iterator[None]:
-    """Says what a bare `TimeoutError` is about. The server's own `StartupTimeoutError` is one, too, and passes."""
+    """Gives a bare `TimeoutError` its message. The server's own `StartupTimeoutError` passes unchanged."""
     try:
         yield
     except TimeoutError as error:

@@ -30,7 +30,7 @@ MAX_LINE = 4 << 20
 
 
 def peer(connection: socket.socket) -> tuple[int, int]:
-    """`(pid, uid)` of the process at the other end, by the kernel's word."""
+    """`(pid, uid)` of the process at the other end, as the kernel has recorded them."""
     pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid
 
@@ -46,8 +46,8 @@ def encode(message: Mapping[str, Any]) -> bytes:
 class Channel:
     """A user's connection to a supervisor. Holding it open is the lease.
 
-    One daemon thread reads; `status` is the newest `ServerStatus`, `closed` is true once the connection is gone and
-    `given_back` if that was our own doing. All methods are safe to call from any thread.
+    A daemon thread reads. `status` is the newest `ServerStatus`, `closed` is true once the connection is gone, and
+    `given_back` if `close` was called here. All methods may be called from any thread.
     """
 
     def __init__(self, connection: socket.socket, on_change: Callable[[ServerStatus], None] | None = None) -> None:
@@ -68,7 +68,8 @@ class Channel:
     ) -> Channel:
         """Connects to the supervisor at `path`.
 
-        Raises `ConnectionError` or `OSError` if none listens there, `SupervisorError` if another user's process does.
+        Raises `OSError` (most often `ConnectionError`) if nothing listens there, `SupervisorError` if the process that
+        listens belongs to another user.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -85,7 +86,7 @@ class Channel:
         return cls(connection, on_change)
 
     def request(self, op: str, *, timeout_s: float = 10.0, **fields: Any) -> dict[str, Any]:
-        """Sends a request and waits for its reply. Raises `ConnectionError` if the supervisor goes, `TimeoutError`."""
+        """Sends a request and waits for its reply. Raises `ConnectionError` if the supervisor ends, `TimeoutError`."""
         with self._changed:
             self._next_id += 1
             number = self._next_id
@@ -106,7 +107,7 @@ class Channel:
     ) -> ServerStatus | None:
         """Waits until `condition(status)` holds or the supervisor is gone; returns the newest status.
 
-        Raises `TimeoutError`. Wakes now and then so that Ctrl-C is heard in the main thread.
+        Raises `TimeoutError`. Wakes once a second, so that Ctrl-C takes effect in the main thread.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance.directory import Instance, is_own_directory
 from managed_vllm.socket_paths import short_temporary_folder
 
@@ -44,6 +45,17 @@ def marked_processes(instance: Instance) -> list[psutil.Process]:
         except (OSError, psutil.Error):
             continue
     return found
+
+
+def recorded_supervisor(instance: Instance) -> psutil.Process | None:
+    """The process that the record names as the supervisor; None if that has ended, even if its pid was reused."""
+    record = instance.read_record() or {}
+    pid = record.get("pid")
+    if not isinstance(pid, int) or pid <= 1 or lifeline.start_time(pid) != record.get("pid_start_time"):
+        return None
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid)
+    return None
 
 
 def end_processes(processes: list[psutil.Process], *, timeout_s: float = 10.0) -> list[psutil.Process]:

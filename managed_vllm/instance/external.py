@@ -1,4 +1,4 @@
-"""Servers that somebody else runs, given by URL: checked, never supervised."""
+"""Servers that somebody else runs, given by URL: they are checked, and never supervised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a waiting user sees while a server comes up: one line that moves on a terminal, a line a stage elsewhere."""
+"""What a user sees while waiting for a server: on a terminal one line that is updated, elsewhere a line per stage."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ log = logging.getLogger("managed_vllm")
 class StartupProgress:
     """Shows stage, detail and elapsed seconds on standard error while it is entered.
 
-    `show` is True (always), False (never) or None: only where standard error is a terminal. Every change of stage also
-    goes to the logger `managed_vllm`.
+    `show` is True (always), False (never) or None: only if standard error is a terminal. Each change of stage also goes
+    to the logger `managed_vllm`.
     """
 
     def __init__(self, title: str, show: bool | None) -> None:
