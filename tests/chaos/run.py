@@ -3,7 +3,7 @@
 `python tests/chaos/run.py --runs 500 --seed 0 --jobs 2`, or `--real --runs 20`; `--runs 1 --seed N` replays a run.
 The exit code is 1 if an invariant was broken. What must hold, in every run:
 
-1. At most one server and one supervisor at a time (a killed chain has `_FALL_S` to fall).
+1. At most one server and one supervisor at a time (a killed chain has `_FALL_LOOKS` looks of ours to fall).
 2. Every request of a client that was not killed is answered exactly once, with what its prompt requires, or fails with
    a typed error, before its deadline. No client hangs.
 3. `instance.json` is readable or absent at any moment.
@@ -42,8 +42,9 @@ from chaos import client, sightings
 from chaos.plan import DISRUPTIVE, FAULTS, HANGS, Member, Plan, Strike, plan_for, real_plan_for
 from chaos.report import Outcome, Recovery, summary
 
-_FALL_S = 2.0
-_END_S = 15.0
+_FALL_LOOKS = 20
+"""Three seconds, and more where the machine is so busy that the looks are late as well."""
+_END_S = 60.0
 _LOOK_S = 0.15
 _TIMEOUT_S = 25.0
 _forks = multiprocessing.get_context("forkserver")
@@ -190,7 +191,7 @@ class Run:
             time.sleep(0.02)
 
     def _wait_for_clients(self) -> None:
-        deadline = self.began + self.plan.lasts_s + self.setting.timeout_s + 10.0
+        deadline = self.began + self.plan.lasts_s + self.setting.timeout_s + _END_S
         for member in self._members:
             member.process.join(max(0.1, deadline - time.monotonic()))
             if member.process.is_alive():
@@ -250,18 +251,16 @@ class Run:
     def _watch(self) -> None:
         """One server, one supervisor, a readable record: at every look."""
         assert self.home is not None
-        too_many_since: dict[str, float] = {}
+        too_many: dict[str, int] = {}
         while not self._over.wait(_LOOK_S):
             sightings.keep_logs(self.home, self.folder / "logs")
             processes = sightings.look(self.home)
             now = time.monotonic()
             for role in ("supervisor", "api"):
                 alive = [p for p in processes if p.role == role]
-                if len(alive) <= 1:
-                    too_many_since.pop(role, None)
-                elif now - too_many_since.setdefault(role, now) > _FALL_S:
+                too_many[role] = too_many.get(role, 0) + 1 if len(alive) > 1 else 0
+                if too_many[role] == _FALL_LOOKS:
                     self.broken.append(f"two at once ({role}) at {now - self.began:.2f} s: {alive}")
-                    too_many_since[role] = now + 1e9
             self.broken += [
                 f"torn record at {now - self.began:.2f} s: {torn}" for torn in sightings.torn_records(self.home)
             ]
