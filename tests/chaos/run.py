@@ -130,7 +130,7 @@ class Run:
         steps: list[tuple[float, Callable[[], None]]] = []
         steps += [(m.arrives_s, partial(self._arrive, m)) for m in self.plan.members if m.arrives_s > 0]
         steps += [(s.at_s, partial(self._strike, s)) for s in self.plan.strikes]
-        steps += [(m.leaves_s, partial(self._of[m].say, "leave")) for m in self.plan.members]
+        steps += [(m.leaves_s, partial(self._leave, m)) for m in self.plan.members]
         for at_s, step in sorted(steps, key=lambda pair: pair[0]):
             time.sleep(max(0.0, self.began + at_s - time.monotonic()))
             step()
@@ -204,6 +204,9 @@ class Run:
             if member.process.exitcode != 0 and not member.killed:
                 self.broken.append(f"a client ended with {member.process.exitcode}: {member.errors}")
             member.words.close()
+
+    def _leave(self, member: Member) -> None:
+        self._of[member].say("leave")
 
     # -- strikes -------------------------------------------------------------------------------------------------------
 
