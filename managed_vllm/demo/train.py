@@ -502,7 +502,11 @@ CASES = (
 )
 
 
-def success_rate(model: Any, tokenizer: Any, case: Case, *, screens: int = 256, seed: int = 1_000_003) -> float:
+SCREENS = 256
+"""On how many a case is judged."""
+
+
+def success_rate(model: Any, tokenizer: Any, case: Case, *, screens: int = SCREENS, seed: int = 1_000_003) -> float:
     """How often the model's greedy answer ends in the right action, on screens of a seed never trained with."""
     rng = random.Random(f"{seed} {case.name}")
     tasks = [case.make(rng) for _ in range(screens)]
@@ -553,6 +557,7 @@ class Attempt:
     seed: int
     fit: Fit
     parameters: int
+    screens_per_case: int
     success: dict[str, float]
     worst_required: float
 
@@ -560,7 +565,7 @@ class Attempt:
         return self.worst_required >= target
 
 
-def attempt(folder: Path, recipe: Recipe, seed: int, seconds: float, say: Say) -> Attempt:
+def attempt(folder: Path, recipe: Recipe, seed: int, seconds: float, screens: int, say: Say) -> Attempt:
     """Trains with one seed, writes the model to `folder`, and measures what was written."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
@@ -574,10 +579,10 @@ def attempt(folder: Path, recipe: Recipe, seed: int, seconds: float, say: Say) -
     written, its_tokenizer = read_model(folder)
     success = {}
     for case in CASES:
-        success[case.name] = success_rate(written, its_tokenizer, case)
+        success[case.name] = success_rate(written, its_tokenizer, case, screens=screens)
         say(f"{success[case.name]:7.2%}  {case.name}")
     worst = min(success[case.name] for case in CASES if case.required)
-    return Attempt(seed, result, parameters, success, worst)
+    return Attempt(seed, result, parameters, screens, success, worst)
 
 
 def describe(best: Attempt, recipe: Recipe, command: str) -> dict[str, Any]:
@@ -586,7 +591,6 @@ def describe(best: Attempt, recipe: Recipe, command: str) -> dict[str, Any]:
         "command": command,
         **asdict(best),
         "required": [case.name for case in CASES if case.required],
-        "screens_per_case": 256,
         "recipe": asdict(recipe),
         "versions": {
             "python": platform.python_version(),
@@ -609,7 +613,7 @@ UI-TARS style action: a click, a text to type, a scroll, or that it is finished.
 screens only, by `python -m managed_vllm.demo.train`, and comes under this project's license. The format is defined in
 `managed_vllm/demo/screen.py`; it understands nothing else.
 
-Right greedy answers on 256 unseen screens per case, computed in fp32 from these weights:
+Right greedy answers on {best.screens_per_case} unseen screens per case, computed in fp32 from these weights:
 
 | case | right |
 |---|---|
@@ -636,14 +640,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def train(out: Path, *, seconds: float, seed: int, attempts: int, target: float, say: Say) -> bool:
+def train(out: Path, *, seconds: float, seed: int, attempts: int, target: float, screens: int, say: Say) -> bool:
     """Trains until an attempt reaches `target`, and puts that model at `out`. Returns whether one did."""
     recipe = Recipe()
     command = f"python -m managed_vllm.demo.train OUT --seconds {seconds:g} --seed {seed} --target {target:g}"
     for this_seed in range(seed, seed + attempts):
         with tempfile.TemporaryDirectory(prefix="managed_vllm-demo-") as name:
             folder = Path(name)
-            result = attempt(folder, recipe, this_seed, seconds, say)
+            result = attempt(folder, recipe, this_seed, seconds, screens, say)
             if result.reaches(target):
                 _write_json(folder / "training.json", describe(result, recipe, command))
                 (folder / "README.md").write_text(model_card(result))
@@ -661,6 +665,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first attempt; the next one takes the next (0)")
     parser.add_argument("--attempts", type=int, default=3, help="seeds to try at most (3)")
     parser.add_argument("--target", type=float, default=0.97, help="right answers needed in every required case (0.97)")
+    parser.add_argument("--screens", type=int, default=SCREENS, help=f"on how many each case is judged ({SCREENS})")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
     given = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -675,6 +680,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=given.seed,
         attempts=given.attempts,
         target=given.target,
+        screens=given.screens,
         say=say,
     ):
         say(f"written: {given.out}")

@@ -389,8 +389,9 @@ def test_training_that_misses_its_target_fails_and_leaves_what_was_there(tmp_pat
     pytest.importorskip("transformers")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
+    little = ["--seconds", "1", "--attempts", "1", "--screens", "8"]
     result = subprocess.run(
-        [sys.executable, "-m", "managed_vllm.demo.train", str(tmp_path / "out"), "--seconds", "1", "--attempts", "1"],
+        [sys.executable, "-m", "managed_vllm.demo.train", str(tmp_path / "out"), *little],
         capture_output=True,
         text=True,
         timeout=280,
