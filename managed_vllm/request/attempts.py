@@ -56,7 +56,7 @@ class _LoopState:
     epoch: int = 0
 
     def close(self) -> None:
-        """Ends what is in flight: aiohttp 3.14 lets the reader of a body wait for ever when its connector is closed."""
+        """Ends what is in flight. In aiohttp 3.14 the reader of a body waits for ever when its connector is closed."""
         for bound in list(self.bounds):
             bound.close()
 

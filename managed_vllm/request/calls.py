@@ -65,7 +65,9 @@ class Call:
         rests = [fields.with_params(one.to_request(chat=chat)) for one in params]
         for rest in rests:
             if rest.get("stream") or rest.get("stream_options"):
-                raise BadRequestError("stream= is not for this client: what comes back is whole; see stream()")
+                raise BadRequestError(
+                    "stream= is not for this client: chat() and generate() return whole answers; see stream()"
+                )
         self._routes[chat] = fields, params, rests
         return self._routes[chat]
 

@@ -20,18 +20,18 @@ CHAT_ONLY = names_of(ChatFields) - BOTH_ROUTES
 COMPLETIONS_ONLY = names_of(CompletionFields) - BOTH_ROUTES
 
 REFUSED: Mapping[str, str] = {
-    "stream": "what comes back is whole; resume=True streams inside, and llm.openai streams to you",
-    "stream_options": "what comes back is whole; llm.openai streams to you",
+    "stream": "chat() and generate() return whole answers; stream() streams",
+    "stream_options": "chat() and generate() return whole answers; stream() streams",
     "messages": "it is the first argument of chat()",
     "prompt": "it is the first argument of generate()",
     "prompt_embeds": "prompts are texts or token ids",
-    "use_beam_search": "beam search is no sampling, and does not go with token ids and resuming",
-    "length_penalty": "it means something to beam search only",
-    "return_token_offsets": "it means something to the /render routes only",
-    "mm_payload": "it means something to the /render routes only",
-    "return_mm_kwargs": "it means something to the /render routes only",
+    "use_beam_search": "beam search is not sampling, and excludes token ids and resuming",
+    "length_penalty": "it only concerns beam search",
+    "return_token_offsets": "it only concerns the /render routes",
+    "mm_payload": "it only concerns the /render routes",
+    "return_mm_kwargs": "it only concerns the /render routes",
 }
-"""Fields that a route knows, but this client does not pass on, with the reason."""
+"""Fields that a route knows but this client does not pass on, with the reason."""
 
 OF_VLLM_LLM: Mapping[str, str] = {
     "lora_request": "the server must have the adapter (--lora-modules); name it by model=",
@@ -39,7 +39,7 @@ OF_VLLM_LLM: Mapping[str, str] = {
     "chat_template_content_format": "it is an option of the server (--chat-template-content-format)",
     "mm_processor_kwargs": "/v1/completions does not take it; chat() does",
 }
-"""Arguments of `vllm.LLM.generate` and `chat` that are no request fields, with the reason."""
+"""Arguments of `vllm.LLM.generate` and `chat` that are not request fields, with the reason."""
 
 _OTHER_NAMES: Mapping[str, str] = {
     "guided_json": "structured_outputs={'json': …}",

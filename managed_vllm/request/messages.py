@@ -1,8 +1,8 @@
-"""Conversations as callers write them, made into what goes into `"messages"` of `/v1/chat/completions`.
+"""Conversations as callers write them, made into `"messages"` of `/v1/chat/completions`.
 
-Where images come from differs from program to program: OpenAI's `image_url`, `image` of Hugging Face's chat templates,
-`image_pil` of vLLM's own `LLM.chat`, or a picture that simply stands in the list. `conversation` takes all of them and
-changes nothing else: texts, other parts, other keys and their order stay as they are, and so do the caller's objects.
+Programs give images in different ways: OpenAI's `image_url`, `image` of Hugging Face's chat templates, `image_pil` of
+vLLM's own `LLM.chat`, or the picture itself in the list. `conversation` takes all of them and changes nothing else:
+texts, other parts, other keys and their order stay as they are, and the caller's objects are not modified.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "image": ("image", "url", "path"),
     "image_pil": ("image_pil",),
 }
-"""Types of parts that carry an image, and where in the part it is."""
-_OF_THE_SERVER = ("http://", "https://")
+"""Types of parts that carry an image, and the keys under which it may be."""
+_FETCHED_BY_SERVER = ("http://", "https://")
 
 
 def conversation(messages: Any) -> list[dict[str, Any]]:
     """One conversation, checked, with an `ImagePart` in the place of each part that carries an image.
 
-    `messages` is a sequence of mappings with a `role`. A `content` that is a list may have
+    `messages` is a sequence of mappings with a `role`. The items of a `content` that is a list may be
 
-    - texts, and mappings with the type `text`;
-    - mappings with the type `image_url` (its value, or `url` in its value), `image` (`image`, `url` or `path`) or
-      `image_pil`, where the image is whatever `media.Image.of` takes, or an http(s) URL, which the server fetches;
-    - images as they are (not as text);
+    - texts, and mappings of the type `text`;
+    - mappings of the type `image_url` (the value, or `url` in the value), `image` (`image`, `url` or `path`) or
+      `image_pil`, where the image is anything that `Image.of` takes, or an http(s) URL, which the server fetches;
+    - images themselves, but not as text;
     - mappings of any other type (`input_audio`, `video_url`, …), which are passed on.
 
-    A part's own `uuid` is the image's id then; an `image_url` that is None beside one is passed on.
+    A part's own `uuid` becomes the image's id; beside one, an `image_url` that is None is passed on.
 
-    Files are read and pictures are encoded here, which takes 50 ms for one of Pillow's that is new.
+    Files are read and pictures are encoded here, which takes 50 ms for a new one of Pillow's.
 
     Raises `BadRequestError` (field "messages") that names the message and the part: `messages[2].content[0]: …`.
     """
@@ -96,7 +96,7 @@ def _image_part(part: Mapping[str, Any], kind: str, place: str) -> Any:
         if uuid is None:
             raise _wrong(place, f"has no image in {key!r}")
         return dict(part)
-    fetched = isinstance(source, str) and source[:8].lower().startswith(_OF_THE_SERVER)
+    fetched = isinstance(source, str) and source[:8].lower().startswith(_FETCHED_BY_SERVER)
     if fetched and key == "image_url":
         return dict(part)
     detail = inner.get("detail", part.get("detail"))

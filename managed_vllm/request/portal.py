@@ -55,14 +55,32 @@ def run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         raise RuntimeError(
             "a synchronous call from within the loop that is to carry it out; await the asynchronous one"
         )
-    future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(make(), where)
+    coroutine = make()  # in the caller's thread: it may wait for a lock
+    tasks: list[asyncio.Task[Any]] = []
+    interrupted = threading.Event()
+
+    async def cancellable() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.append(task)
+        if interrupted.is_set():
+            coroutine.close()
+            raise asyncio.CancelledError
+        return await coroutine
+
+    def cancel() -> None:
+        for task in tasks:
+            task.cancel()
+
     try:
-        return future.result()
+        return asyncio.run_coroutine_threadsafe(cancellable(), where).result()
     except concurrent.futures.CancelledError:
         raise
     except BaseException:
-        if not future.done():
-            future.cancel()
+        # An interrupt may come at any moment, even before there is a future to cancel.
+        if not tasks or not tasks[0].done():
+            interrupted.set()
+            where.call_soon_threadsafe(cancel)
             _settle(where)
         raise
 

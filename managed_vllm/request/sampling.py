@@ -1,11 +1,11 @@
-"""Sampling parameters with vLLM's names, and what they become on the wire.
+"""Sampling parameters with vLLM's names, and the request fields that they become.
 
-What is wrong dies where it is written, with vLLM's own rules (0.32): a wrong value raises `BadRequestError`, a name
-that can't be passed on to a server `UnsupportedParameterError` with the reason, a wrong spelling the same with the
-nearest names. Both carry the name as `field`. A `vllm.SamplingParams` or a dict is taken as well. vLLM ignores unknown
-request fields silently (0.32, every endpoint), we don't.
+Mistakes fail where they are written, by vLLM's own rules (0.32): a wrong value raises `BadRequestError`, a name that
+can't be passed on to a server `UnsupportedParameterError` with the reason, a misspelt one the same with the nearest
+names. Both have the name as `field`. A `vllm.SamplingParams` or a dict is taken as well. vLLM silently ignores unknown
+request fields (0.32, every endpoint); we don't.
 
-None means everywhere: not sent. Then the server's default counts: of the model's generation_config, or vLLM's.
+Everywhere, None means: not sent. Then the server's default counts, from the model's generation_config or vLLM itself.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ REFUSED: Mapping[str, str] = {
     "top_logprobs": "here it is called logprobs: the number of candidates",
     "use_beam_search": "beam search is no sampling; vllm.LLM has a method of its own for it",
 }
-"""Names that users of vLLM know, which no field of a request carries, with the reason.
+"""Names that users of vLLM know, but that no request field has, with the reason.
 
-In a `vllm.SamplingParams` those that only steer vLLM's own process are let pass, and any that has its default.
+In a `vllm.SamplingParams`, those that only concern vLLM's own process are ignored, and so is any that has its default.
 """
 
 IN_PROCESS = frozenset({"output_kind", "skip_clone", "output_text_buffer_length"})
@@ -64,17 +64,17 @@ _CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
-    """What the answer must look like: exactly one of the first six. As `vllm.sampling_params.StructuredOutputsParams`.
+    """The form that an answer must have: exactly one of these. As `vllm.sampling_params.StructuredOutputsParams`.
 
     Args:
-        json: a JSON schema: dict, text, or a pydantic model class.
-        regex: a regular expression that all of the text matches.
-        choice: texts, of which the answer is one.
+        json: a JSON schema: a dict, a text, or a pydantic model class.
+        regex: a regular expression that the whole text matches.
+        choice: texts, one of which is the answer.
         grammar: a context-free grammar in EBNF.
         json_object: True: any JSON object.
         structural_tag: a dict, or the same as JSON text.
 
-    What vLLM's class has beside these is refused: the server decides it (`REFUSED_IN_STRUCTURED_OUTPUTS`).
+    The other fields of vLLM's class are refused: the server decides them (`REFUSED_IN_STRUCTURED_OUTPUTS`).
     """
 
     json: Any = None
@@ -85,7 +85,7 @@ class StructuredOutputsParams:
     structural_tag: str | Mapping[str, Any] | None = None
 
     def __new__(cls, **given: Any) -> StructuredOutputsParams:
-        """Only to name what is misspelt."""
+        """Refuses misspelt names with the nearest ones."""
         known = [field.name for field in fields(cls)]
         _check_names(given, known, REFUSED_IN_STRUCTURED_OUTPUTS, "structured_outputs has no")
         return super().__new__(cls)
@@ -141,38 +141,38 @@ class StructuredOutputsParams:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to sample. None means: the server's own default (its generation_config, or vLLM's).
+    """How to sample. None means: the server's own default (from its generation_config, or vLLM's).
 
-    The fields are those of `vllm.SamplingParams` (0.32) that the OpenAI-compatible routes take, and the two for cutting
-    a prompt; docs/parameters.md has all of them, and why others are refused. Values are kept in plain types: sequences
-    become tuples, numpy's numbers Python's.
+    The fields are those of `vllm.SamplingParams` (0.32) that the OpenAI-compatible routes take, and two for truncating
+    the prompt; docs/parameters.md lists them, and says why others are refused. Values are kept in plain types:
+    sequences become tuples, numpy's numbers become Python's.
 
     Args:
         n: answers per prompt; 1 if greedy.
         temperature: 0 (greedy) to 2.
         top_p: in (0, 1]. top_k: 0 or -1 for all. min_p: in [0, 1].
         presence_penalty, frequency_penalty: in [-2, 2]. repetition_penalty: above 0; 1 is none.
-        watermarking: whether the engine's watermark is applied, where it has one.
-        seed: 64 bits with a sign.
-        stop: text or texts that end the answer (vLLM takes at most four, `VLLM_MAX_STOP_STRINGS`).
-        stop_token_ids: token ids that end it. bad_words: texts that must not come.
-        ignore_eos: go on after the end-of-sequence token.
-        max_tokens: tokens at most. None: 16 in `generate`, up to the model's length in `chat`. min_tokens: at least.
-        logprobs: number of likeliest candidates per token, beside the sampled one; 0: that one only; -1: all.
+        watermarking: whether the engine's watermark is applied, if it has one.
+        seed: 64 bits, signed.
+        stop: a text, or texts, that end the answer (vLLM takes at most four, `VLLM_MAX_STOP_STRINGS`).
+        stop_token_ids: token ids that end it. bad_words: texts that must not be generated.
+        ignore_eos: continue after the end-of-sequence token.
+        max_tokens: the most tokens. None: 16 in `generate`, up to the model's length in `chat`. min_tokens: the fewest.
+        logprobs: the number of likeliest candidates per token, beside the sampled one; 0: none; -1: all.
         prompt_logprobs: the same for the prompt's tokens.
-        logprob_token_ids: candidates are exactly these (at most 128), in place of the likeliest.
-        skip_special_tokens, spaces_between_special_tokens, include_stop_str_in_output: how text is made of tokens.
-        truncate_prompt_tokens: tokens of the prompt that are kept; -1: as many as the model takes.
+        logprob_token_ids: exactly these candidates (at most 128), in place of the likeliest.
+        skip_special_tokens, spaces_between_special_tokens, include_stop_str_in_output: how tokens become text.
+        truncate_prompt_tokens: how many tokens of the prompt are kept; -1: as many as the model takes.
         truncation_side: "left" keeps the last ones, "right" the first ones.
-        logit_bias: {token id: what is added to its logit, within [-100, 100]}.
-        allowed_token_ids: only these can be sampled.
+        logit_bias: {token id: a number in [-100, 100] that is added to its logit}.
+        allowed_token_ids: the only ones that can be sampled.
         structured_outputs: `StructuredOutputsParams`, a dict such as `{"regex": …}`, or a pydantic model class.
-        thinking_token_budget: tokens for reasoning; -1: no bound.
-        repetition_detection: dict with `max_pattern_size`, `min_pattern_size`, `min_count`: ends repeating answers.
-        extra_args: for plugins of the server: texts, numbers or lists of them (`vllm_xargs` on the wire);
+        thinking_token_budget: tokens for reasoning; -1: no limit.
+        repetition_detection: a dict with `max_pattern_size`, `min_pattern_size`, `min_count`; ends repetitive answers.
+        extra_args: for plugins of the server: texts, numbers or lists of them (the request field `vllm_xargs`);
             `kv_transfer_params` and `ec_transfer_params` in it become the request fields of that name.
-        stream_interval: tokens per event, where a generation is streamed for resuming.
-        routed_experts_prompt_start: tokens of the prompt without routing data, where the server returns such.
+        stream_interval: tokens per event, if a generation is streamed for resuming.
+        routed_experts_prompt_start: tokens of the prompt without routing data, if the server returns such data.
 
     Raises `BadRequestError` for a wrong value, `UnsupportedParameterError` for a wrong name.
     """
@@ -211,7 +211,7 @@ class SamplingParams:
     routed_experts_prompt_start: int | None = None
 
     def __new__(cls, **given: Any) -> SamplingParams:
-        """Only to name what is misspelt or can't be passed on."""
+        """Refuses names that are misspelt, or can't be passed on."""
         if not given.keys() <= _NAMES:
             _check_names(given, sorted(_NAMES), REFUSED, "there is no sampling parameter")
         return super().__new__(cls)
@@ -227,10 +227,12 @@ class SamplingParams:
 
     @classmethod
     def of(cls, value: Any, *, chat: bool = True) -> SamplingParams:
-        """From None, ours, a dict or a `vllm.SamplingParams`. `UnsupportedParameterError` names what can't be.
+        """From None, a `SamplingParams`, a dict or a `vllm.SamplingParams`.
 
         A `vllm.SamplingParams` means what it says, defaults included: its temperature of 1 and its `top_p` of 1 are
-        sent, whatever the model's generation_config has. Its `max_tokens=None`, no limit, can only be said to a `chat`.
+        sent, even if the model's generation_config differs. Its `max_tokens=None`, no limit, only works in a chat.
+
+        Raises `UnsupportedParameterError` for what can't be passed on.
         """
         if value is None:
             return cls()
@@ -252,12 +254,12 @@ class SamplingParams:
     def to_request(self, *, chat: bool) -> dict[str, Any]:
         """The request fields for `/v1/chat/completions` (`chat`) or `/v1/completions`.
 
-        A chat's `top_logprobs` counts the sampled token as one of the candidates (vLLM 0.32), so one more is asked for,
-        up to the 20 that a server gives by default.
+        A chat's `top_logprobs` counts the sampled token as one of the candidates (vLLM 0.32), so one more is requested,
+        up to the 20 that a server allows by default.
         """
         request = {name: value for name, value in vars(self).items() if value is not None}
         if "logprob_token_ids" in request:
-            request.setdefault("logprobs", 0)  # the routes want it; what it says does not count then
+            request.setdefault("logprobs", 0)  # the routes want it there, and ignore its value then
         if chat and "logprobs" in request:
             asked = request["logprobs"]
             request["top_logprobs"] = asked + 1 if 0 < asked < _MAX_LOGPROBS else asked
@@ -277,7 +279,7 @@ class SamplingParams:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """For messages: " (did you mean 'a' or 'b'?)", or nothing."""
+    """For error messages: " (did you mean 'a' or 'b'?)", or nothing."""
     found = get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
 
@@ -298,7 +300,7 @@ def _bad(name: str, what: str) -> BadRequestError:
     return BadRequestError(f"{name} {what}", field=name)
 
 
-# -- what a value must be ----------------------------------------------------------------------------------------------
+# -- checks of values ---------------------------------------------------------------------------------------------
 
 
 def _whole(name: str, value: Any) -> int:
@@ -322,7 +324,7 @@ def _integer(least: int, most: int = _INT64 - 1) -> Callable[[str, Any], int]:
 
 
 def _count(name: str, value: Any) -> int:
-    """Of candidates; vLLM takes True for 1."""
+    """A number of candidates; vLLM takes True for 1."""
     return 1 if value is True else _integer(-1)(name, value)
 
 
@@ -524,11 +526,11 @@ _OF_GENERATION_CONFIG = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     "max_tokens",
 )
-"""What a server takes from the model's generation_config, or another default, where a request does not say it."""
+"""What a server takes from the model's generation_config, or another default, if a request leaves it out."""
 
 
 def _set_in_vllm(params: Any) -> dict[str, Any]:
-    """What a `vllm.SamplingParams` says: what differs from vLLM's defaults, and what a server has others for."""
+    """The fields of a `vllm.SamplingParams` that differ from vLLM's defaults, or for which a server has its own."""
     defaults = type(params)()
     given = {}
     for name in params.__struct_fields__:

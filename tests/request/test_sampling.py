@@ -261,7 +261,7 @@ def test_known_fields_go_into_the_body() -> None:
         ("tools", False, r"only chat\(\) takes it"),
         ("suffix", True, r"only generate\(\) takes it"),
         ("guided_json", True, r"vLLM ignores it; use structured_outputs=\{'json'"),
-        ("stream", True, "what comes back is whole"),
+        ("stream", True, r"return whole answers; stream\(\) streams"),
         ("prompt", False, "first argument"),
         ("lora_request", True, "name it by model="),
         ("tokenization_kwargs", False, "add_special_tokens="),
