@@ -198,7 +198,7 @@ class Sender:
                 lost_epoch, pause_s = endpoint[1], retries.add_loss(error, progressed=progressed)
                 await attempts.back_off(error, retries)
 
-    async def exchange(
+    async def send_once(
         self,
         endpoint: Endpoint,
         state: _LoopState,
@@ -239,7 +239,7 @@ class Sender:
                 self._images.learn(server, body.uuids)
             elif body.as_ids and is_miss(response.status, message := message_of(data or b"")):
                 self._images.missed(server, body.as_ids, message)
-                return await self.exchange(endpoint, state, request, http, on_progress, resend=True)
+                return await self.send_once(endpoint, state, request, http, on_progress, resend=True)
         if data is not None:
             take_response(request, response.status, data, connection, http.body)
 
@@ -318,7 +318,7 @@ class _RequestAttempts:
             self._state.limiter.reset()
         http = self._request.next()
         self._count += http.stream or not self._request.optional
-        await self._sender.exchange(endpoint, self._state, self._request, http, self._progressed, resend=resend)
+        await self._sender.send_once(endpoint, self._state, self._request, http, self._progressed, resend=resend)
         if self._request.broken_off:
             raise ServerDiedError(_BROKEN_OFF)
         return self._request.complete
