@@ -37,7 +37,7 @@ _WITHOUT_METRICS = 3
 """A server without vLLM's metrics can't be told from a busy one: it gets as many times `answer_s`."""
 
 
-class Stopped:
+class StoppedProcesses:
     """Which processes of a server are stopped by a signal, and since when."""
 
     def __init__(self, process: ServerProcess, policy: HangPolicy) -> None:
@@ -61,7 +61,7 @@ class Stopped:
         return None
 
 
-class Watch:
+class HangWatch:
     """Watches one server that is ready; see the module's docstring."""
 
     def __init__(self, probe: Probe, process: ServerProcess, policy: HangPolicy) -> None:
@@ -73,7 +73,7 @@ class Watch:
         self._metrics_s = min(_METRICS_S, max(self._look_s, policy.stall_s / 4))
         # A move is seen up to one look at the metrics late, and asked about one look later: the limit still holds.
         self._quiet_s = max(policy.stall_s - self._metrics_s - self._look_s, policy.stall_s / 4)
-        self._stopped = Stopped(process, policy)
+        self._stopped = StoppedProcesses(process, policy)
         self._answered_at = self._moved_at = self._metrics_at = self._asked_at = time.monotonic()
         self._refused_since: float | None = None
         self._signs: str | None = None

@@ -1,0 +1,200 @@
+"""The users of one server, as its supervisor sees them: the other end of `managed_vllm.instance.channel`.
+
+What must hold:
+
+1. A lease is an open connection that has asked for one. The kernel closes it however the user dies.
+2. Every lease is sent each status as a whole, and learns of a failure before anything is cleaned up.
+3. The server is wanted as long as there is a lease or it is pinned. When it is not, it stays for `keep_alive_s`, the
+   longest that any user so far has asked for; then `on_end` is called.
+4. Once the end was decided nobody is let in: a user waits until this server is gone and starts the next one.
+5. Users of other uids are refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from managed_vllm.config import SupervisorOrder
+from managed_vllm.instance import channel
+from managed_vllm.instance.directory import Instance
+from managed_vllm.socket_paths import short_path
+from managed_vllm.status import ServerState, ServerStatus
+
+log = logging.getLogger("managed_vllm.supervisor")
+
+FIRST_LEASE_S = 5.0
+"""The user that started the supervisor has this long to take its lease; it may have been killed in between."""
+
+_PROGRESS_BACKLOG = 1 << 16
+"""Bytes that a user may leave unread before it is spared mere progress: a stopped one must not make us hoard it."""
+
+
+@dataclass(eq=False)
+class _User:
+    """One open connection. It counts as a lease once it has asked for one."""
+
+    writer: asyncio.StreamWriter
+    pid: int
+    what: str = ""
+    has_lease: bool = False
+    since: float = dataclasses.field(default_factory=time.time)
+
+
+class Leases:
+    """Listens on the control socket, counts leases, answers requests; see the module's docstring."""
+
+    def __init__(
+        self,
+        instance: Instance,
+        order: SupervisorOrder,
+        *,
+        status: Callable[[], ServerStatus],
+        on_end: Callable[[str], None],
+        on_restart: Callable[[], None],
+    ) -> None:
+        """`status` tells the server's status at this moment, to which what is known of the users is added.
+
+        `on_end` is called with the reason when the server is to end, `on_restart` when a user asks for a restart.
+        """
+        self._instance = instance
+        self._order = order
+        self._status = status
+        self._on_end = on_end
+        self._on_restart = on_restart
+        self._users: set[_User] = set()
+        self._keep_alive_s = 0.0
+        self._pinned = False
+        self._open = True
+        self._end_timer: asyncio.TimerHandle | None = None
+        self._first_lease = asyncio.Event()
+        self._listener: asyncio.Server | None = None
+
+    # -- for the supervisor --------------------------------------------------------------------------------------------
+
+    async def listen(self) -> None:
+        """From now on users can connect. Ends by itself if none takes a lease within `FIRST_LEASE_S`."""
+        path = self._instance.socket_path
+        path.unlink(missing_ok=True)  # stale: the caller holds the supervisor's lock
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with short_path(path) as name:
+            listener.bind(name)  # mode 0700 by our umask
+        self._listener = await asyncio.start_unix_server(
+            self._serve_user, sock=listener, limit=channel.MAX_LINE, backlog=1024
+        )
+        self._end_in(FIRST_LEASE_S, "nobody took a lease")
+
+    def publish(self, *, droppable: bool = False) -> None:
+        """Sends the status to every lease. `droppable`: not to those that are behind with reading."""
+        line = channel.encode({"status": self.status().to_dict()})
+        for user in list(self._users):
+            behind = user.writer.transport.get_write_buffer_size() > _PROGRESS_BACKLOG
+            if user.has_lease and not (droppable and behind):
+                user.writer.write(line)
+
+    def refuse_new(self) -> None:
+        """The end was decided: nobody is let in any more, and who is in keeps its lease until `close`."""
+        self._open = False
+
+    async def wait_for_first(self, timeout_s: float) -> None:
+        """Waits until somebody has taken a lease, at most `timeout_s` seconds."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._first_lease.wait(), timeout_s)
+
+    def close(self) -> None:
+        """Closes the listening socket and every connection: all users learn that the supervisor is gone."""
+        if self._listener is not None:
+            self._listener.close()
+        for user in list(self._users):
+            user.writer.close()
+
+    def status(self) -> ServerStatus:
+        """The status at this moment, with what is known of the users."""
+        leases = [user for user in self._users if user.has_lease]
+        return dataclasses.replace(
+            self._status(),
+            users=len(leases),
+            pinned=self._pinned,
+            extra={
+                "id": self._instance.id,
+                "model": self._order.spec.served_model_name,
+                "users": [{"pid": user.pid, "what": user.what, "since": user.since} for user in leases],
+                "keep_alive_s": self._keep_alive_s,
+            },
+        )
+
+    # -- for the users -------------------------------------------------------------------------------------------------
+
+    async def _serve_user(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        pid, uid = channel.peer(writer.get_extra_info("socket"))
+        if uid != os.getuid():
+            log.warning("refused pid %d of uid %d", pid, uid)
+            writer.close()
+            return
+        user = _User(writer, pid)
+        self._users.add(user)
+        try:
+            while line := await reader.readline():
+                message = json.loads(line)
+                reply = self._answer(user, message)
+                writer.write(channel.encode({"id": message.get("id"), **reply}))
+                await writer.drain()
+        except (ConnectionError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.debug("user %d: %r", pid, error)  # nonsense, or gone: either way this connection is over
+        finally:
+            self._users.discard(user)
+            writer.close()
+            if user.has_lease:
+                log.debug("lease of pid %d given back, %d left", pid, sum(user.has_lease for user in self._users))
+                self._users_changed()
+
+    def _answer(self, user: _User, message: Mapping[str, Any]) -> dict[str, Any]:
+        match message["op"]:
+            case "lease":
+                return self._give_lease(user, message)
+            case "status":
+                return {"ok": True, "status": self.status().to_dict()}
+            case "pin" | "unpin" as op:
+                self._pinned = op == "pin"
+                self._users_changed()
+                return {"ok": True, "status": self.status().to_dict()}
+            case "restart":
+                self._on_restart()
+                return {"ok": True, "epoch": self._status().epoch}
+            case "stop" if message.get("unless_used") and any(user.has_lease for user in self._users):
+                return {"ok": False, "status": self.status().to_dict()}
+            case "stop":
+                self._on_end(f"asked by pid {user.pid}")
+                return {"ok": True}
+            case op:
+                return {"ok": False, "error": f"unknown request {op!r}"}
+
+    def _give_lease(self, user: _User, message: Mapping[str, Any]) -> dict[str, Any]:
+        if not self._open:
+            stopping = dataclasses.replace(self._status(), state=ServerState.STOPPING)
+            return {"ok": False, "status": stopping.to_dict()}
+        self._first_lease.set()
+        user.has_lease, user.what = True, str(message.get("what", ""))[:200]
+        self._keep_alive_s = max(self._keep_alive_s, float(message.get("keep_alive_s", 0.0)))
+        log.debug("lease for pid %d", user.pid)
+        self._users_changed()
+        return {"ok": True, "order": self._order.to_dict(), "status": self.status().to_dict()}
+
+    def _users_changed(self) -> None:
+        if self._end_timer is not None:
+            self._end_timer.cancel()
+            self._end_timer = None
+        if not self._pinned and not any(user.has_lease for user in self._users):
+            self._end_in(self._keep_alive_s, "the last user is gone")
+
+    def _end_in(self, seconds: float, reason: str) -> None:
+        self._end_timer = asyncio.get_running_loop().call_later(seconds, self._on_end, reason)

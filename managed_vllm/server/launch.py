@@ -1,0 +1,118 @@
+"""How one epoch of the server is launched: where it listens, what is in its environment, which command runs.
+
+Values in, values out; nothing is started here. From epoch to epoch the key stays the same, and the port where it can.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from managed_vllm.config import Address, SupervisorOrder
+from managed_vllm.in_server import managed_vllm_lifeline as lifeline
+from managed_vllm.instance.directory import Instance
+from managed_vllm.status import Connection, is_loopback
+
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that it takes to start the server and to reach it. `port` is None for a server on a Unix socket."""
+
+    argv: list[str]
+    environment: Mapping[str, str]
+    connection: Connection
+    port: int | None
+
+
+def prepare(order: SupervisorOrder, instance: Instance, *, scratch: Path, last_port: int | None) -> Launch:
+    """The launch of the next epoch. `scratch` is the server's temporary folder, `last_port` the port it had before.
+
+    `order.address.api_key` must be set: the server is never without one.
+    """
+    spec, address = order.spec, order.address
+    uds = str(instance.uds_path) if address.uds else None
+    if uds is not None:
+        instance.uds_path.unlink(missing_ok=True)  # vLLM leaves it behind, and then can't bind it (0.32)
+    port = None if uds is not None else _choose_port(address, last_port)
+    return Launch(
+        argv=spec.argv(host=address.host or _LOOPBACK, port=port, uds=uds),
+        environment=_environment(order, instance, scratch),
+        connection=Connection(
+            base_url="http://localhost/v1" if uds is not None else f"http://{_reachable(address)}:{port}/v1",
+            api_key=address.api_key or "",
+            model=spec.served_model_name,
+            uds=uds,
+        ),
+        port=port,
+    )
+
+
+def _environment(order: SupervisorOrder, instance: Instance, scratch: Path) -> dict[str, str]:
+    """The server's environment: ours, what was asked for, and what marks and guards it."""
+    in_server = str(Path(lifeline.__file__).parent)
+    inherited = order.spec.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+    return {
+        # torch keeps its compiled kernels in the temp dir unless told otherwise; ours lives only as long as we do.
+        "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",
+        # By its default of 5 s for idle connections, a server that was too busy for some seconds to look at its
+        # sockets closes those on which requests have come by then: uvloop runs timers before it reads.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
+        # ROOT is the mark of a server's first interpreter: we may run inside of another server.
+        **{name: value for name, value in os.environ.items() if name != lifeline.ROOT},
+        "PYTHONUNBUFFERED": "1",
+        **order.spec.env,
+        "PYTHONPATH": f"{in_server}{os.pathsep}{inherited}" if inherited else in_server,
+        "TMPDIR": str(scratch),
+        "VLLM_RPC_BASE_PATH": str(scratch),
+        "VLLM_API_KEY": order.address.api_key or "",
+        # vLLM's setproctitle would wipe the environment, and our marker with it.
+        "SPT_NOENV": "1",
+        lifeline.MARKER: str(instance.folder),
+        lifeline.SUPERVISOR: f"{os.getpid()}:{lifeline.start_time(os.getpid())}",
+    }
+
+
+# -- the address -------------------------------------------------------------------------------------------------------
+
+
+def _choose_port(address: Address, last: int | None) -> int:
+    """The port that was asked for, else the last one if nobody took it meanwhile, else a free one."""
+    if address.port is not None:
+        return address.port
+    host = address.host or _LOOPBACK
+    return last if last is not None and _is_free(host, last) else _free_port(host)
+
+
+def _reachable(address: Address) -> str:
+    """The host part of the URL for users on this machine: an address that means "all" can't be connected to."""
+    host = address.host or _LOOPBACK
+    if not is_loopback(host):
+        host = {"0.0.0.0": _LOOPBACK, "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:  # not an address of this machine: vLLM says so itself
+            probe.bind(("::1" if family == socket.AF_INET6 else _LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

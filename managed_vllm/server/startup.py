@@ -1,0 +1,127 @@
+"""Whether a server that was launched becomes ready; the counterpart of `managed_vllm.server.hangs`.
+
+The end of the server is not found here: the kernel tells the supervisor of it. What is found, in this order:
+
+1. The whole start takes longer than `startup_timeout_s`, or nothing new is in the log for `startup_silence_s`.
+2. A process is stopped (state T) for `stopped_s`.
+3. `/health` answers, on a port that is really our server's. Then it must list its model and generate one token, in
+   `first_request_timeout_s`; no silence counts meanwhile. Only that proves that it works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+
+from managed_vllm.policies import SupervisionPolicy
+from managed_vllm.server import diagnosis
+from managed_vllm.server.hangs import StoppedProcesses
+from managed_vllm.server.probe import Probe
+from managed_vllm.server.process import ServerProcess
+from managed_vllm.server.startup_log import StartupLog
+from managed_vllm.status import Diagnosis, Progress, Stage
+
+_POLL_S = 0.05
+_LOOK_S = 1.0
+
+
+class StartupWatch:
+    """Watches one start; see the module's docstring."""
+
+    def __init__(
+        self,
+        probe: Probe,
+        process: ServerProcess,
+        startup_log: StartupLog,
+        policy: SupervisionPolicy,
+        *,
+        port: int | None,
+        may_listen_elsewhere: bool,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        """`startup_log` is fed by others, from the server's output. `port` is the TCP port to be served, None without.
+
+        `may_listen_elsewhere`: the process may be a wrapper, with the server itself in a container of its own.
+        """
+        self._probe = probe
+        self._process = process
+        self._startup_log = startup_log
+        self._policy = policy
+        self._port = port
+        self._may_listen_elsewhere = may_listen_elsewhere
+        self._on_progress = on_progress
+        self._stopped = StoppedProcesses(process, policy.hang)
+        self._began_at = self._moved_at = self._looked_at = time.monotonic()
+        self._progress = startup_log.progress
+        self._first_request: asyncio.Task[Diagnosis | None] | None = None
+
+    async def until_ready(self) -> Diagnosis | None:
+        """Returns None once the server has generated a token, else why it will not. Cancel it when the server ends."""
+        try:
+            while True:
+                if found := self._too_slow() or await self._look_at_processes():
+                    return found
+                request = self._first_request
+                if request is None:
+                    await self._ask_if_up()
+                elif request.done():
+                    return await self._judge(request.result())
+                await self._pause()
+        finally:
+            if self._first_request is not None:
+                self._first_request.cancel()
+                await asyncio.gather(self._first_request, return_exceptions=True)
+
+    def _too_slow(self) -> Diagnosis | None:
+        now = time.monotonic()
+        if self._startup_log.progress != self._progress:
+            self._moved_at, self._progress = now, self._startup_log.progress
+        self._moved_at = max(self._moved_at, self._process.last_news)
+        policy = self._policy
+        if now - self._began_at > policy.startup_timeout_s:
+            return diagnosis.timed_out(self._progress, limit_s=policy.startup_timeout_s, silent=False)
+        if self._first_request is None and now - self._moved_at > policy.startup_silence_s:
+            return diagnosis.timed_out(self._progress, limit_s=policy.startup_silence_s, silent=True)
+        return None
+
+    async def _look_at_processes(self) -> Diagnosis | None:
+        if time.monotonic() - self._looked_at <= _LOOK_S:
+            return None
+        self._looked_at = time.monotonic()
+        await self._process.record_descendants()
+        return self._stopped.look()
+
+    async def _ask_if_up(self) -> None:
+        """Begins the first request if the server is up."""
+        if (await self._probe.is_up(2.0)).ok and await self._port_is_ours():
+            self._on_progress(Progress(Stage.WARMING_UP))
+            self._first_request = asyncio.create_task(self._list_and_generate())
+
+    async def _port_is_ours(self) -> bool:
+        """False if somebody else took the port before vLLM could: it would be given our prompts."""
+        if self._port is None:
+            return True
+        owns = await asyncio.to_thread(self._process.owns_port, self._port)
+        return owns is True or (owns is None and self._may_listen_elsewhere)
+
+    async def _list_and_generate(self) -> Diagnosis | None:
+        for question in (self._probe.serves_model, self._probe.generates):
+            answer = await question(self._policy.first_request_timeout_s)
+            if not answer.ok:
+                return diagnosis.diagnose_first_request(answer.status, answer.body)
+        return None
+
+    async def _judge(self, refused: Diagnosis | None) -> Diagnosis | None:
+        if refused is not None:
+            # An error may be the first sign of a death. If it is, we are cancelled: the log knows the reason better.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.exited.wait(), 1.0)
+        return refused
+
+    async def _pause(self) -> None:
+        if self._first_request is None:
+            await asyncio.sleep(_POLL_S)
+        else:
+            await asyncio.wait({self._first_request}, timeout=_LOOK_S)
