@@ -1,0 +1,258 @@
+"""Leases, directly: one process holds both ends, the supervisor's on an event loop and the users' in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import lone_server
+import pytest
+from lone_server import LIMIT_S, until
+
+from managed_vllm.config import Address, ServerSpec, SupervisorOrder
+from managed_vllm.instance import leases
+from managed_vllm.instance.channel import Channel
+from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.leases import Leases
+from managed_vllm.policies import SupervisionPolicy
+from managed_vllm.status import ServerState, ServerStatus
+
+ORDER = SupervisorOrder(
+    spec=ServerSpec.of("m", engine_args={}, command=["it", "{port}"]),
+    address=Address(api_key="secret"),
+    policy=SupervisionPolicy(),
+)
+
+
+@dataclasses.dataclass
+class Supervisor:
+    """What stands in for it: a status, and what it was told."""
+
+    instance: Instance
+    status: ServerStatus
+    ended: asyncio.Future[str]
+    restarts: int = 0
+
+    def end(self, reason: str) -> None:
+        if not self.ended.done():
+            self.ended.set_result(reason)
+
+    def restart(self) -> None:
+        self.restarts += 1
+
+
+@asynccontextmanager
+async def listening(folder: Path) -> AsyncIterator[tuple[Supervisor, Leases]]:
+    instance = Instance(folder, "m-0123456789")
+    instance.create()
+    ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    supervisor = Supervisor(instance, ServerStatus(ServerState.STARTING), ended)
+    held = Leases(
+        instance, ORDER, status=lambda: supervisor.status, on_end=supervisor.end, on_restart=supervisor.restart
+    )
+    await held.listen()
+    try:
+        yield supervisor, held
+    finally:
+        held.close()
+
+
+def run(folder: Path, scenario: Callable[[Supervisor, Leases], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with listening(folder) as (supervisor, held):
+            await scenario(supervisor, held)
+
+    lone_server.run(main)
+
+
+async def connect(supervisor: Supervisor) -> Channel:
+    return await asyncio.to_thread(Channel.connect, supervisor.instance.socket_path)
+
+
+async def ask(channel: Channel, op: str, **fields: Any) -> dict[str, Any]:
+    return await asyncio.to_thread(channel.request, op, **fields)
+
+
+async def lease(supervisor: Supervisor, keep_alive_s: float = 0.0) -> Channel:
+    channel = await connect(supervisor)
+    assert (await ask(channel, "lease", keep_alive_s=keep_alive_s, what="a test"))["ok"]
+    return channel
+
+
+async def told(channel: Channel, condition: Callable[[ServerStatus | None], bool]) -> ServerStatus | None:
+    return await asyncio.to_thread(channel.wait_until, condition, LIMIT_S)
+
+
+def test_a_lease_tells_all_that_it_takes_to_start_the_same_server_again(tmp_path: Path) -> None:
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        reply = await ask(await connect(supervisor), "lease", keep_alive_s=7, what="a test")
+        assert SupervisorOrder.from_dict(reply["order"]) == ORDER
+        status = ServerStatus.from_dict(reply["status"])
+        assert status.users == 1
+        assert status.extra["keep_alive_s"] == 7
+        assert [(user["pid"], user["what"]) for user in status.extra["users"]] == [(os.getpid(), "a test")]
+
+    run(tmp_path, scenario)
+
+
+def test_every_lease_is_sent_each_status_and_whoever_only_looks_is_not(tmp_path: Path) -> None:
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        users = [await lease(supervisor) for _ in range(3)]
+        onlooker = await connect(supervisor)
+        await ask(onlooker, "status")
+        supervisor.status = dataclasses.replace(supervisor.status, state=ServerState.READY)
+        held.publish()
+        for user in users:
+            status = await told(user, lambda now: now is not None and now.state is ServerState.READY)
+            assert status is not None
+            assert status.users == 3
+        assert onlooker.status is not None
+        assert onlooker.status.state is ServerState.STARTING
+
+    run(tmp_path, scenario)
+
+
+def test_the_last_user_gone_ends_it_and_an_earlier_one_does_not(tmp_path: Path) -> None:
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        first, last = await lease(supervisor), await lease(supervisor)
+        first.close()
+        await told(last, lambda _: held.status().users == 1)
+        assert not supervisor.ended.done()
+        last.close()
+        assert await supervisor.ended == "the last user is gone"
+
+    run(tmp_path, scenario)
+
+
+def test_a_user_that_is_killed_gives_its_lease_back(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from managed_vllm.instance.channel import Channel\n"
+        "Channel.connect(Path(sys.argv[1])).request('lease', keep_alive_s=0)\n"
+        "print(flush=True); time.sleep(60)"
+    )
+
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        user = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", code, str(supervisor.instance.socket_path)), stdout=asyncio.subprocess.PIPE
+        )
+        assert user.stdout is not None
+        await user.stdout.readline()
+        assert held.status().users == 1
+        user.kill()
+        assert await supervisor.ended == "the last user is gone"
+        assert held.status().users == 0
+        await user.wait()
+
+    run(tmp_path, scenario)
+
+
+def test_a_pin_takes_the_place_of_a_user(tmp_path: Path) -> None:
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        user, onlooker = await lease(supervisor), await connect(supervisor)
+        assert (await ask(onlooker, "pin"))["status"]["pinned"]
+        user.close()
+        await until(lambda: held.status().users == 0, "the lease is given back")
+        assert not supervisor.ended.done()
+        await ask(onlooker, "unpin")
+        assert await supervisor.ended == "the last user is gone"
+
+    run(tmp_path, scenario)
+
+
+def test_nobody_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "FIRST_LEASE_S", 0.1)
+
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        await connect(supervisor)  # a look is no lease
+        assert await supervisor.ended == "nobody took a lease"
+
+    run(tmp_path, scenario)
+
+
+def test_the_longest_keep_alive_of_all_holds(tmp_path: Path) -> None:
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        patient = await lease(supervisor, keep_alive_s=3600)
+        hasty = await lease(supervisor, keep_alive_s=0)
+        for user in (patient, hasty):
+            user.close()
+        await until(lambda: held.status().users == 0, "the lease is given back")
+        assert not supervisor.ended.done()
+        assert held.status().extra["keep_alive_s"] == 3600
+
+    run(tmp_path, scenario)
+
+
+def test_once_the_end_was_decided_nobody_is_let_in(tmp_path: Path) -> None:
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        user = await lease(supervisor)
+        held.refuse_new()
+        late = await connect(supervisor)
+        reply = await ask(late, "lease", keep_alive_s=0)
+        assert not reply["ok"]
+        assert reply["status"]["state"] == ServerState.STOPPING
+        held.close()
+        for channel in (user, late):
+            await told(channel, lambda _: False)
+            assert channel.closed
+            assert not channel.given_back
+
+    run(tmp_path, scenario)
+
+
+def test_restart_and_stop_are_handed_on(tmp_path: Path) -> None:
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        user = await lease(supervisor)
+        onlooker = await connect(supervisor)
+        assert await ask(onlooker, "restart") == {"id": 1, "ok": True, "epoch": 0}
+        assert supervisor.restarts == 1
+        assert not (await ask(onlooker, "stop", unless_used=True))["ok"]
+        assert not supervisor.ended.done()
+        user.close()
+        await until(lambda: held.status().users == 0, "the lease is given back")
+        assert (await ask(onlooker, "stop", unless_used=True))["ok"]
+        assert (await supervisor.ended) in (f"asked by pid {os.getpid()}", "the last user is gone")
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("line", [b"no JSON\n", b"[1]\n", b'{"op": "lease", "keep_alive_s": "x"}\n', b"{}\n"])
+def test_nonsense_costs_its_sender_the_connection_and_nobody_else(tmp_path: Path, line: bytes) -> None:
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        user = await lease(supervisor)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as vandal:
+            vandal.connect(str(supervisor.instance.socket_path))
+            vandal.sendall(line)
+            while await asyncio.to_thread(vandal.recv, 4096):
+                pass
+        assert (await ask(user, "status"))["status"]["users"] == 1
+        assert (await ask(user, "no such thing")) == {"id": 3, "ok": False, "error": "unknown request 'no such thing'"}
+
+    run(tmp_path, scenario)
+
+
+def test_a_user_that_reads_nothing_is_spared_progress_but_not_what_counts(tmp_path: Path) -> None:
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stopped, stopped.makefile("rb") as lines:
+            stopped.connect(str(supervisor.instance.socket_path))
+            stopped.sendall(b'{"op": "lease", "id": 1}\n')
+            await asyncio.to_thread(lines.readline)
+            supervisor.status = dataclasses.replace(supervisor.status, detail="x" * 10_000)
+            for _ in range(1000):
+                held.publish(droppable=True)
+                await asyncio.sleep(0)
+            supervisor.status = dataclasses.replace(supervisor.status, state=ServerState.FAILED)
+            held.publish()
+            received = 0
+            while json.loads(await asyncio.to_thread(lines.readline))["status"]["state"] != ServerState.FAILED:
+                received += 1
+            assert received < 500
+
+    run(tmp_path, scenario)

@@ -1,0 +1,126 @@
+"""Where a server listens and what is in its environment, from one epoch to the next."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from managed_vllm.config import Address, ServerSpec, SupervisorOrder
+from managed_vllm.in_server import managed_vllm_lifeline as lifeline
+from managed_vllm.instance.directory import Instance
+from managed_vllm.policies import SupervisionPolicy
+from managed_vllm.server import launch
+from managed_vllm.server.launch import Launch
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Instance:
+    return Instance(tmp_path, "m-0123456789")
+
+
+def order(*, env: dict[str, str] | None = None, **address: Any) -> SupervisorOrder:
+    return SupervisorOrder(
+        spec=ServerSpec.of("m", engine_args={}, env=env, command=["it", "--port", "{port}", "{uds}"]),
+        address=Address(**{"api_key": "key", **address}),
+        policy=SupervisionPolicy(),
+    )
+
+
+def prepare(instance: Instance, asked: SupervisorOrder, last_port: int | None = None) -> Launch:
+    return launch.prepare(asked, instance, scratch=Path("/scratch"), last_port=last_port)
+
+
+# -- the address -------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_listens_on_a_free_port_of_loopback(instance: Instance) -> None:
+    launched = prepare(instance, order())
+    with socket.create_server(("127.0.0.1", launched.port or 0)):
+        pass
+    assert launched.connection.base_url == f"http://127.0.0.1:{launched.port}/v1"
+    assert launched.connection.api_key == "key"
+    assert launched.argv == ["it", "--port", str(launched.port), "None"]
+
+
+def test_the_next_epoch_keeps_the_port_unless_somebody_took_it(instance: Instance) -> None:
+    first = prepare(instance, order()).port
+    assert prepare(instance, order(), first).port == first
+    with socket.create_server(("127.0.0.1", first or 0)):
+        assert prepare(instance, order(), first).port != first
+
+
+def test_a_port_that_was_asked_for_is_taken_as_it_is(instance: Instance) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert prepare(instance, order(port=port), last_port=None).port == port
+
+
+@pytest.mark.parametrize(
+    ("host", "reached_at"),
+    [
+        ("0.0.0.0", "127.0.0.1"),
+        ("::", "[::1]"),
+        ("::1", "[::1]"),
+        ("localhost", "localhost"),
+        ("127.0.0.2", "127.0.0.2"),
+        ("192.0.2.1", "192.0.2.1"),
+    ],
+)
+def test_users_get_an_address_that_they_can_connect_to(instance: Instance, host: str, reached_at: str) -> None:
+    launched = prepare(instance, order(host=host, port=8000))
+    assert launched.connection.base_url == f"http://{reached_at}:8000/v1"
+
+
+def test_a_unix_socket_means_no_port_and_no_stale_file(instance: Instance) -> None:
+    instance.create()
+    instance.uds_path.touch()
+    launched = prepare(instance, order(uds=True))
+    assert launched.port is None
+    assert launched.connection.uds == launched.argv[-1] == str(instance.uds_path)
+    assert not instance.uds_path.exists()
+
+
+# -- the environment ---------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_marks_every_process_and_names_the_supervisor(instance: Instance) -> None:
+    environment = prepare(instance, order()).environment
+    assert f"{lifeline.MARKER}={environment[lifeline.MARKER]}" == instance.marker
+    assert environment[lifeline.SUPERVISOR] == f"{os.getpid()}:{lifeline.start_time(os.getpid())}"
+    assert environment["TMPDIR"] == "/scratch"
+    assert environment["VLLM_API_KEY"] == "key"
+
+
+def test_what_runs_in_the_server_is_found_before_what_the_user_wants_found(
+    instance: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_server = str(Path(lifeline.__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", "/ours")
+    assert prepare(instance, order()).environment["PYTHONPATH"] == f"{in_server}:/ours"
+    assert prepare(instance, order(env={"PYTHONPATH": "/asked"})).environment["PYTHONPATH"] == f"{in_server}:/asked"
+    monkeypatch.delenv("PYTHONPATH")
+    assert prepare(instance, order()).environment["PYTHONPATH"] == in_server
+
+
+def test_the_users_variables_win_but_not_over_what_guards_the_server(
+    instance: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLAIN", "ours")
+    monkeypatch.setenv(lifeline.ROOT, "77")  # we run inside of another server
+    asked = order(env={"PLAIN": "asked", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "7", "VLLM_API_KEY": "none", "TMPDIR": "/x"})
+    environment = prepare(instance, asked).environment
+    assert environment["PLAIN"] == "asked"
+    assert environment["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "7"
+    assert environment["VLLM_API_KEY"] == "key"
+    assert environment["TMPDIR"] == "/scratch"
+    assert lifeline.ROOT not in environment
+
+
+def test_a_launch_is_a_value(instance: Instance) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        prepare(instance, order()).port = 1  # type: ignore[misc]

@@ -1,0 +1,112 @@
+"""The questions over HTTP: what each answer means, and that none of them hangs or raises."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from scripted_server import Act, Script, drips, hangs, http, says, sends
+
+from managed_vllm.server.probe import Answer, Probe
+from managed_vllm.status import Connection
+
+MODELS = {"data": [{"id": "m"}]}
+PLENTY_S = 30.0
+METRICS = """\
+# HELP vllm:num_requests_running As vLLM's.
+vllm:num_requests_running{engine="0"} 1.0
+vllm:generation_tokens_total{engine="0"} 7.0
+vllm:iteration_tokens_total_bucket{engine="0",le="8"} 3.0
+vllm:iteration_tokens_total_sum{engine="0"} 9.0
+process_cpu_seconds_total 3.5
+"""
+
+
+def ask(server: Script, question: Callable[[Probe], Awaitable[Any]], *, is_vllm: bool = True) -> Any:
+    async def main() -> Any:
+        probe = Probe(Connection(f"{server.url}/v1", "the-key", "m"), is_vllm=is_vllm)
+        try:
+            return await question(probe)
+        finally:
+            await probe.close()
+
+    return asyncio.run(main())
+
+
+def paths(server: Script) -> list[str]:
+    return [path for path, _ in server.requests]
+
+
+def test_up_means_health_answers(script: Callable[..., Script]) -> None:
+    assert ask(script(says({})), lambda probe: probe.is_up(PLENTY_S)).ok
+    dead = ask(script(says({}, 503)), lambda probe: probe.is_up(PLENTY_S))
+    assert (dead.ok, dead.status) == (False, 503)
+
+
+def test_another_kind_of_server_need_not_have_health(script: Callable[..., Script]) -> None:
+    server = script(says({}, 404), says(MODELS))
+    assert ask(server, lambda probe: probe.is_up(PLENTY_S), is_vllm=False).ok
+    assert paths(server) == ["/health", "/v1/models"]
+    assert ask(script(says({}, 404)), lambda probe: probe.is_up(PLENTY_S)).status == 404
+
+
+def test_nobody_listens_is_told_apart_from_no_answer(script: Callable[..., Script]) -> None:
+    server = script(hangs)
+    silent = ask(server, lambda probe: probe.is_up(0.1))
+    assert silent == Answer(False, None, silent.body)
+    assert not silent.refused
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        server.url = f"http://127.0.0.1:{gone.getsockname()[1]}"
+    assert ask(server, lambda probe: probe.is_up(PLENTY_S)).refused
+
+
+@pytest.mark.parametrize("act", [drips(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"), drips(b"HTTP/1.1 2")])
+def test_a_body_that_drips_for_ever_is_no_answer(script: Callable[..., Script], act: Act) -> None:
+    assert ask(script(act), lambda probe: probe.is_up(0.3)).status is None
+
+
+@pytest.mark.parametrize("data", [b"", b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}"])
+def test_what_is_no_http_is_no_answer(script: Callable[..., Script], data: bytes) -> None:
+    assert not ask(script(sends(data)), lambda probe: probe.is_up(PLENTY_S)).ok
+
+
+def test_the_model_must_be_listed(script: Callable[..., Script]) -> None:
+    assert ask(script(says(MODELS)), lambda probe: probe.serves_model(PLENTY_S)).ok
+    other = ask(script(says({"data": [{"id": "other"}]})), lambda probe: probe.serves_model(PLENTY_S))
+    assert not other.ok
+    assert "does not list 'm'" in other.body
+
+
+def test_a_token_is_asked_for_where_the_model_can_give_one(script: Callable[..., Script]) -> None:
+    no_route, wrong_kind, vector = says({}, 404), says({"message": "The model does not support Chat"}, 400), says({})
+    server = script(no_route, wrong_kind, vector)
+    assert ask(server, lambda probe: probe.generates(PLENTY_S)).ok
+    assert paths(server) == ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
+    assert all(body["model"] == "m" for _, body in server.requests)
+
+
+def test_an_error_of_the_server_is_the_answer_and_nothing_else_is_tried(script: Callable[..., Script]) -> None:
+    server = script(says({"error": "boom"}, 500))
+    answer = ask(server, lambda probe: probe.generates(PLENTY_S))
+    assert (answer.ok, answer.status) == (False, 500)
+    assert len(server.requests) == 1
+
+
+def test_signs_of_life_are_what_only_a_step_of_the_engine_changes(script: Callable[..., Script]) -> None:
+    server = script(sends(http(METRICS.encode(), kind="text/plain"), then_closes=False))
+    signs = ask(server, lambda probe: probe.signs_of_life(PLENTY_S))
+    assert signs.splitlines() == [
+        'vllm:num_requests_running{engine="0"} 1.0',
+        'vllm:generation_tokens_total{engine="0"} 7.0',
+        'vllm:iteration_tokens_total_sum{engine="0"} 9.0',
+    ]
+    assert ask(script(says({}, 404)), lambda probe: probe.signs_of_life(PLENTY_S)) is None
+
+
+def test_an_engine_rests_if_it_says_so(script: Callable[..., Script]) -> None:
+    assert ask(script(says({"is_paused": True})), lambda probe: probe.rests(PLENTY_S))
+    assert ask(script(says({"is_paused": False}), says({"is_sleeping": True})), lambda probe: probe.rests(PLENTY_S))
+    assert not ask(script(says({}, 404)), lambda probe: probe.rests(PLENTY_S))

@@ -1,0 +1,185 @@
+"""A start is over when one token was generated, or it is known why none will be."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from lone_server import launched, run, spawned, until
+from scripted_server import Script, hangs, says
+
+from managed_vllm.policies import HangPolicy, SupervisionPolicy
+from managed_vllm.server.probe import Probe
+from managed_vllm.server.startup import StartupWatch
+from managed_vllm.server.startup_log import StartupLog
+from managed_vllm.status import Cause, Connection, Progress, Stage
+
+PATIENT = SupervisionPolicy(hang=HangPolicy.never())
+
+
+@asynccontextmanager
+async def watched(
+    folder: Path, policy: SupervisionPolicy = PATIENT, **orders: Any
+) -> AsyncIterator[tuple[StartupWatch, list[Progress], psutil.Process]]:
+    """A watch over the start of the stand-in, what it has shown, and the server's process."""
+    shown: list[Progress] = []
+    async with launched(folder, **orders) as (prepared, process, probe, log):
+        watch = StartupWatch(
+            probe,
+            process,
+            log,
+            policy,
+            port=prepared.port,
+            may_listen_elsewhere=False,
+            on_progress=shown.append,
+        )
+        yield watch, shown, psutil.Process(process.pid)
+
+
+def test_ready_means_a_token_was_generated(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with watched(tmp_path) as (watch, shown, _):
+            assert await watch.until_ready() is None
+            assert shown == [Progress(Stage.WARMING_UP)]
+
+    run(scenario)
+
+
+def test_a_start_without_a_word_is_silent(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        policy = dataclasses.replace(PATIENT, startup_silence_s=0.2)
+        async with watched(tmp_path, policy, silent=True) as (watch, shown, _):
+            found = await watch.until_ready()
+            assert found is not None
+            assert found.cause is Cause.STARTUP_SILENCE
+            assert shown == []
+
+    run(scenario)
+
+
+def test_a_start_that_moves_is_not_silent_but_bounded(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        code = "import itertools, time\nfor n in itertools.count(): print('line', n, flush=True); time.sleep(0.05)"
+        policy = dataclasses.replace(PATIENT, startup_silence_s=30, startup_timeout_s=0.5)
+        async with spawned(tmp_path, [sys.executable, "-c", code]) as process:
+            probe = Probe(Connection("http://127.0.0.1:1/v1", "", "m"))
+            watch = StartupWatch(
+                probe, process, StartupLog(), policy, port=1, may_listen_elsewhere=False, on_progress=lambda _: None
+            )
+            found = await watch.until_ready()
+            await probe.close()
+            assert found is not None
+            assert found.cause is Cause.STARTUP_TIMEOUT
+
+    run(scenario)
+
+
+def test_a_stranger_on_the_port_is_never_asked_for_anything(tmp_path: Path) -> None:
+    """It took the port before vLLM could: it answers like a server, and must get neither key nor prompt."""
+    stranger = Script(says({"data": [{"id": "m"}]}))
+
+    async def scenario() -> None:
+        policy = dataclasses.replace(PATIENT, startup_silence_s=0.5)
+        async with spawned(tmp_path, ["sleep", "60"]) as process:
+            probe = Probe(Connection(f"{stranger.url}/v1", "the-key", "m"))
+            port = int(stranger.url.rpartition(":")[2])
+            watch = StartupWatch(
+                probe, process, StartupLog(), policy, port=port, may_listen_elsewhere=True, on_progress=lambda _: None
+            )
+            found = await watch.until_ready()
+            await probe.close()
+            assert found is not None
+            assert found.cause is Cause.STARTUP_SILENCE
+
+    with contextlib.closing(stranger):
+        run(scenario)
+        assert {path for path, _ in stranger.requests} == {"/health"}
+
+
+def test_a_first_request_that_is_not_answered_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        policy = dataclasses.replace(PATIENT, first_request_timeout_s=0.5, startup_silence_s=0.6)
+        async with watched(tmp_path, policy, token_s=3600, say=["up"]) as (watch, _, _process):
+            found = await watch.until_ready()
+            assert found is not None
+            assert "first_request_timeout" in found.remedy
+
+    run(scenario)
+
+
+def test_a_first_request_that_is_refused_is_diagnosed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with launched(tmp_path) as (prepared, process, _probe, log):
+            probe = Probe(dataclasses.replace(prepared.connection, model="another"))
+            watch = StartupWatch(
+                probe, process, log, PATIENT, port=prepared.port, may_listen_elsewhere=False, on_progress=lambda _: None
+            )
+            found = await watch.until_ready()
+            await probe.close()
+            assert found is not None
+            assert "does not list 'another'" in found.root_line
+
+    run(scenario)
+
+
+def test_a_process_that_is_stopped_is_found(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        policy = SupervisionPolicy(hang=HangPolicy(stopped_s=0.2))
+        async with watched(tmp_path, policy, start_s=3600) as (watch, _, process):
+            process.suspend()
+            found = await watch.until_ready()
+            assert found is not None
+            assert found.cause is Cause.PROCESS_STOPPED
+
+    run(scenario)
+
+
+def test_a_watch_that_is_cancelled_leaves_no_request_behind(tmp_path: Path) -> None:
+    server = Script(says({}), says({"data": [{"id": "m"}]}), hangs)
+
+    async def scenario() -> None:
+        async with spawned(tmp_path, ["sleep", "60"]) as process:
+            probe = Probe(Connection(f"{server.url}/v1", "k", "m"))
+            watch = StartupWatch(
+                probe, process, StartupLog(), PATIENT, port=None, may_listen_elsewhere=False, on_progress=lambda _: None
+            )
+            watching = asyncio.create_task(watch.until_ready())
+            await until(lambda: len(server.requests) == 3, "the token is asked for")
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            await until(lambda: server.hung_up, "the request is given up")
+            await probe.close()
+
+    with contextlib.closing(server):
+        run(scenario)
+
+
+def test_a_listener_that_can_not_be_seen_counts_only_where_it_may_be(tmp_path: Path) -> None:
+    """With `command=` the server may live in a container of its own, where its sockets are not seen from here."""
+
+    async def scenario() -> None:
+        async with launched(tmp_path) as (prepared, process, probe, log):
+            with socket.create_server(("127.0.0.1", 0)) as gone:
+                unseen = gone.getsockname()[1]
+            elsewhere = StartupWatch(
+                probe, process, log, PATIENT, port=unseen, may_listen_elsewhere=True, on_progress=lambda _: None
+            )
+            assert await elsewhere.until_ready() is None
+            hasty = dataclasses.replace(PATIENT, startup_silence_s=0.5)
+            here = StartupWatch(
+                probe, process, log, hasty, port=unseen, may_listen_elsewhere=False, on_progress=lambda _: None
+            )
+            found = await here.until_ready()
+            assert found is not None
+            assert found.cause is Cause.STARTUP_SILENCE
+            assert prepared.port != unseen
+
+    run(scenario)
