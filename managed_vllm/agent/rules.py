@@ -26,7 +26,7 @@ class Rules:
     Attributes:
         client: of the model's server.
         images: where screenshots are kept.
-        params: sampling parameters, with logprobs.
+        params: sampling parameters, with logprobs, and special tokens as text.
         limits: how far an episode may go.
         agent: how the model is spoken to and understood.
         on_step: called with each step.
@@ -61,6 +61,9 @@ class Rules:
             raise BadRequestError("an episode has one answer a turn; for n rollouts a task use the scheduler's n=")
         if params.logprobs is None:
             params = replace(params, logprobs=0)  # of the sampled token alone
+        if params.skip_special_tokens is None:
+            # Else a token such as <|box_start|> is gone from the history, and the next prompt is not what was sampled.
+            params = replace(params, skip_special_tokens=False)
         return cls(client_of(llm), images, params, limits or Limits(), agent or ui_tars(), **more)
 
 

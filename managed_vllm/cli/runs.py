@@ -39,6 +39,8 @@ def export(given: argparse.Namespace) -> int:
         f"{report.path}: {report.trajectories} trajectories as {report.samples} samples for {report.format}, "
         f"{report.images} images"
     )
+    for why, number in report.cuts.items():
+        print(f"  not joined: {number} times: {why}")
     for why, number in report.left_out.items():
         print(f"  left out: {number} {printable(why)}")
     if not report.trajectories:

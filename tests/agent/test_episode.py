@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from acting_server import ActingServer, Refusal, acting, text_of
-from counting_world import CountingWorld, Worlds, hang, picture, right, tasks, until
+from counting_world import BUTTON, CountingWorld, Worlds, hang, picture, right, tasks, until
 from moved_clock import Clock
 from processes import HANG_S
 
@@ -349,6 +349,21 @@ def test_numbers_of_numpy_are_rewards_and_info_becomes_plain() -> None:
 
 
 # -- what is recorded --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "asked"), [(None, False), (False, False), (True, True)])
+def test_special_tokens_stay_in_the_record_and_in_the_history(given: bool | None, asked: bool) -> None:
+    boxed = f"Thought: Next.\nAction: click(start_box='<|box_start|>({BUTTON[0]:g},{BUTTON[1]:g})<|box_end|>')"
+    answers = iter([boxed, "Action: finished()"])
+    with acting(lambda _: next(answers)) as server:
+        params = {**PARAMS, "skip_special_tokens": given}
+        played = run_episode(server.client(), Worlds()(), tasks(1, 1)[0], sampling_params=params, agent=AGENT)
+        found = asyncio.run(played)
+    asked_for = [body for body in server.requests if any(map(text_of, body["messages"]))]
+    assert [body["skip_special_tokens"] for body in asked_for] == [asked, asked]
+    assert found.steps[0].response == boxed
+    assert boxed in [text_of(message) for message in asked_for[1]["messages"]]
+    assert found.steps[0].actions == (Click(*BUTTON),)
 
 
 def test_a_step_says_what_was_seen_sent_answered_and_done() -> None:

@@ -47,8 +47,9 @@ def put_changed(store: RunStore, number: int, **changes: Any) -> Trajectory:
     trajectory = sample_trajectory(store.images, task_id="t-x", steps=3)
     steps = list(trajectory.steps)
     steps[number] = dataclasses.replace(steps[number], **changes)
-    store.append(dataclasses.replace(trajectory, steps=tuple(steps)))
-    return trajectory
+    changed = dataclasses.replace(trajectory, steps=tuple(steps))
+    store.append(changed)
+    return changed
 
 
 def opened(store: RunStore, step: Step) -> list[bytes]:
@@ -111,39 +112,61 @@ def test_a_trajectory_is_one_sample_where_each_prompt_goes_on(store: RunStore, o
     assert sample["extra_fields"]["is_last_step"] is True
 
 
-def test_steps_that_do_not_go_on_are_no_trajectory_and_it_is_said_where(store: RunStore, out: Path) -> None:
-    put(store, steps=7, max_images=3)
-    with pytest.raises(ExportError, match=r"t-1, rollout 0, step 3, does not go on .*: at token \d+ its prompt has"):
-        export(store, "verl", out, per="trajectory")
-    assert not out.exists()
-    assert [path.name for path in out.parent.iterdir()] == ["run"]
+def check_pieces(given: Trajectory, out: Path, spans: list[tuple[int, int]]) -> None:
+    """That the samples are these steps, first and last one of each, with all of their tokens and none twice."""
+    samples = list(load_verl(out))
+    assert [sample["extra_fields"]["step"] for sample in samples] == [last for _, last in spans]
+    for sample, (first, last) in zip(samples, spans, strict=True):
+        begin, end = given.steps[first], given.steps[last]
+        assert sample["prompt_ids"] == list(begin.prompt_token_ids)
+        assert sample["prompt_ids"] + sample["response_ids"] == [*end.prompt_token_ids, *end.response_token_ids]
+        masked = [token for token, mask in zip(sample["response_ids"], sample["response_mask"], strict=True) if mask]
+        assert masked == [token for step in given.steps[first : last + 1] for token in step.response_token_ids]
+        assert sample["extra_fields"]["is_last_step"] is (last == len(given.steps) - 1)
+
+
+def test_steps_are_joined_until_an_image_leaves_the_view(store: RunStore, out: Path) -> None:
+    given = put(store, steps=7, max_images=3)
+    report = export(store, "verl", out, per="trajectory")
+    assert (report.samples, report.cuts) == (5, {"other tokens": 4})
+    check_pieces(given, out, [(0, 2), (3, 3), (4, 4), (5, 5), (6, 6)])
+    assert json.loads((out / "export.json").read_text())["cuts"] == {"other tokens": 4}
 
 
 @pytest.mark.parametrize("keep", ["shorter", "first token", "last token"])
-def test_one_token_that_differs_is_found(store: RunStore, out: Path, keep: str) -> None:
+def test_the_next_sample_begins_where_one_token_differs(store: RunStore, out: Path, keep: str) -> None:
     first = sample_trajectory(store.images, task_id="t-x", steps=3)
     ids = list(first.steps[2].prompt_token_ids)
     end = len(first.steps[1].prompt_token_ids) + len(first.steps[1].response_token_ids)
+    why = "other tokens"
     if keep == "shorter":
-        ids, why = ids[: end - 1], f"has only {end - 1} tokens, the former prompt and answer have {end}"
+        ids, why = ids[: end - 1], "the prompt is shorter"
     else:
-        at = 0 if keep == "first token" else end - 1
-        ids[at] += 1
-        why = f"at token {at} its prompt has {ids[at]}"
-    put_changed(store, 2, prompt_token_ids=tuple(ids))
-    with pytest.raises(ExportError, match=f"t-x, rollout 0, step 2, does not go on .*{why}"):
-        export(store, "verl", out, per="trajectory")
+        ids[0 if keep == "first token" else end - 1] += 1
+    given = put_changed(store, 2, prompt_token_ids=tuple(ids))
+    assert export(store, "verl", out, per="trajectory").cuts == {why: 1}
+    check_pieces(given, out, [(0, 1), (2, 2)])
 
 
-def test_another_image_behind_the_same_tokens_is_found(store: RunStore, out: Path) -> None:
+def test_the_next_sample_begins_where_another_image_is_behind_the_same_tokens(store: RunStore, out: Path) -> None:
     """Placeholders are the same for all images of one size."""
     given = sample_trajectory(store.images, task_id="t-x", steps=3)
     messages = list(given.steps[2].messages)
     assert isinstance(messages[2]["content"], list)
     messages[2] = {"role": "user", "content": [{"type": "image", "image": given.final_screenshot}]}
-    put_changed(store, 2, messages=tuple(messages))
-    with pytest.raises(ExportError, match=r"step 2, does not go on .*: its first images are not those"):
-        export(store, "verl", out, per="trajectory")
+    given = put_changed(store, 2, messages=tuple(messages))
+    assert export(store, "verl", out, per="trajectory").cuts == {"other images": 1}
+    check_pieces(given, out, [(0, 1), (2, 2)])
+
+
+def test_pieces_of_a_trajectory_are_rows_of_skyrl_and_the_last_one_has_the_reward(store: RunStore, out: Path) -> None:
+    put(store, steps=5, max_images=3)
+    put(store, rollout=1, steps=2)
+    export(store, "skyrl", out, per="trajectory")
+    output = load_skyrl(out, image_processor=Processor())
+    check_generator_output(output)
+    assert output["is_last_step"] == [False, False, True, True]
+    assert [sum(rewards) for rewards in output["rewards"]] == [0.0, 0.0, 0.5, 0.5]
 
 
 def test_text_alone_has_no_images_and_verl_may_ask_for_them(store: RunStore, out: Path) -> None:

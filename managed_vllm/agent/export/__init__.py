@@ -22,7 +22,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -57,6 +57,7 @@ class ExportReport:
         samples: how many training samples they became; for ATIF one each.
         images: distinct image files.
         left_out: rollouts that are not in it, by reason.
+        cuts: with `per="trajectory"`: how often a step did not go on where the one before ended, by reason.
     """
 
     path: str
@@ -65,9 +66,12 @@ class ExportReport:
     samples: int
     images: int
     left_out: Mapping[str, int]
+    cuts: Mapping[str, int] = field(default_factory=dict)
 
 
 class _Writer(Protocol):
+    cuts: Counter[str]
+
     def add(self, trajectory: Trajectory) -> int:
         """Writes it; returns the number of samples. Raises `ExportError`."""
         ...
@@ -93,8 +97,9 @@ def export(
             to be read by `load_skyrl`; `atif`: one ATIF 1.7 document a trajectory, with its images beside it.
         out: the folder; must not be there, or be empty. Images are hard links to the run's files where that can be.
         per: `step`: each answer is a sample, with the prompt that it was given: right for every builder of messages.
-            `trajectory`: all answers are one sample, what the environment added has mask 0; an error unless each prompt
-            begins, token for token, with the former prompt and answer (no image may have left the view). Not for ATIF.
+            `trajectory`: as few samples as can be: answers are joined as long as each prompt begins, token for token,
+            with the former prompt and answer (no image may have left the view); what the environment added has mask 0.
+            Not for ATIF.
         logprobs: True: they must be there; False: they are left out; None: they must be there for a trainer, for ATIF
             they are given where they are.
         include: `rewarded`: attempts that are ok and have a reward; `ok`: also those without (verl: the trainer must
@@ -114,7 +119,7 @@ def export(
             images = ExportedImages(store.images, unfinished)
             with contextlib.closing(_writer(to, unfinished, images, per, logprobs)) as writer:
                 trajectories, samples, left_out = _write(store, writer, to, include, choose)
-            report = ExportReport(str(folder), to, trajectories, samples, len(images), left_out)
+                report = ExportReport(str(folder), to, trajectories, samples, len(images), left_out, dict(writer.cuts))
             about = {**asdict(report), "path": str(folder), "run": str(store.path), "per": per, "include": include}
             (unfinished / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
             os.replace(unfinished, folder)

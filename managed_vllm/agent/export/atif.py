@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class AtifWriter:
         self._folder = folder
         self._images = images
         self._logprobs = logprobs
+        self.cuts: Counter[str] = Counter()
 
     def add(self, trajectory: Trajectory) -> int:
         document = _Document(trajectory, self._images, self._logprobs).made()

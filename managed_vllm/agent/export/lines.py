@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ ABOUT = "export.json"
 
 
 class LinesWriter:
-    """Writes what `line_of` makes of each sample."""
+    """Writes what `line_of` makes of each sample. `cuts`: where steps did not join, by reason."""
 
     def __init__(
         self,
@@ -32,10 +33,13 @@ class LinesWriter:
         self._per = per
         self._logprobs = logprobs
         self._line_of = line_of
+        self.cuts: Counter[str] = Counter()
 
     def add(self, trajectory: Trajectory) -> int:
         samples = list(samples_of(trajectory, self._per, logprobs=self._logprobs))
         for sample in samples:
+            if sample.cut is not None:
+                self.cuts[sample.cut] += 1
             line = self._line_of(sample, self._images)
             self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
         return len(samples)

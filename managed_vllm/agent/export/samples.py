@@ -1,11 +1,14 @@
 """Training samples: prompt and response ids, mask and logprobs of a step, or of a whole trajectory.
 
-Ids are taken as the server gave them; nothing is tokenized. In `per="trajectory"` the steps are put together only where
-each prompt begins with the former prompt and answer token for token, and shows the former images first.
+Ids are taken as the server gave them; nothing is tokenized. In `per="trajectory"` steps are joined where each prompt
+begins with the former prompt and answer token for token, and shows the former images first. Where one does not (an
+image left the view, the chat template writes former answers in another way) the next sample begins: the longest pieces
+that join.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +16,8 @@ from typing import Any, Literal
 
 from managed_vllm.agent.types import ImageRef, Message, Step, Trajectory
 from managed_vllm.errors import ExportError
+
+log = logging.getLogger(__name__)
 
 Per = Literal["step", "trajectory"]
 
@@ -30,6 +35,7 @@ class Sample:
         mask: 1 for a token of an answer, 0 for one that the environment added.
         logprobs: of each token of an answer, 0.0 for the others; None if they were not asked for.
         images: those of the prompt of the last step, in order.
+        cut: why it does not go on with the sample before it; None for the first one, and in `per="step"`.
     """
 
     trajectory: Trajectory
@@ -41,6 +47,7 @@ class Sample:
     mask: list[int]
     logprobs: list[float] | None
     images: tuple[ImageRef, ...]
+    cut: str | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.response_ids), len(self.mask)} | (
@@ -53,7 +60,7 @@ class Sample:
 def samples_of(trajectory: Trajectory, per: Per, *, logprobs: bool) -> Iterator[Sample]:
     """The samples of a trajectory, in the order of its steps. Raises `ExportError`."""
     if per == "trajectory":
-        yield _merged(trajectory, logprobs)
+        yield from _pieces(trajectory, logprobs)
         return
     for step in trajectory.steps:
         yield Sample(
@@ -69,62 +76,72 @@ def samples_of(trajectory: Trajectory, per: Per, *, logprobs: bool) -> Iterator[
         )
 
 
-def _merged(trajectory: Trajectory, logprobs: bool) -> Sample:
-    prompt = list(trajectory.steps[0].prompt_token_ids)
-    response: list[int] = []
-    mask: list[int] = []
-    scores: list[float] = []
-    shown: tuple[ImageRef, ...] = ()
-    for number, step in enumerate(trajectory.steps):
+def _pieces(trajectory: Trajectory, logprobs: bool) -> Iterator[Sample]:
+    """The longest pieces that join: each step goes on with the last piece, or begins a new one."""
+    piece: _Piece | None = None
+    for step in trajectory.steps:
+        cut = None if piece is None else piece.cut_before(step)
+        if piece is not None and cut is None:
+            piece.add(trajectory, step, logprobs)
+            continue
+        if piece is not None:
+            log.debug("%s, step %d, begins a new sample: %s", name_of(trajectory), step.index, cut and cut[1])
+            yield piece.sample(trajectory)
+        piece = _Piece(step, cut and cut[0])
+        piece.add(trajectory, step, logprobs)
+    if piece is not None:
+        yield piece.sample(trajectory)
+
+
+class _Piece:
+    """Steps of which each goes on where the one before ended, while they are joined."""
+
+    def __init__(self, first: Step, cut: str | None) -> None:
+        self.first = self.last = first
+        self.cut = cut
+        self.prompt = list(first.prompt_token_ids)
+        self.response: list[int] = []
+        self.mask: list[int] = []
+        self.scores: list[float] | None = None
+        self.images: tuple[ImageRef, ...] = ()
+
+    def cut_before(self, step: Step) -> tuple[str, str] | None:
+        """Why the step does not go on here: the kind of reason, and the place; None if it does."""
+        so_far = self.prompt + self.response
+        prompt = list(step.prompt_token_ids)
+        if prompt[: len(so_far)] != so_far:
+            at = next((at for at, pair in enumerate(zip(prompt, so_far, strict=False)) if pair[0] != pair[1]), None)
+            if at is None:
+                return "the prompt is shorter", f"{len(prompt)} tokens after {len(so_far)}"
+            return "other tokens", f"at token {at} its prompt has {prompt[at]}, before there was {so_far[at]}"
+        if tuple(images_of(step.messages))[: len(self.images)] != self.images:
+            return "other images", "its first images are not those of the step before"
+        return None
+
+    def add(self, trajectory: Trajectory, step: Step, logprobs: bool) -> None:
+        """Its answer, and what the environment added before it."""
         answer = _answer_of(trajectory, step)
-        images = tuple(images_of(step.messages))
-        if number:
-            so_far = prompt + response
-            _check_begins(trajectory, step, so_far)
-            if images[: len(shown)] != shown:
-                raise _apart(trajectory, step, "its first images are not those of the step before")
-            added = step.prompt_token_ids[len(so_far) :]
-            response += added
-            mask += [0] * len(added)
-            scores += [0.0] * len(added)
-        shown = images
-        response += answer
-        mask += [1] * len(answer)
+        added = list(step.prompt_token_ids[len(self.prompt) + len(self.response) :])
+        self.response += [*added, *answer]
+        self.mask += [0] * len(added) + [1] * len(answer)
         if logprobs:
-            scores += _logprobs_of(trajectory, step)
-    return Sample(
-        trajectory,
-        first=trajectory.steps[0],
-        last=trajectory.steps[-1],
-        is_last=True,
-        prompt_ids=prompt,
-        response_ids=response,
-        mask=mask,
-        logprobs=scores if logprobs else None,
-        images=shown,
-    )
+            self.scores = [*(self.scores or ()), *[0.0] * len(added), *_logprobs_of(trajectory, step)]
+        self.images = tuple(images_of(step.messages))
+        self.last = step
 
-
-def _check_begins(trajectory: Trajectory, step: Step, so_far: Sequence[int]) -> None:
-    prompt = list(step.prompt_token_ids)
-    if prompt[: len(so_far)] == so_far:
-        return
-    if len(prompt) < len(so_far) and so_far[: len(prompt)] == prompt:
-        why = f"its prompt has only {len(prompt)} tokens, the former prompt and answer have {len(so_far)}"
-    else:
-        at = next(at for at, (left, right) in enumerate(zip(prompt, so_far, strict=False)) if left != right)
-        why = (
-            f"at token {at} its prompt has {prompt[at]}, where the former prompt and answer ({len(so_far)} tokens) "
-            f"have {so_far[at]}: something left the view, or the chat template writes former answers in another way"
+    def sample(self, trajectory: Trajectory) -> Sample:
+        return Sample(
+            trajectory,
+            first=self.first,
+            last=self.last,
+            is_last=self.last is trajectory.steps[-1],
+            prompt_ids=self.prompt,
+            response_ids=self.response,
+            mask=self.mask,
+            logprobs=self.scores,
+            images=self.images,
+            cut=self.cut,
         )
-    raise _apart(trajectory, step, why)
-
-
-def _apart(trajectory: Trajectory, step: Step, why: str) -> ExportError:
-    return ExportError(
-        f"{name_of(trajectory)}, step {step.index}, does not go on where the step before ended: {why}. Export it with "
-        "per='step'"
-    )
 
 
 def _answer_of(trajectory: Trajectory, step: Step) -> Sequence[int]:
