@@ -26,7 +26,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from managed_vllm.agent import inference
-from managed_vllm.agent.actions import Action, ActionParseError, CallUser, Finished
+from managed_vllm.agent.actions import Action, ActionParseError, CallUser, Finished, ParsedResponse, Wait
 from managed_vllm.agent.bounded import Deadline, bounded
 from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.format import AgentFormat, ThenWhat
@@ -40,6 +40,7 @@ from managed_vllm.agent.types import (
     ImageRef,
     Limits,
     Observation,
+    RejectedAnswer,
     Step,
     StepResult,
     StepTimings,
@@ -59,6 +60,7 @@ from managed_vllm.errors import (
     StartupError,
     UnsupportedParameterError,
 )
+from managed_vllm.request.outputs import CompletionOutput
 
 log = logging.getLogger("managed_vllm.agent")
 
@@ -139,6 +141,7 @@ class Episode:
         self._steps: list[Step] = []
         self._tokens = 0
         self._corrections = 0
+        self._waits_left = rules.agent.call_user_waits
         self._deadline = Deadline(None)
         self._final: ImageRef | None = None
         self._reset_s = self._evaluate_s = 0.0
@@ -189,7 +192,7 @@ class Episode:
         while True:
             if len(self._steps) >= limits.max_steps:
                 raise _End(StopReason.MAX_STEPS)
-            if limits.max_episode_tokens is not None and self._tokens >= limits.max_episode_tokens:
+            if self._out_of_tokens:
                 raise _End(StopReason.MAX_TOKENS)
             if self._deadline.passed:
                 raise _End(StopReason.EPISODE_TIMEOUT)
@@ -246,38 +249,18 @@ class Episode:
         began, started_at = time.monotonic(), time.time()
         turn = self._turns[-1]
         step = Step(index=len(self._steps), screenshot=turn.screenshot, text=turn.text)
-        step, sampled = await self._ask(step)
-        self._tokens += len(step.response_token_ids)
-        answer = sampled.output.outputs[0]
-        self._turns[-1] = replace(turn, response=answer.text, tool_calls=tuple(answer.tool_calls), extras={})
-        timings = StepTimings(started_at, sampled.queue_s, sampled.output.latency)
-        environment_s = 0.0
-        end: _End | None = None
+        step, end = await self._answered(step)
         observation: Observation | None = None
-        try:
-            parsed = self._rules.agent.parse(answer, self._size(turn))
-            if not parsed.actions:
-                raise ActionParseError("the answer has no action", text=answer.text, span=(0, len(answer.text)))
-            step = replace(step, thought=parsed.thought, actions=tuple(parsed.actions))
-        except ActionParseError as error:
-            step = replace(step, parse_error=str(error))
-            end = self._not_an_action(error)
-        except Exception as error:
-            end = self._failed(StopReason.USER_FAILURE, FailureClass.USER_CODE, "parse", error)
-        else:
+        environment_s = 0.0
+        if step.actions:
             acting = time.monotonic()
             step, observation, end = await self._act(step)
             environment_s = time.monotonic() - acting
-        timings = replace(timings, environment_s=environment_s, total_s=time.monotonic() - began)
-        step = replace(step, timings=timings)
+        times = {"started_at": started_at, "environment_s": environment_s, "total_s": time.monotonic() - began}
+        step = replace(step, timings=replace(step.timings, **times))
         self._steps.append(step)
-        if self._rules.on_step is not None and (end is None or end.failure is None):
-            try:
-                said = self._rules.on_step(self._attempt.task, self._attempt.rollout, step)
-                if said is not None:
-                    await said
-            except Exception as error:
-                end = self._failed(StopReason.USER_FAILURE, FailureClass.USER_CODE, "hook", error)
+        if end is None or end.failure is None:
+            end = await self._told_of(step) or end
         if end is not None and end.failure is not None:
             raise end
         if observation is not None and (end is None or observation.screenshot is not None):
@@ -285,9 +268,64 @@ class Episode:
         if end is not None:
             raise end
 
-    def _size(self, turn: Turn) -> tuple[int, int]:
+    async def _told_of(self, step: Step) -> _End | None:
+        """Tells the caller's hook; what that raises is the end."""
+        if self._rules.on_step is None:
+            return None
+        try:
+            said = self._rules.on_step(self._attempt.task, self._attempt.rollout, step)
+            if said is not None:
+                await said
+        except Exception as error:
+            return self._failed(StopReason.USER_FAILURE, FailureClass.USER_CODE, "hook", error)
+        return None
+
+    async def _answered(self, step: Step) -> tuple[Step, _End | None]:
+        """The turn with an answer that is an action, or the last of those that are none; and what follows from it."""
+        policy = self._rules.agent.on_parse_error
+        rejected: list[RejectedAnswer] = []
+        timings = StepTimings()
+        while True:
+            step, sampled = await self._ask(step, policy.resample_temperature if rejected else None)
+            self._tokens += len(step.response_token_ids)
+            timings = replace(
+                timings,
+                queue_s=timings.queue_s + sampled.queue_s,
+                model_s=timings.model_s + sampled.output.latency,
+            )
+            answer = sampled.output.outputs[0]
+            refused: Exception | None = None
+            try:
+                parsed = self._parsed(answer)
+                step = replace(step, thought=parsed.thought, actions=tuple(parsed.actions))
+            except Exception as error:
+                refused = error
+            if not isinstance(refused, ActionParseError) or len(rejected) >= policy.resample or self._out_of_tokens:
+                break
+            rejected.append(_rejected(step, refused))
+        step = replace(step, timings=timings, rejected=tuple(rejected))
+        self._turns[-1] = replace(self._turns[-1], response=answer.text, tool_calls=tuple(answer.tool_calls), extras={})
+        if isinstance(refused, ActionParseError):
+            return replace(step, parse_error=str(refused)), self._not_an_action(refused)
+        if refused is not None:
+            return step, self._failed(StopReason.USER_FAILURE, FailureClass.USER_CODE, "parse", refused)
+        return step, None
+
+    def _parsed(self, answer: CompletionOutput) -> ParsedResponse:
+        """Raises `ActionParseError`, or whatever a parser of the caller's own raises."""
+        parsed = self._rules.agent.parse(answer, self._size())
+        if not parsed.actions:
+            raise ActionParseError("the answer has no action", text=answer.text, span=(0, len(answer.text)))
+        return parsed
+
+    @property
+    def _out_of_tokens(self) -> bool:
+        most = self._rules.limits.max_episode_tokens
+        return most is not None and self._tokens >= most
+
+    def _size(self) -> tuple[int, int]:
         """Of the newest screenshot: a turn that only sends an answer back is about the one before."""
-        shot = next((one.screenshot for one in reversed(self._turns) if one.screenshot is not None), turn.screenshot)
+        shot = next((one.screenshot for one in reversed(self._turns) if one.screenshot is not None), None)
         return NO_SCREENSHOT if shot is None else (shot.width, shot.height)
 
     def _not_an_action(self, error: ActionParseError) -> _End | None:
@@ -303,37 +341,55 @@ class Episode:
 
     async def _act(self, step: Step) -> tuple[Step, Observation | None, _End | None]:
         """Carries the actions out, until one of them ends the episode."""
-        observation: Observation | None = None
-        end: _End | None = None
+        if self._gives_up(step):
+            step, observation, end = await self._carried_out(step, CallUser(), executed=0)
+            return step, observation, end if end is not None and end.failure is not None else _End(StopReason.MAX_STEPS)
+        observation = None
+        end = None
         for number, action in enumerate(step.actions, 1):
-            call = functools.partial(self._environment.step, action)
-            try:
-                result: Any = await self._call("step", call, self._rules.limits.step_timeout_s)
-                if not isinstance(result, StepResult):
-                    error = TypeError(f"step must give a StepResult, not {type(result).__name__}")
-                    raise self._failed(StopReason.ENV_FAILURE, FailureClass.ENVIRONMENT, "step", error)
-                reward = None if result.reward is None else self._reward(result.reward, "step")
-            except _End as failed:
-                return step, observation, failed
-            if reward is not None:
-                reward += step.reward or 0.0
-            step = replace(
-                step,
-                executed=number,
-                reward=step.reward if reward is None else reward,
-                terminated=result.terminated,
-                truncated=result.truncated,
-                info=_plain(result.info),
-            )
-            observation = result.observation
-            end = _ending(action, result)
+            if isinstance(action, CallUser) and self._waits_left > 0:
+                self._waits_left -= 1
+                action = Wait()
+            step, seen, end = await self._carried_out(step, action, executed=number)
+            observation = seen or observation
             if end is not None:
                 break
         return step, observation, end
 
+    def _gives_up(self, step: Step) -> bool:
+        """Whether the turn is the last one, and is not carried out (`AgentFormat.give_up_at_last_step`)."""
+        if not self._rules.agent.give_up_at_last_step or step.index + 1 < self._rules.limits.max_steps:
+            return False
+        return not any(isinstance(action, Finished | CallUser | Wait) for action in step.actions)
+
+    async def _carried_out(
+        self, step: Step, action: Action, *, executed: int
+    ) -> tuple[Step, Observation | None, _End | None]:
+        """One action: the turn with what it led to, what is seen, and the end if it is one."""
+        call = functools.partial(self._environment.step, action)
+        try:
+            result: Any = await self._call("step", call, self._rules.limits.step_timeout_s)
+            if not isinstance(result, StepResult):
+                error = TypeError(f"step must give a StepResult, not {type(result).__name__}")
+                raise self._failed(StopReason.ENV_FAILURE, FailureClass.ENVIRONMENT, "step", error)
+            reward = None if result.reward is None else self._reward(result.reward, "step")
+        except _End as failed:
+            return step, None, failed
+        if reward is not None:
+            reward += step.reward or 0.0
+        step = replace(
+            step,
+            executed=executed,
+            reward=step.reward if reward is None else reward,
+            terminated=result.terminated,
+            truncated=result.truncated,
+            info=_plain(result.info),
+        )
+        return step, result.observation, _ending(action, result)
+
     # -- the model -----------------------------------------------------------------------------------------------------
 
-    async def _ask(self, step: Step) -> tuple[Step, inference.Sampled]:
+    async def _ask(self, step: Step, temperature: float | None) -> tuple[Step, inference.Sampled]:
         """The step with what was sent and what came back; and the answer."""
         rules = self._rules
         history = History(self._attempt.task, self._instruction, tuple(self._turns), rules.limits.max_images)
@@ -342,7 +398,9 @@ class Episode:
         except Exception as error:
             raise self._failed(StopReason.USER_FAILURE, FailureClass.USER_CODE, "messages", error) from error
         try:
-            sampled = await inference.sample(rules, prompt, deadline=self._deadline, tokens_so_far=self._tokens)
+            sampled = await inference.sample(
+                rules, prompt, deadline=self._deadline, tokens_so_far=self._tokens, temperature=temperature
+            )
         except Exception as error:
             raise self._unanswered(error) from error
         output = sampled.output
@@ -390,6 +448,12 @@ class Episode:
         )
         log.debug("%s/%d: %s", self._attempt.task.id, self._attempt.rollout, failure)
         return _End(reason, failure)
+
+
+def _rejected(step: Step, error: ActionParseError) -> RejectedAnswer:
+    return RejectedAnswer(
+        step.response, step.response_token_ids, step.response_logprobs, step.finish_reason, str(error)
+    )
 
 
 def _ending(action: Action, result: StepResult) -> _End | None:

@@ -7,9 +7,10 @@ family, `embedded()` is for the demo model, which reads the screen as text.
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from managed_vllm.agent.actions import (
     UI_TARS_PROMPT,
@@ -17,10 +18,13 @@ from managed_vllm.agent.actions import (
     ParsedResponse,
     action_tools,
     parse_json_actions,
+    parse_like_osworld,
     parse_tool_calls,
     parse_ui_tars,
 )
+from managed_vllm.agent.actions.osworld_answers import with_box_tokens
 from managed_vllm.agent.actions.table import actions_in_words
+from managed_vllm.agent.osworld_prompt import read_osworld_prompt
 from managed_vllm.agent.prompting import Chat, LatestText, MessageBuilder
 from managed_vllm.errors import ConfigError
 from managed_vllm.request.outputs import CompletionOutput
@@ -53,20 +57,25 @@ class ParseErrorPolicy:
     """What an answer that is no action leads to.
 
     Attributes:
+        resample: how often in a turn the same prompt is answered once more, before anything else. The answers that
+            were refused are in the record (`Step.rejected`), and not in the history.
+        resample_temperature: of those answers.
         retries: how often in an episode the model is told so and asked again; each is a turn of its own.
         correction: what it is told; `{error}` is replaced.
         then: what becomes of the episode after that.
         penalty: the reward with `ThenWhat.PENALISE`.
     """
 
+    resample: int = 0
+    resample_temperature: float = 1.0
     retries: int = 0
     correction: str = "Your last answer is not a valid action: {error}\nAnswer again, in the format described."
     then: ThenWhat = ThenWhat.EVALUATE
     penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.retries < 0:
-            raise ConfigError(f"retries must be 0 or more, not {self.retries}")
+        if self.retries < 0 or self.resample < 0:
+            raise ConfigError(f"retries and resample must be 0 or more, not {self.retries} and {self.resample}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,17 @@ class UITarsParser:
             min_pixels=self.min_pixels,
             max_pixels=self.max_pixels,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class OSWorldParser:
+    """`parse_like_osworld`."""
+
+    min_pixels: int = 100 * 28**2
+    max_pixels: int = 16384 * 28**2
+
+    def __call__(self, answer: CompletionOutput, size: Size) -> ParsedResponse:
+        return parse_like_osworld(answer.text, size, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,31 +136,79 @@ class AgentFormat:
         parse: the actions that an answer means.
         on_parse_error: what an answer that is no action leads to.
         request: further fields of each chat request (`tools=…`, `chat_template_kwargs=…`, `mm_processor_kwargs=…`).
+        sampling: sampling parameters for what the caller leaves open.
+        call_user_waits: how often in an episode `call_user()` is a `Wait`, before it ends the episode.
+        give_up_at_last_step: whether the last turn that `Limits.max_steps` allows ends as with `call_user()`, if what
+            it says is not the end, and no waiting.
     """
 
     build_messages: MessageBuilder
     parse: Parser
     on_parse_error: ParseErrorPolicy = ParseErrorPolicy()
     request: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    call_user_waits: int = 0
+    give_up_at_last_step: bool = False
 
 
 def ui_tars(
-    coordinates: Coordinates = "resized",
+    coordinates: Coordinates | Literal["osworld"] = "resized",
     *,
-    prompt: str = UI_TARS_PROMPT,
+    prompt: str | None = None,
+    checkout: str | os.PathLike[str] | None = None,
     language: str = "English",
     show_text: bool = False,
     on_parse_error: ParseErrorPolicy | None = None,
 ) -> AgentFormat:
     """UI-TARS 1.5: its prompt, screenshots and answers in turn, and coordinates in the resized image.
 
-    In the prompt `{instruction}` and `{language}`, that of the thoughts, are replaced.
+    Args:
+        coordinates: what the model's numbers are. `"osworld"`: they are of the resized image, and all else is as with
+            OSWorld's own agent, so that scores can be compared with its (docs/agent.md lists what that changes).
+        prompt: `{instruction}` and `{language}` are replaced; None: our own, or that of `checkout`.
+        checkout: for `"osworld"`: the folder of OSWorld, to read its prompt from (`read_osworld_prompt`).
+        language: of the thoughts.
+        show_text: whether the observations' text is sent beside the screenshots.
+        on_parse_error: what an answer that is no action leads to.
+
+    Raises `ConfigError`: `"osworld"` without a prompt.
     """
-    prompt = prompt.replace("{language}", language)
+    if coordinates == "osworld":
+        return _osworld(prompt, checkout, language, show_text, on_parse_error)
+    prompt = (UI_TARS_PROMPT if prompt is None else prompt).replace("{language}", language)
     return AgentFormat(
         Chat(system="You are a helpful assistant.", prompt=prompt, show_text=show_text),
         UITarsParser(coordinates),
         on_parse_error or ParseErrorPolicy(),
+    )
+
+
+def _osworld(
+    prompt: str | None,
+    checkout: str | os.PathLike[str] | None,
+    language: str,
+    show_text: bool,
+    on_parse_error: ParseErrorPolicy | None,
+) -> AgentFormat:
+    if prompt is None:
+        if checkout is None:
+            raise ConfigError(
+                "OSWorld's prompt is not carried here: give the folder of OSWorld as checkout=, or its text as prompt=",
+                field="prompt",
+            )
+        prompt = read_osworld_prompt(checkout)
+    return AgentFormat(
+        Chat(
+            system="You are a helpful assistant.",
+            prompt=prompt.replace("{language}", language),
+            show_text=show_text,
+            answer_in_history=with_box_tokens,
+        ),
+        OSWorldParser(),
+        on_parse_error or ParseErrorPolicy(resample=2),
+        sampling={"temperature": 0.0, "top_p": 0.9, "frequency_penalty": 1.0, "max_tokens": 1000},
+        call_user_waits=3,
+        give_up_at_last_step=True,
     )
 
 

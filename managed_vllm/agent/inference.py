@@ -71,8 +71,12 @@ async def prompt_of(rules: Rules, history: History) -> Prompt:
     return prompt
 
 
-async def sample(rules: Rules, prompt: Prompt, *, deadline: Deadline, tokens_so_far: int) -> Sampled:
+async def sample(
+    rules: Rules, prompt: Prompt, *, deadline: Deadline, tokens_so_far: int, temperature: float | None = None
+) -> Sampled:
     """The model's answer, once the gate is open; the time at the gate does not count for the deadline.
+
+    `temperature`: another one than the sampling parameters say.
 
     Raises what the client raises, and `RequestError`: the server does not tell ids or logprobs.
     """
@@ -83,14 +87,18 @@ async def sample(rules: Rules, prompt: Prompt, *, deadline: Deadline, tokens_so_
         deadline.put_off(waited)
         version = rules.weight_version()
         began = time.monotonic()
-        output = await _chat(rules, prompt.sent, deadline, tokens_so_far)
+        output = await _chat(rules, prompt.sent, deadline, tokens_so_far, temperature)
         took = time.monotonic() - began
     ids, logprobs = exact(output)
     return Sampled(output, ids, logprobs, waited + max(0.0, took - output.latency), version)
 
 
-async def _chat(rules: Rules, messages: Sequence[Message], deadline: Deadline, tokens_so_far: int) -> RequestOutput:
+async def _chat(
+    rules: Rules, messages: Sequence[Message], deadline: Deadline, tokens_so_far: int, temperature: float | None
+) -> RequestOutput:
     limits, params = rules.limits, rules.params
+    if temperature is not None:
+        params = replace(params, temperature=temperature)
     bounds = [limits.max_response_tokens, params.max_tokens]
     if limits.max_episode_tokens is not None:
         bounds.append(limits.max_episode_tokens - tokens_so_far)

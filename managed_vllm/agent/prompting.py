@@ -71,6 +71,7 @@ class Chat:
         show_text: whether the observation's text is sent.
         show_screenshot: whether its screenshot is.
         coordinates: the frame of the model's points, for `{frame}`.
+        answer_in_history: what becomes of former answers; None: they stay as they were.
     """
 
     system: str | None = None
@@ -79,6 +80,7 @@ class Chat:
     show_text: bool = True
     show_screenshot: bool = True
     coordinates: Coordinates = "absolute"
+    answer_in_history: Callable[[str], str] | None = None
 
     def __call__(self, history: History) -> list[Message]:
         messages: list[Message] = []
@@ -101,13 +103,14 @@ class Chat:
             if parts:
                 messages.append({"role": "user", "content": parts})
             if turn.response is not None:
-                messages.extend(_answered(turn))
+                messages.extend(_answered(turn, self.answer_in_history))
         return newest_images(messages, history.max_images)
 
 
-def _answered(turn: Turn) -> list[Message]:
+def _answered(turn: Turn, rewrite: Callable[[str], str] | None) -> list[Message]:
     """The answer; one with tool calls also has their results, since servers want one for each: what was seen then."""
-    said: dict[str, Any] = {"role": "assistant", "content": turn.response}
+    text = turn.response or ""
+    said: dict[str, Any] = {"role": "assistant", "content": text if rewrite is None else rewrite(text)}
     if not turn.tool_calls:
         return [said]
     results = [{"role": "tool", "tool_call_id": call.get("id"), "content": "done"} for call in turn.tool_calls]

@@ -56,7 +56,11 @@ class Rules:
         **more: Any,
     ) -> Rules:
         """From what callers give. Raises `BadRequestError` for sampling parameters that can't be."""
+        agent = agent or ui_tars()
         params = SamplingParams.of(sampling_params)
+        params = replace(
+            params, **{name: value for name, value in agent.sampling.items() if getattr(params, name) is None}
+        )
         if params.n not in (None, 1):
             raise BadRequestError("an episode has one answer a turn; for n rollouts a task use the scheduler's n=")
         if params.logprobs is None:
@@ -64,7 +68,7 @@ class Rules:
         if params.skip_special_tokens is None:
             # Else a token such as <|box_start|> is gone from the history, and the next prompt is not what was sampled.
             params = replace(params, skip_special_tokens=False)
-        return cls(client_of(llm), images, params, limits or Limits(), agent or ui_tars(), **more)
+        return cls(client_of(llm), images, params, limits or Limits(), agent, **more)
 
 
 def client_of(llm: Any) -> AsyncVLLMClient:

@@ -28,6 +28,7 @@ from managed_vllm.agent.types import (
     FailureClass,
     ImageRef,
     Message,
+    RejectedAnswer,
     Step,
     StepTimings,
     StopReason,
@@ -61,6 +62,10 @@ def encode(trajectory: Trajectory) -> Record:
         values["actions"] = [
             packer.action(action, f"{where}.actions[{number}]") for number, action in enumerate(step.actions)
         ]
+        if step.rejected:
+            values["rejected"] = [
+                packer.fields(each, f"{where}.rejected[{number}]") for number, each in enumerate(step.rejected)
+            ]
         values["timings"] = packer.fields(step.timings, f"{where}.timings")
         values["lists"] = [name for name in _SEQUENCES if isinstance(getattr(step, name), list)]
         steps.append(values)
@@ -105,7 +110,7 @@ def as_json(value: Any) -> bytes:
         raise ValueError("it is nested too deep") from error
 
 
-_SEQUENCES = ("messages", "prompt_token_ids", "response_token_ids", "response_logprobs", "actions")
+_SEQUENCES = ("messages", "prompt_token_ids", "response_token_ids", "response_logprobs", "actions", "rejected")
 _APART = (*_SEQUENCES, "timings")
 
 
@@ -202,6 +207,7 @@ def _steps(steps: list[dict[str, Any]], messages: list[Any], block: bytes) -> It
         made: dict[str, Any] = numbers.of_step(values.pop("numbers"))
         made["messages"] = tuple(messages[index] for index in shown)
         made["actions"] = tuple(_action(action) for action in values.pop("actions"))
+        made["rejected"] = tuple(_build(RejectedAnswer, each) for each in values.pop("rejected", ()))
         made["timings"] = _build(StepTimings, values.pop("timings"))
         for name in values.pop("lists"):
             made[name] = list(made[name])

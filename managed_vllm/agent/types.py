@@ -203,6 +203,21 @@ class StepTimings:
 
 
 @dataclass(frozen=True, slots=True)
+class RejectedAnswer:
+    """An answer of a turn that was no action, and in whose place another one was sampled.
+
+    Attributes:
+        response, response_token_ids, response_logprobs, finish_reason, parse_error: as in `Step`.
+    """
+
+    response: str = ""
+    response_token_ids: Sequence[int] = field(default=(), repr=False)
+    response_logprobs: Sequence[float] | None = field(default=None, repr=False)
+    finish_reason: str | None = None
+    parse_error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One turn: what was seen and sent, what came back, what was done.
 
@@ -220,6 +235,7 @@ class Step:
         actions: what the answer means, in pixels of the screenshot. Empty if it could not be parsed.
         executed: how many of them were carried out (an episode may end within them).
         parse_error: why it could not be parsed; None if it could.
+        rejected: answers to the same prompt before this one, which were no action (`ParseErrorPolicy.resample`).
         reward: sum of the rewards of its actions; None if there was none.
         terminated, truncated: what the environment said at the last action.
         info: of the last action.
@@ -243,6 +259,7 @@ class Step:
     actions: Sequence[Action] = ()
     executed: int = 0
     parse_error: str | None = None
+    rejected: Sequence[RejectedAnswer] = ()
     reward: float | None = None
     terminated: bool = False
     truncated: bool = False
@@ -325,7 +342,7 @@ class Trajectory:
 
     @property
     def response_tokens(self) -> int:
-        """Tokens of all answers."""
+        """Tokens of all answers, those that were rejected not included."""
         return sum(len(step.response_token_ids) for step in self.steps)
 
 

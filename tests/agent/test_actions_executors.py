@@ -29,6 +29,7 @@ from managed_vllm.agent.actions import (
     KeyDown,
     KeyUp,
     Move,
+    Noop,
     Scroll,
     Type,
     Wait,
@@ -58,6 +59,7 @@ ACTIONS: st.SearchStrategy[Action] = st.one_of(
     st.builds(Move, NUMBERS, NUMBERS),
     st.builds(KeyDown, KEYS),
     st.builds(KeyUp, KEYS),
+    st.builds(Noop, TEXTS),
     st.builds(Wait, st.none() | st.floats(0, 60)),
     st.builds(Finished, TEXTS),
     st.builds(CallUser, TEXTS),
@@ -89,7 +91,7 @@ def check_source(source: str) -> list[str]:
         if isinstance(node, ast.Name):
             assert node.id in {"pyautogui", "time", "pyperclip"}
     comments = {t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
-    assert comments <= {"# finished: nothing to do", "# call_user: nothing to do"}
+    assert comments <= {"# finished: nothing to do", "# call_user: nothing to do", "# nothing to do"}
     return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
@@ -229,7 +231,8 @@ def test_every_action_of_the_table_is_one_that_pyautogui_carries_out_and_people_
         assert isinstance(action, kind.make)
         assert to_pyautogui(action)
         assert describe(action)
-    assert {kind.make for kind in table.ACTIONS.values()} | {Custom} == set(get_args(Action))
+    assert set(table.ACTION_CLASSES.values()) == set(get_args(Action))
+    assert to_pyautogui(Noop("x")).count("#") == 1
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------
@@ -255,6 +258,8 @@ def test_every_action_of_the_table_is_one_that_pyautogui_carries_out_and_people_
         (Scroll(Direction.DOWN, 1, 2, 3), "scroll down by 3 at (1, 2)"),
         (Wait(), "wait"),
         (Wait(2.5), "wait 2.5 s"),
+        (Noop(), "nothing"),
+        (Noop("a drag without points"), "nothing: a drag without points"),
         (Finished(), "finished"),
         (Finished("42"), 'finished: "42"'),
         (CallUser("why"), 'call user: "why"'),

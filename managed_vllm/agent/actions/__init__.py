@@ -3,6 +3,7 @@
 - `values`: the actions. `table`: their names and fields, from which prompts, schemas and parsers are made.
 - `serialization`: as JSON for files. `descriptions`: in a few words.
 - `ui_tars`: answers of UI-TARS 1.5. `ui_tars_format`: its prompt, a regex that forces it, and writing it.
+- `osworld_answers`: the same as OSWorld's own agent reads them.
 - `json_actions`: JSON and tool calls, for other models.
 - `pyautogui_source`: as source for OSWorld.
 - `coordinates`, `keys`: numbers and names that the parsers share.
@@ -20,6 +21,7 @@ from managed_vllm.agent.actions.json_actions import (
     parse_json_actions,
     parse_tool_calls,
 )
+from managed_vllm.agent.actions.osworld_answers import parse_like_osworld
 from managed_vllm.agent.actions.pyautogui_source import to_pyautogui
 from managed_vllm.agent.actions.serialization import action_from_dict, action_to_dict
 from managed_vllm.agent.actions.ui_tars import parse_ui_tars
@@ -37,6 +39,7 @@ from managed_vllm.agent.actions.values import (
     KeyDown,
     KeyUp,
     Move,
+    Noop,
     ParsedResponse,
     Scroll,
     Type,
@@ -62,6 +65,7 @@ __all__ = [
     "KeyDown",
     "KeyUp",
     "Move",
+    "Noop",
     "OffScreen",
     "ParsedResponse",
     "Scroll",
@@ -73,6 +77,7 @@ __all__ = [
     "action_tools",
     "describe",
     "parse_json_actions",
+    "parse_like_osworld",
     "parse_tool_calls",
     "parse_ui_tars",
     "smart_resize",

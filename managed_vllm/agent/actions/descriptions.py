@@ -16,6 +16,7 @@ from managed_vllm.agent.actions.values import (
     KeyDown,
     KeyUp,
     Move,
+    Noop,
     Scroll,
     Type,
     Wait,
@@ -53,6 +54,8 @@ def describe(action: Action, *, most: int = 80) -> str:
             return f"finished: {_quoted(content, most)}" if content else "finished"
         case CallUser(content):
             return f"call user: {_quoted(content, most)}" if content else "call user"
+        case Noop(reason):
+            return _cut(f"nothing: {reason}" if reason else "nothing", most)
         case Custom(name, arguments):
             given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
             return _cut(f"{name}({given})", most)

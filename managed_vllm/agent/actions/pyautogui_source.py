@@ -11,7 +11,7 @@ the source; without it pyautogui raises when the pointer is in a corner of the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, get_args
 
 from managed_vllm.agent.actions.keys import key_of
@@ -27,25 +27,28 @@ from managed_vllm.agent.actions.values import (
     KeyDown,
     KeyUp,
     Move,
+    Noop,
     Scroll,
     Type,
     Wait,
 )
 
 Typing = Literal["auto", "write", "paste"]
+Keys = Mapping[str, str] | Literal["as_said"] | None
 
 
 def to_pyautogui(
     actions: Action | Iterable[Action],
     *,
     typing: Typing = "auto",
-    keys: Mapping[str, str] | None = None,
+    keys: Keys = None,
     paste_keys: tuple[str, ...] = ("ctrl", "v"),
     scroll_amount: int = 5,
     wait_s: float = 5.0,
     drag_s: float = 1.0,
     key_interval_s: float = 0.02,
     pause_s: float = 0.5,
+    decimals: int = 0,
 ) -> str:
     r"""Source that carries the actions out, one after the other.
 
@@ -54,33 +57,38 @@ def to_pyautogui(
         typing: `write` presses the keys, which works wherever a person can type, terminals included, but has ASCII
             only; `paste` goes through the clipboard (pyperclip, `paste_keys`), which works for all characters, where
             pasting does. `auto`: keys for text that is ASCII (with line ends and tabs), else the clipboard.
-        keys: names of keys, in lower case, to pyautogui's, before our own: `{"cmd": "command"}` on a Mac.
+        keys: names of keys, in lower case, to pyautogui's, before our own: `{"cmd": "command"}` on a Mac. `"as_said"`:
+            names go to pyautogui as the model said them; it ignores those that it does not know.
         paste_keys: what pastes, in pyautogui's names.
         scroll_amount: steps of the wheel where an action has no `amount`; OSWorld's agents turn it by 5.
         wait_s: seconds of a `Wait` that has none.
         drag_s: seconds that the pointer takes.
         key_interval_s: seconds between two keys that are typed.
         pause_s: seconds between two actions.
+        decimals: of coordinates; 0: whole pixels. pyautogui itself cuts decimals off.
 
     Raises `ValueError`: a `Custom`, a key that pyautogui does not have, a number that is none, text that can't be typed
     in the way that was asked for.
     """
     if typing not in get_args(Typing):
         raise ValueError(f"typing must be one of {', '.join(get_args(Typing))}, not {typing!r:.80}")
-    own = {} if keys is None else keys
+
+    def at(x: float, y: float) -> str:
+        return f"{_pixel(x, decimals)}, {_pixel(y, decimals)}"
+
     steps = [actions] if isinstance(actions, Action) else list(actions)
     blocks: list[list[str]] = []
     for action in steps:
         match action:
             case Click():
-                blocks.append([_click(action)])
+                blocks.append([_click(action, at)])
             case Move(x, y):
-                blocks.append([f"pyautogui.moveTo({_pixel(x)}, {_pixel(y)})"])
+                blocks.append([f"pyautogui.moveTo({at(x, y)})"])
             case Drag(x, y, to_x, to_y):
                 blocks.append(
                     [
-                        f"pyautogui.moveTo({_pixel(x)}, {_pixel(y)})",
-                        f"pyautogui.dragTo({_pixel(to_x)}, {_pixel(to_y)}, duration={_seconds(drag_s)}, button='left')",
+                        f"pyautogui.moveTo({at(x, y)})",
+                        f"pyautogui.dragTo({at(to_x, to_y)}, duration={_seconds(drag_s)}, button='left')",
                     ]
                 )
             case Type(text, enter):
@@ -89,19 +97,21 @@ def to_pyautogui(
             case Hotkey(names):
                 if not names:
                     raise ValueError("a Hotkey needs a key")
-                blocks.append([_pressed([_key(name, own) for name in names])])
+                blocks.append([_pressed([_key(name, keys) for name in names])])
             case KeyDown(name):
-                blocks.append([f"pyautogui.keyDown({_key(name, own)!a})"])
+                blocks.append([f"pyautogui.keyDown({_key(name, keys)!a})"])
             case KeyUp(name):
-                blocks.append([f"pyautogui.keyUp({_key(name, own)!a})"])
+                blocks.append([f"pyautogui.keyUp({_key(name, keys)!a})"])
             case Scroll():
-                blocks.append([_scrolled(action, scroll_amount)])
+                blocks.append([_scrolled(action, scroll_amount, at)])
             case Wait(seconds):
                 blocks.append([f"time.sleep({_seconds(wait_s if seconds is None else seconds)})"])
             case Finished():
                 blocks.append(["# finished: nothing to do"])
             case CallUser():
                 blocks.append(["# call_user: nothing to do"])
+            case Noop():
+                blocks.append(["# nothing to do"])
             case _:
                 raise ValueError(f"pyautogui can't carry out {action!r:.200}")
     pause = f"time.sleep({_seconds(pause_s)})"
@@ -112,11 +122,11 @@ def to_pyautogui(
     return f"{imports}{body}\n" if body else imports
 
 
-def _click(action: Click) -> str:
+def _click(action: Click, at: Callable[[float, float], str]) -> str:
     if action.clicks < 1:
         raise ValueError(f"clicks must be 1 or more, not {action.clicks}")
     more = f", clicks={int(action.clicks)}" if action.clicks > 1 else ""
-    return f"pyautogui.click({_pixel(action.x)}, {_pixel(action.y)}{more}, button={str(Button(action.button))!r})"
+    return f"pyautogui.click({at(action.x, action.y)}{more}, button={str(Button(action.button))!r})"
 
 
 def _typed(text: str, typing: Typing, paste_keys: tuple[str, ...], interval_s: float) -> list[str]:
@@ -145,25 +155,30 @@ def _pressed(keys: list[str]) -> str:
     return f"pyautogui.hotkey({', '.join(ascii(key) for key in keys)})"
 
 
-def _key(name: str, own: Mapping[str, str]) -> str:
-    key = own.get(name) or key_of(name)
+def _key(name: str, keys: Keys) -> str:
+    if keys == "as_said":
+        return name
+    key = (keys or {}).get(name) or key_of(name)
     if key is None:
         raise ValueError(f"pyautogui has no key {name!r:.80}")
     return key
 
 
-def _scrolled(action: Scroll, default: int) -> str:
+def _scrolled(action: Scroll, default: int, at: Callable[[float, float], str]) -> str:
     amount = int(default if action.amount is None else action.amount)
     forward = action.direction in (Direction.UP, Direction.RIGHT)
     function = "scroll" if action.direction in (Direction.UP, Direction.DOWN) else "hscroll"
-    where = "" if action.x is None or action.y is None else f", x={_pixel(action.x)}, y={_pixel(action.y)}"
+    where = ""
+    if action.x is not None and action.y is not None:
+        x, y = at(action.x, action.y).split(", ")
+        where = f", x={x}, y={y}"
     return f"pyautogui.{function}({amount if forward else -amount}{where})"
 
 
-def _pixel(value: float) -> str:
+def _pixel(value: float, decimals: int) -> str:
     if not math.isfinite(value):
         raise ValueError(f"{value} is no coordinate")
-    return str(round(value))
+    return str(round(value) if decimals == 0 else round(float(value), decimals))
 
 
 def _seconds(value: float) -> str:

@@ -23,6 +23,7 @@ from managed_vllm.agent.actions.values import (
     KeyDown,
     KeyUp,
     Move,
+    Noop,
     Scroll,
     Type,
     Wait,
@@ -105,7 +106,7 @@ ACTIONS: Mapping[str, ActionKind] = MappingProxyType(
 """What models are told of, by name."""
 
 ACTION_CLASSES: Mapping[str, type[Any]] = MappingProxyType(
-    {**{name: kind.make for name, kind in ACTIONS.items()}, "custom": Custom}
+    {**{name: kind.make for name, kind in ACTIONS.items()}, "noop": Noop, "custom": Custom}
 )
 """All classes of actions, by the name in records."""
 

@@ -115,6 +115,13 @@ class CallUser:
 
 
 @dataclass(frozen=True, slots=True)
+class Noop:
+    """Nothing, though the model meant something. `reason` says what became of it."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Custom:
     """An action of a format of the caller's own; the environment must know its `name`."""
 
@@ -122,7 +129,7 @@ class Custom:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-Action = Click | Move | Drag | Type | Hotkey | KeyDown | KeyUp | Scroll | Wait | Finished | CallUser | Custom
+Action = Click | Move | Drag | Type | Hotkey | KeyDown | KeyUp | Scroll | Wait | Finished | CallUser | Noop | Custom
 
 
 @dataclass(frozen=True, slots=True)

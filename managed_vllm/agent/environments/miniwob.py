@@ -57,6 +57,7 @@ from managed_vllm.agent.actions import (
     KeyDown,
     KeyUp,
     Move,
+    Noop,
     Scroll,
     Type,
     Wait,
@@ -421,7 +422,7 @@ class SyncMiniWoB:
             case Wait(seconds=seconds):
                 time.sleep(_WAIT_S if seconds is None else seconds)
                 return None
-            case Finished() | CallUser():
+            case Finished() | CallUser() | Noop():
                 return None
         return f"{type(action).__name__} {getattr(action, 'name', '')} is no action of a page".replace("  ", " ")
 
