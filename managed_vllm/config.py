@@ -1,7 +1,7 @@
 """What to serve, and where: frozen values, their key, and the command that starts the server.
 
 `ServerSpec` is the identity: two users whose specs have the same key share one server. `Address` and the policies
-(`managed_vllm.policies`) are not part of it; an address that somebody asks for explicitly must match the running
+(`managed_vllm.policies`) are not part of it; an address that is asked for explicitly must match the running
 server's.
 """
 
@@ -210,10 +210,10 @@ class ServerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisorOrder:
-    """All that a supervisor is told: what to serve, where, and how long to wait for it.
+    """What a supervisor is to do: what to serve, where, and how long to wait for it.
 
-    Whoever starts one writes it to the new process, which hands it on to each of its users: with it anybody who is left
-    can start the same server again, at the same address and with the same key. Secrets are in it: never in a file.
+    The user that starts a supervisor sends it this; the supervisor sends it to every user. With it any user that is
+    left can start the same server again, at the same address and with the same key. Contains secrets: never in a file.
     """
 
     spec: ServerSpec

@@ -141,7 +141,7 @@ class SupervisionPolicy:
         for name in ("startup_timeout_s", "startup_silence_s", "first_request_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be more than 0 seconds", field=name)
-        for name in ("stop_grace_s", "gpu_release_timeout_s"):  # finite: nobody waits for ever for an end
+        for name in ("stop_grace_s", "gpu_release_timeout_s"):  # finite: the end of a server must not take for ever
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is a duration in seconds, 0 or more", field=name)
 

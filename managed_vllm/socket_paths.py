@@ -1,4 +1,4 @@
-"""Unix sockets whose paths fit: the kernel takes 107 bytes, however deep a temporary or state directory lies."""
+"""Short paths for Unix sockets: the kernel accepts 107 bytes, however long those of our directories are."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _LONGEST_FOLDER = 40
-"""Characters: what makes sockets in a temporary folder of ours (ZeroMQ, browsers) adds some 60 of its own."""
+"""Characters. Programs that make sockets in a temporary folder of ours (ZeroMQ, browsers) add some 60 of their own."""
 
 
 def short_temporary_folder() -> str:
-    """Where to make temporary folders that will hold sockets: the usual place, or `/tmp` if that is too long."""
+    """The directory for temporary folders that will hold sockets: the usual one, or `/tmp` if its path is too long."""
     usual = tempfile.gettempdir()
     return usual if len(usual) <= _LONGEST_FOLDER or not os.access("/tmp", os.W_OK) else "/tmp"
 

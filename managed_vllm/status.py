@@ -27,7 +27,7 @@ class ServerState(enum.StrEnum):
     FAILED = "failed"
     """Given up; `diagnosis` says why."""
     STOPPING = "stopping"
-    """Being stopped; who wants a server waits until this one is gone."""
+    """Being stopped; a user that wants a server waits until this one is gone."""
     GONE = "gone"
     """Nothing of it is left."""
 
@@ -225,7 +225,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """All that is to know about a server at one moment. Times are seconds since the epoch (Unix time)."""
+    """Everything known about a server at one moment. Times are seconds since the epoch (Unix time)."""
 
     state: ServerState
     epoch: int = 0

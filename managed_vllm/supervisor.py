@@ -7,11 +7,11 @@ point. What it does, in order:
    that user and handed on.
 2. Ends what a predecessor may have left, then starts vLLM and follows it until one token has been generated
    (`managed_vllm.server.startup`).
-3. Watches: an exit that nobody asked for is a crash, whatever its code; what runs but does not work is found by
-   `managed_vllm.server.hangs`. Before a restart, by `managed_vllm.server.restarts`, nothing of the old server is left:
-   no process, socket, shared memory, memory of a GPU.
-4. Counts leases (`managed_vllm.instance.leases`). None left for `keep_alive` seconds and not pinned: it stops the
-   server, leaves no process, removes the instance's folder and ends.
+3. Watches: an exit that was not requested is a crash, whatever its code; a server that runs but does not work is
+   detected by `managed_vllm.server.hangs`. Whether it is restarted decides `managed_vllm.server.restarts`; before that
+   nothing of the old server is left: no process, socket, shared memory or GPU memory.
+4. Counts leases (`managed_vllm.instance.leases`). When there has been none for `keep_alive` seconds and the server is
+   not pinned, it stops the server, leaves no process, removes the instance's folder and ends.
 
 One main thread with an event loop; the server is spawned from it, because the kernel ties the server's life to the
 spawning thread. The loop does nothing that can block for long.
@@ -92,7 +92,7 @@ _STUCK_SOMEWHERE = frozenset(
 
 
 def main() -> None:
-    """Entry point of the supervisor process: what to do comes as JSON on standard input."""
+    """Entry point of the supervisor process. Its orders come as JSON on standard input."""
     message = json.loads(sys.stdin.buffer.read())
     if os.fork():
         os._exit(0)
@@ -118,9 +118,9 @@ def main() -> None:
 
 
 async def _supervise(instance: Instance, order: SupervisorOrder, *, life: int, lock: int) -> None:
-    """`life` is the end of a pipe over which whoever started us learns that we listen, or that we died.
+    """Runs the supervisor; `lock` is the descriptor of the locked `supervisor.lock`.
 
-    `lock` is the descriptor of the locked `supervisor.lock`.
+    `life` is the end of a pipe on which the user that started us reads that we listen, or sees that we died.
     """
 
     def tell_starter() -> None:
@@ -129,11 +129,11 @@ async def _supervise(instance: Instance, order: SupervisorOrder, *, life: int, l
         os.close(life)
 
     await Supervisor(instance, order).run(tell_starter)
-    fcntl.flock(lock, fcntl.LOCK_UN)  # a child of whoever started us may have a copy of the descriptor
+    fcntl.flock(lock, fcntl.LOCK_UN)  # closing would not do: a child of our starter may have a copy of the descriptor
 
 
 class IllegalTransitionError(RuntimeError):
-    """The supervisor was about to go from one state to another that can't follow it: a fault of ours."""
+    """The supervisor was about to enter a state that can't follow the present one: a bug of ours."""
 
     def __init__(self, old: ServerState, new: ServerState) -> None:
         super().__init__(f"{new} can't follow {old}")
@@ -142,7 +142,7 @@ class IllegalTransitionError(RuntimeError):
 
 
 class RestartRequested:
-    """How an epoch ended: a user asked for a restart. This is no crash, and not counted."""
+    """How an epoch ended: a user asked for a restart. That is no crash, and is not counted as one."""
 
 
 class _NotLaunchedError(Exception):
@@ -194,7 +194,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._end, f"signal {number.name}")
         self._predecessor = self._instance.read_record()
         with contextlib.suppress(TypeError, ValueError):
-            # The record of a supervisor that was killed: its epochs go on, so that none ever comes twice.
+            # A supervisor that was killed has left its record: its epochs are continued, so that none occurs twice.
             self._status = dataclasses.replace(self._status, epoch=int((self._predecessor or {}).get("epoch", 0)))
         await self._leases.listen()
         on_listening()
@@ -205,13 +205,13 @@ class Supervisor:
             await self._stop_server(0 if self._status.state is ServerState.FAILED else self._order.policy.stop_grace_s)
             if self._status.state is ServerState.STOPPING:
                 self._move(ServerState.GONE)
-            else:  # whoever has started us may not have got as far as asking, and must learn of it
+            else:  # the user that started us may not have connected yet, and must learn why it failed
                 await self._leases.wait_for_first(FIRST_LEASE_S)
             self._leases.close()
             await self._leave()
 
     async def _serve_until_the_end(self) -> None:
-        """Serves until the server has failed, or nobody wants it any more."""
+        """Serves until the server has failed or is not wanted any more."""
         serving = asyncio.create_task(self._serve())
         ending = asyncio.create_task(self._ending.wait())
         try:
@@ -227,11 +227,11 @@ class Supervisor:
             await asyncio.gather(serving, ending, return_exceptions=True)
 
     async def _leave(self) -> None:
-        """Removes the folder, unless somebody is about to start here again: then it is theirs.
+        """Removes the folder, unless another user is about to start a server in it: then it is theirs.
 
-        While we hold `supervisor.lock` nobody keeps `start.lock` for longer than a look.
+        While we hold `supervisor.lock`, `start.lock` is never kept for longer than it takes to see that we do.
         """
-        # Names before the folder: a name must never stand for a folder of somebody else's.
+        # Names before the folder: a name must never lead to a folder that others have made since.
         await asyncio.to_thread(directory.drop_names, self._instance.home, self._instance.id)
         if self._scratch is not None:
             await asyncio.to_thread(cleanup.remove_scratch, self._scratch)
@@ -288,7 +288,7 @@ class Supervisor:
             launched, process = await self._launch(startup_log)
         except _NotLaunchedError as not_launched:
             return not_launched.reason
-        # Only now, while vLLM imports as well, and in a thread: httpx takes a while.
+        # Only now, while vLLM is importing too, and in a thread, because httpx takes a while.
         await asyncio.to_thread(_import_watches)
         from managed_vllm.server.probe import Probe
         from managed_vllm.server.startup import StartupWatch
@@ -317,10 +317,10 @@ class Supervisor:
     async def _ready(
         self, launched: launch.Launch, process: ServerProcess, probe: Probe
     ) -> Diagnosis | RestartRequested:
-        """The server serves, until it ends, does not work any more, or is to be started anew."""
+        """Serves until the server ends, stops working or is to be restarted; returns which of these."""
         from managed_vllm.server.hangs import HangWatch
 
-        process.started()
+        process.end_of_startup()
         self._move(
             ServerState.READY,
             stage="",
@@ -338,12 +338,12 @@ class Supervisor:
     # -- starting and watching -----------------------------------------------------------------------------------------
 
     async def _launch(self, startup_log: StartupLog) -> tuple[launch.Launch, ServerProcess]:
-        """Starts the server's process, whose output `startup_log` is given. Raises `_NotLaunchedError`."""
+        """Starts the server's process and feeds its output to `startup_log`. Raises `_NotLaunchedError`."""
         if self._gpu_at_first is None:
             self._gpu_at_first = await asyncio.to_thread(gpu_memory.used_memory, self._devices)
         if self._scratch is None:
             self._scratch = cleanup.make_scratch()
-            self._write_record()  # before anything is in it: whoever comes after us removes it
+            self._write_record()  # at once: if we are killed, our successor removes it
         launched = launch.prepare(self._order, self._instance, scratch=self._scratch, last_port=self._port)
         self._port = launched.port
         loop = asyncio.get_running_loop()
@@ -387,7 +387,7 @@ class Supervisor:
             while not done:
                 await self._record_shared_memory(process)
                 done, _ = await asyncio.wait(tasks, timeout=look_s, return_when=asyncio.FIRST_COMPLETED)
-            # The exit goes first: the log knows its reason better than a watch that only saw its first signs.
+            # The exit comes first: the log gives its reason, where the watch has only seen its first symptoms.
             if process.exited.is_set():
                 return await asyncio.to_thread(_reason_of_exit, process)
             return RestartRequested() if self._restart_requested.is_set() else watch.result()
@@ -397,7 +397,7 @@ class Supervisor:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _record_shared_memory(self, process: ServerProcess) -> None:
-        """Into the record, too: whoever comes after us when we are killed removes what is left of it."""
+        """Puts it into the record, too, from which a successor removes what is left of it if we are killed."""
         known = await process.record_shared_memory()
         if known - self._shared_memory:
             self._shared_memory |= known
@@ -412,7 +412,7 @@ class Supervisor:
     # -- ending --------------------------------------------------------------------------------------------------------
 
     async def _fail(self, reason: Diagnosis) -> None:
-        # The error first, the cleaning after: all who wait learn of it at once.
+        # The error before the cleaning up: all users that wait get it at once.
         kept = await asyncio.to_thread(self._instance.keep_log)
         self._move(
             ServerState.FAILED,
@@ -476,7 +476,7 @@ class Supervisor:
                 break
             if found is None:
                 break
-            # The server's exit code is for `subprocess` to collect: nobody else may take it away.
+            # The exit code of the server must be left for `subprocess` to collect.
             if self._process is not None and found.si_pid == self._process.pid:
                 self._process.reap()
             else:
@@ -503,7 +503,7 @@ class Supervisor:
         self._leases.publish()
 
     def _show_progress(self, progress: Progress) -> None:
-        """Shows the users how far a start is. Late news of a start that is over count no more."""
+        """Shows the users how far a start is. Progress that arrives after the start is dropped."""
         if self._status.state in (ServerState.STARTING, ServerState.RESTARTING):
             self._status = dataclasses.replace(self._status, stage=progress.stage, detail=progress.detail)
             self._leases.publish(droppable=True)
@@ -530,6 +530,6 @@ def _import_watches() -> None:
 
 
 def _reason_of_exit(process: ServerProcess) -> Diagnosis:
-    """Reads the rest of the output, then the whole log: for a thread, both may take a moment."""
+    """Reads the rest of the output, then searches the log. Runs in a thread, because both may take a while."""
     process.drain()
     return diagnosis.diagnose(list(process.lines), returncode=process.returncode)

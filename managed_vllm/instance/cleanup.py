@@ -1,7 +1,7 @@
 """What an instance may leave, and how it is removed: processes, a scratch folder, shared memory, its own folder.
 
-What must hold: nothing is touched that is not ours. A process is known by the marker in its environment, and a reused
-pid by its start time; a scratch folder and a shared memory segment, whose paths come from a record, by name, kind and
+What must hold: nothing is touched that is not ours. A process is identified by the marker in its environment, and its
+pid by the start time; a scratch folder and a shared memory segment, whose paths come from a record, by name, kind and
 owner.
 """
 
@@ -86,7 +86,7 @@ def _is_running(process: psutil.Process) -> bool:
 
 
 def make_scratch() -> Path:
-    """A short folder of the server's own for TMPDIR and ZeroMQ's sockets, whose paths may have about 100 bytes."""
+    """Makes a server's folder for TMPDIR and ZeroMQ's sockets; its path is short, as those of sockets have to be."""
     return Path(tempfile.mkdtemp(prefix="mvllm-", dir=short_temporary_folder()))
 
 
@@ -135,7 +135,7 @@ def shared_memory_of(pids: Iterable[int]) -> set[str]:
 
 
 def remove_shared_memory(paths: Iterable[str]) -> list[str]:
-    """Removes segments of ours that nobody has mapped any more; returns those removed.
+    """Removes those segments that are ours and not mapped by any process; returns them.
 
     Nothing outside of /dev/shm is touched, whatever the paths say: they may come from a record.
     """

@@ -6,8 +6,8 @@ What must hold:
 2. A record is replaced atomically. A torn, foreign or garbage one is the same as none.
 3. A live instance is one whose supervisor holds `supervisor.lock` *and* answers on `control.sock`; neither a record nor
    a pid in it proves anything (pids are reused).
-4. A folder is removed only by the holder of its `start.lock`; whoever waited for the lock of a folder that is gone
-   finds out (filelock ≥ 3.20 checks for unlinked files) and starts over.
+4. A folder is removed only by the holder of its `start.lock`; a process that waited for the lock of a folder that is
+   gone finds out (filelock ≥ 3.20 checks for unlinked files) and starts over.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check_private(folder: Path) -> None:
         raise StateDirectoryError(f"{folder} is not a directory; remove it or set {HOME_VARIABLE}", path=str(folder))
     if status.st_uid != os.getuid():
         raise StateDirectoryError(
-            f"{folder} belongs to uid {status.st_uid}, not to us ({os.getuid()}): somebody else could plant records "
+            f"{folder} belongs to uid {status.st_uid}, not to us ({os.getuid()}): that user could plant records "
             f"in it. Remove it, or set {HOME_VARIABLE} to a directory of yours",
             path=str(folder),
         )
@@ -111,7 +111,7 @@ class Instance:
 
     @property
     def failed_mark(self) -> Path:
-        """Made by a supervisor that ends by a fault of its own: who waits for it must not start another one."""
+        """Made by a supervisor that fails by itself: the user that waits for it must not simply start another one."""
         return self.folder / "supervisor.failed"
 
     @property
@@ -134,13 +134,13 @@ class Instance:
             check_private(self.folder)
 
     def start_lock(self) -> filelock.BaseFileLock:
-        """Held while somebody looks whether a supervisor is there and spawns one; for a moment, never for a start."""
+        """Held while a user checks for a supervisor and spawns one: for a moment, never for the start of vLLM."""
         return filelock.FileLock(self.folder / "start.lock", mode=0o600, thread_local=False)
 
     def take_supervisor_lock(self) -> int | None:
         """Takes `supervisor.lock` and returns its descriptor; None if a supervisor holds it.
 
-        The lock belongs to the open file: who starts a supervisor takes it and hands the descriptor on, so that the
+        The lock belongs to the open file: a user takes it and passes the descriptor to the supervisor, so that the
         instance counts as alive without a gap. The kernel releases it when the last copy is closed, however that is.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -190,7 +190,7 @@ class Instance:
 
     def remove_folder(self) -> None:
         """Removes the folder and all in it. Only for the holder of `start_lock`; see `cleanup.remove_instance`."""
-        # The locks last: who waits for one must find the rest gone.
+        # The locks last: when a process that waits gets one, the rest must be gone.
         for name in sorted(self._listing(), key=lambda entry: entry.endswith(".lock")):
             path = self.folder / name
             if path.is_dir() and not path.is_symlink():
@@ -307,7 +307,7 @@ def drop_names(home: Path, instance_id: str) -> None:
 
 def is_alive(instance: Instance) -> bool:
     """True if a supervisor holds the instance's lock at this moment."""
-    # Not through filelock: it would make the file anew in a folder that is just being removed.
+    # Not through filelock: it would create the file again in a folder that is being removed.
     try:
         descriptor = os.open(instance.folder / "supervisor.lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:

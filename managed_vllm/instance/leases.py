@@ -6,7 +6,7 @@ What must hold:
 2. Every lease is sent each status as a whole, and learns of a failure before anything is cleaned up.
 3. The server is wanted as long as there is a lease or it is pinned. When it is not, it stays for `keep_alive_s`, the
    longest that any user so far has asked for; then `on_end` is called.
-4. Once the end was decided nobody is let in: a user waits until this server is gone and starts the next one.
+4. Once the end is decided no new lease is given: a user that asks waits until this server is gone, then starts another.
 5. Users of other uids are refused.
 """
 
@@ -36,7 +36,7 @@ FIRST_LEASE_S = 5.0
 """The user that started the supervisor has this long to take its lease; it may have been killed in between."""
 
 _PROGRESS_BACKLOG = 1 << 16
-"""Bytes that a user may leave unread before it is spared mere progress: a stopped one must not make us hoard it."""
+"""Unread bytes above which a user gets no progress any more, which would pile up here if its process is stopped."""
 
 
 @dataclass(eq=False)
@@ -62,7 +62,7 @@ class Leases:
         on_end: Callable[[str], None],
         on_restart: Callable[[], None],
     ) -> None:
-        """`status` tells the server's status at this moment, to which what is known of the users is added.
+        """`status` returns the server's present status; what concerns the users is filled in here.
 
         `on_end` is called with the reason when the server is to end, `on_restart` when a user asks for a restart.
         """
@@ -94,7 +94,7 @@ class Leases:
         self._end_in(FIRST_LEASE_S, "nobody took a lease")
 
     def publish(self, *, droppable: bool = False) -> None:
-        """Sends the status to every lease. `droppable`: not to those that are behind with reading."""
+        """Sends the status to every lease; if `droppable`, not to those that are behind with reading."""
         line = channel.encode({"status": self.status().to_dict()})
         for user in list(self._users):
             behind = user.writer.transport.get_write_buffer_size() > _PROGRESS_BACKLOG
@@ -102,11 +102,11 @@ class Leases:
                 user.writer.write(line)
 
     def refuse_new(self) -> None:
-        """The end was decided: nobody is let in any more, and who is in keeps its lease until `close`."""
+        """Gives no new lease from now on, because the end is decided. Existing ones last until `close`."""
         self._open = False
 
     async def wait_for_first(self, timeout_s: float) -> None:
-        """Waits until somebody has taken a lease, at most `timeout_s` seconds."""
+        """Waits until a lease has been taken, at most `timeout_s` seconds."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._first_lease.wait(), timeout_s)
 
@@ -118,7 +118,7 @@ class Leases:
             user.writer.close()
 
     def status(self) -> ServerStatus:
-        """The status at this moment, with what is known of the users."""
+        """The present status, complete with what concerns the users."""
         leases = [user for user in self._users if user.has_lease]
         return dataclasses.replace(
             self._status(),
@@ -149,7 +149,7 @@ class Leases:
                 writer.write(channel.encode({"id": message.get("id"), **reply}))
                 await writer.drain()
         except (ConnectionError, ValueError, KeyError, TypeError, AttributeError) as error:
-            log.debug("user %d: %r", pid, error)  # nonsense, or gone: either way this connection is over
+            log.debug("user %d: %r", pid, error)  # it is gone or sent garbage: this connection is over either way
         finally:
             self._users.discard(user)
             writer.close()

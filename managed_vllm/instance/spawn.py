@@ -3,9 +3,9 @@
 The first user of an instance spawns its supervisor under the instance's start lock and waits until it listens. What
 must hold:
 
-1. `supervisor.lock` is taken here and handed on by its descriptor, so that there is no moment in which a second user
-   finds it free, whoever is killed.
-2. Nobody waits for a supervisor that is dead: it holds the end of a pipe, and the kernel closes that with it.
+1. `supervisor.lock` is taken here and passed to the supervisor as an open descriptor, so that a second user never finds
+   it free in between, whichever of us is killed.
+2. No user waits for a supervisor that is dead: it holds the end of a pipe, which the kernel closes when it dies.
 
 The process itself is `managed_vllm.supervisor`, run by its name: no user imports it.
 """
@@ -28,14 +28,14 @@ from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance.directory import Instance
 
 _NOT_INHERITED = (lifeline.MARKER, lifeline.SUPERVISOR, lifeline.ROOT, "PYTHONHOME")
-"""Variables of ours that belong to one server: whoever spawns may itself run inside of another one."""
+"""Variables that belong to one server's processes: the caller may itself run inside of another server."""
 
 
 def start_supervisor(instance: Instance, order: SupervisorOrder, *, timeout_s: float = 45.0) -> bool:
     """Starts the supervisor of an instance; returns True as soon as it listens on the control socket.
 
-    True, too, if there is one already. False: it was killed before it came so far, and another one may be started. The
-    caller holds the instance's start lock. Raises `SupervisorError` if it fails, or does not come up within
+    True, too, if there is one already. False: it was killed before that, and another one may be started. The caller
+    holds the instance's start lock. Raises `SupervisorError` if it fails, or does not come up within
     `timeout_s` seconds.
     """
     lock = instance.take_supervisor_lock()

@@ -1,7 +1,7 @@
-"""Memory of the GPUs that an ended server held: the driver gives it back some time after the process has gone.
+"""GPU memory of a server that has ended: the driver releases it some time after the process is gone.
 
-A start before that does not find enough (vllm PR#37230). NVML says per process and per device how far it is. Without
-NVML there is nothing to wait for.
+A server that starts before that does not find enough (vllm PR#37230). NVML shows per process and per device what is
+still held. Without NVML there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import psutil
 log = logging.getLogger(__name__)
 
 _TOLERANCE = 256 << 20
-"""Bytes by which a GPU's used memory may be above what it was before: contexts of others come and go."""
+"""Bytes by which a GPU's used memory may exceed what it was before: other processes' contexts come and go."""
 _SETTLED_S = 5.0
-"""If none of our processes is listed any more and the memory has not fallen for so long, somebody else holds it."""
+"""Seconds without a fall, and with none of our processes listed, after which another process must be holding it."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ def used_memory(devices: str | None) -> GpuMemory | None:
 
 
 def wait_until_released(before: GpuMemory | None, pids: Collection[int], devices: str | None, limit_s: float) -> str:
-    """Waits until the driver has released what these processes, now gone, held; at most `limit_s` seconds.
+    """Waits until the driver has released what these ended processes held; at most `limit_s` seconds.
 
     Released means: NVML lists none of them, and each device's used memory is about what it was `before` the server
-    started (in a container NVML lists other pids, or none), or does not fall any more. Returns "" then, else who still
-    holds how much.
+    started, or has stopped falling (in a container NVML lists other pids, or none). Returns "" then, else a text that
+    says which processes still hold how much.
     """
     with _nvml() as nvml:
         if nvml is None:
@@ -56,6 +56,7 @@ def wait_until_released(before: GpuMemory | None, pids: Collection[int], devices
             used = {index: _used(nvml, index) for index in indices}
             listed = [holder for index in indices for holder in _holders(nvml, index) if holder[0] in pids]
             aims = {} if before is None else {index: before.used.get(index, 0) + _TOLERANCE for index in indices}
+            # Both: a process that is not listed may hold memory still, and another one may free some meanwhile.
             if aims and not listed and all(used[index] <= aim for index, aim in aims.items()):
                 return ""
             now, total = time.monotonic(), sum(used.values())
@@ -105,7 +106,7 @@ def _indices(nvml: Any, devices: str | None) -> list[int]:
 
 
 def _used(nvml: Any, index: int) -> int:
-    """0 where the device does not tell (MIG, vGPU, one that has fallen off the bus): no reason to fail a start."""
+    """0 where the device gives no answer (MIG, vGPU, one that fell off the bus): no reason to fail a start."""
     try:
         return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).used)
     except Exception as error:  # NVML's own class of errors, by its own name in each version

@@ -1,15 +1,16 @@
 """Whether a server that was ready still works: broken, hung, or merely busy.
 
-The end of the API server is not found here: the kernel tells the supervisor of it. What is found, in this order:
+The exit of the API server is not detected here: the kernel reports it to the supervisor. What is detected, in this
+order:
 
-1. The engine is dead: `/health` answers 503, and once more after a moment. It is asked every two seconds, and at once
-   when one of the server's processes has ended, of which the kernel tells as well.
-2. A process is stopped (state T), or nobody listens any more, for `stopped_s`.
+1. The engine is dead: `/health` answers 503, twice in a row. It is asked every two seconds, and at once when the kernel
+   reports the end of one of the server's other processes.
+2. A process is stopped (state T), or the port refuses connections, for `stopped_s`.
 3. The API server gives no answer to anything for `stall_s + answer_s`.
-4. The engine's metrics stand still for `stall_s`; then it is asked for one token. It hangs if that does not come within
-   `answer_s` and nothing has moved meanwhile, unless it was paused or put to sleep by request. So a busy server is
-   never asked, and never restarted, however slow it is. The rule holds for an idle server, too: a frozen engine takes
-   in nothing, so that neither its gauges nor `/health` would ever show it (vLLM 0.32).
+4. The engine's metrics do not change for `stall_s`; then one token is requested. The engine hangs if the token does
+   not come within `answer_s` and the metrics still do not change, unless it was paused or put to sleep by request. So a
+   busy server gets no such request and is never restarted, however slow it is. The rule covers an idle server, too: a
+   frozen engine accepts nothing, so that neither its gauges nor `/health` would ever show that (vLLM 0.32).
 5. Each of three such requests is answered with a server error.
 
 Time in which the supervisor itself did not run (a suspended machine, a frozen container) does not count.
@@ -28,13 +29,15 @@ from managed_vllm.server.probe import Answer, Probe
 from managed_vllm.server.process import ServerProcess
 from managed_vllm.status import Cause, Diagnosis
 
-_LOOK_S = 2.0
+_CHECK_S = 2.0
 _METRICS_S = 10.0
-_AFTER_A_DEATH_S = 6.0
+_SHOWN_WITHIN_S = 6.0
 """vLLM 0.32 shows the death of a Worker within 0.3 s if it is busy, within 5 s if it is idle."""
+_SUSPENDED_S = 5.0
+"""A check that is later than this was held up by a suspended machine or a frozen container."""
 _ERRORS_IN_A_ROW = 3
 _WITHOUT_METRICS = 3
-"""A server without vLLM's metrics can't be told from a busy one: it gets as many times `answer_s`."""
+"""Without vLLM's metrics a busy server can't be distinguished from a hung one: it gets `answer_s` this many times."""
 
 
 class StoppedProcesses:
@@ -45,11 +48,11 @@ class StoppedProcesses:
         self._policy = policy
         self._since: dict[psutil.Process, float] = {}
 
-    def shift(self, seconds: float) -> None:
-        """Forgets that time passed."""
+    def skip(self, seconds: float) -> None:
+        """Leaves out of account that this much time has passed."""
         self._since = {process: since + seconds for process, since in self._since.items()}
 
-    def look(self) -> Diagnosis | None:
+    def check(self) -> Diagnosis | None:
         """A diagnosis once a process has been stopped for `stopped_s`."""
         now = time.monotonic()
         stopped = [process for process in self._process.processes() if _state(process) == psutil.STATUS_STOPPED]
@@ -69,136 +72,138 @@ class HangWatch:
         self._process = process
         self._policy = policy
         shortest = min(policy.stall_s, policy.answer_s, policy.stopped_s)
-        self._look_s = min(_LOOK_S, max(0.05, shortest / 4))
-        self._metrics_s = min(_METRICS_S, max(self._look_s, policy.stall_s / 4))
-        # A move is seen up to one look at the metrics late, and asked about one look later: the limit still holds.
-        self._quiet_s = max(policy.stall_s - self._metrics_s - self._look_s, policy.stall_s / 4)
+        self._check_s = min(_CHECK_S, max(0.05, shortest / 4))
+        self._metrics_s = min(_METRICS_S, max(self._check_s, policy.stall_s / 4))
+        # A change is seen up to one reading late, and the request follows up to one check later: `stall_s` must hold.
+        self._quiet_s = max(policy.stall_s - self._metrics_s - self._check_s, policy.stall_s / 4)
         self._stopped = StoppedProcesses(process, policy)
         self._answered_at = self._moved_at = self._metrics_at = self._asked_at = time.monotonic()
         self._refused_since: float | None = None
         self._signs: str | None = None
-        self._asking: asyncio.Task[Answer] | None = None
+        self._token_request: asyncio.Task[Answer] | None = None
         self._failures: list[Answer] = []
 
     async def until_unwell(self) -> Diagnosis:
         """Returns when the server does not work any more, with the reason. Cancel it when the server has ended."""
         try:
             while True:
-                found = await self._after_a_death() if await self._child_ended(self._look_s) else None
-                found = found or await self._look()
+                found = await self._check_after_exit() if await self._wait_for_next_check() else None
+                found = found or await self._check()
                 if found is not None:
                     return found
         finally:
-            await self._stop_asking()
+            await self._cancel_token_request()
 
-    async def _child_ended(self, wait_s: float) -> bool:
-        """Waits for the next look, which comes early when a process has ended or the token asked for has come."""
-        planned = time.monotonic() + wait_s
+    async def _wait_for_next_check(self) -> bool:
+        """Waits until the next check is due; True if it comes early because a process of the server has ended."""
+        planned = time.monotonic() + self._check_s
         ended = self._process.child_ended
         ending = asyncio.create_task(ended.wait())
         try:
             await asyncio.wait(
-                {ending, *({self._asking} if self._asking else ())},
-                timeout=wait_s,
+                {ending, *({self._token_request} if self._token_request else ())},
+                timeout=self._check_s,
                 return_when=asyncio.FIRST_COMPLETED,
             )
         finally:
             ending.cancel()
         late = time.monotonic() - planned
-        if late > 5.0:
-            self._shift(late)
+        if late > _SUSPENDED_S:  # we did not run, so the server probably did not either
+            self._skip(late)
         if ended.is_set():
             ended.clear()
             return True
         return False
 
-    def _shift(self, seconds: float) -> None:
+    def _skip(self, seconds: float) -> None:
         self._answered_at += seconds
         self._moved_at += seconds
         self._asked_at += seconds
-        self._stopped.shift(seconds)
+        self._stopped.skip(seconds)
         if self._refused_since is not None:
             self._refused_since += seconds
 
-    async def _after_a_death(self) -> Diagnosis | None:
-        """One of the processes is gone. Most are helpers; of the engine's or a worker's end `/health` tells soon."""
-        until = time.monotonic() + _AFTER_A_DEATH_S
+    async def _check_after_exit(self) -> Diagnosis | None:
+        """A process has ended. Most are helpers; if it was the engine or a worker, `/health` will say so soon."""
+        until = time.monotonic() + _SHOWN_WITHIN_S
         while time.monotonic() < until:
-            if found := self._dead(await self._probe.is_up(1.0)):
+            if found := await self._if_dead(await self._probe.is_up(1.0)):
                 return found
             await asyncio.sleep(0.1)
         return None
 
-    def _dead(self, health: Answer) -> Diagnosis | None:
+    async def _if_dead(self, health: Answer) -> Diagnosis | None:
+        """The reason, if `/health` says that the engine is dead."""
         if health.status != 503:
             return None
-        found = diagnosis.diagnose(list(self._process.lines), returncode=None)
+        found = await asyncio.to_thread(diagnosis.diagnose, list(self._process.lines), returncode=None)
         if found.cause is not Cause.UNKNOWN:
             return found
         return diagnosis.unwell(Cause.ENGINE_BROKEN, "HTTP 503 on /health: the engine is dead")
 
-    async def _look(self) -> Diagnosis | None:
+    async def _check(self) -> Diagnosis | None:
         await self._process.record_descendants()
-        if found := self._stopped.look():
+        if found := self._stopped.check():
             return found
-        health = await self._probe.is_up(max(1.0, self._look_s))
+        health = await self._probe.is_up(max(1.0, self._check_s))
         now = time.monotonic()
         if health.status == 503:
+            # One such answer is too little to kill a server for.
             await asyncio.sleep(0.25)
-            if found := self._dead(await self._probe.is_up(1.0)):
+            if found := await self._if_dead(await self._probe.is_up(1.0)):
                 return found
         if health.status is not None:
-            if now - self._answered_at > max(self._policy.answer_s / 4, 3 * self._look_s, 2.0):
-                # An API server that was blocked has kept the request for itself: ask anew.
-                await self._stop_asking()
+            if now - self._answered_at > max(self._policy.answer_s / 4, 3 * self._check_s, 2.0):
+                # The API server was blocked and never passed our request on to the engine: send another one.
+                await self._cancel_token_request()
             self._answered_at = now
         self._refused_since = (self._refused_since or now) if health.refused else None
         if self._refused_since is not None and now - self._refused_since >= self._policy.stopped_s:
             return diagnosis.unwell(Cause.API_SERVER_HUNG, f"nothing listens any more ({health.body})")
         unanswered = now - self._answered_at
-        if unanswered >= self._policy.stall_s + self._policy.answer_s - self._look_s:
+        if unanswered >= self._policy.stall_s + self._policy.answer_s - self._check_s:
             return diagnosis.unwell(Cause.API_SERVER_HUNG, f"no answer to any request for {unanswered:.0f} s")
         if health.status is None:
-            return None
-        return await self._look_at_the_engine()
+            return None  # the API server is slow or hung: of the engine nothing can be learnt through it
+        return await self._check_engine()
 
-    async def _look_at_the_engine(self) -> Diagnosis | None:
-        asking = self._asking
-        if asking is not None and asking.done():
-            self._asking = None
-            return await self._judge(asking.result())
+    async def _check_engine(self) -> Diagnosis | None:
+        request = self._token_request
+        if request is not None and request.done():
+            self._token_request = None
+            return await self._judge(request.result())
         now = time.monotonic()
         if now - self._metrics_at >= self._metrics_s:
             self._metrics_at = now
-            await self._has_moved()
-        if self._asking is None and now - self._moved_at >= self._quiet_s:
+            await self._read_metrics()
+        if self._token_request is None and now - self._moved_at >= self._quiet_s:
             self._asked_at = now
-            self._asking = asyncio.create_task(self._probe.generates(min(self._policy.answer_s, 86_400.0)))
+            self._token_request = asyncio.create_task(self._probe.generates(min(self._policy.answer_s, 86_400.0)))
         return None
 
-    async def _has_moved(self) -> bool:
-        signs = await self._probe.signs_of_life(max(2.0, self._look_s))
+    async def _read_metrics(self) -> None:
+        """Notes whether the engine has moved since the last reading. If it has, it has recovered from what failed."""
+        signs = await self._probe.signs_of_life(max(2.0, self._check_s))
         moved = signs is not None and signs != self._signs
         if signs is not None:
             self._signs = signs
         if moved:
             self._moved_at = time.monotonic()
             self._failures.clear()
-        return moved
 
     async def _judge(self, answer: Answer) -> Diagnosis | None:
         """What the request for one token has shown."""
         answered = answer.ok or (answer.status is not None and answer.status < 500)
-        await self._has_moved()
-        # Our own request may have been taken in, and be all that has moved.
+        await self._read_metrics()
+        # A change just after we asked may be no more than our own request entering the queue.
         moved = self._moved_at > self._asked_at + min(2.0, self._policy.answer_s / 2)
-        if answered or moved or await self._probe.rests():
+        if answered or moved or await self._probe.is_paused_or_asleep():
             self._failures.clear()
         else:
             self._failures.append(answer)
-            enough = _ERRORS_IN_A_ROW if answer.status is not None else self._patience
-            if len(self._failures) < enough:
-                return None  # it is asked again at once
+            limit = _ERRORS_IN_A_ROW if answer.status is not None else self._unanswered_limit
+            if len(self._failures) < limit:
+                return None  # the next request follows at once
             if answer.status is not None:
                 return diagnosis.unwell(Cause.ENGINE_BROKEN, f"HTTP {answer.status}: {answer.body[:300]}")
             waited = time.monotonic() - min(self._moved_at, self._asked_at)
@@ -211,14 +216,14 @@ class HangWatch:
         return None
 
     @property
-    def _patience(self) -> int:
+    def _unanswered_limit(self) -> int:
         return 1 if self._signs is not None else _WITHOUT_METRICS
 
-    async def _stop_asking(self) -> None:
-        asking, self._asking = self._asking, None
-        if asking is not None:
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+    async def _cancel_token_request(self) -> None:
+        request, self._token_request = self._token_request, None
+        if request is not None:
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
 
 
 def _state(process: psutil.Process) -> str | None:

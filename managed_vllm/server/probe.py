@@ -1,4 +1,4 @@
-"""Whether a server is up, serves its model, can generate, and moves: the questions the supervisor asks over HTTP.
+"""The supervisor's questions over HTTP: is a server up, does it serve its model, can it generate, is its engine moving?
 
 `/health` alone proves little: it answers 200 while the engine is stopped, paused, asleep or poisoned (vLLM 0.32). Only
 a generated token proves that the server works.
@@ -22,7 +22,7 @@ _GENERATE = (
     ("/classify", {"input": "Hi"}),
     ("/pooling", {"input": "Hi"}),
 )
-"""One smallest request for each kind of model, in the order of likelihood; a server without the route answers 404."""
+"""The smallest request for each kind of model, likely kinds first; a server without the route answers 404."""
 
 _ABSENT = frozenset({404, 405, 501})
 
@@ -37,7 +37,7 @@ long prompt; the number of running requests stays as it was when the engine stop
 
 @dataclass(frozen=True)
 class Answer:
-    """What a probe found: `status` is the HTTP status, None if no answer came at all; `refused`: nobody listens."""
+    """What a probe found. `status` is the HTTP status, None if there was no answer; `refused`: nothing listens."""
 
     ok: bool
     status: int | None = None
@@ -62,11 +62,11 @@ class Probe:
         await self._client.aclose()
 
     async def is_up(self, timeout_s: float = 5.0) -> Answer:
-        """`GET /health`, without the key: who answers may be a stranger that took the port before our server could.
+        """`GET /health`, without the key: another process may have taken the port before our server could.
 
         A server that is not vLLM may lack the route: then `GET /v1/models`.
         """
-        answer = await self._send("GET", f"{self._root}/health", None, timeout_s, key=False, anew=True)
+        answer = await self._send("GET", f"{self._root}/health", None, timeout_s, key=False, new_connection=True)
         if answer.status in _ABSENT and not self._is_vllm:
             return await self._send("GET", f"{self._base_url}/models", None, timeout_s)
         return answer
@@ -91,11 +91,11 @@ class Probe:
         return first or Answer(False)
 
     async def signs_of_life(self, timeout_s: float = 5.0) -> str | None:
-        """What `/metrics` says of the engine's progress, as a text to be compared; None if it says nothing."""
-        answer = await self._send("GET", f"{self._root}/metrics", None, timeout_s, whole=True)
+        """What `/metrics` says of the engine's progress, to compare with the last time; None if it says nothing."""
+        answer = await self._send("GET", f"{self._root}/metrics", None, timeout_s, whole_body=True)
         return "\n".join(_SIGNS_OF_LIFE.findall(answer.body)) or None if answer.ok else None
 
-    async def rests(self, timeout_s: float = 5.0) -> bool:
+    async def is_paused_or_asleep(self, timeout_s: float = 5.0) -> bool:
         """True if the engine was paused or put to sleep by request (dev-mode routes; absent otherwise)."""
         for route in ("/is_paused", "/is_sleeping"):
             answer = await self._send("GET", f"{self._root}{route}", None, timeout_s)
@@ -111,14 +111,14 @@ class Probe:
         timeout_s: float,
         *,
         key: bool = True,
-        whole: bool = False,
-        anew: bool = False,
+        whole_body: bool = False,
+        new_connection: bool = False,
     ) -> Answer:
         headers = dict(self._key) if key else {}
-        if anew:
-            headers["Connection"] = "close"  # one that is kept proves nothing about new ones
+        if new_connection:
+            headers["Connection"] = "close"  # a connection that is kept open says nothing about new ones
         try:
-            async with asyncio.timeout(timeout_s):  # httpx bounds each read only: a body may drip for ever
+            async with asyncio.timeout(timeout_s):  # httpx bounds each read only: a body may drip for hours
                 response = await self._client.request(method, url, json=body, timeout=timeout_s, headers=headers)
         except (httpx.TimeoutException, TimeoutError):
             return Answer(False, None, f"no answer to {method} {url} within {timeout_s:g} s")
@@ -127,4 +127,4 @@ class Probe:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             return Answer(False, None, f"{type(error).__name__}: {error}")
         text = response.text
-        return Answer(response.is_success, response.status_code, text if whole else text[:4000])
+        return Answer(response.is_success, response.status_code, text if whole_body else text[:4000])

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _LOG_LIMIT = 32 << 20
 """Bytes after which server.log becomes server.log.1."""
 
+_LONGEST_LINE = 1 << 20
+
 _TRACKER_S = 2.0
 """Seconds in which Python's resource trackers may end by themselves."""
 
@@ -41,9 +43,9 @@ _TAIL_LINES = 2000
 class ServerProcess:
     """A running server. `exited` is set, and `returncode` known, once it has ended.
 
-    `lines` is the newest output, `last_news` the moment of the last line that was not a repetition (monotonic clock).
-    `child_ended` is set when a process below the server ends; who reads it clears it. `pids_ever` are the pids of all
-    its processes, ended ones included.
+    `lines` is the newest output, `last_new_line_at` the time of the last line that was no repetition (monotonic clock).
+    `child_ended` is set when a process below the server ends; the reader clears it. `pids_ever` are the pids of all its
+    processes, ended ones included.
     """
 
     def __init__(
@@ -65,11 +67,11 @@ class ServerProcess:
         self._descendants: dict[psutil.Process, int | None] = {}
         self._ended: set[psutil.Process] = set()
         self._shared_memory: set[str] = set()
-        self._said: set[int] = set()
-        self._started = False
+        self._messages_seen: set[int] = set()
+        self._starting = True
         self.pids_ever: set[int] = set()
         self.lines: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
-        self.last_news = time.monotonic()
+        self.last_new_line_at = time.monotonic()
         self.exited = asyncio.Event()
         self.child_ended = asyncio.Event()
         self._popen = subprocess.Popen(
@@ -100,10 +102,10 @@ class ServerProcess:
         if self._popen.poll() is not None:
             self.exited.set()
 
-    def started(self) -> None:
-        """The start is over: from now on the output is only kept, not read."""
-        self._started = True
-        self._said.clear()
+    def end_of_startup(self) -> None:
+        """From now on the output is only kept: `on_line` is not called any more."""
+        self._starting = False
+        self._messages_seen.clear()
 
     def drain(self, timeout_s: float = 1.0) -> None:
         """Waits for the rest of the output of a server that has ended."""
@@ -116,8 +118,8 @@ class ServerProcess:
         return sorted(self._descendants, key=lambda process: process.pid)
 
     async def record_descendants(self) -> None:
-        """Looks which processes now hang below the server, and from now on follows each of them to its end."""
-        self._follow(await asyncio.to_thread(self._below))
+        """Finds the processes that are now below the server, and follows each of them to its end from here on."""
+        self._follow(await asyncio.to_thread(self._list_descendants))
 
     async def record_shared_memory(self) -> set[str]:
         """Adds what the server's processes have mapped below /dev/shm to what it ever had; returns all of it."""
@@ -125,16 +127,17 @@ class ServerProcess:
         self._shared_memory |= await asyncio.to_thread(cleanup.shared_memory_of, pids)
         return set(self._shared_memory)
 
-    def _below(self) -> list[psutil.Process]:
+    def _list_descendants(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             return psutil.Process(self.pid).children(recursive=True)
         return []
 
     def _follow(self, found: Iterable[psutil.Process]) -> None:
-        """Asks the kernel to tell of the end of each process that is new."""
+        """Has the kernel report the end of each process that is new."""
         self.pids_ever.add(self.pid)
         for process in found:
-            if process in self._descendants or process in self._ended:  # its parent may leave it a zombie for long
+            # One that has ended may be found for as long as its parent leaves it a zombie.
+            if process in self._descendants or process in self._ended:
                 continue
             self.pids_ever.add(process.pid)
             self._descendants[process] = None
@@ -160,7 +163,7 @@ class ServerProcess:
 
         None if the listener can't be seen: it belongs to another user, or lives in another network namespace.
         """
-        ours = {self.pid, *(process.pid for process in self._below())}
+        ours = {self.pid, *(process.pid for process in self._list_descendants())}
         listeners = set()
         with contextlib.suppress(psutil.Error):
             for entry in psutil.net_connections(kind="tcp"):
@@ -186,8 +189,8 @@ class ServerProcess:
     async def kill(self) -> list[psutil.Process]:
         """SIGKILL for everything that belongs to the server, again until nothing of it is left (at most 15 s).
 
-        Python's resource trackers come last: without the others they end by themselves, and remove shared memory and
-        semaphores before. What then is left of the shared memory is removed here.
+        Python's resource trackers come last: once the others are gone they remove shared memory and semaphores, and end
+        by themselves. What is left of the shared memory then is removed here.
         """
         deadline = time.monotonic() + 15.0
         await self.record_descendants()
@@ -198,7 +201,7 @@ class ServerProcess:
             if self.returncode is None:
                 with contextlib.suppress(psutil.Error):
                     processes.add(psutil.Process(self.pid))
-            self._follow(process for process in processes if process.pid != self.pid)
+            self._follow(process for process in processes if process.pid != self.pid)  # new ones may have been forked
             trackers = {process for process in processes if _is_tracker(process)}
             if time.monotonic() < spared_until:
                 processes -= trackers
@@ -237,24 +240,24 @@ class ServerProcess:
                 sink.write(chunk)
                 # tqdm redraws its line with a carriage return.
                 *whole, pending = re.split(rb"[\r\n]", pending + chunk)
-                if len(pending) > 1 << 20:
+                if len(pending) > _LONGEST_LINE:  # it may never end
                     whole, pending = [*whole, pending], b""
                 for raw in whole:
-                    self._take(raw)
+                    self._take_line(raw)
         if pending:
-            self._take(pending)
+            self._take_line(pending)
         sink.close()
 
-    def _take(self, raw: bytes) -> None:
+    def _take_line(self, raw: bytes) -> None:
         line = raw.decode("utf-8", "replace")
         if line.strip():
             self.lines.append(line)
-            if not self._started:
-                # vLLM goes on saying that it waits, with a new time each time: that is no sign of life.
-                news = hash(startup_log.message_of(line))
-                if news not in self._said:
-                    self.last_news = time.monotonic()
-                    self._said.add(news)
+            if self._starting:
+                # vLLM repeats that it is waiting, with a new time in front: that is no sign of life.
+                message = hash(startup_log.message_of(line))
+                if message not in self._messages_seen:
+                    self.last_new_line_at = time.monotonic()
+                    self._messages_seen.add(message)
                 self._on_line(line)
 
 

@@ -1,12 +1,12 @@
-"""What follows an end of the server that nobody asked for: another start, or none.
+"""What follows when the server ends unasked: another start, or none.
 
 In this order:
 
 1. Another process took the port that we had chosen before vLLM could bind it: another port, at once, up to five times.
-   This says nothing about the server and is not counted.
+   That says nothing about the server and is not counted as a crash.
 2. A cause that stays, or one that the policy does not retry: no other start.
-3. A server that has never been ready and says why: no other start, it would end in the same. If it was ended from
-   outside (a signal, the OOM killer) it has said nothing, and is started again.
+3. A server that has never been ready and gives a reason: no other start, which would fail in the same way. One that was
+   ended from outside (a signal, the OOM killer) gives none, and is started again.
 4. More crashes than the policy allows within its window: no other start.
 5. Else another start, after the policy's back-off.
 """
@@ -26,7 +26,7 @@ _LOST_PORTS = 5
 ENDED_FROM_OUTSIDE = frozenset(
     {Cause.KILLED, Cause.ENGINE_DIED, Cause.WORKER_DIED, Cause.PROCESS_STOPPED, Cause.API_SERVER_HUNG}
 )
-"""Causes that say nothing about what was asked for: the same start may well succeed."""
+"""Causes that say nothing about the model or the arguments: the same start may well succeed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class StartAgain:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """The server has failed, and this is what its users are told."""
+    """The server has failed; its users get this diagnosis."""
 
     diagnosis: Diagnosis
 
@@ -48,7 +48,7 @@ class Restarts:
     """Counts the crashes of one server and decides on each; see the module's docstring."""
 
     def __init__(self, policy: RestartPolicy, *, chooses_port: bool, has_served: bool) -> None:
-        """`chooses_port`: nobody asked for a port. `has_served`: it was ready before its supervisor was killed."""
+        """`chooses_port`: no user asked for a port. `has_served`: it was ready before its supervisor was killed."""
         self._policy = policy
         self._chooses_port = chooses_port
         self._has_served = has_served

@@ -1,6 +1,6 @@
 """Whether a server that was launched becomes ready; the counterpart of `managed_vllm.server.hangs`.
 
-The end of the server is not found here: the kernel tells the supervisor of it. What is found, in this order:
+The exit of the server is not detected here: the kernel reports it to the supervisor. What is detected, in this order:
 
 1. The whole start takes longer than `startup_timeout_s`, or nothing new is in the log for `startup_silence_s`.
 2. A process is stopped (state T) for `stopped_s`.
@@ -24,7 +24,7 @@ from managed_vllm.server.startup_log import StartupLog
 from managed_vllm.status import Diagnosis, Progress, Stage
 
 _POLL_S = 0.05
-_LOOK_S = 1.0
+_CHECK_S = 1.0
 
 
 class StartupWatch:
@@ -41,9 +41,9 @@ class StartupWatch:
         may_listen_elsewhere: bool,
         on_progress: Callable[[Progress], None],
     ) -> None:
-        """`startup_log` is fed by others, from the server's output. `port` is the TCP port to be served, None without.
+        """`startup_log` is fed from the server's output elsewhere; `port` is the TCP port that it will serve, if any.
 
-        `may_listen_elsewhere`: the process may be a wrapper, with the server itself in a container of its own.
+        `may_listen_elsewhere`: the process may be a wrapper around a server in another container.
         """
         self._probe = probe
         self._process = process
@@ -53,7 +53,7 @@ class StartupWatch:
         self._may_listen_elsewhere = may_listen_elsewhere
         self._on_progress = on_progress
         self._stopped = StoppedProcesses(process, policy.hang)
-        self._began_at = self._moved_at = self._looked_at = time.monotonic()
+        self._began_at = self._moved_at = self._checked_at = time.monotonic()
         self._progress = startup_log.progress
         self._first_request: asyncio.Task[Diagnosis | None] | None = None
 
@@ -61,7 +61,7 @@ class StartupWatch:
         """Returns None once the server has generated a token, else why it will not. Cancel it when the server ends."""
         try:
             while True:
-                if found := self._too_slow() or await self._look_at_processes():
+                if found := self._too_slow() or await self._check_processes():
                     return found
                 request = self._first_request
                 if request is None:
@@ -78,7 +78,7 @@ class StartupWatch:
         now = time.monotonic()
         if self._startup_log.progress != self._progress:
             self._moved_at, self._progress = now, self._startup_log.progress
-        self._moved_at = max(self._moved_at, self._process.last_news)
+        self._moved_at = max(self._moved_at, self._process.last_new_line_at)
         policy = self._policy
         if now - self._began_at > policy.startup_timeout_s:
             return diagnosis.timed_out(self._progress, limit_s=policy.startup_timeout_s, silent=False)
@@ -86,12 +86,12 @@ class StartupWatch:
             return diagnosis.timed_out(self._progress, limit_s=policy.startup_silence_s, silent=True)
         return None
 
-    async def _look_at_processes(self) -> Diagnosis | None:
-        if time.monotonic() - self._looked_at <= _LOOK_S:
+    async def _check_processes(self) -> Diagnosis | None:
+        if time.monotonic() - self._checked_at <= _CHECK_S:
             return None
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         await self._process.record_descendants()
-        return self._stopped.look()
+        return self._stopped.check()
 
     async def _ask_if_up(self) -> None:
         """Begins the first request if the server is up."""
@@ -100,7 +100,7 @@ class StartupWatch:
             self._first_request = asyncio.create_task(self._list_and_generate())
 
     async def _port_is_ours(self) -> bool:
-        """False if somebody else took the port before vLLM could: it would be given our prompts."""
+        """False if another process took the port before vLLM could: it must not get our key and prompts."""
         if self._port is None:
             return True
         owns = await asyncio.to_thread(self._process.owns_port, self._port)
@@ -115,7 +115,8 @@ class StartupWatch:
 
     async def _judge(self, refused: Diagnosis | None) -> Diagnosis | None:
         if refused is not None:
-            # An error may be the first sign of a death. If it is, we are cancelled: the log knows the reason better.
+            # An error may be the first sign of a crash, and the log of a crash says more than the error: if the server
+            # exits now, our caller diagnoses the exit and drops what we return.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.exited.wait(), 1.0)
         return refused
@@ -124,4 +125,4 @@ class StartupWatch:
         if self._first_request is None:
             await asyncio.sleep(_POLL_S)
         else:
-            await asyncio.wait({self._first_request}, timeout=_LOOK_S)
+            await asyncio.wait({self._first_request}, timeout=_CHECK_S)

@@ -85,6 +85,14 @@ async def until(condition: Callable[[], Any], what: str) -> None:
     await asyncio.to_thread(eventually, condition, what, LIMIT_S)
 
 
+async def answered(question: Callable[[], Awaitable[bool]]) -> None:
+    """Asks until the answer is True; the scenario's own bound ends it."""
+    while True:
+        if await question():
+            return
+        await asyncio.sleep(0.05)
+
+
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
     """Runs a scenario on an event loop of its own, bounded."""
 

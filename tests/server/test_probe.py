@@ -107,6 +107,9 @@ def test_signs_of_life_are_what_only_a_step_of_the_engine_changes(script: Callab
 
 
 def test_an_engine_rests_if_it_says_so(script: Callable[..., Script]) -> None:
-    assert ask(script(says({"is_paused": True})), lambda probe: probe.rests(PLENTY_S))
-    assert ask(script(says({"is_paused": False}), says({"is_sleeping": True})), lambda probe: probe.rests(PLENTY_S))
-    assert not ask(script(says({}, 404)), lambda probe: probe.rests(PLENTY_S))
+    assert ask(script(says({"is_paused": True})), lambda probe: probe.is_paused_or_asleep(PLENTY_S))
+    assert ask(
+        script(says({"is_paused": False}), says({"is_sleeping": True})),
+        lambda probe: probe.is_paused_or_asleep(PLENTY_S),
+    )
+    assert not ask(script(says({}, 404)), lambda probe: probe.is_paused_or_asleep(PLENTY_S))

@@ -70,7 +70,7 @@ def test_a_line_that_is_only_repeated_with_another_time_is_no_news(tmp_path: Pat
             for number in range(4):
                 (tmp_path / str(number)).touch()
                 await until(partial(_has_heard, heard, number + 1), "the line has come")
-                news.append(process.last_news)
+                news.append(process.last_new_line_at)
             assert news[0] == news[1] == news[2] < news[3]
 
     run(scenario)
@@ -83,7 +83,7 @@ def test_output_after_the_start_is_kept_but_not_read_out(tmp_path: Path) -> None
         async with spawned(tmp_path, steps(tmp_path, "early", "late"), on_line=heard.append) as process:
             (tmp_path / "0").touch()
             await until(lambda: heard == ["early"], "the first line has come")
-            process.started()
+            process.end_of_startup()
             (tmp_path / "1").touch()
             await until(lambda: list(process.lines) == ["early", "late"], "the second line has come")
             await process.kill()

@@ -1,0 +1,102 @@
+"""The watch over a server that is ready, directly; whole servers that hang are in test_hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from pathlib import Path
+
+import psutil
+from lone_server import answered, launched, run, spawned, until
+
+from managed_vllm.policies import HangPolicy
+from managed_vllm.server.hangs import HangWatch, StoppedProcesses
+from managed_vllm.server.probe import Probe
+from managed_vllm.status import Cause, Diagnosis
+
+SLOW = HangPolicy(stall_s=3600, answer_s=3600, stopped_s=3600)
+"""Whatever is found under this policy was not found by waiting."""
+
+
+async def ready(probe: Probe) -> None:
+    async def generates() -> bool:
+        return (await probe.is_up()).ok and (await probe.generates(30)).ok
+
+    await answered(generates)
+
+
+def generated(signs: str | None) -> float:
+    return float(re.findall(r"^vllm:generation_tokens_total\S* (\S+)$", signs or "", re.MULTILINE)[0])
+
+
+def test_a_stopped_process_is_reported_after_its_time_and_one_that_goes_on_is_not(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with spawned(tmp_path, ["sleep", "60"]) as process:
+            at_once = StoppedProcesses(process, HangPolicy(stopped_s=1e-9))
+            patient = StoppedProcesses(process, SLOW)
+            assert at_once.check() is None
+            sleeper = psutil.Process(process.pid)
+            sleeper.suspend()
+            await until(lambda: sleeper.status() == psutil.STATUS_STOPPED, "it is stopped")
+            assert at_once.check() is None  # since when is known from here on
+            found = at_once.check()
+            assert found is not None
+            assert found.cause is Cause.PROCESS_STOPPED
+            assert f"pid {process.pid}" in found.summary
+            assert patient.check() is None
+            sleeper.resume()
+            await until(lambda: sleeper.status() != psutil.STATUS_STOPPED, "it goes on")
+            assert at_once.check() is None
+
+    run(scenario)
+
+
+def test_time_in_which_we_did_not_run_is_left_out(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with spawned(tmp_path, ["sleep", "60"]) as process:
+            stopped = StoppedProcesses(process, HangPolicy(stopped_s=1e-9))
+            sleeper = psutil.Process(process.pid)
+            sleeper.suspend()
+            await until(lambda: sleeper.status() == psutil.STATUS_STOPPED, "it is stopped")
+            stopped.check()
+            stopped.skip(3600)
+            assert stopped.check() is None
+
+    run(scenario)
+
+
+def test_the_end_of_the_engine_is_found_at_once(tmp_path: Path) -> None:
+    found: list[Diagnosis] = []
+
+    async def scenario() -> None:
+        async with launched(tmp_path, tree=True) as (_, process, probe, _log):
+            await ready(probe)
+            await process.record_descendants()
+            children = psutil.Process(process.pid).children()
+            (engine,) = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+            watching = asyncio.create_task(HangWatch(probe, process, SLOW).until_unwell())
+            engine.kill()
+            found.append(await watching)
+
+    run(scenario)
+    assert found[0].cause in (Cause.ENGINE_DIED, Cause.ENGINE_BROKEN)
+
+
+def test_an_idle_server_that_answers_is_left_in_peace(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with launched(tmp_path) as (_, process, probe, _log):
+            await ready(probe)
+            policy = HangPolicy(stall_s=0.2, answer_s=30, stopped_s=math.inf)
+            watching = asyncio.create_task(HangWatch(probe, process, policy).until_unwell())
+            begun = generated(await probe.signs_of_life())
+
+            async def asked_again_and_again() -> bool:
+                return generated(await probe.signs_of_life()) >= begun + 3
+
+            await answered(asked_again_and_again)
+            assert not watching.done()
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    run(scenario)
