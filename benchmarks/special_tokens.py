@@ -3,10 +3,10 @@
     python benchmarks/special_tokens.py                      # two minutes: one server of a random vision-language model
 
 UI-TARS writes a point as `<|box_start|>(x,y)<|box_end|>`. A server that skips special tokens in the text of its answers
-gives `(x,y)`, and the next prompt, which is made from that text, differs from what was sampled: everything behind the
-first box is prefilled again, and the turns of a trajectory don't join to one training sample. A random model stands for
-UI-TARS; its answers are held to a special token and a word, in random order. Small screenshots, all of them in the
-prompt (`max_images` is more than there are turns), as otherwise the images that leave the window hide the effect.
+gives `(x,y)`, and the next prompt, which is made from that text, differs from what was sampled: the newest answer is
+prefilled again from its first box on, and the turns of a trajectory don't join to one training sample. A random model
+stands for UI-TARS; its answers are held to a special token and a word, in random order. All of the small screenshots
+stay in the prompt (`max_images`), as otherwise the images that leave the window would hide the effect.
 """
 
 from __future__ import annotations
@@ -77,11 +77,19 @@ def only(key: tuple[str, int]) -> Callable[[AttemptEntry], bool]:
     return lambda entry: entry.key == key
 
 
-def measure(llm: ManagedVLLM, folder: Path, *, skip: bool, tasks: int, turns: int, max_images: int) -> dict[str, Any]:
+def measure(
+    llm: ManagedVLLM, folder: Path, *, skip: bool, tasks: int, turns: int, max_images: int, tokens: int
+) -> dict[str, Any]:
     """A run with special tokens skipped in texts, or kept."""
     ids = [llm.client.tokenize(word)[-1] for word in (SPECIAL, WORD)]
     sampling = {
-        **{"temperature": 1.0, "max_tokens": 12, "min_tokens": 12, "ignore_eos": True, "allowed_token_ids": ids},
+        **{
+            "temperature": 1.0,
+            "max_tokens": tokens,
+            "min_tokens": tokens,
+            "ignore_eos": True,
+            "allowed_token_ids": ids,
+        },
         "skip_special_tokens": skip,
     }
     agent = AgentFormat(Chat(prompt="{instruction}"), lambda answer, size: ParsedResponse("", (Click(1.0, 1.0),)))
@@ -126,6 +134,7 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=16)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--max-images", type=int, default=15)
+    parser.add_argument("--answer-tokens", type=int, default=12)
     parser.add_argument("--model", help="a vision-language model; without it a random one is made")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -148,6 +157,7 @@ def main() -> int:
                     tasks=given.tasks,
                     turns=given.turns,
                     max_images=given.max_images,
+                    tokens=given.answer_tokens,
                 )
                 print(json.dumps(found), flush=True)
     return 0

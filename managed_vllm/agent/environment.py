@@ -5,9 +5,12 @@ An environment serves one episode at a time, and any number one after the other:
 comes in through an adapter of `managed_vllm.agent.environments`, in a thread or a process of its own.
 
 Whoever calls puts a time-out around each call (`Limits`), and cancels it. After a call that raised, was cancelled or
-timed out an environment is not used again, only closed: a retry gets a new one. An environment with time-outs of its
-own, which end a call more gently or tell more about it, has an attribute `patience_s`: the caller's come so many
-seconds later.
+timed out an environment is not used again, only closed: a retry gets a new one.
+
+Two more attributes count, where an environment has them. `patience_s`: it has time-outs of its own, which end a call
+more gently or tell more about it; the caller's come so many seconds later. `extra_s(call, action)`: a call that
+naturally takes long, a text of 3,000 characters to be typed say, has so many seconds on top of its limit; `call` is
+`reset`, `step` (with its action) or `evaluate`.
 """
 
 from __future__ import annotations

@@ -200,11 +200,16 @@ class Episode:
 
     # -- the environment -----------------------------------------------------------------------------------------------
 
-    async def _call(self, stage: str, make: Callable[[], Awaitable[T]], seconds: float) -> T:
+    async def _call(
+        self, stage: str, make: Callable[[], Awaitable[T]], seconds: float, action: Action | None = None
+    ) -> T:
         """One call of the environment; what it raises ends the episode."""
-        patience_s = float(getattr(self._environment, "patience_s", 0.0))
         try:
-            return await bounded(make, seconds + patience_s, f"the environment's {stage}")
+            seconds += float(getattr(self._environment, "patience_s", 0.0))
+            extra_s = getattr(self._environment, "extra_s", None)
+            if extra_s is not None:
+                seconds += float(extra_s(stage, action))
+            return await bounded(make, seconds, f"the environment's {stage}")
         except Exception as error:
             raise self._failed(StopReason.ENV_FAILURE, FailureClass.ENVIRONMENT, stage, error) from error
 
@@ -368,7 +373,7 @@ class Episode:
         """One action: the turn with what it led to, what is seen, and the end if it is one."""
         call = functools.partial(self._environment.step, action)
         try:
-            result: Any = await self._call("step", call, self._rules.limits.step_timeout_s)
+            result: Any = await self._call("step", call, self._rules.limits.step_timeout_s, action)
             if not isinstance(result, StepResult):
                 error = TypeError(f"step must give a StepResult, not {type(result).__name__}")
                 raise self._failed(StopReason.ENV_FAILURE, FailureClass.ENVIRONMENT, "step", error)

@@ -29,9 +29,9 @@ class RunnerEnvironment:
     """A runner of the old scripts as a (synchronous) environment.
 
     Args:
-        runner: has `get_obs() -> {"screenshot": bytes, …}`, `execute_action(code)` with Python source for pyautogui,
-            and `evaluate() -> float`; each may be the method of a Ray actor. What `execute_action` returns may be
-            nothing, or OSWorld's `(obs, reward, done, info)`, whose `done` ends the episode.
+        runner: has `get_obs() -> {"screenshot": bytes, …}`, `execute_action(code)` with Python source for pyautogui or
+            the word `FAIL`, and `evaluate() -> float`; each may be the method of a Ray actor. What `execute_action`
+            returns may be nothing, or OSWorld's `(obs, reward, done, info)`, whose `done` ends the episode.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -45,8 +45,12 @@ class RunnerEnvironment:
         return _seen(self._call("get_obs"))
 
     def step(self, action: Action) -> StepResult:
-        """Executes the action's code. `finished` and `call_user` are words, not actions: nothing is executed."""
-        if isinstance(action, Finished | CallUser):
+        """Executes the action's code. `finished` ends the episode; `call_user` does, and the runner is told `FAIL`."""
+        if isinstance(action, Finished):
+            return StepResult(Observation(), terminated=True)
+        if isinstance(action, CallUser):
+            # OSWorld's evaluators look at it: a task that can't be done is done by saying so.
+            self._call("execute_action", "FAIL")
             return StepResult(Observation(), terminated=True)
         said = self._call("execute_action", to_pyautogui([action]))
         if isinstance(said, tuple) and len(said) == 4:
@@ -182,6 +186,11 @@ class _WithItsRunner:
     def patience_s(self) -> float:
         """See `Environment`; the longest of those that there may be, as long as it is not known which."""
         return float(getattr(self._environment, "patience_s", ThreadEnvironment.patience_s))
+
+    def extra_s(self, call: str, action: Action | None = None) -> float:
+        """See `Environment`."""
+        extra_s = getattr(self._environment, "extra_s", None)
+        return 0.0 if extra_s is None else float(extra_s(call, action))
 
     async def reset(self, task: Task) -> Observation:
         runner = self._runner_of[task.id]

@@ -25,7 +25,7 @@ from standin_osworld import SIGNATURES, DesktopEnv, Machine, WithoutEvaluate
 from managed_vllm.agent import Environment, Limits, Task
 from managed_vllm.agent.actions import Button, CallUser, Click, Drag, Finished, Hotkey, Scroll, Type, Wait
 from managed_vllm.agent.actions.values import Direction
-from managed_vllm.agent.environments.osworld import OSWorldEnvironment
+from managed_vllm.agent.environments.osworld import OFFICIAL, OSWorldEnvironment
 from managed_vllm.errors import EnvironmentRaisedError, EnvironmentTimeoutError
 
 pillow = pytest.importorskip("PIL.Image")
@@ -50,7 +50,8 @@ SET_UP = [{"type": "launch", "parameters": {"command": ["gimp"]}}]
 async def desktop(machine: Machine, make: Any = DesktopEnv, **options: Any) -> AsyncIterator[OSWorldEnvironment]:
     arguments = {"path_to_vm": machine.address, "provider_name": "docker"} if make is DesktopEnv else {}
     arguments |= options.pop("arguments", {})
-    env = OSWorldEnvironment(make, arguments=arguments, pause_s=options.pop("pause_s", 0.01), **options)
+    quick = {"pause_s": 0.01, "settle_s": 0.0, "evaluate_settle_s": 0.0}
+    env = OSWorldEnvironment(make, arguments=arguments, **{**quick, **options})
     try:
         yield env
     finally:
@@ -124,7 +125,7 @@ def test_each_action_reaches_the_machine_as_pyautogui(machine: Machine) -> None:
 )
 def test_actions_that_are_words(action: Any, word: str, terminated: bool) -> None:
     async def test() -> None:
-        env = OSWorldEnvironment(WithoutEvaluate, evaluate=False, pause_s=0)
+        env = OSWorldEnvironment(WithoutEvaluate, evaluate=False, pause_s=0, settle_s=0)
         await env.reset(Task("t", "Do."))
         result = await env.step(action)
         assert result.info["actions"] == [word]
@@ -170,6 +171,82 @@ def test_without_an_evaluator_there_is_no_reward(machine: Machine) -> None:
             assert await env.evaluate() is None
 
     run(test)
+
+
+def test_the_first_screenshot_is_taken_when_the_task_has_settled(machine: Machine) -> None:
+    """The machine shows how much was done: something happens after the reset, before the screen is looked at."""
+
+    async def test() -> None:
+        async with desktop(machine, settle_s=3.0) as env:
+            resetting = asyncio.create_task(env.reset(task(config=SET_UP)))
+            await asyncio.to_thread(eventually, lambda: machine.state()["setups"], "the set-up")
+            machine.execute("pass")
+            assert red((await resetting).screenshot) == 1
+
+    run(test)
+
+
+def test_settling_is_not_taken_from_the_limits(machine: Machine) -> None:
+    async def test() -> None:
+        limits = Limits(reset_timeout_s=2.0, evaluate_timeout_s=2.0)
+        async with desktop(machine, settle_s=2.5, evaluate_settle_s=2.5, limits=limits) as env:
+            await env.reset(task())
+            assert await env.evaluate() == 0.0
+            assert env.extra_s("reset") == env.extra_s("evaluate") == 2.5
+            assert env.extra_s("step", Click(1, 1)) == 0.0
+            assert env.extra_s("step", Wait(70)) == 70.0
+
+    run(test)
+
+
+LONG = "".join(f"word{number:04} " for number in range(389))[:3500]
+
+
+@pytest.mark.parametrize("typing", ["auto", "paste"])
+def test_3500_characters_are_typed_whole_and_in_order(machine: Machine, typing: Any) -> None:
+    async def test() -> None:
+        async with desktop(machine, typing=typing) as env:
+            await env.reset(task())
+            await env.step(Type(LONG, enter=True))
+            calls = machine.state()["calls"]
+            typed = [arguments[0] for name, arguments, _ in calls if name == "write"]
+            assert calls[-1][:2] == ["press", ["enter"]]
+            if typing == "paste":
+                assert machine.state()["copied"] == [LONG]
+            else:
+                assert "".join(typed) == LONG
+                assert max(map(len, typed)) <= 400  # a command of the machine has 90 s
+                assert env.extra_s("step", Type(LONG)) > len(LONG) * 0.02  # and a step as long as its keys take
+
+    run(test)
+
+
+def test_how_actions_become_source_can_be_chosen(machine: Machine) -> None:
+    async def test() -> None:
+        options: dict[str, Any] = {"typing": "paste", "keys": "as_said", "scroll_amount": 7, "decimals": 3}
+        async with desktop(machine, **options) as env:
+            await env.reset(task())
+            for action in (Type("a"), Hotkey(("Page_Down",)), Scroll(Direction.DOWN), Click(1.23456, 2)):
+                await env.step(action)
+            calls = machine.state()["calls"]
+            assert machine.state()["copied"] == ["a"]
+            assert calls == [
+                ["hotkey", ["ctrl", "v"], {}],
+                ["press", ["Page_Down"], {}],
+                ["scroll", [-7], {}],
+                ["click", [1.235, 2.0], {"button": "left"}],
+            ]
+
+    run(test)
+
+
+def test_the_official_options_are_those_of_osworlds_runner() -> None:
+    env = OSWorldEnvironment(DesktopEnv, **OFFICIAL)
+    assert (env.extra_s("reset"), env.extra_s("evaluate")) == (60.0, 20.0)
+    assert OFFICIAL["pause_s"] == 3.0
+    for wrong in ({"typing": "shout"}, {"settle_s": -1}, {"pause_s": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            OSWorldEnvironment(DesktopEnv, **wrong)
 
 
 # -- what fails --------------------------------------------------------------------------------------------------------
@@ -229,13 +306,17 @@ def test_a_command_that_the_machine_does_not_take_fails_the_attempt(machine: Mac
     run(test)
 
 
-def test_a_script_that_raises_on_the_machine_is_told_and_fails_nothing(machine: Machine) -> None:
+def test_a_machine_that_can_not_execute_fails_the_attempt_and_is_not_the_models_fault(machine: Machine) -> None:
+    """A script of ours has the model's words as literals only: what raises there is the machine."""
+
     async def test() -> None:
         async with desktop(machine, _broken_prefix, arguments={"address": machine.address}) as env:
             await env.reset(task())
-            result = await env.step(Click(1, 1))
-            assert "ZeroDivisionError" in result.info["execute_error"]
-            assert result.reward is None
+            with pytest.raises(
+                EnvironmentRaisedError, match=r"(?s)could not execute Click: .*ZeroDivisionError"
+            ) as caught:
+                await env.step(Click(1, 1))
+            assert caught.value.call == "step"
 
     run(test)
 
@@ -274,9 +355,8 @@ def test_an_evaluation_that_raises_is_a_failure_and_one_that_hangs_is_ended(mach
 
 def test_a_machine_that_is_gone_fails_the_step(machine: Machine) -> None:
     async def test() -> None:
-        env = OSWorldEnvironment(
-            DesktopEnv, arguments={"path_to_vm": machine.address, "provider_name": "docker"}, pause_s=0.01
-        )
+        arguments = {"path_to_vm": machine.address, "provider_name": "docker"}
+        env = OSWorldEnvironment(DesktopEnv, arguments=arguments, pause_s=0.01, settle_s=0)
         await env.reset(task())
         machine.process.kill()
         machine.process.wait()

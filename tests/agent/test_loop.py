@@ -171,6 +171,19 @@ def test_the_begun_conversation_comes_first_and_its_images_count(client: VLLMCli
     assert all(text_of(body[0]) == "Be." and text_of(body[1]) == "As here." for body in bodies)
 
 
+def test_a_runner_is_told_fail_when_the_model_calls_the_user() -> None:
+    """OSWorld's evaluators look at it: what can't be done is done by saying so."""
+    runner = Runner(2)
+    with (
+        acting(lambda _: "Thought: impossible\nAction: call_user()") as server,
+        VLLMClient(server.url, "", MODEL) as llm,
+    ):
+        found = run_agent_loop(llm, [runner], begun("x"), PARAMS, max_steps=5)
+    assert runner.executed == ["FAIL"]
+    assert found[0].stop_reason is StopReason.CALL_USER
+    assert found[0].failure is None
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

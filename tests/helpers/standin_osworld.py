@@ -108,7 +108,9 @@ class _Machine(http.server.BaseHTTPRequestHandler):
             case "/standin/state":
                 calls = self.folder / "calls"
                 said = [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
-                self.answer({"used": _Machine.used, "calls": said, "setups": _Machine.setups})
+                copied = [arguments[0] for name, arguments, _ in said if name == "copy"]
+                said = [call for call in said if call[0] != "copy"]
+                self.answer({"used": _Machine.used, "calls": said, "copied": copied, "setups": _Machine.setups})
             case _:
                 self.send_error(404)
 
@@ -171,7 +173,8 @@ def main() -> None:
     """Serves until standard input ends."""
     with tempfile.TemporaryDirectory() as folder:
         _Machine.folder = Path(folder)
-        (_Machine.folder / "pyautogui.py").write_text(_PYAUTOGUI)
+        for name in ("pyautogui", "pyperclip"):
+            (_Machine.folder / f"{name}.py").write_text(_PYAUTOGUI)
         server = _Server(("127.0.0.1", 0), _Machine)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         print(server.server_address[1], flush=True)
@@ -190,8 +193,12 @@ class Machine:
         """What goes wrong from now on: `screenshot="error"`, `execute="hang"`, `screenshot="garbage"`, …"""
         _ask(self.address, "/standin/faults", {f"/{route}": fault for route, fault in faults.items()})
 
+    def execute(self, source: str) -> None:
+        """Runs something there, as if it happened by itself."""
+        _ask(self.address, "/execute", {"command": ["python", "-c", source]})
+
     def state(self) -> dict[str, Any]:
-        """`used`, `calls` of pyautogui, `setups`."""
+        """`used`, `calls` of pyautogui, what was `copied` to the clipboard, `setups`."""
         return json.loads(_ask(self.address, "/standin/state"))  # type: ignore[no-any-return]
 
     def close(self) -> None:

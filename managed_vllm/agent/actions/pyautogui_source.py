@@ -129,14 +129,22 @@ def _click(action: Click, at: Callable[[float, float], str]) -> str:
     return f"pyautogui.click({at(action.x, action.y)}{more}, button={str(Button(action.button))!r})"
 
 
+def by_keys(text: str, typing: Typing) -> bool:
+    """Whether the text is typed key by key, which takes time for each."""
+    return typing == "write" or (typing == "auto" and _has_keys(text))
+
+
+def _has_keys(text: str) -> bool:
+    return all(" " <= sign <= "~" or sign in "\n\t" for sign in text)
+
+
 def _typed(text: str, typing: Typing, paste_keys: tuple[str, ...], interval_s: float) -> list[str]:
     if not text:
         return []
-    keys = all(" " <= sign <= "~" or sign in "\n\t" for sign in text)
-    if typing == "paste" or (typing == "auto" and not keys):
+    if not by_keys(text, typing):
         text.encode()  # UnicodeEncodeError, a ValueError, here rather than there
         return [f"pyperclip.copy({text!a})", _pressed(list(paste_keys)), "time.sleep(0.5)"]
-    if not keys:
+    if not _has_keys(text):
         raise ValueError(f"pyautogui has keys for ASCII only, not for {text!r:.80}: use typing='auto'")
     # pyautogui 0.9.54 on X11: "less" is found on the 102nd key, too, and that with shift is ">". This is a US layout's
     # way to it, as OSWorld's machines have it.

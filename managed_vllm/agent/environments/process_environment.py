@@ -153,17 +153,24 @@ class ProcessEnvironment:
         """See `Environment`."""
         return self._grace_s + 5.0
 
+    def extra_s(self, call: str, action: Action | None = None) -> float:
+        """See `Environment`."""
+        return 0.0
+
     async def reset(self, task: Task) -> Observation:
         """See `Environment.reset`. The first one starts the process, within the same limit."""
-        return cast(Observation, await self._call("reset", (task,), self.limits.reset_timeout_s))
+        seconds = self.limits.reset_timeout_s + self.extra_s("reset")
+        return cast(Observation, await self._call("reset", (task,), seconds))
 
     async def step(self, action: Action) -> StepResult:
         """See `Environment.step`."""
-        return cast(StepResult, await self._call("step", (action,), self.limits.step_timeout_s))
+        seconds = self.limits.step_timeout_s + self.extra_s("step", action)
+        return cast(StepResult, await self._call("step", (action,), seconds))
 
     async def evaluate(self) -> float | None:
         """See `Environment.evaluate`."""
-        return cast("float | None", await self._call("evaluate", (), self.limits.evaluate_timeout_s))
+        seconds = self.limits.evaluate_timeout_s + self.extra_s("evaluate")
+        return cast("float | None", await self._call("evaluate", (), seconds))
 
     async def close(self) -> None:
         """Closes the environment, and ends its process and all its descendants, within `close_timeout_s`.
