@@ -46,7 +46,7 @@ from managed_vllm.server import diagnosis, gpu_memory, launch, stacks
 from managed_vllm.server.process import ServerProcess
 from managed_vllm.server.restarts import GiveUp, Restarts
 from managed_vllm.server.startup_log import StartupLog
-from managed_vllm.status import Cause, Diagnosis, Progress, ServerState, ServerStatus, Stage
+from managed_vllm.status import Cause, Connection, Diagnosis, Progress, ServerState, ServerStatus, Stage
 
 if TYPE_CHECKING:
     from managed_vllm.server.probe import Probe
@@ -288,13 +288,11 @@ class Supervisor:
             launched, process = await self._launch(startup_log)
         except _NotLaunchedError as not_launched:
             return not_launched.reason
-        # Only now, while vLLM is importing too, and in a thread, because httpx takes a while.
-        await asyncio.to_thread(_import_watches)
-        from managed_vllm.server.probe import Probe
+        is_vllm = self._order.spec.command is None
+        # Only now, while vLLM is importing too, and in a thread: the first time this takes a while.
+        probe = await asyncio.to_thread(_make_probe, launched.connection, is_vllm)
         from managed_vllm.server.startup import StartupWatch
 
-        is_vllm = self._order.spec.command is None
-        probe = Probe(launched.connection, is_vllm=is_vllm)
         startup = StartupWatch(
             probe,
             process,
@@ -525,8 +523,15 @@ class Supervisor:
             log.warning("can't write the record: %s", error)
 
 
-def _import_watches() -> None:
-    from managed_vllm.server import hangs, probe, startup  # noqa: F401
+def _make_probe(connection: Connection, is_vllm: bool) -> Probe:
+    """A probe, with all imported that it and the watches need, down to what httpx imports at its first request."""
+    import anyio.lowlevel
+
+    from managed_vllm.server import hangs, startup  # noqa: F401
+    from managed_vllm.server.probe import Probe
+
+    anyio.run(anyio.lowlevel.checkpoint)
+    return Probe(connection, is_vllm=is_vllm)
 
 
 def _reason_of_exit(process: ServerProcess) -> Diagnosis:
