@@ -61,6 +61,20 @@ class _LoopState:
             bound.close()
 
 
+@dataclass
+class _ClosedLoops:
+    """What is kept of a sender's event loops that were closed.
+
+    No method of `Sender` does that: it would be in a cycle with its own `PerLoop`, so that a client that is dropped
+    gives its lease back only when the garbage collector comes.
+    """
+
+    bytes_sent: int = 0
+
+    def add(self, state: _LoopState) -> None:
+        self.bytes_sent += state.bytes_sent
+
+
 class Sender:
     """Sends the requests of one client, from any number of event loops.
 
@@ -85,15 +99,15 @@ class Sender:
         self._endpoints = Endpoints(find, ready)
         self._transport = Transport()
         self._images = ServerImages() if media_ids else None
-        self._states = PerLoop(lambda: _LoopState(ConcurrencyLimiter(max_in_flight)), self._keep_bytes_sent)
-        self._bytes_of_closed_loops = 0
+        self._closed_loops = _ClosedLoops()
+        self._states = PerLoop(lambda: _LoopState(ConcurrencyLimiter(max_in_flight)), self._closed_loops.add)
         self._closed = False
         forks.call_in_child(self._after_fork)
 
     @property
     def bytes_sent(self) -> int:
         """Bytes of all request bodies so far."""
-        return self._bytes_of_closed_loops + sum(state.bytes_sent for _, state in self._states.items())
+        return self._closed_loops.bytes_sent + sum(state.bytes_sent for _, state in self._states.items())
 
     @property
     def in_flight(self) -> int:
@@ -251,9 +265,6 @@ class Sender:
         if self._closed:
             raise closed_error()
         return state
-
-    def _keep_bytes_sent(self, state: _LoopState) -> None:
-        self._bytes_of_closed_loops += state.bytes_sent
 
     def _after_fork(self) -> None:
         """In a forked child: what is in flight is the parent's."""
