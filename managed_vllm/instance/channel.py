@@ -1,8 +1,9 @@
-"""The control channel between users and a supervisor, both ends: JSON lines over a Unix socket.
+"""The control channel between users and a supervisor: JSON lines over a Unix socket; in here, the users' end.
 
-A user's open connection is its lease; the kernel closes it however the user dies. The supervisor answers requests
-(`{"op": …, "id": n}` → `{"id": n, "ok": …}`) and sends a whole `ServerStatus` whenever something changed, so that a
-reader needs no history. Both ends check the other's uid (`SO_PEERCRED`).
+The other end is `managed_vllm.instance.leases`. A user's open connection is its lease; the kernel closes it however the
+user dies. The supervisor answers requests (`{"op": …, "id": n}` → `{"id": n, "ok": …}`) and sends a whole
+`ServerStatus` whenever something changed, so that a reader needs no history. Both ends check the other's uid
+(`SO_PEERCRED`).
 """
 
 from __future__ import annotations
