@@ -1,4 +1,4 @@
-"""`ManagedVLLM`: the handle. It attaches to a server or starts one, holds the lease, and hands out clients.
+"""`ManagedVLLM`: the handle that attaches to a server or starts one, holds the lease, and hands out clients.
 
 A handle is what was asked for (`_Settings`, frozen), and what it has in this process: an `Attachment`
 (`managed_vllm.instance.attach`: how the server is found or started) and the clients made for that. `close` ends both;
