@@ -62,8 +62,8 @@ class RequestMethods:
             timeout: seconds for the whole call. None: no limit, so the call ends only with an answer or an error.
             request_timeout: seconds for each request, from the moment when it may be sent (`max_in_flight`).
             resume: whether tokens are kept when their server is lost, so that only the rest is generated again. None:
-                where possible, if `max_tokens` is not given or at least `resume.RESUME_FROM`. True: a `BadRequestError`
-                says why where it is not possible. False: never.
+                where possible, if `max_tokens` is not given or at least 1,024 (`request.resume.RESUME_FROM`). True: a
+                `BadRequestError` says why where it is not possible. False: never.
             return_exceptions: put the error of a failed request in its place in the list. Otherwise the first error is
                 raised once all requests are done, with the outcome of each in its `results`.
             extra_body: fields for the request body that are sent unchecked: those of a plugin, or of another version.

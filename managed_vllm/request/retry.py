@@ -72,7 +72,7 @@ class Retries:
             why = f"the server died {times} under this request; it may be what kills it. At last: {self._reason}"
         else:
             times = "once" if self.lost == 1 else f"{self.lost} times in a row"
-            why = f"the answer was lost {times}, without a new life of the server. At last: {self._reason}"
+            why = f"the answer was lost {times}, without a new epoch of the server. At last: {self._reason}"
         busy = self._status == 429
         error: RequestError = ServerBusyError(f"the server is busy: {why}") if busy else ServerDiedError(why)
         error.status = self._status

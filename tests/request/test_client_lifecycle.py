@@ -29,7 +29,7 @@ from managed_vllm.status import Connection
 
 SHORT = {"max_tokens": 4}
 SOURCE = """
-import asyncio, gc, multiprocessing, os, signal, socket, sys, threading, time
+import asyncio, gc, multiprocessing, os, signal, socket, sys, threading, time, weakref
 from managed_vllm import AsyncVLLMClient, RetryPolicy, VLLMClient
 
 def sockets():
@@ -539,6 +539,20 @@ def test_a_client_that_is_garbage_leaves_no_connection(server: ByPrompt) -> None
             time.sleep(0.02)
     """
     assert output_of(source, server.url) == []
+
+
+def test_a_client_that_is_dropped_is_gone_before_the_garbage_collector_comes(server: ByPrompt) -> None:
+    """It may hold a lease on a server: what belongs to it must not be in a reference cycle."""
+    source = """
+        gc.disable()
+        client = VLLMClient(url, "", "m")
+        client.generate(["a", "b"])
+        list(client.stream("c", {"max_tokens": 4}))
+        sender = weakref.ref(client.async_client.sender)
+        del client
+        told(sender() is None)
+    """
+    assert output_of(source, server.url) == ["True"]
 
 
 @pytest.mark.parametrize("kind", ["unused", "sync", "async", "stream", "in flight", "cycle"])
