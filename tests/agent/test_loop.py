@@ -146,7 +146,7 @@ def test_a_runner_that_hangs_fails_alone(client: VLLMClient) -> None:
 
     try:
         found = run_agent_loop(client, [Hanging(1), Runner(1, "b")], begun("x", "y"), PARAMS, coordinates="absolute",
-                               show_text=True, limits=Limits(max_steps=3, step_timeout_s=0.3))  # fmt: skip
+                               show_text=True, limits=Limits(max_steps=3, step_timeout_s=5))  # fmt: skip
     finally:
         released.set()
     assert found[0].stop_reason is StopReason.ENV_FAILURE

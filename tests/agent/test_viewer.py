@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from agent_samples import sample_failure, sample_trajectory
-from processes import eventually
+from processes import HANG_S, eventually
 
 from managed_vllm.agent.actions import Click, Custom, Direction, Drag, Finished, Hotkey, Scroll, Type, Wait
 from managed_vllm.agent.image_store import ImageStore
@@ -1052,7 +1052,7 @@ def test_the_list_is_there_before_the_rest_and_a_link_waits_for_its_trajectory(
             go_on.set()
             browser.driver.get("about:blank")
             server.shutdown()
-            thread.join(10)
+            thread.join(HANG_S)
 
 
 def test_a_thousand_trajectories_of_fifteen_steps_are_a_list_to_work_with(
