@@ -300,7 +300,7 @@ def test_no_network_is_said_with_the_remedy_and_the_log(checkout: Path) -> None:
         MANAGED_VLLM_SETUP="none",
         PIP_CONFIG_FILE=os.devnull,
         PIP_INDEX_URL="http://127.0.0.1:1/simple",  # nobody listens there
-        PIP_RETRIES="0",
+        PIP_RETRIES="1",
     )
     assert done.returncode == 1
     assert "the package index could not be reached" in done.stderr
