@@ -246,6 +246,7 @@ _ERROR_OF: dict[Cause, type[StartupError]] = {
     Cause.VLLM_MISSING: LaunchError,
     Cause.BROKEN_INSTALL: LaunchError,
     Cause.LAUNCHER_NOT_FOUND: LaunchError,
+    Cause.NO_IMAGE: LaunchError,
     Cause.DISK_FULL: LaunchError,
     Cause.SHM_FULL: LaunchError,
     Cause.ENGINE_TIMEOUT: EngineDiedError,

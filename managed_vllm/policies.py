@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from managed_vllm.errors import ConfigError
 from managed_vllm.status import Cause
@@ -53,9 +53,10 @@ class RetryPolicy:
 class RestartPolicy:
     """When a server that crashed or hung is started again.
 
-    Before the n-th restart in a row the supervisor waits `backoff_initial_s * backoff_factor**(n-1)`, at most
-    `backoff_max_s` seconds. More than `max_restarts` within `window_s` seconds: the server has failed. A cause that
-    will not go away by itself (no such model, invalid argument, does not fit) is never retried.
+    The first restart is at once. Before each further one within the window the supervisor waits, first
+    `backoff_initial_s`, then `backoff_factor` times as long each time, at most `backoff_max_s` seconds. More than
+    `max_restarts` within `window_s` seconds: the server has failed. A cause that will not go away by itself (no such
+    model, invalid argument, does not fit) is never retried.
     `not_retried` names further causes (`managed_vllm.status.Cause`, as text) after which the server is given up at
     once, e.g. `{"worker_died"}`.
     """
@@ -85,7 +86,9 @@ class RestartPolicy:
 
     def delay_s(self, restarts_in_window: int) -> float:
         """Seconds to wait before the next restart, after this many in the window."""
-        exponent = min(restarts_in_window, 30)
+        if restarts_in_window == 0:
+            return 0.0
+        exponent = min(restarts_in_window - 1, 30)
         return min(self.backoff_max_s, self.backoff_initial_s * self.backoff_factor**exponent)
 
 
@@ -119,6 +122,9 @@ class HangPolicy:
         return cls(stall_s=math.inf, answer_s=math.inf, stopped_s=math.inf)
 
 
+Warm = bool | Literal["auto"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SupervisionPolicy:
     """How long the supervisor waits for its server, and when it starts it again. All durations in seconds.
@@ -127,6 +133,9 @@ class SupervisionPolicy:
     40-minute load that moves is fine, a stuck one is found. `first_request_timeout_s` bounds the one-token request that
     proves readiness; it may compile kernels. `stop_grace_s` is the time between SIGTERM and SIGKILL, and
     `gpu_release_timeout_s` bounds the wait until the driver has given an ended server's GPU memory back; both may be 0.
+
+    `warm` says whether the server is forked from an image, a process that has vLLM's imports done: `"auto"` where that
+    is safe, and else launched plainly; True: a start that can't be forked fails; False: never.
     """
 
     startup_timeout_s: float = 3600.0
@@ -134,6 +143,7 @@ class SupervisionPolicy:
     first_request_timeout_s: float = 300.0
     stop_grace_s: float = 5.0
     gpu_release_timeout_s: float = 30.0
+    warm: Warm = "auto"
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     hang: HangPolicy = field(default_factory=HangPolicy)
 
@@ -144,6 +154,8 @@ class SupervisionPolicy:
         for name in ("stop_grace_s", "gpu_release_timeout_s"):  # finite: the end of a server must not take for ever
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is a duration in seconds, 0 or more", field=name)
+        if self.warm not in (True, False, "auto"):
+            raise ConfigError(f'warm must be "auto", True or False, not {self.warm!r}', field="warm")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; a lossless round trip with `from_dict`."""

@@ -131,6 +131,8 @@ class Cause(enum.StrEnum):
     """vLLM is installed, but it or something that it needs can't be imported."""
     LAUNCHER_NOT_FOUND = "launcher_not_found"
     """The interpreter or the command does not exist or may not be run."""
+    NO_IMAGE = "no_image"
+    """`warm=True`, and the server can't be forked from a warm image."""
     DISK_FULL = "disk_full"
     """No space is left on a disk (cache, log, temporary folder)."""
     SHM_FULL = "shm_full"
@@ -225,7 +227,11 @@ class Connection:
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """Everything known about a server at one moment. Times are seconds since the epoch (Unix time)."""
+    """Everything known about a server at one moment. Times are seconds since the epoch (Unix time).
+
+    `launch` says how this epoch was started: `"forked"` from the warm image, whose pid is `image_pid`, `"plain"`, or
+    `"plain: "` and the reason why it could not be forked.
+    """
 
     state: ServerState
     epoch: int = 0
@@ -237,10 +243,12 @@ class ServerStatus:
     diagnosis: Diagnosis | None = None
     log_path: str | None = None
     restarts: int = 0
+    launch: str = ""
     users: int = 0
     pinned: bool = False
     server_pid: int | None = None
     supervisor_pid: int | None = None
+    image_pid: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
 import os
 import secrets
 import signal
@@ -45,6 +46,7 @@ from managed_vllm.instance.leases import FIRST_LEASE_S, Leases
 from managed_vllm.server import diagnosis, gpu_memory, launch, stacks
 from managed_vllm.server.process import ServerProcess
 from managed_vllm.server.restarts import GiveUp, Restarts
+from managed_vllm.server.starter import NotForkedError, ServerStarter
 from managed_vllm.server.startup_log import StartupLog
 from managed_vllm.status import Cause, Connection, Diagnosis, Progress, ServerState, ServerStatus, Stage
 
@@ -171,11 +173,12 @@ class Supervisor:
         self._leases = Leases(
             instance,
             self._order,
-            status=lambda: self._status,
+            status=lambda: dataclasses.replace(self._status, image_pid=self._starter.image_pid),
             on_end=self._end,
             on_restart=self._restart_requested.set,
         )
         self._predecessor: dict[str, Any] | None = None
+        self._starter = ServerStarter(order.spec, order.policy.warm, instance, on_imports=self._show_imports)
         self._process: ServerProcess | None = None
         self._port: int | None = None
         self._scratch: Path | None = None
@@ -203,6 +206,7 @@ class Supervisor:
             await self._serve_until_the_end()
         finally:
             await self._stop_server(0 if self._status.state is ServerState.FAILED else self._order.policy.stop_grace_s)
+            await self._starter.end()
             if self._status.state is ServerState.STOPPING:
                 self._move(ServerState.GONE)
             else:  # the user that started us may not have connected yet, and must learn why it failed
@@ -263,6 +267,9 @@ class Supervisor:
                 self._move(ServerState.RESTARTING, connection=None, ready_at=None, diagnosis=None)
                 continue
             log.error("epoch %d ended: %s (%s)", self._status.epoch, ended.summary, ended.root_line)
+            if self._status.ready_at is None and self._starter.start_failed(ended):
+                await self._stop_server(0)
+                continue
             decision = restarts.decide(ended)
             if isinstance(decision, GiveUp):
                 await self._fail(decision.diagnosis)
@@ -283,6 +290,7 @@ class Supervisor:
         """One life of the server, from the launch to its end; returns the reason of the end."""
         self._restart_requested.clear()
         self._move(state, epoch=self._status.epoch + 1, stage=Stage.LAUNCHING, detail="", started_at=time.time())
+        began_at = time.monotonic()
         startup_log = StartupLog()
         try:
             launched, process = await self._launch(startup_log)
@@ -300,6 +308,7 @@ class Supervisor:
             self._order.policy,
             port=launched.port,
             may_listen_elsewhere=not is_vllm,
+            began_at=began_at,
             on_progress=self._show_progress,
         )
         try:
@@ -318,7 +327,7 @@ class Supervisor:
         """Serves until the server ends, stops working or is to be restarted; returns which of these."""
         from managed_vllm.server.hangs import HangWatch
 
-        process.end_of_startup()
+        process.output.end_of_startup()
         self._move(
             ServerState.READY,
             stage="",
@@ -327,6 +336,7 @@ class Supervisor:
             ready_at=time.time(),
             diagnosis=None,
         )
+        self._starter.server_is_ready()
         await process.record_descendants()
         watch = HangWatch(probe, process, self._order.policy.hang)
         ended = await self._until_settled(process, watch.until_unwell(), _READY_LOOK_S)
@@ -353,17 +363,19 @@ class Supervisor:
                     loop.call_soon_threadsafe(self._show_progress, progress)
 
         log.info("epoch %d: %s", self._status.epoch, " ".join(launched.argv))
+        limit_s = self._order.policy.startup_timeout_s
         try:
-            self._process = process = ServerProcess(
-                launched.argv,
-                env=launched.environment,
-                cwd=self._instance.folder,
-                instance=self._instance,
-                on_line=on_line,
-            )
+            async with asyncio.timeout(None if limit_s == math.inf else limit_s):
+                self._process = process = await self._starter.start(launched, on_line)
+        except TimeoutError:
+            progress = Progress(Stage(self._status.stage), self._status.detail)
+            raise _NotLaunchedError(diagnosis.timed_out(progress, limit_s=limit_s, silent=False)) from None
+        except NotForkedError as error:
+            raise _NotLaunchedError(diagnosis.not_forked(error.reason)) from error
         except OSError as error:
             raise _NotLaunchedError(diagnosis.could_not_launch(launched.argv, error)) from error
-        self._status = dataclasses.replace(self._status, server_pid=process.pid)
+        process.reap()  # a forked one may have ended before it was known to be the server
+        self._status = dataclasses.replace(self._status, server_pid=process.pid, launch=self._starter.how)
         self._write_record()
         return launched, process
 
@@ -424,7 +436,7 @@ class Supervisor:
         if process is not None:
             remaining = await process.stop(grace_s)
             self._process = None
-            await asyncio.to_thread(process.drain, 0.5)
+            await asyncio.to_thread(process.output.drain, 0.5)
             if remaining:
                 log.error("could not end %s", [p.pid for p in remaining])
             if self._scratch is not None:
@@ -500,6 +512,9 @@ class Supervisor:
             events.write(json.dumps(event) + "\n")
         self._leases.publish()
 
+    def _show_imports(self, modules: int) -> None:
+        self._show_progress(Progress(Stage.IMPORTING, f"{modules} modules"))
+
     def _show_progress(self, progress: Progress) -> None:
         """Shows the users how far a start is. Progress that arrives after the start is dropped."""
         if self._status.state in (ServerState.STARTING, ServerState.RESTARTING):
@@ -536,5 +551,5 @@ def _make_probe(connection: Connection, is_vllm: bool) -> Probe:
 
 def _reason_of_exit(process: ServerProcess) -> Diagnosis:
     """Reads the rest of the output, then searches the log. Runs in a thread, because both may take a while."""
-    process.drain()
-    return diagnosis.diagnose(list(process.lines), returncode=process.returncode)
+    process.output.drain()
+    return diagnosis.diagnose(list(process.output.lines), returncode=process.returncode)

@@ -280,6 +280,11 @@ def _add_server(parser: argparse.ArgumentParser, *, keep_alive: str, env: str = 
     life.add_argument(
         "--startup-timeout", type=_seconds, default=3600.0, metavar="SECONDS", help="until a start has failed (3600)"
     )
+    life.add_argument(
+        "--warm",
+        choices=("auto", "on", "off"),
+        help="fork it from a process that has vLLM's imports done: where that is safe (auto), always, or never",
+    )
 
 
 def _lazy(home: str) -> Callable[[argparse.Namespace], int]:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from managed_vllm import ManagedVLLM, engine_arguments
 from managed_vllm.cli import Terminated, running
@@ -100,9 +100,13 @@ def handle(given: argparse.Namespace, model: str | None, arguments: dict[str, An
         env=_environment(given),
         python=given.python,
         command=_command(given),
+        warm=_WARM[given.warm],
         **more,
         **arguments,
     )
+
+
+_WARM: dict[str | None, bool | Literal["auto"] | None] = {None: None, "auto": "auto", "on": True, "off": False}
 
 
 def _environment(given: argparse.Namespace) -> dict[str, str]:

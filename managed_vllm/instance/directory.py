@@ -106,6 +106,11 @@ class Instance:
         return self.folder / "server.log"
 
     @property
+    def image_log(self) -> Path:
+        """What the server's warm image has said."""
+        return self.folder / "image.log"
+
+    @property
     def supervisor_log(self) -> Path:
         return self.folder / "supervisor.log"
 

@@ -239,6 +239,35 @@ def unwell(cause: Cause, detail: str) -> Diagnosis:
     return Diagnosis(cause, summary.format(detail=detail), remedy=remedy)
 
 
+def engine_process_ended(name: str, lines: Sequence[str]) -> Diagnosis:
+    """For the end of EngineCore or of a Worker, by whose `name` it is known; `lines` are the log so far.
+
+    The log knows best, but one that was killed has left no word in it.
+    """
+    log = FailedLog(lines)
+    found = diagnose(lines, returncode=None)
+    if found.cause is not Cause.UNKNOWN or log.roots():
+        return found
+    worker = "Worker" in name
+    return Diagnosis(
+        Cause.WORKER_DIED if worker else Cause.ENGINE_DIED,
+        f"{'a Worker' if worker else 'EngineCore'} has ended without a word",
+        tidy(log.last_line()),
+        "look into `dmesg` (OOM killer, Xid)",
+    )
+
+
+def not_forked(why_not: str) -> Diagnosis:
+    """For a start that had to be forked from a warm image (`warm=True`), and could not."""
+    return Diagnosis(
+        Cause.NO_IMAGE,
+        "the server can't be forked from a warm image",
+        why_not,
+        'remove what stands against it, or let warm="auto" launch it plainly',
+        permanent=True,
+    )
+
+
 def supervisor_failed(error: BaseException) -> Diagnosis:
     """For a fault of our own: the supervisor could not go on."""
     return Diagnosis(

@@ -3,8 +3,8 @@
 The exit of the API server is not detected here: the kernel reports it to the supervisor. What is detected, in this
 order:
 
-1. The engine is dead: `/health` answers 503, twice in a row. It is asked every two seconds, and at once when the kernel
-   reports the end of one of the server's other processes.
+1. The engine is dead: the kernel reports the end of EngineCore or a Worker, or `/health` answers 503, twice in a row.
+   It is asked every two seconds, and at once when the kernel reports the end of another of the server's processes.
 2. A process is stopped (state T), or the port refuses connections, for `stopped_s`.
 3. The API server gives no answer to anything for `stall_s + answer_s`.
 4. The engine's metrics do not change for `stall_s`; then one token is requested. The engine hangs if the token does
@@ -35,6 +35,8 @@ _SHOWN_WITHIN_S = 6.0
 """vLLM 0.32 shows the death of a Worker within 0.3 s if it is busy, within 5 s if it is idle."""
 _SUSPENDED_S = 5.0
 """A check that is later than this was held up by a suspended machine or a frozen container."""
+_ENGINE_PROCESSES = ("VLLM::EngineCor", "VLLM::Worker")
+"""Names, as the kernel cuts them, without which vLLM 0.32 serves nothing, whichever of several ends."""
 _ERRORS_IN_A_ROW = 3
 _WITHOUT_METRICS = 3
 """Without vLLM's metrics a busy server can't be distinguished from a hung one: it gets `answer_s` this many times."""
@@ -124,7 +126,10 @@ class HangWatch:
             self._refused_since += seconds
 
     async def _check_after_exit(self) -> Diagnosis | None:
-        """A process has ended. Most are helpers; if it was the engine or a worker, `/health` will say so soon."""
+        """A process has ended. EngineCore and Workers are known by name; of others `/health` will tell soon."""
+        if name := next((name for name in self._process.ended_names if name.startswith(_ENGINE_PROCESSES)), None):
+            await asyncio.to_thread(self._process.output.catch_up)
+            return await asyncio.to_thread(diagnosis.engine_process_ended, name, list(self._process.output.lines))
         until = time.monotonic() + _SHOWN_WITHIN_S
         while time.monotonic() < until:
             if found := await self._if_dead(await self._probe.is_up(1.0)):
@@ -136,7 +141,7 @@ class HangWatch:
         """The reason, if `/health` says that the engine is dead."""
         if health.status != 503:
             return None
-        found = await asyncio.to_thread(diagnosis.diagnose, list(self._process.lines), returncode=None)
+        found = await asyncio.to_thread(diagnosis.diagnose, list(self._process.output.lines), returncode=None)
         if found.cause is not Cause.UNKNOWN:
             return found
         return diagnosis.unwell(Cause.ENGINE_BROKEN, "HTTP 503 on /health: the engine is dead")

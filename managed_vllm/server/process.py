@@ -1,4 +1,4 @@
-"""One server process tree: spawned, its output kept, its descendants followed, and ended so that nothing is left.
+"""One server process tree: spawned or forked, its output kept, its descendants followed, ended so that nothing is left.
 
 Must be used from the supervisor's main thread: the kernel ties the server's life to the *thread* that spawned it (see
 `managed_vllm.in_server.managed_vllm_lifeline`).
@@ -7,74 +7,110 @@ Must be used from the supervisor's main thread: the kernel ties the server's lif
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import logging
 import os
-import re
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol, Self
 
 import psutil
 
 from managed_vllm.instance import cleanup
 from managed_vllm.instance.directory import Instance
-from managed_vllm.server import startup_log
+from managed_vllm.server.output import ServerOutput
 
 log = logging.getLogger(__name__)
-
-_LOG_LIMIT = 32 << 20
-"""Bytes after which server.log becomes server.log.1."""
-
-_LONGEST_LINE = 1 << 20
 
 _TRACKER_S = 2.0
 """Seconds in which Python's resource trackers may end by themselves."""
 
-_TAIL_LINES = 2000
-"""Lines kept in memory for the diagnosis: a worker's traceback may be followed by hundreds of lines of others."""
+
+class Child(Protocol):
+    """A child process of ours, as `subprocess.Popen` and `ForkedChild` are."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+
+class ForkedChild:
+    """A child that another process forked for us: what of `subprocess.Popen` is needed to see its end."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._returncode: int | None = None
+
+    @property
+    def returncode(self) -> int | None:
+        return self._returncode
+
+    def poll(self) -> int | None:
+        """Collects the exit code if it has ended; as `subprocess.Popen.poll`."""
+        if self._returncode is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # it ended, and was collected, before it was known to be the server
+                self._returncode = -signal.SIGKILL
+            else:
+                self._returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self._returncode
 
 
 class ServerProcess:
     """A running server. `exited` is set, and `returncode` known, once it has ended.
 
-    `lines` is the newest output, `last_new_line_at` the time of the last line that was no repetition (monotonic clock).
-    `child_ended` is set when a process below the server ends; the reader clears it. `pids_ever` are the pids of all its
-    processes, ended ones included.
+    `child_ended` is set when a process below the server ends; the reader clears it. `ended_names` are the kernel's
+    names of those that have ended, `pids_ever` the pids of all its processes, ended ones included.
     """
 
     def __init__(
         self,
+        child: Child,
+        output: IO[bytes],
+        *,
+        instance: Instance,
+        on_line: Callable[[str], None],
+        spared: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        """Takes over a child that has just been started, in a session of its own; see `spawn`, too.
+
+        `on_line` is called in a reader thread for each line of `output`. `spared` tells the pid of a process that
+        carries the instance's marker and is not the server's: its image.
+        """
+        self.output = ServerOutput(output, instance.server_log, on_line)
+        self._child = child
+        self._instance = instance
+        self._spared = spared
+        self._loop = asyncio.get_running_loop()
+        self._descendants: dict[psutil.Process, int | None] = {}
+        self._names: dict[psutil.Process, str] = {}
+        self._ended: set[psutil.Process] = set()
+        self._shared_memory: set[str] = set()
+        self.pids_ever: set[int] = set()
+        self.exited = asyncio.Event()
+        self.child_ended = asyncio.Event()
+        self.ended_names: set[str] = set()
+
+    @classmethod
+    def spawn(
+        cls,
         argv: Sequence[str],
         *,
         env: Mapping[str, str],
         cwd: Path,
         instance: Instance,
         on_line: Callable[[str], None],
-    ) -> None:
-        """Spawns `argv` in a session and process group of its own.
-
-        `on_line` is called in a reader thread for each line. Raises `OSError` if the program can't be run.
-        """
-        self._instance = instance
-        self._on_line = on_line
-        self._loop = asyncio.get_running_loop()
-        self._descendants: dict[psutil.Process, int | None] = {}
-        self._ended: set[psutil.Process] = set()
-        self._shared_memory: set[str] = set()
-        self._messages_seen: set[int] = set()
-        self._starting = True
-        self.pids_ever: set[int] = set()
-        self.lines: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
-        self.last_new_line_at = time.monotonic()
-        self.exited = asyncio.Event()
-        self.child_ended = asyncio.Event()
-        self._popen = subprocess.Popen(
+        spared: Callable[[], int | None] = lambda: None,
+    ) -> Self:
+        """Runs `argv` in a session and process group of its own. Raises `OSError` if the program can't be run."""
+        popen = subprocess.Popen(
             list(argv),
             env=dict(env),
             cwd=cwd,
@@ -84,32 +120,22 @@ class ServerProcess:
             start_new_session=True,
             umask=0o077,
         )
-        assert self._popen.stdout is not None
-        self._reader = threading.Thread(target=self._pump, args=(self._popen.stdout,), name="server-log", daemon=True)
-        self._reader.start()
+        assert popen.stdout is not None
+        return cls(popen, popen.stdout, instance=instance, on_line=on_line, spared=spared)
 
     @property
     def pid(self) -> int:
-        return self._popen.pid
+        return self._child.pid
 
     @property
     def returncode(self) -> int | None:
         """As `subprocess.Popen.returncode`: negative for a signal, None while it runs."""
-        return self._popen.returncode
+        return self._child.returncode
 
     def reap(self) -> None:
         """Called on SIGCHLD: notices the exit."""
-        if self._popen.poll() is not None:
+        if self._child.poll() is not None:
             self.exited.set()
-
-    def end_of_startup(self) -> None:
-        """From now on the output is only kept: `on_line` is not called any more."""
-        self._starting = False
-        self._messages_seen.clear()
-
-    def drain(self, timeout_s: float = 1.0) -> None:
-        """Waits for the rest of the output of a server that has ended."""
-        self._reader.join(timeout_s)
 
     def processes(self) -> list[psutil.Process]:
         """The server and those below it that were last seen, the oldest first; some may have ended since."""
@@ -120,6 +146,8 @@ class ServerProcess:
     async def record_descendants(self) -> None:
         """Finds the processes that are now below the server, and follows each of them to its end from here on."""
         self._follow(await asyncio.to_thread(self._list_descendants))
+        # vLLM's processes name themselves some time after their start, and nobody can ask them after their end.
+        self._names.update((process, _name(process)) for process in self._descendants)
 
     async def record_shared_memory(self) -> set[str]:
         """Adds what the server's processes have mapped below /dev/shm to what it ever had; returns all of it."""
@@ -147,9 +175,11 @@ class ServerProcess:
                 self._loop.add_reader(descriptor, self._descendant_ended, process)
 
     def _descendant_ended(self, process: psutil.Process) -> None:
-        log.info("process %d of the server has ended", process.pid)
+        name = self._names.pop(process, "")
+        log.info("process %d of the server has ended: %s", process.pid, name or "?")
         self._unfollow(process)
         self._ended.add(process)
+        self.ended_names.add(name)
         self.child_ended.set()
 
     def _unfollow(self, process: psutil.Process) -> None:
@@ -197,7 +227,7 @@ class ServerProcess:
         await self.record_shared_memory()
         spared_until = time.monotonic() + _TRACKER_S
         while True:
-            processes = {*self._descendants, *await asyncio.to_thread(cleanup.marked_processes, self._instance)}
+            processes = {*self._descendants, *await self._marked()}
             if self.returncode is None:
                 with contextlib.suppress(psutil.Error):
                     processes.add(psutil.Process(self.pid))
@@ -216,7 +246,7 @@ class ServerProcess:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.exited.wait(), 0.5)
             # A process that was forked while we killed its parent shows up in the next look.
-            left = await asyncio.to_thread(cleanup.marked_processes, self._instance)
+            left = await self._marked()
             if self.returncode is not None and not remaining and not left:
                 break
             if time.monotonic() > deadline:
@@ -230,35 +260,17 @@ class ServerProcess:
             log.info("removed shared memory %s", removed)
         return []
 
-    # -- output --------------------------------------------------------------------------------------------------------
+    async def _marked(self) -> set[psutil.Process]:
+        """Every process with the instance's marker that is the server's."""
+        found = await asyncio.to_thread(cleanup.marked_processes, self._instance)
+        return {process for process in found if process.pid != self._spared()}
 
-    def _pump(self, stream: IO[bytes]) -> None:
-        sink = _RotatingFile(self._instance.server_log)
-        pending = b""
-        with stream:
-            while chunk := os.read(stream.fileno(), 65536):
-                sink.write(chunk)
-                # tqdm redraws its line with a carriage return.
-                *whole, pending = re.split(rb"[\r\n]", pending + chunk)
-                if len(pending) > _LONGEST_LINE:  # it may never end
-                    whole, pending = [*whole, pending], b""
-                for raw in whole:
-                    self._take_line(raw)
-        if pending:
-            self._take_line(pending)
-        sink.close()
 
-    def _take_line(self, raw: bytes) -> None:
-        line = raw.decode("utf-8", "replace")
-        if line.strip():
-            self.lines.append(line)
-            if self._starting:
-                # vLLM repeats that it is waiting, with a new time in front: that is no sign of life.
-                message = hash(startup_log.message_of(line))
-                if message not in self._messages_seen:
-                    self.last_new_line_at = time.monotonic()
-                    self._messages_seen.add(message)
-                self._on_line(line)
+def _name(process: psutil.Process) -> str:
+    """The kernel's name of a process, of at most 15 characters; empty if it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process.pid}/comm").read_text().rstrip("\n")
+    return ""
 
 
 def _is_tracker(process: psutil.Process) -> bool:
@@ -266,32 +278,3 @@ def _is_tracker(process: psutil.Process) -> bool:
         return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
     except psutil.Error:
         return False
-
-
-class _RotatingFile:
-    """server.log, mode 0600; a disk that is full loses log lines, never the server."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: IO[bytes] | None = None
-        self._size = 0
-
-    def write(self, chunk: bytes) -> None:
-        try:
-            if self._file is None:
-                descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-                self._file = os.fdopen(descriptor, "ab", buffering=0)
-                self._size = os.fstat(descriptor).st_size
-            self._file.write(chunk)
-            self._size += len(chunk)
-            if self._size > _LOG_LIMIT:
-                self._file.close()
-                self._file = None
-                os.replace(self._path, self._path.with_suffix(".log.1"))
-        except OSError as error:
-            log.debug("server.log: %s", error)
-
-    def close(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.close()

@@ -40,10 +40,12 @@ class StartupWatch:
         port: int | None,
         may_listen_elsewhere: bool,
         on_progress: Callable[[Progress], None],
+        began_at: float | None = None,
     ) -> None:
         """`startup_log` is fed from the server's output elsewhere; `port` is the TCP port that it will serve, if any.
 
-        `may_listen_elsewhere`: the process may be a wrapper around a server in another container.
+        `may_listen_elsewhere`: the process may be a wrapper around a server in another container. `began_at`: when the
+        start began, on the monotonic clock; None: now.
         """
         self._probe = probe
         self._process = process
@@ -53,7 +55,8 @@ class StartupWatch:
         self._may_listen_elsewhere = may_listen_elsewhere
         self._on_progress = on_progress
         self._stopped = StoppedProcesses(process, policy.hang)
-        self._began_at = self._moved_at = self._checked_at = time.monotonic()
+        self._moved_at = self._checked_at = time.monotonic()
+        self._began_at = self._moved_at if began_at is None else began_at
         self._progress = startup_log.progress
         self._first_request: asyncio.Task[Diagnosis | None] | None = None
 
@@ -78,7 +81,7 @@ class StartupWatch:
         now = time.monotonic()
         if self._startup_log.progress != self._progress:
             self._moved_at, self._progress = now, self._startup_log.progress
-        self._moved_at = max(self._moved_at, self._process.last_new_line_at)
+        self._moved_at = max(self._moved_at, self._process.output.last_new_line_at)
         policy = self._policy
         if now - self._began_at > policy.startup_timeout_s:
             return diagnosis.timed_out(self._progress, limit_s=policy.startup_timeout_s, silent=False)

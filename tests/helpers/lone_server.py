@@ -46,7 +46,7 @@ async def spawned(
             process.reap()
 
     loop.add_signal_handler(signal.SIGCHLD, reap)  # before it is spawned: it may have ended by the next line
-    process = ServerProcess(
+    process = ServerProcess.spawn(
         argv,
         env={**(os.environ if env is None else env), marker: value},
         cwd=instance.folder,
@@ -58,7 +58,7 @@ async def spawned(
         yield process
     finally:
         assert await process.kill() == []
-        await asyncio.to_thread(process.drain)
+        await asyncio.to_thread(process.output.drain)
         loop.remove_signal_handler(signal.SIGCHLD)
 
 

@@ -101,7 +101,7 @@ class Engine:
     """The API server's handle of EngineCore. `dead` is set once it has ended; `stats` is what it said last."""
 
     def __init__(self, *, tree: bool, max_seqs: int = 256, shm: bool | str = False) -> None:
-        """`tree`: EngineCore and Worker as processes, spawned as vLLM does it; else as threads, for a quick start."""
+        """`tree`: EngineCore and Worker as processes, started as vLLM does it; else as threads, for a quick start."""
         self.dead = threading.Event()
         self.stats: dict[str, int] = dict.fromkeys(("running", "waiting", "kv", "generated", "prompt", "steps"), 0)
         self._lock = threading.Lock()
@@ -188,11 +188,12 @@ class Generation:
 
 
 def _launch(tree: bool, target: Any, arguments: tuple[Any, ...]) -> None:
-    """Runs `target` in a spawned process, as vLLM does, or in a thread; it owns the first argument, its pipe."""
+    """Runs `target` in a process, started as vLLM would, or in a thread; it owns the first argument, its pipe."""
     if not tree:
         threading.Thread(target=target, args=arguments, daemon=True).start()
         return
-    multiprocessing.get_context("spawn").Process(target=target, args=arguments).start()
+    context: Any = multiprocessing.get_context(os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "spawn"))
+    context.Process(target=target, args=arguments).start()
     arguments[0].close()  # ours: so that the end of the child is the end of the pipe
 
 

@@ -24,6 +24,7 @@ from managed_vllm.server.diagnosis import (
     crash_loop,
     diagnose,
     diagnose_first_request,
+    not_forked,
     timed_out,
     unwell,
 )
@@ -663,6 +664,7 @@ def every_diagnosis() -> list[Diagnosis]:
         *(timed_out(Progress(stage, "x"), limit_s=600, silent=silent) for stage in Stage for silent in (True, False)),
         crash_loop(last, restarts=5, window_s=300),
         *(unwell(cause, "x") for cause in UNWELL),
+        not_forked("x"),
         diagnose([], returncode=-9),
         diagnose([], returncode=127),
         diagnose(["OSError: [Errno 28] No space left on device"], returncode=1),

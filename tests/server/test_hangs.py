@@ -75,12 +75,12 @@ def test_a_frozen_engine_is_found_by_its_metrics_without_any_request(home: Path,
         assert ask(llm).epoch == 2
 
 
-def test_a_dead_worker_below_a_frozen_engine_does_not_hide_the_hang(home: Path) -> None:
-    with server(HangPolicy(stall_s=1.0, answer_s=1.0, stopped_s=NEVER)) as llm:
+def test_a_dead_worker_is_known_by_its_own_end_though_the_engine_above_it_is_frozen(home: Path) -> None:
+    with server(HangPolicy.never()) as llm:
         processes = tree(llm)
         processes["EngineCore"].suspend()
         processes["Worker"].kill()  # nobody reaps it: it stays a zombie
-        assert after_the_hang(llm).cause is Cause.ENGINE_HUNG
+        assert after_the_hang(llm).cause is Cause.WORKER_DIED
         assert ask(llm).epoch == 2
 
 

@@ -53,7 +53,7 @@ def test_a_policy_survives_json() -> None:
 
 def test_the_back_off_grows_to_its_limit() -> None:
     policy = RestartPolicy(backoff_initial_s=0.5, backoff_factor=2, backoff_max_s=3)
-    assert [policy.delay_s(restarts) for restarts in (0, 1, 2, 3, 10_000)] == [0.5, 1.0, 2.0, 3.0, 3.0]
+    assert [policy.delay_s(restarts) for restarts in (0, 1, 2, 3, 4, 10_000)] == [0.0, 0.5, 1.0, 2.0, 3.0, 3.0]
 
 
 def test_a_first_request_that_takes_too_long_fails_the_start(home: Path) -> None:

@@ -39,13 +39,13 @@ def test_the_first_start_of_a_successor_is_a_restart() -> None:
 
 def test_crashes_are_counted_within_the_window_only() -> None:
     restarts = serving()
-    assert restarts.decide(ended(), 0) == StartAgain(1.0)
-    assert restarts.decide(ended(), 50) == StartAgain(2.0)
+    assert restarts.decide(ended(), 0) == StartAgain(0.0)
+    assert restarts.decide(ended(), 50) == StartAgain(1.0)
     given_up = restarts.decide(ended(Cause.KILLED), 100)
     assert isinstance(given_up, GiveUp)
     assert given_up.diagnosis.cause is Cause.CRASH_LOOP
     assert given_up.diagnosis.facts["last_cause"] == Cause.KILLED
-    assert restarts.decide(ended(), 101) == StartAgain(2.0)  # the first is out of the window
+    assert restarts.decide(ended(), 101) == StartAgain(1.0)  # the first is out of the window
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ def python(code: str) -> list[str]:
 
 
 async def line_that_begins(process: ServerProcess, text: str) -> str:
-    await until(lambda: any(line.startswith(text) for line in list(process.lines)), f"it said {text!r}")
-    return next(line for line in process.lines if line.startswith(text))
+    await until(lambda: any(line.startswith(text) for line in list(process.output.lines)), f"it said {text!r}")
+    return next(line for line in process.output.lines if line.startswith(text))
 
 
 def test_the_exit_and_all_of_the_output_are_known(tmp_path: Path) -> None:
@@ -35,10 +35,10 @@ def test_the_exit_and_all_of_the_output_are_known(tmp_path: Path) -> None:
         code = "import sys; print('one\\r\\ntwo'); print('three', file=sys.stderr, end=''); sys.exit(3)"
         async with spawned(tmp_path, python(code), on_line=heard.append) as process:
             await process.exited.wait()
-            await asyncio.to_thread(process.drain)
+            await asyncio.to_thread(process.output.drain)
             assert process.returncode == 3
-            assert sorted(process.lines) == ["one", "three", "two"]
-            assert sorted(heard) == sorted(process.lines)
+            assert sorted(process.output.lines) == ["one", "three", "two"]
+            assert sorted(heard) == sorted(process.output.lines)
 
     run(scenario)
     assert "three" in Instance(tmp_path, "m-0123456789").server_log.read_text()
@@ -70,7 +70,7 @@ def test_a_line_that_is_only_repeated_with_another_time_is_no_news(tmp_path: Pat
             for number in range(4):
                 (tmp_path / str(number)).touch()
                 await until(partial(_has_heard, heard, number + 1), "the line has come")
-                news.append(process.last_new_line_at)
+                news.append(process.output.last_new_line_at)
             assert news[0] == news[1] == news[2] < news[3]
 
     run(scenario)
@@ -83,11 +83,11 @@ def test_output_after_the_start_is_kept_but_not_read_out(tmp_path: Path) -> None
         async with spawned(tmp_path, steps(tmp_path, "early", "late"), on_line=heard.append) as process:
             (tmp_path / "0").touch()
             await until(lambda: heard == ["early"], "the first line has come")
-            process.end_of_startup()
+            process.output.end_of_startup()
             (tmp_path / "1").touch()
-            await until(lambda: list(process.lines) == ["early", "late"], "the second line has come")
+            await until(lambda: list(process.output.lines) == ["early", "late"], "the second line has come")
             await process.kill()
-            await asyncio.to_thread(process.drain)
+            await asyncio.to_thread(process.output.drain)
 
     run(scenario)
     assert heard == ["early"]
