@@ -1,7 +1,6 @@
-"""What the library costs: attaching, importing, and starting compared with the same vLLM launched by hand.
+"""What the library costs where a server runs already: attaching, and importing.
 
-    python benchmarks/attach.py                  all three (several minutes: vLLM starts 2 * pairs + 2 times)
-    python benchmarks/attach.py --skip-start     only attaching and importing (seconds)
+    python benchmarks/attach.py                  seconds, and one start of vLLM
 
 What is measured, and the targets, stand in benchmarks/README.md. Everything runs in a state directory of its own, and
 every process that is started here is ended here.
@@ -15,9 +14,6 @@ import json
 import os
 import platform
 import re
-import secrets
-import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,9 +23,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import httpx
-import psutil
 
 from managed_vllm import demo
 from managed_vllm.config import ServerSpec, installed_vllm
@@ -41,10 +34,6 @@ STAND_IN = Path(__file__).resolve().parent.parent / "tests" / "helpers" / "stand
 
 ATTACH_MS = 50.0
 IMPORT_MS = 50.0
-START_OVER = 0.03
-START_OVER_S = 0.5
-
-_START_LIMIT_S = 600.0
 
 
 @dataclass
@@ -123,107 +112,7 @@ def _import_ms(statement: str) -> float:
     return sum(int(cumulative) for cumulative, _ in lines) / 1000
 
 
-# -- starting ----------------------------------------------------------------------------------------------------------
-
-
-def starting(pairs: int) -> list[Result]:
-    """Seconds to ready, ours (A) and by hand (B), as A B A B after one start that only warms the page cache."""
-    print("warming up: one start by hand, not counted", flush=True)
-    by_hand()
-    ours: list[float] = []
-    hand: list[float] = []
-    for pair in range(1, pairs + 1):
-        ours.append(managed())
-        print(f"pair {pair}/{pairs}: ManagedVLLM {ours[-1]:.2f} s", flush=True)
-        hand.append(by_hand())
-        print(f"pair {pair}/{pairs}: by hand     {hand[-1]:.2f} s", flush=True)
-    a, b = statistics.median(ours), statistics.median(hand)
-    target = f"≤ {START_OVER:.0%} or {START_OVER_S:g} s over"
-    differences = [x - y for x, y in zip(ours, hand, strict=True)]
-    met = a - b <= max(START_OVER_S, START_OVER * b)
-    return [
-        Result("time to ready by hand", b, "s", hand),
-        Result("time to ready, ManagedVLLM", a, "s", ours),
-        Result("difference of the medians", a - b, "s", differences, target, met),
-        Result("ratio of the medians", a / b, "×", [x / y for x, y in zip(ours, hand, strict=True)]),
-    ]
-
-
-def managed() -> float:
-    """Seconds from `ManagedVLLM("demo")` to its `with` block; returns when nothing of the server is left."""
-    started = time.perf_counter()
-    with ManagedVLLM("demo", keep_alive=0, progress=False) as llm:
-        took = time.perf_counter() - started
-        assert llm.id is not None
-        instance = directory.Instance(directory.state_home(), llm.id)
-    wait_until_gone(instance)
-    return took
-
-
-def by_hand() -> float:
-    """Seconds from the launch to the first token: `/health` is asked every 50 ms, then a completion of one token.
-
-    The command and the environment are those of `ManagedVLLM("demo")` without what is ours: no middleware, no
-    sitecustomize, no marker.
-    """
-    spec = ServerSpec.of("demo", engine_args={})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    argv = spec.argv(host="127.0.0.1", port=port, uds=None)
-    guard = argv.index("--middleware")
-    del argv[guard : guard + 2]
-    key = secrets.token_urlsafe(32)
-    environment = {**os.environ, **spec.env, "VLLM_API_KEY": key, "PYTHONUNBUFFERED": "1"}
-    client = httpx.Client(
-        base_url=f"http://127.0.0.1:{port}", trust_env=False, headers={"Authorization": f"Bearer {key}"}, timeout=60
-    )
-    with tempfile.TemporaryFile() as log, client:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            argv,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=tempfile.gettempdir(),
-            start_new_session=True,
-        )
-        try:
-            while not _is_healthy(client):
-                if process.poll() is not None or time.perf_counter() - started > _START_LIMIT_S:
-                    log.seek(0)
-                    raise SystemExit(f"vLLM by hand did not come up:\n{log.read()[-4000:].decode(errors='replace')}")
-                time.sleep(0.05)
-            body = {"model": spec.served_model_name, "prompt": "Hi", "max_tokens": 1, "temperature": 0}
-            client.post("/v1/completions", json=body).raise_for_status()
-            return time.perf_counter() - started
-        finally:
-            end_group(process)
-
-
-def _is_healthy(client: httpx.Client) -> bool:
-    try:
-        return client.get("/health", timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 # -- ending ------------------------------------------------------------------------------------------------------------
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, ten seconds, then SIGKILL for the whole group and every descendant; returns when all are gone."""
-    descendants: list[psutil.Process] = []
-    with contextlib.suppress(psutil.Error):
-        descendants = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    cleanup.end_processes(descendants)
 
 
 def wait_until_gone(instance: directory.Instance, timeout_s: float = 60.0) -> None:
@@ -273,8 +162,6 @@ def main() -> None:
     parser.add_argument("--server", choices=("demo", "stand-in"), default=default, help="default here: %(default)s")
     parser.add_argument("--entries", type=int, default=50, help="how often one process attaches (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=10, help="how many fresh ones do so (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of starts (default: %(default)s)")
-    parser.add_argument("--skip-start", action="store_true", help="no comparison of starts")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the measurements there, too")
     arguments = parser.parse_args()
 
@@ -292,11 +179,6 @@ def main() -> None:
     with own_state_directory():
         results = attaching({**options, "progress": False, "keep_alive": 0}, arguments.entries, arguments.processes)
         results += importing()
-        if not arguments.skip_start:
-            if real:
-                results += starting(arguments.pairs)
-            else:
-                print("no comparison of starts: the demo model or vLLM is missing", file=sys.stderr)
     show(results)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "results": [asdict(r) for r in results]}, indent=1))

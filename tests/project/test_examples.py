@@ -141,7 +141,7 @@ def test_the_shell_script_explains_itself() -> None:
 
 def test_the_benchmark_measures_attaching_and_leaves_nothing(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    words = [sys.executable, str(ROOT / "benchmarks" / "attach.py"), "--skip-start", "--server", "stand-in"]
+    words = [sys.executable, str(ROOT / "benchmarks" / "attach.py"), "--server", "stand-in"]
     words += ["--entries", "5", "--processes", "1", "--json", str(report)]
     run = subprocess.run(words, env=_environment(TMPDIR=str(tmp_path)), capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
