@@ -26,7 +26,7 @@ test: setup
 	@MAKE=$(MAKE) $(BIN)/python tools/test_parts.py lint test-fast test-real
 
 test-fast: setup
-	$(BIN)/python -m pytest -n 2 -m "not real and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not real and not gpu" --cov --cov-report=term $(PYTEST_ARGS)
 
 test-real: setup
 	$(BIN)/python -m pytest -m "real or gpu" $(PYTEST_ARGS)

@@ -102,6 +102,7 @@ def test_smart_resize_gives_the_size_that_the_model_sees(size: tuple[int, int], 
     assert smart_resize(size) == resized
 
 
+@pytest.mark.no_cover
 def test_smart_resize_agrees_with_transformers() -> None:
     theirs = pytest.importorskip(
         "transformers.models.qwen2_vl.image_processing_qwen2_vl",
@@ -190,6 +191,7 @@ PLACES = (
 )
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("piece", PIECES)
 def test_a_long_answer_of_anything_is_read_in_linear_time(piece: str) -> None:
     for before, after in PLACES:
@@ -200,6 +202,7 @@ def test_a_long_answer_of_anything_is_read_in_linear_time(piece: str) -> None:
         assert time.process_time() - began < HANG_S, before
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("text", ["'", "')", "(", "Action: wait()\n", "type(content='a')\n"])
 def test_a_megabyte_is_read_in_linear_time_too(text: str) -> None:
     text = "Action: type(content='x')\n" + text * (4 * QUARTER_OF_A_MEGABYTE // len(text))
@@ -277,6 +280,7 @@ SIZES = st.sampled_from([HD, SIZE, (1280, 720), (640, 360), (3, 2), (5000, 4000)
 QUIET: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
+@pytest.mark.no_cover
 @settings(max_examples=4000, **QUIET)
 @given(ANSWERS, SIZES, FRAMES)
 def test_any_text_is_actions_or_a_parse_error(text: str, size: tuple[int, int], coordinates: str) -> None:
@@ -325,6 +329,7 @@ def actions_in(draw: st.DrawFn, size: tuple[int, int]) -> Action:
     return Finished(text) if draw(st.booleans()) else CallUser(text)
 
 
+@pytest.mark.no_cover
 @settings(max_examples=1000, **QUIET)
 @given(st.data(), SIZES, FRAMES)
 def test_what_is_written_is_read_as_the_same_action(data: Any, size: tuple[int, int], coordinates: Any) -> None:

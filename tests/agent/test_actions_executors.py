@@ -278,6 +278,7 @@ def test_words_are_one_short_line() -> None:
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.no_cover
 @settings(max_examples=500, **QUIET)
 @given(ACTIONS)
 def test_a_record_is_the_same_action_again(action: Action) -> None:

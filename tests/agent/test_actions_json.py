@@ -209,6 +209,7 @@ def instances(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     raise AssertionError(schema)
 
 
+@pytest.mark.no_cover
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(instances(action_json_schema(HD)))
 def test_every_value_of_the_schema_is_one_action(value: Any) -> None:
@@ -264,6 +265,7 @@ PIECES = (
 )
 
 
+@pytest.mark.no_cover
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
 def test_any_text_is_actions_or_a_parse_error(text: str) -> None:
@@ -278,6 +280,7 @@ def test_any_text_is_actions_or_a_parse_error(text: str) -> None:
     assert 0 <= start <= end <= len(text)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("piece", [*PIECES, "[ ", "x{ ", '{"action":', '{"action": 1} x ', '[{"action": "wait"},'])
 def test_a_long_answer_of_anything_is_read_in_linear_time(piece: str) -> None:
     for before in ("", "x", '{"action": "type", "text": "', "[", "<think>"):

@@ -309,6 +309,7 @@ actions = st.one_of(
 )
 
 
+@pytest.mark.no_cover
 @settings(max_examples=150, deadline=None)
 @given(st.lists(actions, max_size=8))
 def test_no_sequence_of_actions_raises_and_the_text_says_what_is_there(sequence: list[Action]) -> None:

@@ -554,6 +554,7 @@ def play(check: Callable[..., None], examples: int, *arguments: Any) -> None:
     one()
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("check", ALONE, ids=lambda check: check.__name__)
 def test_without_a_network(check: Callable[..., None]) -> None:
     play(check, 400)
