@@ -35,6 +35,8 @@ def causes() -> str:
             if remedy and remedy not in remedies:
                 remedies.append(remedy)
             retried.add(is_retried)
+        if not remedies:
+            raise ValueError(f"what is to be done about {cause}? No rule has it; give an example in _remedies")
         error = errors.error_for(Diagnosis(cause, ""), instance=None, log_path=None)
         answer = retried.pop() if len(retried) == 1 else "depends"
         names = f"`{cause}`<br>`{type(error).__name__}`"
@@ -82,6 +84,7 @@ def _remedies(cause: Cause) -> Iterator[tuple[str, str]]:
         diagnosis.timed_out(stage, limit_s=0, silent=False),
         diagnosis.timed_out(stage, limit_s=0, silent=True),
         diagnosis.crash_loop(killed, restarts=0, window_s=0),
+        diagnosis.not_forked(""),
         *(diagnosis.unwell(unwell, "") for unwell in diagnosis._UNWELL),
     ):
         if example.cause is cause:
