@@ -29,7 +29,7 @@ from managed_vllm.agent import inference
 from managed_vllm.agent.actions import Action, ActionParseError, CallUser, Finished, ParsedResponse, Wait
 from managed_vllm.agent.bounded import Deadline, bounded
 from managed_vllm.agent.environment import Environment
-from managed_vllm.agent.format import AgentFormat, ThenWhat
+from managed_vllm.agent.format import AgentFormat, PictureParser, ThenWhat
 from managed_vllm.agent.image_store import ImageStore, own_images
 from managed_vllm.agent.prompting import NO_SCREENSHOT, History, Turn
 from managed_vllm.agent.rules import Rules, StepHook
@@ -318,7 +318,11 @@ class Episode:
 
     def _parsed(self, answer: CompletionOutput) -> ParsedResponse:
         """Raises `ActionParseError`, or whatever a parser of the caller's own raises."""
-        parsed = self._rules.agent.parse(answer, self._size())
+        parse, size = self._rules.agent.parse, self._size()
+        if isinstance(parse, PictureParser):
+            parsed = parse(answer, size, self._rules.pictures.of(size))
+        else:
+            parsed = parse(answer, size)
         if not parsed.actions:
             raise ActionParseError("the answer has no action", text=answer.text, span=(0, len(answer.text)))
         return parsed

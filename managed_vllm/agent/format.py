@@ -10,7 +10,7 @@ import enum
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from managed_vllm.agent.actions import (
     UI_TARS_PROMPT,
@@ -78,53 +78,85 @@ class ParseErrorPolicy:
             raise ConfigError(f"retries and resample must be 0 or more, not {self.retries} and {self.resample}")
 
 
+@runtime_checkable
+class PictureParser(Protocol):
+    """A parser whose points may be pixels of the picture that the model sees.
+
+    `min_pixels` and `max_pixels` are the limits that the caller gives; None: those of the server, which its prompts
+    show (`pictures`).
+    """
+
+    @property
+    def min_pixels(self) -> int | None: ...
+
+    @property
+    def max_pixels(self) -> int | None: ...
+
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether points are pixels of the picture, and not of the screenshot or thousandths."""
+        ...
+
+    def __call__(self, answer: CompletionOutput, size: Size, picture: Size | None = None) -> ParsedResponse:
+        """What an answer means; `picture`: the size of what the model sees of a screenshot of `size`, if known."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class UITarsParser:
-    """`parse_ui_tars` with its options; `coordinates` says what the model's numbers are, and is never guessed."""
+class _Pictured:
+    """The options of our parsers; `coordinates` says what the model's numbers are, and is never guessed."""
 
     coordinates: Coordinates = "resized"
-    min_pixels: int = 100 * 28**2
-    max_pixels: int = 16384 * 28**2
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
-    def __call__(self, answer: CompletionOutput, size: Size) -> ParsedResponse:
-        return parse_ui_tars(
-            answer.text,
-            size,
-            coordinates=self.coordinates,
-            min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels,
-        )
+    @property
+    def reads_pictures(self) -> bool:
+        return self.coordinates == "resized"
 
-
-@dataclass(frozen=True, slots=True)
-class OSWorldParser:
-    """`parse_like_osworld`."""
-
-    min_pixels: int = 100 * 28**2
-    max_pixels: int = 16384 * 28**2
-
-    def __call__(self, answer: CompletionOutput, size: Size) -> ParsedResponse:
-        return parse_like_osworld(answer.text, size, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+    def frame(self, picture: Size | None) -> dict[str, Any]:
+        """Arguments of the parsing functions."""
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        given = {name: value for name, value in limits.items() if value is not None}
+        return {"coordinates": self.coordinates, "picture": picture, **given}
 
 
 @dataclass(frozen=True, slots=True)
-class JSONParser:
-    """`parse_json_actions` with its option."""
+class UITarsParser(_Pictured):
+    """`parse_ui_tars` with its options."""
+
+    def __call__(self, answer: CompletionOutput, size: Size, picture: Size | None = None) -> ParsedResponse:
+        return parse_ui_tars(answer.text, size, **self.frame(picture))
+
+
+@dataclass(frozen=True, slots=True)
+class OSWorldParser(_Pictured):
+    """`parse_like_osworld` with its options."""
+
+    def __call__(self, answer: CompletionOutput, size: Size, picture: Size | None = None) -> ParsedResponse:
+        frame = self.frame(picture)
+        del frame["coordinates"]
+        return parse_like_osworld(answer.text, size, **frame)
+
+
+@dataclass(frozen=True, slots=True)
+class JSONParser(_Pictured):
+    """`parse_json_actions` with its options."""
 
     coordinates: Coordinates = "absolute"
 
-    def __call__(self, answer: CompletionOutput, size: Size) -> ParsedResponse:
-        return parse_json_actions(answer.text, size, coordinates=self.coordinates)
+    def __call__(self, answer: CompletionOutput, size: Size, picture: Size | None = None) -> ParsedResponse:
+        return parse_json_actions(answer.text, size, **self.frame(picture))
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCallParser:
-    """`parse_tool_calls` with its option; the answer's text is the thought."""
+class ToolCallParser(_Pictured):
+    """`parse_tool_calls` with its options; the answer's text is the thought."""
 
     coordinates: Coordinates = "absolute"
 
-    def __call__(self, answer: CompletionOutput, size: Size) -> ParsedResponse:
-        return parse_tool_calls(answer.tool_calls, size, thought=answer.text, coordinates=self.coordinates)
+    def __call__(self, answer: CompletionOutput, size: Size, picture: Size | None = None) -> ParsedResponse:
+        return parse_tool_calls(answer.tool_calls, size, thought=answer.text, **self.frame(picture))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +189,8 @@ def ui_tars(
     prompt: str | None = None,
     checkout: str | os.PathLike[str] | None = None,
     language: str = "English",
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     show_text: bool = False,
     on_parse_error: ParseErrorPolicy | None = None,
 ) -> AgentFormat:
@@ -168,6 +202,8 @@ def ui_tars(
         prompt: `{instruction}` and `{language}` are replaced; None: our own, or that of `checkout`.
         checkout: for `"osworld"`: the folder of OSWorld, to read its prompt from (`read_osworld_prompt`).
         language: of the thoughts.
+        min_pixels, max_pixels: of the model's image processor; None: the server's, which its prompts show. What can't
+            be right ends the run with a `ConfigError` at the first turn.
         show_text: whether the observations' text is sent beside the screenshots.
         on_parse_error: what an answer that is no action leads to.
 
@@ -178,7 +214,7 @@ def ui_tars(
     prompt = (UI_TARS_PROMPT if prompt is None else prompt).replace("{language}", language)
     return AgentFormat(
         Chat(system="You are a helpful assistant.", prompt=prompt, show_text=show_text),
-        UITarsParser(coordinates),
+        UITarsParser(coordinates, min_pixels, max_pixels),
         on_parse_error or ParseErrorPolicy(),
     )
 

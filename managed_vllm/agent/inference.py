@@ -16,6 +16,7 @@ from typing import Any
 
 from managed_vllm import forks
 from managed_vllm.agent.bounded import Deadline
+from managed_vllm.agent.format import PictureParser
 from managed_vllm.agent.prompting import History, images_of
 from managed_vllm.agent.rules import Rules
 from managed_vllm.agent.types import ImageRef, Message
@@ -78,7 +79,8 @@ async def sample(
 
     `temperature`: another one than the sampling parameters say.
 
-    Raises what the client raises, and `RequestError`: the server does not tell ids or logprobs.
+    Raises what the client raises, `RequestError`: the server does not tell ids or logprobs, and `ConfigError`: it
+    resizes screenshots otherwise than the parser thinks (`pictures`).
     """
     images = len(images_of(prompt.recorded))
     if images:
@@ -90,6 +92,10 @@ async def sample(
         output = await _chat(rules, prompt.sent, deadline, tokens_so_far, temperature)
         took = time.monotonic() - began
     ids, logprobs = exact(output)
+    parser = rules.agent.parse
+    if isinstance(parser, PictureParser) and parser.reads_pictures:
+        refs = [part["image"] for part in images_of(prompt.recorded) if isinstance(part.get("image"), ImageRef)]
+        rules.pictures.look(parser, refs if len(refs) == images else (), output.prompt_token_ids)
     return Sampled(output, ids, logprobs, waited + max(0.0, took - output.latency), version)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from managed_vllm.agent.format import AgentFormat, ui_tars
 from managed_vllm.agent.gate import Gate
 from managed_vllm.agent.image_store import ImageStore
+from managed_vllm.agent.pictures import Pictures
 from managed_vllm.agent.preflight import Preflight
 from managed_vllm.agent.types import Limits, Step, Task
 from managed_vllm.client import AsyncVLLMClient, VLLMClient
@@ -32,6 +33,7 @@ class Rules:
         on_step: called with each step.
         gate: held while the model is asked.
         weight_version: tells which weights answer now.
+        pictures: the sizes in which the model sees the screenshots.
         preflight: looks once whether the server takes as many images as the limits allow.
     """
 
@@ -44,6 +46,7 @@ class Rules:
     gate: Gate = field(default_factory=Gate)
     weight_version: Callable[[], str | None] = lambda: None
     preflight: Preflight = field(default_factory=Preflight)
+    pictures: Pictures = field(default_factory=Pictures)
 
     @classmethod
     def of(

@@ -357,8 +357,7 @@ def test_special_tokens_stay_in_the_record_and_in_the_history(given: bool | None
     answers = iter([boxed, "Action: finished()"])
     with acting(lambda _: next(answers)) as server:
         params = {**PARAMS, "skip_special_tokens": given}
-        played = run_episode(server.client(), Worlds()(), tasks(1, 1)[0], sampling_params=params, agent=AGENT)
-        found = asyncio.run(played)
+        found = asyncio.run(play(server, Worlds()(), tasks(1, 1)[0], sampling_params=params))
     asked_for = [body for body in server.requests if any(map(text_of, body["messages"]))]
     assert [body["skip_special_tokens"] for body in asked_for] == [asked, asked]
     assert found.steps[0].response == boxed

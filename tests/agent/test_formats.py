@@ -23,11 +23,14 @@ INSTRUCTION = "Press {language} {instruction} {next} until none is left."
 
 def sent(agent: AgentFormat, answer: str = "?", task: Task | None = None) -> tuple[list[Any], Trajectory]:
     """The messages of a first turn as they arrive at the server, and what became of the episode."""
+
+    async def play() -> Trajectory:
+        async with server.client() as client:
+            given = task or Task("t", INSTRUCTION)
+            return await run_episode(client, Worlds()(), given, agent=agent, limits=Limits(max_steps=1))
+
     with acting(lambda _: answer) as server:
-        played = run_episode(
-            server.client(), Worlds()(), task or Task("t", INSTRUCTION), agent=agent, limits=Limits(max_steps=1)
-        )
-        trajectory = asyncio.run(played)
+        trajectory = asyncio.run(play())
     return next(body["messages"] for body in server.requests if any(map(text_of, body["messages"]))), trajectory
 
 

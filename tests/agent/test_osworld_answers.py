@@ -141,9 +141,9 @@ def test_a_folder_without_the_prompt_is_refused(tmp_path: Path, content: str | N
 
 def sent(agent: AgentFormat) -> list[Any]:
     """The messages of the first turn, as they arrive at the server."""
-    with acting(lambda _: "Action: finished()") as server:
-        asyncio.run(run_episode(server.client(), CountingWorld(), tasks(1)[0], agent=agent))
-    return next(body["messages"] for body in server.requests if any(map(text_of, body["messages"])))
+    _, _, asked = played(["Action: finished()"], agent=agent)
+    messages: list[Any] = asked[0]["messages"]
+    return messages
 
 
 # -- episodes ----------------------------------------------------------------------------------------------------------
@@ -166,10 +166,14 @@ def played(
 ) -> tuple[Trajectory, Recorded, list[dict[str, Any]]]:
     left = iter(answers)
     world = Recorded()
+
+    async def play() -> Trajectory:
+        async with server.client() as client:
+            images = None if store is None else store.images
+            return await run_episode(client, world, tasks(1)[0], agent=agent, images=images, **options)
+
     with acting(lambda _: next(left)) as server:
-        images = None if store is None else store.images
-        episode = run_episode(server.client(), world, tasks(1)[0], agent=agent, images=images, **options)
-        found = asyncio.run(episode)
+        found = asyncio.run(play())
     return found, world, [body for body in server.requests if any(map(text_of, body["messages"]))]
 
 

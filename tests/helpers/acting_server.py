@@ -54,13 +54,22 @@ def text_of(message: Mapping[str, Any]) -> str:
 class ActingServer:
     """`requests` are the bodies so far, `in_flight` how many are being answered, `most` how many there were at once."""
 
-    def __init__(self, answer: Answer, *, token_ids: bool = True, logprobs: bool = True, most_images: int = 99) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        *,
+        token_ids: bool = True,
+        logprobs: bool = True,
+        most_images: int = 99,
+        tokens_of_image: int | None = None,
+    ) -> None:
         self.answer = answer
         self.requests: list[dict[str, Any]] = []
         self.in_flight = self.most = 0
         self._token_ids = token_ids
         self._logprobs = logprobs
         self._most_images = most_images
+        self._tokens_of_image = tokens_of_image
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -119,6 +128,15 @@ class ActingServer:
         finally:
             self.in_flight -= 1
 
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        if self._tokens_of_image is None:
+            return ids_of(prompt)
+        words = [ids_of(words) for words in prompt.split("<image>")]
+        found = words[0]
+        for each in words[1:]:
+            found += [IMAGE_TOKEN] * self._tokens_of_image + each
+        return found
+
     @staticmethod
     def _refuse(refusal: Refusal) -> web.Response:
         return web.json_response({"error": {"message": refusal.message, "code": refusal.status}}, status=refusal.status)
@@ -143,8 +161,12 @@ class ActingServer:
             }
         answer: dict[str, Any] = {"id": "1", "model": body["model"], "choices": [choice]}
         if self._token_ids:
-            answer["prompt_token_ids"] = ids_of(prompt_of(body["messages"]))
+            answer["prompt_token_ids"] = self._prompt_ids(prompt_of(body["messages"]))
         return answer
+
+
+IMAGE_TOKEN = 256
+"""Beyond all bytes: stands so many times for each image as `tokens_of_image` says."""
 
 
 def prompt_of(messages: list[dict[str, Any]]) -> str:

@@ -31,9 +31,10 @@ from managed_vllm.agent import (
     embedded,
     ui_tars,
 )
-from managed_vllm.agent.actions import Click, Finished, ParsedResponse, Type, ui_tars_regex
+from managed_vllm.agent.actions import Action, Click, Finished, ParsedResponse, Type, ui_tars_regex
 from managed_vllm.agent.environments.desktop import DesktopEnvironment, desktop_tasks
 from managed_vllm.agent.environments.miniwob import MiniWoBEnvironment, missing
+from managed_vllm.agent.export import export
 from managed_vllm.agent.prompting import Chat
 from managed_vllm.agent.viewer import write_html
 from managed_vllm.demo.random_vlm import make_random_vlm
@@ -170,6 +171,58 @@ def test_an_image_model_plays_miniwob_in_real_browsers(vlm: ManagedVLLM, tmp_pat
                 # Each image is many placeholder tokens: the ids are those of the whole prompt.
                 assert len(step.prompt_token_ids) > in_view * 50
         assert len({one.instruction for one in found}) > 3
+
+
+class Screens:
+    """Another picture of the task's size after each step."""
+
+    async def reset(self, task: Task) -> Observation:
+        self.size, self.turn = (task.data["width"], task.data["height"]), 0
+        return self.seen()
+
+    def seen(self) -> Observation:
+        file = io.BytesIO()
+        Image.new("RGB", self.size, (self.turn * 40, 90, 20)).save(file, "PNG")
+        return Observation(file.getvalue())
+
+    async def step(self, action: Action) -> StepResult:
+        self.turn += 1
+        return StepResult(self.seen())
+
+    async def evaluate(self) -> float:
+        return 1.0
+
+    async def close(self) -> None:
+        pass
+
+
+def test_a_click_on_a_small_screenshot_lands_where_the_model_saw_it(vlm: ManagedVLLM) -> None:
+    """The server shows 168 x 224 pixels of 160 x 210, not the 252 x 336 that UI-TARS 1.5 was made for."""
+    sampling = {"max_tokens": 60, "structured_outputs": {"regex": r"Action: click\(start_box='\(84,112\)'\)"}}
+    scheduler = StreamingTaskScheduler(vlm, Screens, sampling_params=sampling, limits=Limits(max_steps=2))
+    (found,) = scheduler.run_all([Task("t", "Click the centre.", data={"width": 160, "height": 210})])
+    assert found.failure is None
+    assert [step.actions for step in found.steps] == [(Click(80, 105),)] * 2
+
+
+def test_special_tokens_of_answers_are_in_the_next_prompt_and_trajectories_join(
+    vlm: ManagedVLLM, tmp_path: Path
+) -> None:
+    special, word = (vlm.client.tokenize(text)[-1] for text in ("<|vision_pad|>", "click"))
+    sampling = {"max_tokens": 8, "min_tokens": 8, "ignore_eos": True, "allowed_token_ids": [special, word]}
+    agent = AgentFormat(Chat(prompt="{instruction}"), lambda answer, size: ParsedResponse("", (Click(1, 1),)))
+    with RunStore.create(tmp_path / "run") as store:
+        scheduler = StreamingTaskScheduler(
+            vlm, Screens, sampling_params=sampling, limits=Limits(max_steps=3), agent=agent, store=store
+        )
+        task = Task("t", "Go on.", data={"width": 112, "height": 112})
+        found = next(one for one in scheduler.run_all([task]))
+        so_far = 0
+        for before, after in itertools.pairwise(found.steps):
+            so_far += list(before.response_token_ids).count(special)
+            assert list(after.prompt_token_ids).count(special) == so_far
+        assert so_far > 0
+        assert export(store, "verl", tmp_path / "x", per="trajectory").samples == 1
 
 
 class Painted:

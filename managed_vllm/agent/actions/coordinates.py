@@ -118,12 +118,15 @@ class Frame:
         max_pixels: int = MAX_PIXELS,
         factor: int = FACTOR,
         off_screen: OffScreen = "error",
+        picture: tuple[int, int] | None = None,
     ) -> Frame:
-        """Raises `ConfigError`: an argument is wrong."""
+        """`picture`: what the model sees, for `resized`, if known. Raises `ConfigError`: an argument is wrong."""
         width, height = _size(image_size)
         if off_screen not in get_args(OffScreen):
             raise ConfigError(f"off_screen must be 'error' or 'clamp', not {off_screen!r:.80}", field="off_screen")
-        if coordinates == "resized":
+        if coordinates == "resized" and picture is not None:
+            units = _size(picture)
+        elif coordinates == "resized":
             units = smart_resize((width, height), factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
         elif coordinates == "relative1000":
             units = 1000, 1000

@@ -49,6 +49,7 @@ def parse_json_actions(
     max_pixels: int = MAX_PIXELS,
     factor: int = FACTOR,
     off_screen: OffScreen = "error",
+    picture: tuple[int, int] | None = None,
 ) -> ParsedResponse:
     """The thought and the actions of an answer that has JSON in it. The other arguments are `parse_ui_tars`'s.
 
@@ -61,6 +62,7 @@ def parse_json_actions(
         max_pixels=max_pixels,
         factor=factor,
         off_screen=off_screen,
+        picture=picture,
     )
     reader = _Reader(frame, text)
     before, values = _values(text)
@@ -84,6 +86,7 @@ def parse_tool_calls(
     max_pixels: int = MAX_PIXELS,
     factor: int = FACTOR,
     off_screen: OffScreen = "error",
+    picture: tuple[int, int] | None = None,
 ) -> ParsedResponse:
     """The actions of tool calls, as `CompletionOutput.tool_calls` has them.
 
@@ -101,6 +104,7 @@ def parse_tool_calls(
         max_pixels=max_pixels,
         factor=factor,
         off_screen=off_screen,
+        picture=picture,
     )
     if not tool_calls:
         raise ActionParseError("the answer calls no tool", text=thought, span=(0, len(thought)))

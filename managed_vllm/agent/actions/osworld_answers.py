@@ -62,6 +62,7 @@ def parse_like_osworld(
     *,
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
+    picture: tuple[int, int] | None = None,
 ) -> ParsedResponse:
     """The thought and the actions of an answer, as OSWorld's agent reads them; its special tokens don't count.
 
@@ -69,10 +70,12 @@ def parse_like_osworld(
         text: the model's answer, whole.
         image_size: width and height of the screenshot, in pixels. Coordinates are pixels of the resized image.
         min_pixels, max_pixels: of the model's image processor.
+        picture: width and height of the resized image, where they are known; then the limits don't count.
 
     Raises `ActionParseError`: that agent would sample again, or break.
     """
-    return _Reading(text, image_size, smart_resize(image_size, min_pixels=min_pixels, max_pixels=max_pixels)).parsed()
+    resized = picture or smart_resize(image_size, min_pixels=min_pixels, max_pixels=max_pixels)
+    return _Reading(text, image_size, resized).parsed()
 
 
 def with_box_tokens(text: str) -> str:

@@ -72,6 +72,7 @@ def parse_ui_tars(
     max_pixels: int = MAX_PIXELS,
     factor: int = FACTOR,
     off_screen: OffScreen = "error",
+    picture: tuple[int, int] | None = None,
 ) -> ParsedResponse:
     """The thought and the actions of an answer, in time linear in its length.
 
@@ -80,6 +81,7 @@ def parse_ui_tars(
         image_size: width and height of the screenshot, in pixels.
         coordinates: the frame of the model's numbers, see `managed_vllm.agent.actions.coordinates`.
         min_pixels, max_pixels, factor: of the model's image processor, for `resized`.
+        picture: width and height of what the model sees, for `resized`, where it is known; then the three don't count.
         off_screen: what a point outside of the image is: `error`, or `clamp`: moved to the nearest pixel. A point up to
             one pixel beyond the last one (x = width) is moved in any case.
 
@@ -93,6 +95,7 @@ def parse_ui_tars(
         max_pixels=max_pixels,
         factor=factor,
         off_screen=off_screen,
+        picture=picture,
     )
     return parse_in(frame, text)
 
