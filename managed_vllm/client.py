@@ -59,6 +59,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
         ready: Callable[[], Endpoint | None] | None = None,
         instance: Callable[[], str | None] | None = None,
     ) -> None:
+        self.model_name = model_name
         if max_in_flight < 1:
             raise BadRequestError("max_in_flight must be 1 or more", field="max_in_flight")
         if connection is None:
@@ -151,6 +152,11 @@ class VLLMClient(RequestMethods):
         made = cls.__new__(cls)
         made._client = client
         return made
+
+    @property
+    def model_name(self) -> str | None:
+        """The name under which the server has the model, as given."""
+        return self._client.model_name
 
     @property
     def async_client(self) -> AsyncVLLMClient:

@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 
 from managed_vllm.agent import trajectory_codec
+from managed_vllm.agent.made_of import task_digest
 from managed_vllm.agent.run_folder import ARRAYS, LINES, read_at, translated_errors, write_at
 from managed_vllm.agent.trajectory_codec import Record
 from managed_vllm.agent.types import FailureClass, StopReason, Trajectory
@@ -47,6 +48,7 @@ class AttemptEntry:
     """An attempt as the index has it: what can be said of it without reading it. The head of its line.
 
     Attributes:
+        task_digest: of instruction, seed and data of the task (`made_of.task_digest`); empty: not known.
         task_id, rollout, attempt, group_round, ok, reward, stop_reason, started_at, duration_s: as of the trajectory.
         failure: whose fault; None for one that did not fail.
         steps: the number of turns.
@@ -71,6 +73,7 @@ class AttemptEntry:
     offset: int
     size: int
     block: tuple[int, int, int]
+    task_digest: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -221,6 +224,7 @@ def head_of(trajectory: Trajectory) -> dict[str, Any]:
     try:
         head = {
             "task_id": trajectory.task.id,
+            "task_digest": task_digest(trajectory.task),
             "rollout": int(trajectory.rollout),
             "attempt": int(trajectory.attempt),
             "group_round": int(trajectory.group_round),

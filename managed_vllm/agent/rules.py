@@ -26,6 +26,7 @@ class Rules:
 
     Attributes:
         client: of the model's server.
+        model: the name that is asked for; None: not known before the first answer.
         images: where screenshots are kept.
         params: sampling parameters, with logprobs, and special tokens as text.
         limits: how far an episode may go.
@@ -38,6 +39,7 @@ class Rules:
     """
 
     client: AsyncVLLMClient
+    model: str | None
     images: ImageStore
     params: SamplingParams
     limits: Limits
@@ -71,7 +73,7 @@ class Rules:
         if params.skip_special_tokens is None:
             # Else a token such as <|box_start|> is gone from the history, and the next prompt is not what was sampled.
             params = replace(params, skip_special_tokens=False)
-        return cls(client_of(llm), images, params, limits or Limits(), agent, **more)
+        return cls(client_of(llm), model_of(llm, agent), images, params, limits or Limits(), agent, **more)
 
 
 def client_of(llm: Any) -> AsyncVLLMClient:
@@ -87,3 +89,9 @@ def client_of(llm: Any) -> AsyncVLLMClient:
         "for a server by URL: VLLMClient(base_url, api_key, model_name)",
         field="llm",
     )
+
+
+def model_of(llm: Any, agent: AgentFormat) -> str | None:
+    """The name of the model that is asked for, where it is known."""
+    named = agent.request.get("model") or getattr(llm, "model", None) or getattr(llm, "model_name", None)
+    return named if isinstance(named, str) else None

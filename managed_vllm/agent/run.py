@@ -43,7 +43,11 @@ _HARMLESS = frozenset({FailureClass.MODEL_SERVER, FailureClass.PARSER})
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What a run is to do: the arguments of `StreamingTaskScheduler`, checked."""
+    """What a run is to do: the arguments of `StreamingTaskScheduler`, checked.
+
+    `on_group` is called when a group is complete or dropped, with its task, the numbers of its rollouts, and whether it
+    is dropped.
+    """
 
     rules: Rules
     make_environment: MakeEnvironment
@@ -56,6 +60,7 @@ class RunPlan:
     on_attempt: Callable[[Trajectory], None] | None
     max_ahead: int
     reuse_environments: bool
+    on_group: Callable[[Task, Sequence[int], bool], None] | None = None
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_concurrency < 1 or self.max_ahead < 1:
@@ -312,6 +317,8 @@ class Run:
     async def _tell(self, group: GroupState, *, dropped: bool) -> None:
         group.settled = True
         task = group.task
+        if self._plan.on_group is not None:
+            self._plan.on_group(task, sorted(group.results), dropped)
         if self._whole or self._plan.group_policy is not GroupPolicy.KEEP:
             stored = frozenset((task.id, number) for number in group.stored)
             await self._out.put(GroupEnd(Group(task, tuple(group.finished()), dropped), stored))

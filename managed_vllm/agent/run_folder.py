@@ -35,27 +35,47 @@ class RunFile:
     """`run.json`."""
 
     config: dict[str, Any]
-    identity: dict[str, Any]
+    notes: dict[str, Any] = field(default_factory=dict)
+    made_of: dict[str, Any] = field(default_factory=dict)
     created_at: float = field(default_factory=time.time)
     resumed: list[dict[str, Any]] = field(default_factory=list)
     format: str = FORMAT
     version: int = VERSION
 
-    def resume(self, folder: Path, config: dict[str, Any], identity: dict[str, Any]) -> None:
-        """Goes on with it. Raises `RunStoreError`: it is another run."""
-        if identity != self.identity:
-            raise RunStoreError(
-                f"{folder} is another run; give another folder, or ask for the same:\n"
-                + "\n".join(differences(self.identity, identity)),
-                path=str(folder),
-            )
+    def resume(self, folder: Path, config: dict[str, Any], notes: dict[str, Any], *, force: bool) -> None:
+        """Goes on with it. Raises `RunStoreError`: it is another run, unless `force`."""
+        if config != self.config and not force:
+            raise another_run(folder, self.config, config)
         self.resumed.append({"at": time.time()})
         if config != self.config:
             self.resumed[-1]["config"] = config
+        if notes != self.notes:
+            self.resumed[-1]["notes"] = notes
+
+    def settle(self, folder: Path, made_of: dict[str, Any], *, force: bool) -> bool:
+        """What it is made of, recorded once; whether that is to be written. Raises `RunStoreError` as `resume`."""
+        if made_of == self.made_of:
+            return False
+        if not self.made_of:
+            self.made_of = made_of
+        elif not force:
+            raise another_run(folder, self.made_of, made_of)
+        elif self.resumed:
+            self.resumed[-1]["made_of"] = made_of
+        return True
 
     def write(self, folder: Path) -> None:
         """For the holder of the lock."""
         _replace(folder / RUN, asdict(self))
+
+
+def another_run(folder: Path, has: Mapping[str, Any], asked: Mapping[str, Any]) -> RunStoreError:
+    """The error that says what differs."""
+    return RunStoreError(
+        f"{folder} is a run made otherwise; ask for the same, give another folder, or force it (force=True, --force): "
+        "what is missing is then played as asked for now\n" + "\n".join(differences(has, asked)),
+        path=str(folder),
+    )
 
 
 def read_run(folder: Path) -> RunFile:

@@ -156,8 +156,8 @@ def run_agent_loop(
             on_parse_error or ParseErrorPolicy(),
             {} if model_name is None else {"model": model_name},
         )
-    config = {"max_steps": limits.max_steps, "limit_images": limits.max_images, "runners": len(runners)}
-    with contextlib.nullcontext() if data_dir is None else RunStore.create(data_dir, config) as store:
+    notes = {"runners": len(runners)}
+    with contextlib.nullcontext() if data_dir is None else RunStore.create(data_dir, notes=notes) as store:
         scheduler = StreamingTaskScheduler(
             llm,
             lambda: _WithItsRunner(runner_of, limits),
@@ -170,7 +170,7 @@ def run_agent_loop(
             on_attempt=on_trajectory,
             reuse_environments=False,
         )
-        return scheduler.run_all(tasks)
+        return list(scheduler.run_all(tasks))
 
 
 class _WithItsRunner:

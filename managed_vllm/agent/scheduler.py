@@ -25,6 +25,8 @@ from managed_vllm.agent.blocking import blocking
 from managed_vllm.agent.format import AgentFormat
 from managed_vllm.agent.gate import Gate
 from managed_vllm.agent.image_store import ImageStore, own_images
+from managed_vllm.agent.made_of import made_of
+from managed_vllm.agent.pictures import Pictures
 from managed_vllm.agent.preflight import Preflight
 from managed_vllm.agent.rollout_policies import GroupPolicy, RetryRollouts
 from managed_vllm.agent.rules import Rules, StepHook
@@ -150,21 +152,26 @@ class StreamingTaskScheduler:
                 if not isinstance(event, Trajectory):
                     yield event.group
 
-    def run_all(self, tasks: Tasks, *, keep: bool = True) -> list[Trajectory]:
+    def run_all(self, tasks: Tasks, *, keep: bool = True) -> Sequence[Trajectory]:
         """All rollouts of the tasks, in the order of tasks and numbers, for programs without asyncio.
 
-        Those that a store had finished are among them, those of dropped groups are not. Ctrl-C ends it cleanly: what
-        had finished is in the store. `keep=False` returns nothing: for runs that memory does not hold, with a store.
+        Those that a store had finished are among them, those of dropped groups are not. With a store they are read from
+        it one by one, each time that one is asked for, so that memory need not hold them; without one it is a list.
+        Ctrl-C ends the run cleanly: what had finished is in the store. `keep=False` returns nothing.
         """
         order: dict[str, int] = {}
+        rollouts: dict[str, Sequence[int]] = {}
 
         async def ordered() -> AsyncIterator[Task]:
             async for task in each_task(tasks):
                 order.setdefault(task.id, len(order))
                 yield task
 
+        def note(task: Task, numbers: Sequence[int], dropped: bool) -> None:
+            rollouts[task.id] = () if dropped else tuple(numbers)
+
         async def collect() -> list[Group]:
-            if keep:
+            if keep and self._plan.store is None:
                 return [group async for group in self.run_groups(ordered())]
             async for _ in self.run(ordered()):
                 pass
@@ -172,10 +179,16 @@ class StreamingTaskScheduler:
 
         if isinstance(tasks, Sized):
             self._known_tasks = len(tasks)
+        plan = self._plan
+        if keep and plan.store is not None:
+            self._plan = replace(plan, on_group=note)
         try:
             groups = blocking(collect)
         finally:
             self._known_tasks = None
+            self._plan = replace(self._plan, on_group=None)
+        if keep and plan.store is not None:
+            return plan.store.selected((name, number) for name in order for number in rollouts.get(name, ()))
         groups.sort(key=lambda group: order[group.task.id])
         return [trajectory for group in groups if not group.dropped for trajectory in group.trajectories]
 
@@ -219,7 +232,10 @@ class StreamingTaskScheduler:
         gate = Gate()
         if self._plan.rules.gate.paused:
             gate.close()
-        self._plan = replace(self._plan, rules=replace(self._plan.rules, gate=gate, preflight=Preflight()))
+        rules = replace(self._plan.rules, gate=gate, preflight=Preflight(), pictures=Pictures())
+        self._plan = replace(self._plan, rules=rules)
+        if self._plan.store is not None:
+            self._plan.store.settle(made_of(rules))
         run = self._current = Run(self._plan, self.stats, tasks, whole=whole)
         try:
             with RunProgress(self.stats, self._progress):

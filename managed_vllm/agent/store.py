@@ -22,17 +22,18 @@ the last one where none is.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 from managed_vllm import forks
 from managed_vllm.agent import run_folder, trajectory_codec
@@ -83,6 +84,52 @@ class RunSummary:
     response_tokens: int
     duration_s: float
     damaged: int
+
+
+class StoredTrajectories(Sequence[Trajectory]):
+    """Trajectories that are read from a run's folder each time that one is asked for. Also when its store is closed."""
+
+    def __init__(self, path: Path, entries: tuple[AttemptEntry, ...]) -> None:
+        self._path = path
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Trajectory: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> StoredTrajectories: ...
+
+    def __getitem__(self, index: int | slice) -> Trajectory | StoredTrajectories:
+        """Raises `RunStoreError`: its files are damaged, or gone."""
+        if isinstance(index, slice):
+            return StoredTrajectories(self._path, self._entries[index])
+        return next(self._read([self._entries[index]]))
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return self._read(self._entries)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} trajectories of {self._path}>"
+
+    def _read(self, entries: Iterable[AttemptEntry]) -> Iterator[Trajectory]:
+        with contextlib.closing(AttemptLog(self._path, writable=False)) as attempts:
+            for entry in entries:
+                yield read_attempt(attempts, self._path, entry)
+
+
+def read_attempt(attempts: AttemptLog, path: Path, entry: AttemptEntry) -> Trajectory:
+    """The trajectory of an entry. Raises `RunStoreError`, of a `DamagedError` if its files are damaged."""
+    line, block = attempts.read(entry)
+    try:
+        return trajectory_of(entry, line, block)
+    except DamagedError as error:
+        raise RunStoreError(
+            f"attempt {entry.attempt} at {entry.task_id}, rollout {entry.rollout}, is damaged ({path}, {error.damage})",
+            path=str(path),
+        ) from error
 
 
 class AttemptIndex:
@@ -138,11 +185,13 @@ class RunStore:
         path: the folder.
         images: the `ImageStore` of its screenshots.
         damaged: what was found and is not trusted.
+        force: whether differences to what the run was made of are none of its concern.
     """
 
-    def __init__(self, path: Path, run: run_folder.RunFile, lock: io.FileIO | None) -> None:
+    def __init__(self, path: Path, run: run_folder.RunFile, lock: io.FileIO | None, *, force: bool = False) -> None:
         """For `create` and `open`."""
         self.path = path
+        self.force = force
         self.images = ImageStore(path / run_folder.IMAGES)
         self.damaged: list[Damage] = []
         self._run = run
@@ -167,9 +216,14 @@ class RunStore:
         return self._run.config
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """The part of that on which resuming insists."""
-        return self._run.identity
+    def notes(self) -> dict[str, Any]:
+        """What was noted beside it."""
+        return self._run.notes
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """Model, format, limits and sampling parameters, as the first scheduler that played it had them."""
+        return self._run.made_of
 
     @property
     def created_at(self) -> float:
@@ -192,23 +246,26 @@ class RunStore:
         path: str | os.PathLike[str],
         config: Mapping[str, Any] | None = None,
         *,
-        identity: Mapping[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
         resume: bool = True,
+        force: bool = False,
     ) -> RunStore:
         """Makes the folder of a run, or goes on with the one that is there; to be closed.
 
         Args:
             path: the folder. It and its parents are made. One that holds anything else than a run is refused.
-            config: what was asked for. Plain JSON values; recorded, not compared.
-            identity: what must be the same when the run is resumed: model, tasks, sampling, …; as far as the caller
-                thinks it matters. Plain JSON values.
+            config: what was asked for, and must be the same when the run is resumed. Plain JSON values. What a
+                scheduler plays it with (model, prompt, sampling, tasks) is compared in any case.
+            notes: anything else that is to be recorded, and may be another time otherwise. Plain JSON values.
             resume: whether to go on with a run that is there; else that is an error.
+            force: go on with it even if it was made otherwise: what is finished stays, the rest is played as asked for
+                now. `run.json` says so.
 
         Raises `RunStoreError`: another process writes to it; it is another run (the message lists what differs), none,
         or one of a later version; the disk is full or read-only. `ConfigError`: no JSON values.
         """
         folder = Path(path).absolute()
-        asked = run_folder.plain_json(config, "config"), run_folder.plain_json(identity, "identity")
+        asked = run_folder.plain_json(config, "config"), run_folder.plain_json(notes, "notes")
         with run_folder.translated_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             run_folder.check_ours(folder)
@@ -222,13 +279,13 @@ class RunStore:
                     raise RunStoreError(
                         f"there is a run already in {folder}: resume it, or give another folder", path=str(folder)
                     )
-                run.resume(folder, *asked)
+                run.resume(folder, *asked, force=force)
             with run_folder.translated_errors(folder):
                 for name in (run_folder.LINES, run_folder.ARRAYS):
                     (folder / name).touch()
                 run.write(folder)
                 run_folder.tell_writer(folder)
-            return cls(folder, run, lock)
+            return cls(folder, run, lock, force=force)
         except BaseException:
             lock.close()
             raise
@@ -273,21 +330,23 @@ class RunStore:
         """Rollouts (task id and number) that need not be done again: one attempt is `ok`, in the task's last round."""
         return {entry.key for entry in self.counting() if entry.ok}
 
+    def selected(self, keys: Iterable[tuple[str, int]]) -> StoredTrajectories:
+        """Of these rollouts (task id and number) the attempts that count, or the last ones, in this order."""
+        with self._mutex:
+            by_key = {entry.key: entry for entry in self._index.counting()}
+        return StoredTrajectories(self.path, tuple(by_key[key] for key in keys))
+
     def load(self, entry: AttemptEntry) -> Trajectory:
         """The trajectory of an entry. Raises `RunStoreError` if its files are damaged; then it does not count any
         more."""
         with self._mutex:
             self._check_open()
-            line, block = self._log.read(entry)
-        try:
-            return trajectory_of(entry, line, block)
-        except DamagedError as error:
-            self._distrust(entry, error.damage)
-            raise RunStoreError(
-                f"attempt {entry.attempt} at {entry.task_id}, rollout {entry.rollout}, is damaged "
-                f"({self.path}, {error.damage})",
-                path=str(self.path),
-            ) from error
+            try:
+                return read_attempt(self._log, self.path, entry)
+            except RunStoreError as error:
+                if isinstance(error.__cause__, DamagedError):
+                    self._distrust(entry, error.__cause__.damage)
+                raise
 
     def refresh(self) -> list[AttemptEntry]:
         """Reads what another process has added since; returns that. Cheap: it begins where it stopped."""
@@ -354,6 +413,18 @@ class RunStore:
             entry = self._log.append(head, record)
             self._index.add(entry)
             return entry
+
+    def settle(self, made_of: Mapping[str, Any]) -> None:
+        """Says what the run is made of; recorded the first time, compared from then on.
+
+        Raises `RunStoreError`: it was made otherwise (the message lists what differs), and `force` was not given.
+        """
+        asked = run_folder.plain_json(made_of, "made_of")
+        with self._mutex:
+            self._check_open(to_write=True)
+            if self._run.settle(self.path, asked, force=self.force):
+                with run_folder.translated_errors(self.path):
+                    self._run.write(self.path)
 
     def close(self) -> None:
         """Lets another one write. A second time it does nothing."""

@@ -218,6 +218,11 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--n", type=_positive, default=1, metavar="N", help="rollouts a task (1)")
     what.add_argument("--out", required=True, metavar="RUN", help="the run's folder; one that is there is gone on with")
     what.add_argument("--seed", type=int, default=0, help="of the tasks (0)")
+    what.add_argument(
+        "--force",
+        action="store_true",
+        help="go on with a run that was made otherwise (another model, prompt, task …): its finished rollouts stay",
+    )
     what.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else")
     how = parser.add_argument_group("how")
     how.add_argument("--max-concurrency", type=_positive, default=16, metavar="N", help="environments at once (16)")

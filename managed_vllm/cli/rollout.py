@@ -45,9 +45,9 @@ def rollout(given: argparse.Namespace) -> int:
         agent = FORMATS[name](**({"coordinates": given.coordinates} if given.coordinates else {}))
         if given.retries:
             agent = replace(agent, on_parse_error=ParseErrorPolicy(retries=given.retries))
-        identity = {"environment": given.environment, "model": llm.model, "format": name, "limits": asdict(limits)}
-        config = {**identity, "n": given.n, "sampling": params, "seed": given.seed, "tasks": len(tasks)}
-        with RunStore.create(out, config, identity={**identity, "sampling": params}) as store:
+        config = {"environment": given.environment, "format": name}
+        notes = {"n": given.n, "seed": given.seed, "tasks": len(tasks), "limits": asdict(limits)}
+        with RunStore.create(out, config, notes=notes, force=given.force) as store:
             scheduler = StreamingTaskScheduler(
                 llm,
                 place.make,

@@ -579,7 +579,7 @@ def test_one_scheduler_runs_once_at_a_time_and_any_number_of_times(server: Actin
 
 def test_run_all_works_within_a_running_event_loop(server: ActingServer) -> None:
     async def notebook() -> list[Trajectory]:
-        return scheduler(server, Worlds()).run_all(tasks(2))
+        return list(scheduler(server, Worlds()).run_all(tasks(2)))
 
     assert [one.reward for one in asyncio.run(notebook())] == [1.0] * 2
 

@@ -313,43 +313,79 @@ def test_the_summary_counts_rewards_of_those_that_are_ok_only(path: Path) -> Non
 # -- made and resumed --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_resumed_with_the_same_identity(path: Path) -> None:
+def test_a_run_is_resumed_with_the_same_config(path: Path) -> None:
     asked = {"model": "m", "sampling": {"temperature": 1.0}, "tasks": ("a", "b")}
-    with RunStore.create(path, {"note": 1}, identity=asked) as store:
+    with RunStore.create(path, asked, notes={"note": 1}) as store:
         store.append(attempt(0))
         created_at = store.created_at
-    with RunStore.create(path, {"note": 2}, identity=asked) as store:
-        assert (store.config, store.created_at) == ({"note": 1}, created_at)
+    with RunStore.create(path, asked, notes={"note": 2}) as store:
+        assert (store.notes, store.created_at) == ({"note": 1}, created_at)
         assert store.finished() == {("t-1", 0)}
         store.append(attempt(1))
     with RunStore.open(path) as store:
         assert len(store) == 2
-        assert store.identity == {"model": "m", "sampling": {"temperature": 1.0}, "tasks": ["a", "b"]}
+        assert store.config == {"model": "m", "sampling": {"temperature": 1.0}, "tasks": ["a", "b"]}
     (resumed,) = json.loads((path / "run.json").read_text())["resumed"]
-    assert resumed["config"] == {"note": 2}
+    assert resumed["notes"] == {"note": 2}
+    assert "config" not in resumed
 
 
 def test_another_run_is_refused_with_what_differs(path: Path) -> None:
     asked = {"model": "m", "sampling": {"temperature": 1.0, "top_p": 1}}
-    RunStore.create(path, identity=asked).close()
+    RunStore.create(path, asked).close()
+    other = {"model": "m", "sampling": {"temperature": 0.5, "top_p": 1}, "n": 8}
     with pytest.raises(RunStoreError) as caught:
-        RunStore.create(path, identity={"model": "m", "sampling": {"temperature": 0.5, "top_p": 1}, "n": 8})
+        RunStore.create(path, other)
     assert "sampling.temperature: the run has 1.0, asked for is 0.5" in caught.value.message
     assert "n: the run has nothing, asked for is 8" in caught.value.message
     assert "top_p" not in caught.value.message
     assert "model" not in caught.value.message
     with pytest.raises(RunStoreError, match="there is a run already"):
-        RunStore.create(path, identity=asked, resume=False)
-    RunStore.create(path, identity=asked).close()  # neither of them holds the lock
+        RunStore.create(path, asked, resume=False)
+    RunStore.create(path, asked).close()  # neither of them holds the lock
+    with RunStore.create(path, other, force=True) as store:
+        assert store.config == asked
+    assert json.loads((path / "run.json").read_text())["resumed"][-1]["config"] == other
 
 
-@pytest.mark.parametrize("name", ["config", "identity"])
+def test_what_a_run_is_made_of_is_recorded_and_compared(path: Path) -> None:
+    with RunStore.create(path) as store:
+        store.settle({"model": "a", "limits": {"max_steps": 5}})
+        store.settle({"model": "a", "limits": {"max_steps": 5}})
+    with RunStore.create(path) as store:
+        assert store.made_of == {"model": "a", "limits": {"max_steps": 5}}
+        with pytest.raises(RunStoreError, match=r"limits\.max_steps: the run has 5, asked for is 9"):
+            store.settle({"model": "a", "limits": {"max_steps": 9}})
+    with RunStore.create(path, force=True) as store:
+        store.settle({"model": "b", "limits": {"max_steps": 5}})
+    told = json.loads((path / "run.json").read_text())
+    assert told["made_of"]["model"] == "a"
+    assert told["resumed"][-1]["made_of"]["model"] == "b"
+
+
+@pytest.mark.parametrize("name", ["config", "notes"])
 def test_a_config_that_is_no_json_is_refused_and_nothing_is_made(path: Path, name: str) -> None:
     for wrong in ({"x": object()}, {"x": math.nan}, {"x": b""}):
         with pytest.raises(ConfigError) as caught:
             RunStore.create(path, **{name: wrong})  # type: ignore[arg-type]
         assert caught.value.field == name
     assert not path.exists()
+
+
+def test_trajectories_are_read_when_they_are_asked_for_also_when_the_store_is_closed(path: Path) -> None:
+    with RunStore.create(path) as store:
+        given = [attempt(rollout) for rollout in range(4)]
+        for each in given:
+            store.append(each)
+        found = store.selected(("t-1", rollout) for rollout in (3, 0, 2))
+    assert len(found) == 3
+    assert list(found) == [given[3], given[0], given[2]]
+    assert (found[0], found[-1], list(found[1:])) == (given[3], given[2], [given[0], given[2]])
+    with pytest.raises(IndexError):
+        found[3]
+    with pytest.raises(KeyError):
+        with RunStore.open(path) as store:
+            store.selected([("t-1", 9)])
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(path: Path) -> None:

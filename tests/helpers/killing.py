@@ -62,7 +62,7 @@ def play_while_killing(llm: ManagedVLLM, kill: Any, *, count: int, turns: int, k
     thread = threading.Thread(target=killer)
     thread.start()
     try:
-        found = scheduler.run_all(tasks(count, turns))
+        found = list(scheduler.run_all(tasks(count, turns)))
     finally:
         over.set()
         thread.join()

@@ -8,7 +8,7 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def order_of(store: RunStore) -> Any:
     return lambda one: places[one.key]
 
 
-def check_records(llm: ManagedVLLM, found: list[Trajectory]) -> None:
+def check_records(llm: ManagedVLLM, found: Sequence[Trajectory]) -> None:
     """What is recorded is what the server has: asked for once more, it gives the same ids."""
     for one in found[:10]:
         for step in one.steps:

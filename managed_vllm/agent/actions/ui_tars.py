@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import NamedTuple, NoReturn
 
@@ -42,23 +41,11 @@ from managed_vllm.agent.actions.coordinates import (
     OffScreen,
     OffScreenError,
 )
-from managed_vllm.agent.actions.keys import key_of, keys_of
+from managed_vllm.agent.actions.ui_tars_calls import BUILD, FUNCTIONS, SAME_PARAMETER, Function, Value
 from managed_vllm.agent.actions.values import (
     Action,
-    Button,
-    CallUser,
-    Click,
-    Direction,
-    Drag,
-    Finished,
-    Hotkey,
-    KeyDown,
-    KeyUp,
-    Move,
     ParsedResponse,
-    Scroll,
     Type,
-    Wait,
 )
 from managed_vllm.errors import ActionParseError
 
@@ -105,52 +92,11 @@ def parse_in(frame: Frame, text: str) -> ParsedResponse:
     return _Scanner(text, frame).parse()
 
 
-# -- what the format has -----------------------------------------------------------------------------------------------
+# -- patterns ----------------------------------------------------------------------------------------------------------
 
-
-class _Function(NamedTuple):
-    """The parameters of an action, by the kind of their value; the first of them may come without its name."""
-
-    parameters: Mapping[str, str]
-    required: tuple[str, ...] = ()
-
-
-_AT_POINT = _Function({"start_box": "box"}, ("start_box",))
-_FROM_TO = _Function({"start_box": "box", "end_box": "box"}, ("start_box", "end_box"))
-
-_ONE_KEY = _Function({"key": "word"}, ("key",))
-
-_FUNCTIONS: dict[str, _Function] = {
-    "click": _AT_POINT,
-    "left_single": _AT_POINT,
-    "left_double": _AT_POINT,
-    "right_single": _AT_POINT,
-    "drag": _FROM_TO,
-    "select": _FROM_TO,
-    "hotkey": _Function({"key": "word"}, ("key",)),
-    "type": _Function({"content": "text"}, ("content",)),
-    "scroll": _Function({"start_box": "box", "direction": "word"}, ("direction",)),
-    "hover": _AT_POINT,
-    "press": _ONE_KEY,
-    "keydown": _ONE_KEY,
-    "release": _ONE_KEY,
-    "keyup": _ONE_KEY,
-    "wait": _Function({"time": "word"}),
-    "finished": _Function({"content": "text"}),
-    "call_user": _Function({"content": "text"}),
-}
-_SAME_PARAMETER = {"point": "start_box", "start_point": "start_box", "end_point": "end_box", "hotkey": "key"}
-_SAME_PARAMETER |= {"press": "key", "seconds": "time"}
-
-_CLICKS = {
-    "click": (Button.LEFT, 1),
-    "left_single": (Button.LEFT, 1),
-    "left_double": (Button.LEFT, 2),
-    "right_single": (Button.RIGHT, 1),
-}
 
 # Every repeat below is possessive or followed by what it can't take itself, so that none is tried twice from one place.
-_NAMES = "|".join(_FUNCTIONS)
+_NAMES = "|".join(FUNCTIONS)
 _ACTION_LABEL = re.compile(r"^[ \t>*#`]*+(?i:action)[ \t]?[*`]*+[ \t]?[:：][*`]*+", re.MULTILINE)
 _ACTION_LABEL_INSIDE = re.compile(rf"\bAction[:：]\s*+(?=(?:{_NAMES})\()")
 _THOUGHT_LABEL = re.compile(
@@ -182,8 +128,6 @@ _ENDS_HERE = re.compile(
 )
 """After the `)` of an action: nothing but the end, or what begins the next one."""
 
-_SECONDS = re.compile(r"[0-9]{1,4}(?:\.[0-9]{1,3})?")
-_MOST_SECONDS = 3600
 _NUMBER = re.compile(r"([+-]?)([0-9]{0,512}+)(?:\.([0-9]{0,512}+))?")
 _BOX_WRAPS = {"<|box_start|>": "<|box_end|>", "<point>": "</point>", "<bbox>": "</bbox>"}
 _BOX_SPECIAL = re.compile("|".join(re.escape(tag) for pair in _BOX_WRAPS.items() for tag in pair))
@@ -341,25 +285,25 @@ class _Scanner:
                 self.fail("the answer was cut off before its action", start)
             self.fail("expected an action, such as click(start_box='(x,y)')", start)
         name = call[1]
-        function = _FUNCTIONS.get(name)
+        function = FUNCTIONS.get(name)
         if function is None:
-            self.fail(f"there is no action {name!r}; the actions are {', '.join(_FUNCTIONS)}", start, call.end(1))
+            self.fail(f"there is no action {name!r}; the actions are {', '.join(FUNCTIONS)}", start, call.end(1))
         values, end = self._arguments(name, function, start, call.end())
         for parameter in function.required:
             if parameter not in values:
                 self.fail(f"{name} needs {parameter}", start, end)
-        return _BUILD[name](self, name, values), end
+        return BUILD[name](self, name, values), end
 
-    def _arguments(self, name: str, function: _Function, start: int, at: int) -> tuple[dict[str, _Value], int]:
+    def _arguments(self, name: str, function: Function, start: int, at: int) -> tuple[dict[str, Value], int]:
         text = self.text
-        values: dict[str, _Value] = {}
+        values: dict[str, Value] = {}
         at = self._after_space(at)
         while not text.startswith(")", at):
             named = _PARAMETER.match(text, at)
             if named is not None:
                 parameter = named[1]
                 # `hotkey(hotkey='…')`, and `click(point='…')`
-                parameter = _SAME_PARAMETER.get(parameter, parameter)
+                parameter = SAME_PARAMETER.get(parameter, parameter)
                 if parameter not in function.parameters:
                     takes = f"takes {', '.join(function.parameters)}" if function.parameters else "takes nothing"
                     self.fail(f"{name} has no {named[1]!r}; it {takes}", named.start(1), named.end(1))
@@ -387,32 +331,32 @@ class _Scanner:
     def _cut_off(self, start: int) -> NoReturn:
         self.fail("the answer was cut off within its action", start, len(self.text))
 
-    def _value(self, kind: str, name: str, parameter: str, start: int, at: int) -> tuple[_Value, int]:
+    def _value(self, kind: str, name: str, parameter: str, start: int, at: int) -> tuple[Value, int]:
         text = self.text
         quote = text[at]
         if quote not in "'\"":
             if kind == "box":
                 point, end = self._box(at, None)
-                return _Value(at, end, point=point), end
+                return Value(at, end, point=point), end
             bare = _BARE_WORD.match(text, at) if kind == "word" else None
             if bare is None:
                 self.fail(f"{parameter} of {name} must be in quotes", at)
-            return _Value(at, bare.end(), word=bare[0]), bare.end()
+            return Value(at, bare.end(), word=bare[0]), bare.end()
         if kind == "text":
             begin, close, end = self._text_span(quote, name, start, at)
-            return _Value(begin, close, word=text[begin:close]), end
+            return Value(begin, close, word=text[begin:close]), end
         if kind == "box":
             close = text.find(quote, at + 1)
             if close < 0:
                 self._cut_off(start)
             point, _ = self._box(at + 1, close)
-            return _Value(at + 1, close, point=point), close + 1
+            return Value(at + 1, close, point=point), close + 1
         # A key may be a quote or a backslash itself.
         last = _END_OF_WORD[quote].search(text, at + 1)
         if last is None:
             self._cut_off(start)
         word = _ESCAPED_SIGN.sub(r"\1", text[at + 1 : last.start()])
-        return _Value(at + 1, last.start(), word=word), last.end()
+        return Value(at + 1, last.start(), word=word), last.end()
 
     # -- texts
 
@@ -444,11 +388,11 @@ class _Scanner:
             self._cut_off(start)
         return at + 1, close, close + 1
 
-    def text_of(self, value: _Value) -> str:
+    def text_of(self, value: Value) -> str:
         """The content, with its escapes carried out."""
         return self._encodable(_ESCAPE.sub(_unescape, value.word), value)
 
-    def typed(self, value: _Value) -> Type:
+    def typed(self, value: Value) -> Type:
         raw = value.word
         enter = True
         if raw.endswith("\\n") and (len(raw) - len(raw[:-1].rstrip("\\"))) % 2 == 0:
@@ -459,7 +403,7 @@ class _Scanner:
             enter = False
         return Type(self._encodable(_ESCAPE.sub(_unescape, raw), value), enter)
 
-    def _encodable(self, text: str, value: _Value) -> str:
+    def _encodable(self, text: str, value: Value) -> str:
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -537,15 +481,6 @@ class _Scanner:
         self.fail("a point must be two finite numbers, '(x,y)', or a box of four, '(x1,y1,x2,y2)'", begin, end)
 
 
-class _Value(NamedTuple):
-    """An argument, where its text is: without quotes."""
-
-    start: int
-    end: int
-    word: str = ""
-    point: tuple[float, float] = (0.0, 0.0)
-
-
 class _Ends(NamedTuple):
     """All places of an answer at which a quote of one kind may end a content, sorted.
 
@@ -620,82 +555,3 @@ def _thought(text: str) -> str:
 
 def _unescape(match: re.Match[str]) -> str:
     return _ESCAPED.get(match[0], match[0])
-
-
-# -- what the functions mean -------------------------------------------------------------------------------------------
-
-
-def _click(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
-    button, clicks = _CLICKS[name]
-    return Click(*values["start_box"].point, button, clicks)
-
-
-def _drag(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
-    return Drag(*values["start_box"].point, *values["end_box"].point)
-
-
-def _hotkey(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
-    value = values["key"]
-    try:
-        return Hotkey(keys_of(value.word))
-    except ValueError as error:
-        scanner.fail(f"hotkey: {error}; write keys as in key='ctrl c'", value.start, value.end)
-
-
-def _type(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
-    return scanner.typed(values["content"])
-
-
-def _scroll(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
-    value = values["direction"]
-    try:
-        direction = Direction(value.word.strip().lower())
-    except ValueError:
-        scanner.fail(f"direction of scroll must be one of {', '.join(Direction)}", value.start, value.end)
-    place = values.get("start_box")
-    return Scroll(direction) if place is None else Scroll(direction, *place.point)
-
-
-def _hover(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
-    return Move(*values["start_box"].point)
-
-
-def _held(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
-    """As bytedance's own parser (ui-tars 0.4.2): `press` is `keydown`, `release` is `keyup`."""
-    value = values["key"]
-    key = value.word.strip().lower()
-    if key_of(key) is None:
-        scanner.fail(f"{name}: {key[:40]!r} is no key; write one, as in key='shift'", value.start, value.end)
-    return KeyDown(key) if name in ("press", "keydown") else KeyUp(key)
-
-
-def _wait(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
-    if "time" not in values:
-        return Wait()
-    value = values["time"]
-    if _SECONDS.fullmatch(value.word) is None or float(value.word) > _MOST_SECONDS:
-        scanner.fail(f"wait takes seconds, {_MOST_SECONDS} at most", value.start, value.end)
-    return Wait(float(value.word))
-
-
-def _finished(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
-    return Finished(scanner.text_of(values["content"]) if "content" in values else "")
-
-
-def _call_user(scanner: _Scanner, name: str, values: Mapping[str, _Value]) -> Action:
-    return CallUser(scanner.text_of(values["content"]) if "content" in values else "")
-
-
-_BUILD: dict[str, Callable[[_Scanner, str, Mapping[str, _Value]], Action]] = {
-    **dict.fromkeys(_CLICKS, _click),
-    "drag": _drag,
-    "select": _drag,
-    "hotkey": _hotkey,
-    "type": _type,
-    "hover": _hover,
-    **dict.fromkeys(("press", "keydown", "release", "keyup"), _held),
-    "scroll": _scroll,
-    "wait": _wait,
-    "finished": _finished,
-    "call_user": _call_user,
-}
