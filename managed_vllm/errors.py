@@ -164,6 +164,10 @@ class SupervisorError(ServerError):
     """The supervisor process could not be started or reached."""
 
 
+class OtherNetworkError(ServerError, ConnectionError):
+    """The server listens on TCP in another network namespace than ours; `uds=True` works across them."""
+
+
 class ServerStoppedError(ServerError):
     """The server was stopped (`managed-vllm down --force`, a signal to its supervisor) while this user held it."""
 

@@ -23,11 +23,11 @@ import asyncio
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import json
 import logging
 import math
 import os
+import resource
 import secrets
 import signal
 import sys
@@ -42,6 +42,7 @@ from managed_vllm.config import SupervisorOrder
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance import cleanup, directory
 from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.folder_hold import FolderHold
 from managed_vllm.instance.leases import FIRST_LEASE_S, Leases
 from managed_vllm.server import diagnosis, gpu_memory, launch, stacks
 from managed_vllm.server.process import ServerProcess
@@ -81,6 +82,29 @@ _READY_LOOK_S = 60.0
 
 _PR_SET_CHILD_SUBREAPER = 36
 
+_NOT_FOR_US = frozenset(
+    {
+        signal.SIGHUP,
+        signal.SIGPIPE,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        signal.SIGALRM,
+        signal.SIGVTALRM,
+        signal.SIGPROF,
+        signal.SIGXCPU,
+        signal.SIGIO,
+        signal.SIGPWR,
+        signal.SIGQUIT,
+        signal.SIGTSTP,
+        signal.SIGTTIN,
+        signal.SIGTTOU,
+    }
+)
+"""Signals that end or stop a process by default, and that batch systems and terminals send to all of a job's."""
+
+_LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE)
+"""Soft limits that are raised to the hard ones: `ulimit -Sn 256` in a user's shell is no wish for the server."""
+
 _STUCK_SOMEWHERE = frozenset(
     {
         Cause.ENGINE_HUNG,
@@ -99,16 +123,12 @@ def main() -> None:
     if os.fork():
         os._exit(0)
     os.setsid()
-    os.umask(0o077)
+    _forget_starter()
     for descriptor in (message["life"], message["lock"]):
         os.set_inheritable(descriptor, False)
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
     instance = Instance(Path(message["home"]), message["id"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    for number in (signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
     try:
         order = SupervisorOrder.from_dict(message["order"])
         asyncio.run(_supervise(instance, order, life=message["life"], lock=message["lock"]))
@@ -117,6 +137,30 @@ def main() -> None:
         with contextlib.suppress(OSError):
             instance.failed_mark.touch()
         raise
+
+
+def _forget_starter() -> None:
+    """Nothing of how our starter runs is ours, nor the server's: masks, dispositions, limits, priority, umask.
+
+    A batch system warns all processes of a job by signals whose meaning is the program's (`--signal=USR1@120`):
+    neither we nor the server take notice of them.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, signal.SIG_IGN if number in _NOT_FOR_US else signal.SIG_DFL)
+    os.umask(0o077)
+    os.chdir("/")
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, 0)  # a higher one may be refused
+    for limit in _LIMITS:
+        _, hard = resource.getrlimit(limit)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(limit, (hard, hard))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    if null > 2:
+        os.close(null)
 
 
 async def _supervise(instance: Instance, order: SupervisorOrder, *, life: int, lock: int) -> None:
@@ -130,8 +174,9 @@ async def _supervise(instance: Instance, order: SupervisorOrder, *, life: int, l
             os.write(life, b"1")
         os.close(life)
 
-    await Supervisor(instance, order).run(tell_starter)
-    fcntl.flock(lock, fcntl.LOCK_UN)  # closing would not do: a child of our starter may have a copy of the descriptor
+    hold = FolderHold(instance, lock)
+    await Supervisor(instance, order, hold).run(tell_starter)
+    hold.release()
 
 
 class IllegalTransitionError(RuntimeError):
@@ -158,9 +203,10 @@ class _NotLaunchedError(Exception):
 class Supervisor:
     """State machine of one server; see the module's docstring."""
 
-    def __init__(self, instance: Instance, order: SupervisorOrder) -> None:
+    def __init__(self, instance: Instance, order: SupervisorOrder, hold: FolderHold) -> None:
         key = order.address.api_key or secrets.token_urlsafe(32)
         self._instance = instance
+        self._hold = hold
         self._order = dataclasses.replace(order, address=dataclasses.replace(order.address, api_key=key))
         self._status = ServerStatus(
             state=ServerState.STARTING,
@@ -218,6 +264,7 @@ class Supervisor:
         """Serves until the server has failed or is not wanted any more."""
         serving = asyncio.create_task(self._serve())
         ending = asyncio.create_task(self._ending.wait())
+        holding = asyncio.create_task(self._hold.keep(self._folder_renewed, self._folder_lost))
         try:
             await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
             if serving.done() and (error := serving.exception()) is not None:
@@ -226,19 +273,34 @@ class Supervisor:
             if self._status.state is not ServerState.FAILED:
                 self._move(ServerState.STOPPING)
         finally:
-            for task in (serving, ending):
+            for task in (serving, ending, holding):
                 task.cancel()
-            await asyncio.gather(serving, ending, return_exceptions=True)
+            await asyncio.gather(serving, ending, holding, return_exceptions=True)
+
+    async def _folder_renewed(self) -> None:
+        await self._leases.listen_anew()
+        if self._scratch is not None:
+            self._scratch.mkdir(mode=0o700, exist_ok=True)
+        if self._order.address.uds:
+            self._restart_requested.set()  # its socket was in the folder
+        self._write_record()
+        _write_output_to(self._instance.supervisor_log)
+
+    def _folder_lost(self) -> None:
+        self._leases.close()  # as if we had been killed: the users find the other supervisor
+        self._end("the state folder was removed, and another supervisor has come up in the new one")
 
     async def _leave(self) -> None:
         """Removes the folder, unless another user is about to start a server in it: then it is theirs.
 
         While we hold `supervisor.lock`, `start.lock` is never kept for longer than it takes to see that we do.
         """
-        # Names before the folder: a name must never lead to a folder that others have made since.
-        await asyncio.to_thread(directory.drop_names, self._instance.home, self._instance.id)
         if self._scratch is not None:
             await asyncio.to_thread(cleanup.remove_scratch, self._scratch)
+        if not self._hold.is_intact:
+            return
+        # Names before the folder: a name must never stand for a folder of somebody else's.
+        await asyncio.to_thread(directory.drop_names, self._instance.home, self._instance.id)
         with contextlib.suppress(OSError):
             self._instance.socket_path.unlink()
         start_lock = self._instance.start_lock()
@@ -443,8 +505,8 @@ class Supervisor:
                 await asyncio.to_thread(cleanup.empty_scratch, self._scratch)
             await self._wait_for_gpu_memory(process.pids_ever)
         self._status = dataclasses.replace(self._status, server_pid=None)
-        with contextlib.suppress(OSError):
-            self._instance.uds_path.unlink()
+        if self._hold.is_intact:
+            self._instance.uds_path.unlink(missing_ok=True)
 
     async def _wait_for_gpu_memory(self, pids: set[int]) -> None:
         holders = await asyncio.to_thread(
@@ -508,7 +570,8 @@ class Supervisor:
         event = {"time": time.time(), "state": state, "epoch": self._status.epoch}
         if self._status.diagnosis is not None:
             event["diagnosis"] = self._status.diagnosis.to_dict()
-        with contextlib.suppress(OSError), open(self._instance.events_path, "a") as events:
+        events_path = self._instance.events_path if self._hold.is_intact else Path(os.devnull)
+        with contextlib.suppress(OSError), open(events_path, "a") as events:
             events.write(json.dumps(event) + "\n")
         self._leases.publish()
 
@@ -533,7 +596,8 @@ class Supervisor:
             "shared_memory": sorted(self._shared_memory),
         }
         try:
-            self._instance.write_record(record)
+            if self._hold.is_intact:  # else there is no folder, or it is another supervisor's
+                self._instance.write_record(record)
         except OSError as error:  # a full disk must not take the server down
             log.warning("can't write the record: %s", error)
 
@@ -547,6 +611,14 @@ def _make_probe(connection: Connection, is_vllm: bool) -> Probe:
 
     anyio.run(anyio.lowlevel.checkpoint)
     return Probe(connection, is_vllm=is_vllm)
+
+
+def _write_output_to(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
+        os.close(descriptor)
 
 
 def _reason_of_exit(process: ServerProcess) -> Diagnosis:

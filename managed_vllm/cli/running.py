@@ -108,16 +108,19 @@ def status(given: argparse.Namespace) -> int:
     if given.json:
         print(json.dumps(rows, indent=2))
         return 0
-    if not rows:
+    if rows:
+        _print_table(rows)
+    else:
         print("No server is running. Start one: managed-vllm up --model demo")
-        return 0
-    _print_table(rows)
     for row in rows:
         if given.which:
             for user in row["users"]:
                 print(f"user {user['pid']}: {user['what']}")
         if row.get("api_key"):
             print(f"{row['id']}: {export_line(row['base_url'], row['model'], row['api_key'])}")
+    for elsewhere in directory.other_homes(home):
+        if found := [instance.id for instance in directory.instances(elsewhere) if directory.is_alive(instance)]:
+            print(f"In {elsewhere}: {', '.join(found)}. To see them: {directory.HOME_VARIABLE}={elsewhere}")
     if any(row["state"] == "dead" for row in rows):
         print("Dead: the supervisor was killed. Remove what is left: managed-vllm down --all")
     return 0

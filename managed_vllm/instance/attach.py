@@ -37,6 +37,7 @@ from managed_vllm.errors import (
     ConfigMismatchError,
     ManagedVLLMError,
     NoServerError,
+    OtherNetworkError,
     ServerStoppedError,
     StateDirectoryError,
     SupervisorError,
@@ -45,6 +46,7 @@ from managed_vllm.errors import (
 from managed_vllm.instance import directory, external
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.namespaces import network_namespace
 from managed_vllm.instance.startup_view import StartupProgress
 from managed_vllm.policies import SupervisionPolicy
 from managed_vllm.status import Connection, ServerState, ServerStatus
@@ -181,6 +183,23 @@ def check_address(wanted: Address, running: Address, instance_id: str) -> None:
             differences=differences,
             instance=instance_id,
         )
+
+
+def check_network(address: Address, theirs: str | None, instance: Instance) -> None:
+    """Raises `OtherNetworkError` if the server listens on TCP in a network namespace that is not ours.
+
+    Its 127.0.0.1 is not this process's: a request, with the key in it, would go to whoever listens there.
+    """
+    ours = network_namespace()
+    if address.uds or theirs is None or ours is None or theirs == ours:
+        return
+    raise OtherNetworkError(
+        "the server runs in another network namespace (a container, a unit with PrivateNetwork=), where its port can't "
+        "be reached from here; give uds=True, so that it listens on a Unix socket in the state directory, or set "
+        f"{directory.HOME_VARIABLE} to a directory that the two do not share",
+        instance=instance.id,
+        log_path=str(instance.supervisor_log),
+    )
 
 
 def _differences(spec: ServerSpec, record: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -333,7 +352,7 @@ class Attachment:
             if channel is not None:
                 reply = self._ask_for_lease(channel, instance, deadline)
                 if reply is not None and reply["ok"]:
-                    return channel, self._admitted(channel, instance, order, reply["order"])
+                    return channel, self._admitted(channel, instance, order, reply)
                 self._wait_until_gone(channel, until)
             elif order is None:
                 raise NoServerError(f"the server {instance.id} is not running any more; give model= to start one")
@@ -390,7 +409,11 @@ class Attachment:
         left = _ANSWER_S if deadline is None else min(_ANSWER_S, _left(deadline))
         try:
             return channel.request(
-                "lease", timeout_s=left, keep_alive_s=self.options.keep_alive_s, what=_command_line()
+                "lease",
+                timeout_s=left,
+                keep_alive_s=self.options.keep_alive_s,
+                what=_command_line(),
+                name=self.options.name,
             )
         except ConnectionError:
             return None
@@ -411,11 +434,12 @@ class Attachment:
         channel.close()
 
     def _admitted(
-        self, channel: Channel, instance: Instance, wanted: SupervisorOrder | None, order: Mapping[str, Any]
+        self, channel: Channel, instance: Instance, wanted: SupervisorOrder | None, reply: Mapping[str, Any]
     ) -> SupervisorOrder:
         """The running supervisor's order. If that is not what is wanted, gives the lease back and raises."""
-        running = SupervisorOrder.from_dict(order)
+        running = SupervisorOrder.from_dict(reply["order"])
         try:
+            check_network(running.address, reply.get("network"), instance)
             if wanted is not None and wanted.spec.identity != running.spec.identity:
                 raise ConfigMismatchError(
                     "another server holds this id",

@@ -1,7 +1,8 @@
 """What an instance may leave, and how it is removed: processes, a scratch folder, shared memory, its own folder.
 
-What must hold: nothing is touched that is not ours. A process is identified by the marker in its environment, and its
-pid by the start time; a scratch folder and a shared memory segment, whose paths come from a record, by name, kind and
+What must hold: nothing is touched that is not ours. A process is known by the marker in its environment, which has a
+token of the state directory in it, and by its namespaces: the same path elsewhere is another instance. A reused pid is
+known by its start time; a scratch folder and a shared memory segment, whose paths come from a record, by name, kind and
 owner.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import stat
@@ -22,25 +24,27 @@ import psutil
 
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance.directory import Instance, is_own_directory
+from managed_vllm.instance.namespaces import is_elsewhere
 from managed_vllm.socket_paths import short_temporary_folder
 
 # -- processes -------------------------------------------------------------------------------------------------------
 
 
-def marked_processes(instance: Instance) -> list[psutil.Process]:
-    """Every live process that carries the instance's marker in its environment.
+def marked_processes(instance: Instance, marker: str | None = None) -> list[psutil.Process]:
+    """Every live process that carries the instance's marker in its environment, and is in our namespaces.
 
-    vLLM's setproctitle would wipe the environment of EngineCore and Worker (vLLM 0.32); the supervisor sets
-    `SPT_NOENV=1` against that.
+    `marker` is the one that a server was started with, where the state directory was wiped since. vLLM's
+    setproctitle would wipe the environment of EngineCore and Worker (vLLM 0.32); the supervisor sets `SPT_NOENV=1`
+    against that.
     """
-    marker = instance.marker.encode()
+    entry_of_ours = os.fsencode(f"{lifeline.MARKER}={marker or instance.marker}")
     found = []
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
             with open(f"/proc/{entry.name}/environ", "rb") as environ:
-                if marker in environ.read().split(b"\0"):
+                if entry_of_ours in environ.read().split(b"\0") and not is_elsewhere(int(entry.name)):
                     found.append(psutil.Process(int(entry.name)))
         except (OSError, psutil.Error):
             continue
@@ -120,9 +124,13 @@ def _is_scratch(folder: Path) -> bool:
 
 SHARED_MEMORY = "/dev/shm/"
 
+_SEGMENT = re.compile(r"(psm_|wnsm_|torch_|vllm|VLLM_|nccl-|sem\.mp-|sem\.loky-|\w*SHM_BUFFER)[\w.:-]*")
+"""How Python (`multiprocessing`), torch, NCCL and vLLM 0.32 name what they make there. Anything else that a server has
+mapped, say weights that its user put there for fast loading, is not the server's."""
+
 
 def shared_memory_of(pids: Iterable[int]) -> set[str]:
-    """Paths below /dev/shm that these processes have mapped now."""
+    """Paths of the segments below /dev/shm that these processes have mapped now."""
     found: set[str] = set()
     for pid in pids:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:
@@ -132,6 +140,21 @@ def shared_memory_of(pids: Iterable[int]) -> set[str]:
                 if b" /dev/shm/" in line and not line.endswith(b" (deleted)\n")
             )
     return found
+
+
+class NewSharedMemory:
+    """What processes have mapped below /dev/shm, less what was there before: made just before they are started."""
+
+    def __init__(self) -> None:
+        self._before: frozenset[str] = frozenset()
+        self._seen: set[str] = set()
+        with contextlib.suppress(OSError):
+            self._before = frozenset(SHARED_MEMORY + name for name in os.listdir(SHARED_MEMORY))
+
+    def look(self, pids: Iterable[int]) -> set[str]:
+        """Adds what these processes have mapped now; returns all that was ever seen."""
+        self._seen |= shared_memory_of(pids) - self._before
+        return set(self._seen)
 
 
 def remove_shared_memory(paths: Iterable[str]) -> list[str]:
@@ -154,7 +177,7 @@ def remove_shared_memory(paths: Iterable[str]) -> list[str]:
 
 def _is_own_segment(path: str) -> bool:
     name = path.removeprefix(SHARED_MEMORY)
-    if not path.startswith(SHARED_MEMORY) or "/" in name or name in ("", ".", ".."):
+    if not path.startswith(SHARED_MEMORY) or _SEGMENT.fullmatch(name) is None:
         return False
     try:
         status = os.lstat(path)

@@ -8,6 +8,10 @@ What must hold:
    a pid in it proves anything (pids are reused).
 4. A folder is removed only by the holder of its `start.lock`; a process that waited for the lock of a folder that is
    gone finds out (filelock ≥ 3.20 checks for unlinked files) and starts over.
+5. Other things may lie in the directory, for a user may name any as `MANAGED_VLLM_HOME`. An instance is a folder that
+   is named as one *and* holds our lock or record; in it, only files that we know are removed.
+6. All processes of a user on this machine find the same directory, whatever their environment: a shell, cron, ssh, a
+   service. Therefore neither `TMPDIR` nor `XDG_RUNTIME_DIR` decides (and the latter is removed at logout).
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import fcntl
 import json
 import os
 import re
-import shutil
+import secrets
 import stat
 import tempfile
 import time
@@ -31,32 +35,80 @@ import filelock
 
 from managed_vllm import forks
 from managed_vllm.errors import ConfigError, ConfigMismatchError, StateDirectoryError
-from managed_vllm.in_server.managed_vllm_lifeline import MARKER
 
 HOME_VARIABLE = "MANAGED_VLLM_HOME"
 _KEPT_LOGS = 20
 _CREATE_TRIES = 20
+_LOCK_TRIES = 10
 _RECORD_FIELDS = ("id", "spec", "pid", "state", "epoch")
+SUPERVISOR_LOCK = "supervisor.lock"
+_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?-[0-9a-f]{10}")
+_TOKEN = ".token"
 
 
 def state_home() -> Path:
     """The state directory, created if need be and checked.
 
-    `MANAGED_VLLM_HOME` if set; else `$XDG_RUNTIME_DIR/managed-vllm` if that runtime directory is ours; else
-    `managed-vllm-<uid>` in the temp dir. Raises `StateDirectoryError` if it can't be made or is not safe to use.
+    `MANAGED_VLLM_HOME` if set, else `/tmp/managed-vllm-<uid>`. Raises `StateDirectoryError` if it can't be made or is
+    not safe to use.
     """
     explicit = os.environ.get(HOME_VARIABLE)
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if explicit:
-        home = Path(explicit).expanduser().absolute()
-    elif runtime and is_own_directory(Path(runtime)) and os.access(runtime, os.W_OK):
-        home = Path(runtime) / "managed-vllm"
-    else:
-        home = Path(tempfile.gettempdir()) / f"managed-vllm-{os.getuid()}"
+    home = Path(explicit).expanduser().absolute() if explicit else _usual_home()
     with _state_errors(home):
         home.mkdir(mode=0o700, parents=bool(explicit), exist_ok=True)
         check_private(home)
     return home
+
+
+def _usual_home() -> Path:
+    temporary = "/tmp" if os.access("/tmp", os.W_OK | os.X_OK) else tempfile.gettempdir()
+    return Path(temporary) / f"managed-vllm-{os.getuid()}"
+
+
+def other_homes(home: Path) -> list[Path]:
+    """Directories of ours in which earlier versions, or other settings of the environment, may have put servers."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+    places = (_usual_home(), Path(runtime) / "managed-vllm", Path(tempfile.gettempdir()) / _usual_home().name)
+    return [place for place in dict.fromkeys(places) if place != home and is_own_directory(place)]
+
+
+def cache_folder(name: str) -> Path:
+    """A folder for what is kept across servers because it is slow to make, and read as code: ours alone, mode 0700.
+
+    Below `$XDG_CACHE_HOME/managed-vllm` (by default in `~/.cache`), or in the state directory where that can't be had.
+    Raises `StateDirectoryError`.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    for parent in (Path(cache).expanduser() / "managed-vllm", state_home() / "cache"):
+        with contextlib.suppress(OSError, RuntimeError):  # no home directory, a read-only one, somebody else's
+            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            check_private(parent)
+            folder = parent / name
+            folder.mkdir(mode=0o700, exist_ok=True)
+            check_private(folder)
+            return folder
+    raise StateDirectoryError(f"no private cache folder can be made: set XDG_CACHE_HOME or {HOME_VARIABLE}", path=cache)
+
+
+def token_of(home: Path) -> str:
+    """Random text that only this state directory has, made when it is first asked for.
+
+    The same path may be another directory for a process in another mount namespace, or after a wipe.
+    """
+    return restore_token(home, secrets.token_hex(16))
+
+
+def restore_token(home: Path, token: str) -> str:
+    """Gives a state directory the token that it had before it was wiped, unless it has one; returns the one it has."""
+    path = home / _TOKEN
+    with _state_errors(path):
+        if not path.exists():
+            with tempfile.NamedTemporaryFile("w", dir=home, prefix=f"{_TOKEN}-") as temporary:
+                temporary.write(token)
+                temporary.flush()
+                with contextlib.suppress(FileExistsError):
+                    os.link(temporary.name, path)  # whole or not at all, and never over another one's
+        return path.read_text()
 
 
 def check_private(folder: Path) -> None:
@@ -126,7 +178,16 @@ class Instance:
     @property
     def marker(self) -> str:
         """The value of our marker in the environment of each of the server's processes."""
-        return f"{MARKER}={self.folder}"
+        return f"{self.folder}#{token_of(self.home)}"
+
+    @property
+    def exists(self) -> bool:
+        """True if the folder is an instance's: named as one, ours, and with a lock or record of ours in it."""
+        return (
+            _ID.fullmatch(self.id) is not None
+            and is_own_directory(self.folder)
+            and any((self.folder / name).is_file() for name in ("supervisor.lock", "start.lock", "instance.json"))
+        )
 
     def create(self) -> None:
         """Makes the folder, mode 0700. Raises `StateDirectoryError`."""
@@ -149,16 +210,21 @@ class Instance:
         instance counts as alive without a gap. The kernel releases it when the last copy is closed, however that is.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(self.folder / "supervisor.lock", flags, 0o600)
+        descriptor = above_standard(os.open(self.folder / SUPERVISOR_LOCK, flags, 0o600))
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BaseException as error:
-            os.close(descriptor)
-            if isinstance(error, BlockingIOError):
+            if not _lock(descriptor):
+                os.close(descriptor)
                 return None
+        except BaseException:
+            os.close(descriptor)
             raise
         _taken.add(descriptor)
         return descriptor
+
+    @staticmethod
+    def keep_lock(descriptor: int) -> None:
+        """What `take_supervisor_lock` gave stays with us: we are the supervisor."""
+        _taken.discard(descriptor)
 
     @staticmethod
     def hand_on_lock(descriptor: int) -> None:
@@ -194,15 +260,16 @@ class Instance:
             write_atomically(self.record_path, json.dumps({"id": self.id, **record}, indent=1))
 
     def remove_folder(self) -> None:
-        """Removes the folder and all in it. Only for the holder of `start_lock`; see `cleanup.remove_instance`."""
-        # The locks last: when a process that waits gets one, the rest must be gone.
-        for name in sorted(self._listing(), key=lambda entry: entry.endswith(".lock")):
-            path = self.folder / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        """Removes our files, and the folder if nothing else is in it.
+
+        Only for the holder of `start_lock`; see `cleanup.remove_instance`.
+        """
+        if not self.exists:
+            return
+        # The locks last: who waits for one must find the rest gone.
+        for name in sorted(filter(_is_ours, self._listing()), key=lambda entry: entry.endswith(".lock")):
+            with contextlib.suppress(OSError):
+                (self.folder / name).unlink()
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
@@ -233,6 +300,31 @@ class Instance:
         return target
 
 
+def _is_ours(name: str) -> bool:
+    return re.fullmatch(r"\.instance\.json-\w+|.+\.failed|.*events\.jsonl(\.1)?", name) is not None or name in (
+        "instance.json",
+        "control.sock",
+        "api.sock",
+        "server.log",
+        "server.log.1",
+        "supervisor.log",
+        "start.lock",
+        "supervisor.lock",
+    )
+
+
+def _lock(descriptor: int) -> bool:
+    """Takes the lock of an open file; False if a supervisor has it. Those who only look share it for a moment."""
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.005)
+        else:
+            return True
+    return False
+
+
 _taken: set[int] = set()
 
 
@@ -251,8 +343,7 @@ def instances(home: Path) -> list[Instance]:
         entries = sorted(os.scandir(home), key=lambda entry: entry.name)
     except OSError:
         return []
-    reserved = ("failed", "names")
-    return [Instance(home, e.name) for e in entries if e.is_dir(follow_symlinks=False) and e.name not in reserved]
+    return [found for found in (Instance(home, entry.name) for entry in entries) if found.exists]
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -314,11 +405,12 @@ def is_alive(instance: Instance) -> bool:
     """True if a supervisor holds the instance's lock at this moment."""
     # Not through filelock: it would create the file again in a folder that is being removed.
     try:
-        descriptor = os.open(instance.folder / "supervisor.lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(instance.folder / SUPERVISOR_LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Shared: with an exclusive one, whoever looks at the same moment would take us for the supervisor.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return True
     finally:
@@ -327,6 +419,19 @@ def is_alive(instance: Instance) -> bool:
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
+
+
+def above_standard(descriptor: int) -> int:
+    """The same open file under a number above 2, which whoever opens or redirects standard streams can't hit.
+
+    In a process that was started with these closed, the next file that is opened gets their number.
+    """
+    if descriptor > 2:
+        return descriptor
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -363,6 +468,9 @@ def _state_errors(path: Path) -> Iterator[None]:
             errno.ENOSPC: "the disk is full; free some space",
             errno.EDQUOT: "your disk quota is used up; free some space",
             errno.EROFS: "the file system is read-only",
+            errno.ENOLCK: "this file system has no file locks",
+            errno.EOPNOTSUPP: "this file system has no file locks",
+            errno.ENOSYS: "this file system has no file locks",
             errno.EACCES: "permission denied",
             errno.EPERM: "permission denied",
             errno.ENOTDIR: "a part of the path is not a directory",

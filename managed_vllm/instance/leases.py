@@ -25,8 +25,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from managed_vllm.config import SupervisorOrder
-from managed_vllm.instance import channel
+from managed_vllm.errors import ManagedVLLMError
+from managed_vllm.instance import channel, directory
 from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.namespaces import network_namespace
 from managed_vllm.socket_paths import short_path
 from managed_vllm.status import ServerState, ServerStatus
 
@@ -74,6 +76,7 @@ class Leases:
         self._users: set[_User] = set()
         self._keep_alive_s = 0.0
         self._pinned = False
+        self._names: set[str] = set()
         self._open = True
         self._end_timer: asyncio.TimerHandle | None = None
         self._first_lease = asyncio.Event()
@@ -83,6 +86,22 @@ class Leases:
 
     async def listen(self) -> None:
         """From now on users can connect. Ends by itself if none takes a lease within `FIRST_LEASE_S`."""
+        await self._bind()
+        self._end_in(FIRST_LEASE_S, "nobody took a lease")
+
+    async def listen_anew(self) -> None:
+        """As `listen`, in a folder that was removed and made anew; leases that are held are not touched.
+
+        The names by which users knew the server are given back to it, unless they were taken meanwhile.
+        """
+        if self._listener is not None:
+            self._listener.close()
+        await self._bind()
+        for name in self._names:
+            with contextlib.suppress(ManagedVLLMError):
+                directory.claim_name(self._instance.home, name, self._instance.id, lambda _: {})
+
+    async def _bind(self) -> None:
         path = self._instance.socket_path
         path.unlink(missing_ok=True)  # stale: the caller holds the supervisor's lock
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -91,7 +110,6 @@ class Leases:
         self._listener = await asyncio.start_unix_server(
             self._serve_user, sock=listener, limit=channel.MAX_LINE, backlog=1024
         )
-        self._end_in(FIRST_LEASE_S, "nobody took a lease")
 
     def publish(self, *, droppable: bool = False) -> None:
         """Sends the status to every lease; if `droppable`, not to those that are behind with reading."""
@@ -185,9 +203,16 @@ class Leases:
         self._first_lease.set()
         user.has_lease, user.what = True, str(message.get("what", ""))[:200]
         self._keep_alive_s = max(self._keep_alive_s, float(message.get("keep_alive_s", 0.0)))
+        if message.get("name"):
+            self._names.add(str(message["name"]))
         log.debug("lease for pid %d", user.pid)
         self._users_changed()
-        return {"ok": True, "order": self._order.to_dict(), "status": self.status().to_dict()}
+        return {
+            "ok": True,
+            "order": self._order.to_dict(),
+            "status": self.status().to_dict(),
+            "network": network_namespace(),
+        }
 
     def _users_changed(self) -> None:
         if self._end_timer is not None:

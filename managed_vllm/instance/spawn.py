@@ -25,7 +25,7 @@ import managed_vllm
 from managed_vllm.config import SupervisorOrder
 from managed_vllm.errors import SupervisorError
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
-from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.directory import Instance, above_standard
 
 _NOT_INHERITED = (lifeline.MARKER, lifeline.SUPERVISOR, lifeline.ROOT, "PYTHONHOME")
 """Variables that belong to one server's processes: the caller may itself run inside of another server."""
@@ -49,7 +49,7 @@ def start_supervisor(instance: Instance, order: SupervisorOrder, *, timeout_s: f
 
 def _spawn(instance: Instance, order: SupervisorOrder, lock: int, timeout_s: float) -> bool:
     instance.failed_mark.unlink(missing_ok=True)
-    life, theirs = os.pipe()
+    life, theirs = (above_standard(end) for end in os.pipe())
     try:
         message = {
             "home": str(instance.home),

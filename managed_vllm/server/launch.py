@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import socket
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from managed_vllm.config import Address, SupervisorOrder
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
+from managed_vllm.instance import directory
 from managed_vllm.instance.directory import Instance
 from managed_vllm.status import Connection, is_loopback
 
@@ -58,8 +58,9 @@ def _environment(order: SupervisorOrder, instance: Instance, scratch: Path) -> d
     in_server = str(Path(lifeline.__file__).parent)
     inherited = order.spec.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
     return {
-        # torch keeps its compiled kernels in the temp dir unless told otherwise; ours lives only as long as we do.
-        "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",
+        # torch keeps compiled kernels, which are run as code, in the temp dir unless told otherwise: ours lives only as
+        # long as the server, and in the common one another user might have put them.
+        "TORCHINDUCTOR_CACHE_DIR": str(directory.cache_folder("torchinductor")),
         # By its default of 5 s for idle connections, a server that was too busy for some seconds to look at its
         # sockets closes those on which requests have come by then: uvloop runs timers before it reads.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
@@ -73,7 +74,7 @@ def _environment(order: SupervisorOrder, instance: Instance, scratch: Path) -> d
         "VLLM_API_KEY": order.address.api_key or "",
         # vLLM's setproctitle would wipe the environment, and our marker with it.
         "SPT_NOENV": "1",
-        lifeline.MARKER: str(instance.folder),
+        lifeline.MARKER: instance.marker,
         lifeline.SUPERVISOR: f"{os.getpid()}:{lifeline.start_time(os.getpid())}",
     }
 

@@ -105,6 +105,9 @@ class _RotatingFile:
 
     def write(self, chunk: bytes) -> None:
         try:
+            if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
+                self._file.close()  # the folder was removed; it may have been made anew
+                self._file = None
             if self._file is None:
                 descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
                 self._file = os.fdopen(descriptor, "ab", buffering=0)

@@ -76,11 +76,13 @@ class ServerProcess:
         output: IO[bytes],
         *,
         instance: Instance,
+        shared_memory: cleanup.NewSharedMemory,
         on_line: Callable[[str], None],
         spared: Callable[[], int | None] = lambda: None,
     ) -> None:
         """Takes over a child that has just been started, in a session of its own; see `spawn`, too.
 
+        `shared_memory` was made before it was started.
         `on_line` is called in a reader thread for each line of `output`. `spared` tells the pid of a process that
         carries the instance's marker and is not the server's: its image.
         """
@@ -92,7 +94,8 @@ class ServerProcess:
         self._descendants: dict[psutil.Process, int | None] = {}
         self._names: dict[psutil.Process, str] = {}
         self._ended: set[psutil.Process] = set()
-        self._shared_memory: set[str] = set()
+        self._marker = instance.marker
+        self._shared_memory = shared_memory
         self.pids_ever: set[int] = set()
         self.exited = asyncio.Event()
         self.child_ended = asyncio.Event()
@@ -110,6 +113,7 @@ class ServerProcess:
         spared: Callable[[], int | None] = lambda: None,
     ) -> Self:
         """Runs `argv` in a session and process group of its own. Raises `OSError` if the program can't be run."""
+        shared_memory = cleanup.NewSharedMemory()
         popen = subprocess.Popen(
             list(argv),
             env=dict(env),
@@ -121,7 +125,7 @@ class ServerProcess:
             umask=0o077,
         )
         assert popen.stdout is not None
-        return cls(popen, popen.stdout, instance=instance, on_line=on_line, spared=spared)
+        return cls(popen, popen.stdout, instance=instance, shared_memory=shared_memory, on_line=on_line, spared=spared)
 
     @property
     def pid(self) -> int:
@@ -152,8 +156,7 @@ class ServerProcess:
     async def record_shared_memory(self) -> set[str]:
         """Adds what the server's processes have mapped below /dev/shm to what it ever had; returns all of it."""
         pids = [self.pid, *(process.pid for process in self._descendants)]
-        self._shared_memory |= await asyncio.to_thread(cleanup.shared_memory_of, pids)
-        return set(self._shared_memory)
+        return await asyncio.to_thread(self._shared_memory.look, pids)
 
     def _list_descendants(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
@@ -224,7 +227,7 @@ class ServerProcess:
         """
         deadline = time.monotonic() + 15.0
         await self.record_descendants()
-        await self.record_shared_memory()
+        shared_memory = await self.record_shared_memory()
         spared_until = time.monotonic() + _TRACKER_S
         while True:
             processes = {*self._descendants, *await self._marked()}
@@ -255,14 +258,14 @@ class ServerProcess:
                 await asyncio.sleep(0.02)
         for process in list(self._descendants):
             self._unfollow(process)
-        removed = await asyncio.to_thread(cleanup.remove_shared_memory, self._shared_memory)
+        removed = await asyncio.to_thread(cleanup.remove_shared_memory, shared_memory)
         if removed:
             log.info("removed shared memory %s", removed)
         return []
 
     async def _marked(self) -> set[psutil.Process]:
         """Every process with the instance's marker that is the server's."""
-        found = await asyncio.to_thread(cleanup.marked_processes, self._instance)
+        found = await asyncio.to_thread(cleanup.marked_processes, self._instance, self._marker)
         return {process for process in found if process.pid != self._spared()}
 
 

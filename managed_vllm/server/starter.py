@@ -81,6 +81,7 @@ class ServerStarter:
         Raises `OSError` if its program can't be run, `NotForkedError`.
         """
         self._launch = launch
+        shared_memory = cleanup.NewSharedMemory()
         forked = await self._fork(launch)
         if forked is None and self._warm is True:
             raise NotForkedError(self._why_not)
@@ -98,6 +99,7 @@ class ServerStarter:
             ForkedChild(forked.pid),
             os.fdopen(forked.output, "rb", buffering=0),
             instance=self._instance,
+            shared_memory=shared_memory,
             on_line=on_line,
             spared=lambda: self.image_pid,
         )

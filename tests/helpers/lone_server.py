@@ -14,6 +14,7 @@ import standin
 from processes import eventually
 
 from managed_vllm.config import Address, ServerSpec, SupervisorOrder
+from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance.directory import Instance
 from managed_vllm.policies import SupervisionPolicy
 from managed_vllm.server import launch
@@ -37,7 +38,6 @@ async def spawned(
     """A process below `folder`, whose exit is noticed as by the supervisor; nothing of it is left at the end."""
     instance = Instance(folder, "m-0123456789")
     instance.create()
-    marker, _, value = instance.marker.partition("=")
     loop = asyncio.get_running_loop()
     running: list[ServerProcess] = []
 
@@ -48,7 +48,7 @@ async def spawned(
     loop.add_signal_handler(signal.SIGCHLD, reap)  # before it is spawned: it may have ended by the next line
     process = ServerProcess.spawn(
         argv,
-        env={**(os.environ if env is None else env), marker: value},
+        env={**(os.environ if env is None else env), lifeline.MARKER: instance.marker},
         cwd=instance.folder,
         instance=instance,
         on_line=on_line,

@@ -122,7 +122,7 @@ def left_of(home: Path) -> list[str]:
             if (ours or supervisor) and state != "Z":
                 found.append(f"{entry.name} {command[:80]}")
     if home.exists():
-        found += [str(path) for path in home.iterdir() if path.name != "failed"]
+        found += [str(path) for path in home.iterdir() if path.name not in ("failed", ".token")]
     return found
 
 

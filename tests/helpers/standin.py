@@ -18,6 +18,7 @@ orders of the environment variable STANDIN, a JSON object:
     chatter      a line with {n}, counted up, that it goes on saying for ever; it never listens
     paused       true: /is_paused says so                          echo       true: it echoes, also with `max_tokens`
     shm          true: the Worker maps a segment /dev/shm/psm_…; a path: it is noted there
+    map          the server maps these files for as long as it runs
 
 A file named `<number>-<kind>` in the folder `faults` is claimed by the next generation request of more than one token
 (renamed to `<name>.claimed`) and acted upon once, where it fits after half of that request's tokens:
@@ -41,6 +42,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import select
 import signal
@@ -527,6 +529,11 @@ class _UnixServer(socketserver.ThreadingUnixStreamServer):
 # -- the program -------------------------------------------------------------------------------------------------------
 
 
+def _mapped(path: str) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", default="127.0.0.1")
@@ -559,6 +566,7 @@ def main() -> None:
         if order["exit"] == "SIGKILL":
             os.kill(os.getpid(), signal.SIGKILL)
         sys.exit(order["exit"])
+    mapped = [_mapped(path) for path in order.get("map", ())]  # noqa: F841  (they live as long as this frame)
     if order.get("orphans"):
         subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 3600 & wait; wait"], start_new_session=True)
     if order.get("steal_port") and _is_first(order["steal_port"]):

@@ -37,6 +37,9 @@ def handle(**order: Any) -> ManagedVLLM:
     return ManagedVLLM("stand-in", command=standin.command(), env=standin.orders(**order), keep_alive=INSTANT)
 
 
+ONE, TWO = "one-0123456789", "two-0123456789"
+
+
 # -- finding -----------------------------------------------------------------------------------------------------------
 
 
@@ -72,24 +75,24 @@ def test_a_spec_means_its_own_instance_whether_it_runs_or_not(home: Path) -> Non
 
 
 def test_without_a_spec_the_only_server_is_meant(home: Path, running: Running) -> None:
-    only = running("one")
+    only = running(ONE)
     assert [find(AttachOptions(), home)] == only
-    running("two")
-    with pytest.raises(NoServerError, match="several servers are running \\(running: one, two\\)") as caught:
+    running(TWO)
+    with pytest.raises(NoServerError, match=rf"several servers are running \(running: {ONE}, {TWO}\)") as caught:
         find(AttachOptions(), home)
-    assert caught.value.candidates == ("one", "two")
+    assert caught.value.candidates == (ONE, TWO)
 
 
 def test_the_server_that_a_parent_passed_on_goes_before_all_others(
     home: Path, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running("one", "two")
-    monkeypatch.setenv(ATTACH_VARIABLE, "two")
-    assert find(AttachOptions(), home).id == "two"
+    running(ONE, TWO)
+    monkeypatch.setenv(ATTACH_VARIABLE, TWO)
+    assert find(AttachOptions(), home).id == TWO
 
 
 def test_a_name_means_the_live_instance_that_has_it(home: Path, running: Running) -> None:
-    one, _ = running("one", "two")
+    one, _ = running(ONE, TWO)
     directory.claim_name(home, "judge", one.id, lambda record: {})
     assert find(AttachOptions(name="judge"), home) == one
     with pytest.raises(NoServerError, match="no server named 'other' is running"):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from multiprocessing import shared_memory
 from pathlib import Path
 
-from managed_vllm.instance import cleanup
+import psutil
+import pytest
+import standin
+from processes import eventually
+
+from managed_vllm import ManagedVLLM
+from managed_vllm.in_server import managed_vllm_lifeline as lifeline
+from managed_vllm.instance import cleanup, directory
+from managed_vllm.instance.directory import Instance
 
 
 def test_a_segment_that_nobody_maps_is_removed_and_one_in_use_is_not() -> None:
@@ -40,3 +50,68 @@ def test_nothing_outside_of_shared_memory_is_removed_whatever_a_record_says(tmp_
     paths = [str(mine), f"/dev/shm/../..{mine}", "/dev/shm/", "/dev/shm/..", "", "/dev/shm/no-such"]
     assert cleanup.remove_shared_memory(paths) == []
     assert mine.exists()
+
+
+def test_a_file_that_a_server_has_mapped_is_not_its_segment(home: Path) -> None:
+    weights = Path(f"/dev/shm/weights-of-{os.getpid()}.safetensors")
+    old = shared_memory.SharedMemory(create=True, size=4096)
+    weights.write_bytes(bytes(4096))
+    try:
+        assert cleanup.remove_shared_memory([str(weights)]) == []
+        with ManagedVLLM(
+            "m", command=standin.command(), env=standin.orders(map=[str(weights), f"/dev/shm/{old.name}"])
+        ):
+            pass
+        eventually(lambda: not directory.instances(home), "gone")
+        assert weights.exists()
+        assert Path(f"/dev/shm/{old.name}").exists()
+    finally:
+        weights.unlink()
+        old.close()
+        old.unlink()
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def sleeper(instance: Instance, *wrapper: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([*wrapper, "sleep", "600"], env={**os.environ, lifeline.MARKER: instance.marker})
+
+
+def is_marked(instance: Instance, process: subprocess.Popen[bytes]) -> bool:
+    family = {process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))}
+    return bool(family & {found.pid for found in cleanup.marked_processes(instance)})
+
+
+def test_the_same_path_in_another_state_directory_is_not_ours(home: Path) -> None:
+    """Two jobs with a /tmp of their own have the same path for different directories."""
+    instance = Instance(directory.state_home(), "m-0123456789")
+    process = sleeper(instance)
+    try:
+        assert is_marked(instance, process)
+        shutil.rmtree(home)
+        directory.state_home()
+        assert not is_marked(instance, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("kind", ["--mount", "--pid"])
+def test_a_process_in_another_namespace_is_not_ours(home: Path, kind: str) -> None:
+    flags = ["unshare", kind, "--fork", "--kill-child"]
+    if subprocess.run([*flags, "true"], capture_output=True).returncode:
+        pytest.skip(f"this user may not: {' '.join(flags)}")
+    instance = Instance(directory.state_home(), "m-0123456789")
+    here, there = sleeper(instance), sleeper(instance, *flags)
+    try:
+        eventually(lambda: psutil.Process(there.pid).children(), "unshare has forked")
+        inside = psutil.Process(there.pid).children()[0].pid
+        eventually(lambda: Path(f"/proc/{inside}/comm").read_text().strip() == "sleep", "the sleeper runs")
+        marked = {found.pid for found in cleanup.marked_processes(instance)}
+        assert here.pid in marked
+        assert inside not in marked
+    finally:
+        for process in (here, there):
+            process.kill()
+            process.wait()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import standin
-from processes import INSTANT, eventually
+from processes import HANG_S, INSTANT, eventually
 
 from managed_vllm import ManagedVLLM
 from managed_vllm.config import ServerSpec
@@ -227,3 +229,83 @@ def test_a_long_state_directory_still_has_working_sockets(monkeypatch: pytest.Mo
     with server() as llm:
         assert llm.generate("hi")
     eventually(lambda: not directory.instances(deep), "gone")
+
+
+# -- what else may lie there -------------------------------------------------------------------------------------------
+
+
+def test_a_users_own_folders_in_the_state_directory_are_no_instances(home: Path) -> None:
+    directory.state_home()
+    thesis = home / "thesis"
+    looks_like_one = home / "thesis-0123456789"
+    for folder in (thesis, looks_like_one):
+        (folder / "chapters").mkdir(parents=True, mode=0o700)
+        (folder / "chapters" / "1.tex").write_text("years")
+    (thesis / "instance.json").write_text("{}")  # named as ours are, by chance
+    assert directory.instances(home) == []
+    for folder in (thesis, looks_like_one):
+        Instance(home, folder.name).remove_folder()
+    run = subprocess.run(
+        [sys.executable, "-m", "managed_vllm.cli", "down", "--all"], capture_output=True, text=True, timeout=HANG_S
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    for folder in (thesis, looks_like_one):
+        assert (folder / "chapters" / "1.tex").read_text() == "years"
+    shutil.rmtree(thesis)
+    shutil.rmtree(looks_like_one)
+
+
+def test_what_a_user_puts_into_an_instances_folder_stays(home: Path) -> None:
+    instance = Instance(directory.state_home(), "m-0123456789")
+    instance.create()
+    lock = instance.take_supervisor_lock()
+    assert lock is not None
+    instance.hand_on_lock(lock)
+    (instance.folder / "notes.txt").write_text("mine")
+    instance.remove_folder()
+    assert os.listdir(instance.folder) == ["notes.txt"]
+    shutil.rmtree(instance.folder)
+
+
+def test_lookers_do_not_take_each_other_for_a_supervisor(home: Path) -> None:
+    instance = Instance(directory.state_home(), "m-0123456789")
+    instance.create()
+    lock = instance.take_supervisor_lock()
+    assert lock is not None
+    assert directory.is_alive(instance)
+    instance.hand_on_lock(lock)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert not any(pool.map(lambda _: directory.is_alive(instance), range(4000)))
+        looking = [pool.submit(lambda: [directory.is_alive(instance) for _ in range(500)]) for _ in range(4)]
+        taken = instance.take_supervisor_lock()  # nor does one who looks keep a supervisor from starting
+        assert taken is not None
+        instance.hand_on_lock(taken)
+        concurrent.futures.wait(looking)
+    instance.remove_folder()
+
+
+def test_every_environment_of_a_user_finds_the_same_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell in a session, cron, ssh, `docker exec`: one server for all of them."""
+    monkeypatch.delenv(directory.HOME_VARIABLE, raising=False)
+    found = set()
+    for runtime in (None, str(tmp_path), "/run/user/0"):
+        for temporary in (None, str(tmp_path)):
+            code = "from managed_vllm.instance import directory; print(directory._usual_home())"
+            asked = {"XDG_RUNTIME_DIR": runtime, "TMPDIR": temporary}
+            env = {**os.environ, **{name: value for name, value in asked.items() if value}}
+            found.add(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout)
+    assert found == {f"/tmp/managed-vllm-{os.getuid()}\n"}
+
+
+def test_caches_that_are_read_as_code_are_ours_alone(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = directory.cache_folder("torchinductor")
+    assert folder == tmp_path / "cache" / "managed-vllm" / "torchinductor"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)  # somebody else could have put something in it
+    assert directory.cache_folder("torchinductor") == home / "cache" / "torchinductor"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert directory.cache_folder("torchinductor") == home / "cache" / "torchinductor"
+    shutil.rmtree(home / "cache")
