@@ -106,7 +106,7 @@ def test_a_stranger_on_the_port_is_never_asked_for_anything(tmp_path: Path) -> N
 
 def test_a_first_request_that_is_not_answered_has_a_limit_of_its_own(tmp_path: Path) -> None:
     async def scenario() -> None:
-        policy = dataclasses.replace(PATIENT, first_request_timeout_s=0.5, startup_silence_s=0.6)
+        policy = dataclasses.replace(PATIENT, first_request_timeout_s=0.5)
         async with watched(tmp_path, policy, token_s=3600, say=["up"]) as (watch, _, _process):
             found = await watch.until_ready()
             assert found is not None
