@@ -177,6 +177,17 @@ def test_files_that_the_pages_name_are_there(page: Path) -> None:
         assert (ROOT / path).exists() or "NAME" in path, f"{_name(page)} names {path}"
 
 
+def test_names_that_contributors_are_told_to_look_for_are_there() -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    files = [path for folder in ("managed_vllm", "tests", "tools") for path in (ROOT / folder).rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    for name in re.findall(r"`(\w+(?:\.py)?)`", text):
+        if name.endswith(".py"):
+            assert any(path.name == name for path in files), name
+        elif not name.isdigit():
+            assert re.search(rf"\b{name}\b", code), name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_settings_of_the_fixture_are_written_as_the_plugin_knows_them(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
