@@ -34,6 +34,7 @@
         EnvironmentTimeoutError (TimeoutError)
         EnvironmentRaisedError
         EnvironmentDiedError
+      RolloutsFailedError
       ActionParseError (ValueError)
       RunStoreError
       ExportError (ValueError)
@@ -398,6 +399,15 @@ class EnvironmentDiedError(EnvironmentFailedError):
         self.call = call
         self.exit_code = exit_code
         self.output = output
+
+
+class RolloutsFailedError(ManagedVLLMError):
+    """A run was ended early, as its attempts all failed the same way: `count` of them, `last` says how."""
+
+    def __init__(self, message: str, *, count: int, last: str) -> None:
+        super().__init__(message)
+        self.count = count
+        self.last = last
 
 
 class ActionParseError(ManagedVLLMError, ValueError):

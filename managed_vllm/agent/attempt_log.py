@@ -49,6 +49,7 @@ class AttemptEntry:
 
     Attributes:
         task_digest: of instruction, seed and data of the task (`made_of.task_digest`); empty: not known.
+        exact: as of the trajectory.
         task_id, rollout, attempt, group_round, ok, reward, stop_reason, started_at, duration_s: as of the trajectory.
         failure: whose fault; None for one that did not fail.
         steps: the number of turns.
@@ -74,6 +75,7 @@ class AttemptEntry:
     size: int
     block: tuple[int, int, int]
     task_digest: str = ""
+    exact: bool = True
 
     @property
     def key(self) -> tuple[str, int]:
@@ -225,6 +227,7 @@ def head_of(trajectory: Trajectory) -> dict[str, Any]:
         head = {
             "task_id": trajectory.task.id,
             "task_digest": task_digest(trajectory.task),
+            "exact": bool(trajectory.exact),
             "rollout": int(trajectory.rollout),
             "attempt": int(trajectory.attempt),
             "group_round": int(trajectory.group_round),

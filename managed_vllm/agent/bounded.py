@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from managed_vllm.agent import loop_watch
 from managed_vllm.errors import EnvironmentFailedError, EnvironmentTimeoutError
 
 log = logging.getLogger("managed_vllm.agent")
@@ -21,13 +24,22 @@ _GRACE_S = 5.0
 async def bounded(make: Callable[[], Awaitable[T]], seconds: float, what: str) -> T:
     """Awaits what `make` makes, for so many seconds at most, also where it does not heed cancellation.
 
-    Raises `EnvironmentTimeoutError`. A call that goes on for some seconds after it was cancelled is left alone.
+    A call that goes on for some seconds after it was cancelled is left alone. Raises `EnvironmentTimeoutError`, also
+    afterwards for one that blocked the event loop for so long (`loop_watch`); `EnvironmentFailedError`: it wanted to
+    end the program; `TypeError`: it is not asynchronous.
     """
 
     async def calling() -> T:
-        return await make()
+        try:
+            made = make()
+            if not inspect.isawaitable(made):
+                raise _not_async(what)
+            return await made
+        except SystemExit as error:  # else it would end the event loop, and all other episodes with it
+            raise EnvironmentFailedError(f"{what} raised SystemExit({error.code!r})") from error
 
-    task = asyncio.create_task(calling())
+    task = asyncio.create_task(calling(), name=what)
+    loop_watch.watch(task)
     try:
         await asyncio.wait({task}, timeout=seconds)
     except asyncio.CancelledError:
@@ -36,9 +48,30 @@ async def bounded(make: Callable[[], Awaitable[T]], seconds: float, what: str) -
     if not task.done():
         await _stop(task, what)
         raise EnvironmentTimeoutError(f"{what} took more than {seconds:g} s")
+    blocked_s = loop_watch.blocked_s(task)
+    if blocked_s > seconds:
+        if not task.cancelled():
+            task.exception()
+        raise EnvironmentTimeoutError(
+            f"{what} took more than {seconds:g} s: it blocked the event loop for {blocked_s:.1f} s. {loop_watch.ADVICE}"
+        )
     if task.cancelled():
         raise EnvironmentFailedError(f"{what} was cancelled from within")
     return task.result()
+
+
+def _not_async(what: str) -> TypeError:
+    hint = (
+        f"{what} is not asynchronous. Write it as `async def`; or, if it can't be, hand the environment to "
+        "ProcessEnvironment or ThreadEnvironment, which take synchronous ones"
+    )
+    _hint_once(hint)
+    return TypeError(hint)
+
+
+@functools.cache
+def _hint_once(hint: str) -> None:
+    log.warning("%s", hint)
 
 
 async def _stop(task: asyncio.Task[Any], what: str) -> None:

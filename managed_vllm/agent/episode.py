@@ -90,6 +90,7 @@ async def run_episode(
     agent: AgentFormat | None = None,
     images: ImageStore | None = None,
     on_step: StepHook | None = None,
+    exact: bool = True,
     rollout: int = 0,
     attempt: int = 0,
 ) -> Trajectory:
@@ -104,6 +105,7 @@ async def run_episode(
         agent: how the model is spoken to; None: `format.ui_tars()`.
         images: where screenshots are kept, by content; None: in a temporary folder of this process.
         on_step: called with task, rollout and each step.
+        exact: whether the server must tell token ids and logprobs; False: for evaluation on one that does not.
         rollout, attempt: numbers of the trajectory that is returned.
 
     Raises what the caller's arguments are to blame for (`BadRequestError`, `ConfigError`), and `CancelledError`.
@@ -115,6 +117,7 @@ async def run_episode(
         limits,
         agent,
         on_step=on_step,
+        exact=exact,
     )
     return await Episode(rules, environment, Attempt(task, rollout, attempt)).run()
 
@@ -176,10 +179,12 @@ class Episode:
             evaluate_s=self._evaluate_s,
             group_round=self._attempt.group_round,
             info=dict(self._steps[-1].info) if self._steps else {},
+            exact=self._rules.exact,
         )
 
     async def _play(self) -> None:
         limits = self._rules.limits
+        self._check_environment()
         began = time.monotonic()
         observation: Any = await self._call(
             "reset", lambda: self._environment.reset(self._attempt.task), limits.reset_timeout_s
@@ -198,6 +203,15 @@ class Episode:
                 raise _End(StopReason.EPISODE_TIMEOUT)
             await self._turn()
 
+    def _check_environment(self) -> None:
+        names = ("reset", "step", "evaluate", "close")
+        missing = [name for name in names if not callable(getattr(self._environment, name, None))]
+        if missing:
+            error = TypeError(
+                f"{type(self._environment).__name__} has no {', '.join(missing)}: an environment has {', '.join(names)}"
+            )
+            raise self._failed(StopReason.ENV_FAILURE, FailureClass.ENVIRONMENT, "reset", error)
+
     # -- the environment -----------------------------------------------------------------------------------------------
 
     async def _call(
@@ -209,7 +223,7 @@ class Episode:
             extra_s = getattr(self._environment, "extra_s", None)
             if extra_s is not None:
                 seconds += float(extra_s(stage, action))
-            return await bounded(make, seconds, f"the environment's {stage}")
+            return await bounded(make, seconds, f"{stage} of {type(self._environment).__name__}")
         except Exception as error:
             raise self._failed(StopReason.ENV_FAILURE, FailureClass.ENVIRONMENT, stage, error) from error
 
@@ -231,7 +245,7 @@ class Episode:
 
     async def _verdict(self) -> float | None:
         began = time.monotonic()
-        said = await self._call("evaluate", self._environment.evaluate, self._rules.limits.evaluate_timeout_s)
+        said = await self._call("evaluate", lambda: self._environment.evaluate(), self._rules.limits.evaluate_timeout_s)
         self._evaluate_s = time.monotonic() - began
         if said is not None:
             return self._reward(said, "evaluate")

@@ -45,14 +45,14 @@ class Sampled:
     Attributes:
         output: what the server said.
         token_ids: as sampled.
-        logprobs: of these tokens, one each.
+        logprobs: of these tokens, one each; None if they are not exact.
         queue_s: seconds before the request was sent: at the gate, and waiting for a place.
         weight_version: of the weights that answered; None if nobody told.
     """
 
     output: RequestOutput
     token_ids: list[int]
-    logprobs: list[float]
+    logprobs: list[float] | None
     queue_s: float
     weight_version: str | None
 
@@ -83,7 +83,7 @@ async def sample(
     resizes screenshots otherwise than the parser thinks (`pictures`).
     """
     images = len(images_of(prompt.recorded))
-    if images:
+    if images and rules.exact:  # another server than vLLM may refuse what the look ahead asks for
         await rules.preflight.check(rules.client, max(images, rules.limits.max_images))
     async with rules.gate.passed() as waited:
         deadline.put_off(waited)
@@ -91,7 +91,7 @@ async def sample(
         began = time.monotonic()
         output = await _chat(rules, prompt.sent, deadline, tokens_so_far, temperature)
         took = time.monotonic() - began
-    ids, logprobs = exact(output)
+    ids, logprobs = exact(output) if rules.exact else (list(output.outputs[0].token_ids), None)
     parser = rules.agent.parse
     if isinstance(parser, PictureParser) and parser.reads_pictures:
         refs = [part["image"] for part in images_of(prompt.recorded) if isinstance(part.get("image"), ImageRef)]
@@ -112,7 +112,12 @@ async def _chat(
     if most is not None:
         params = replace(params, max_tokens=most)
     seconds = [each for each in (limits.generate_timeout_s, deadline.left_s()) if each is not None]
-    outputs = await rules.client.chat(messages, params, timeout=min(seconds, default=None), **rules.agent.request)
+    fields = dict(rules.agent.request)
+    if not rules.exact:
+        # Another server than vLLM may refuse fields that it does not know.
+        fields["extra_body"] = {"return_token_ids": None, **(fields.get("extra_body") or {})}
+        fields["resume"] = False
+    outputs = await rules.client.chat(messages, params, timeout=min(seconds, default=None), **fields)
     return outputs[0]
 
 
@@ -122,12 +127,16 @@ def exact(output: RequestOutput) -> tuple[list[int], list[float]]:
     ids = list(answer.token_ids)
     if not output.prompt_token_ids or (answer.text and not ids):
         raise RequestError(
-            "the server does not tell token ids (vLLM does since 0.10.2), and rollouts are never tokenized anew"
+            "the server does not tell token ids (vLLM does since 0.10.2), and rollouts are never tokenized anew; to "
+            "evaluate a model on such a server without them: exact=False"
         )
     places = answer.logprobs
     if places is None or len(places) != len(ids):
         found = "none" if places is None else str(len(places))
-        raise RequestError(f"the server told {found} logprobs for {len(ids)} tokens")
+        raise RequestError(
+            f"the server told {found} logprobs for {len(ids)} tokens; to evaluate a model on such a server without "
+            "them: exact=False"
+        )
     return ids, [place[token].logprob for token, place in zip(ids, places, strict=True)]
 
 

@@ -28,6 +28,7 @@ def made_of(rules: Rules) -> dict[str, Any]:
         "model": rules.model,
         "agent": described(rules.agent),
         "limits": {name: getattr(rules.limits, name) for name in _LIMITS},
+        "exact": rules.exact,
         "sampling": {
             field.name: described(value)
             for field in dataclasses.fields(rules.params)

@@ -2,12 +2,13 @@
 
 desktop                        the embedded desktop, drawn with Pillow
 miniwob:click-test-2           a task of MiniWoB++ in headless Chromium
-package.module:function        anything: the function makes an Environment
+package.module:function        anything, also of the current folder: the function (or class) makes an Environment
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -71,6 +72,9 @@ def named_environment(name: str, limits: Limits) -> NamedEnvironment:
 
 
 def _imported(module: str, name: str) -> Callable[[], Environment]:
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # the command's own folder is in it, not the user's
+        sys.path.insert(0, folder)
     try:
         found: Any = import_module(module)
         for part in name.split("."):

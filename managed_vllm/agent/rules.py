@@ -16,6 +16,9 @@ from managed_vllm.client import AsyncVLLMClient, VLLMClient
 from managed_vllm.errors import BadRequestError, ConfigError
 from managed_vllm.request.sampling import SamplingParams
 
+DEFAULT_MAX_TOKENS = 1024
+"""Of one answer, where nothing else says how many: a model that does not end would fill its context."""
+
 StepHook = Callable[[Task, int, Step], Awaitable[None] | None]
 """Called with task, rollout and each step as it is complete. What it raises fails the attempt."""
 
@@ -31,6 +34,7 @@ class Rules:
         params: sampling parameters, with logprobs, and special tokens as text.
         limits: how far an episode may go.
         agent: how the model is spoken to and understood.
+        exact: whether the server must tell token ids and logprobs.
         on_step: called with each step.
         gate: held while the model is asked.
         weight_version: tells which weights answer now.
@@ -44,6 +48,7 @@ class Rules:
     params: SamplingParams
     limits: Limits
     agent: AgentFormat
+    exact: bool = True
     on_step: StepHook | None = None
     gate: Gate = field(default_factory=Gate)
     weight_version: Callable[[], str | None] = lambda: None
@@ -61,6 +66,7 @@ class Rules:
         **more: Any,
     ) -> Rules:
         """From what callers give. Raises `BadRequestError` for sampling parameters that can't be."""
+        exact = more.get("exact", True)
         agent = agent or ui_tars()
         params = SamplingParams.of(sampling_params)
         params = replace(
@@ -68,12 +74,15 @@ class Rules:
         )
         if params.n not in (None, 1):
             raise BadRequestError("an episode has one answer a turn; for n rollouts a task use the scheduler's n=")
-        if params.logprobs is None:
+        limits = limits or Limits()
+        if params.max_tokens is None and limits.max_response_tokens is None:
+            params = replace(params, max_tokens=DEFAULT_MAX_TOKENS)
+        if params.logprobs is None and exact:
             params = replace(params, logprobs=0)  # of the sampled token alone
-        if params.skip_special_tokens is None:
+        if params.skip_special_tokens is None and exact:
             # Else a token such as <|box_start|> is gone from the history, and the next prompt is not what was sampled.
             params = replace(params, skip_special_tokens=False)
-        return cls(client_of(llm), model_of(llm, agent), images, params, limits or Limits(), agent, **more)
+        return cls(client_of(llm), model_of(llm, agent), images, params, limits, agent, **more)
 
 
 def client_of(llm: Any) -> AsyncVLLMClient:

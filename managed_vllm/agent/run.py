@@ -20,7 +20,7 @@ from managed_vllm.agent.bounded import bounded
 from managed_vllm.agent.earlier_attempts import EarlierAttempts
 from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.episode import Episode
-from managed_vllm.agent.rollout_policies import GroupPolicy, RetryRollouts
+from managed_vllm.agent.rollout_policies import FailuresAlike, GroupPolicy, RetryRollouts
 from managed_vllm.agent.rollout_queue import GroupState, Job, RolloutQueue
 from managed_vllm.agent.rules import Rules
 from managed_vllm.agent.run_progress import RunStats
@@ -60,11 +60,14 @@ class RunPlan:
     on_attempt: Callable[[Trajectory], None] | None
     max_ahead: int
     reuse_environments: bool
+    stop_after_failures: int | None = None
     on_group: Callable[[Task, Sequence[int], bool], None] | None = None
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_concurrency < 1 or self.max_ahead < 1:
             raise ConfigError("n, max_concurrency and max_ahead must be 1 or more")
+        if self.stop_after_failures is not None and self.stop_after_failures < 1:
+            raise ConfigError("stop_after_failures must be 1 or more, or None", field="stop_after_failures")
         if not callable(self.make_environment):
             raise ConfigError("make_environment must be a function that makes an environment", field="make_environment")
 
@@ -103,6 +106,7 @@ class Run:
         self._workers: set[asyncio.Task[None]] = set()
         self._finisher: asyncio.Task[None] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="managed-vllm-store")
+        self._alike = FailuresAlike(plan.stop_after_failures, plan.max_concurrency)
         self._earlier = EarlierAttempts(plan.store)
 
     # -- its life ------------------------------------------------------------------------------------------------------
@@ -265,12 +269,14 @@ class Run:
             # A cancellation takes back nothing that has ended: it is written all the same, and close() waits for it.
             await asyncio.shield(self.loop.run_in_executor(self._writer, store.append, trajectory))
         self._stats.count_attempt(trajectory)
+        self._alike.count(trajectory)
         if self._plan.on_attempt is not None:
             self._plan.on_attempt(trajectory)
 
     async def _ended(self, job: Job, trajectory: Trajectory) -> None:
         plan, group = self._plan, job.group
         await self._keep(trajectory)
+        self._alike.check()
         group.attempts[job.rollout] += 1
         if job.unwanted or job.round != group.round:
             return

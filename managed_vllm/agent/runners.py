@@ -101,6 +101,7 @@ def run_agent_loop(
     limits: Limits | None = None,
     agent: AgentFormat | None = None,
     on_parse_error: ParseErrorPolicy | None = None,
+    exact: bool = True,
     on_trajectory: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
     """Plays one episode on each runner, all at once and each at its own pace; waits for all of them.
@@ -125,6 +126,7 @@ def run_agent_loop(
         limits: in place of `max_steps` and `limit_images`.
         agent: in place of UI-TARS' notation and of `messages`.
         on_parse_error: what an answer that is no action leads to.
+        exact: whether the server must tell token ids and logprobs, as for `StreamingTaskScheduler`.
         on_trajectory: called with each trajectory as it is finished.
 
     Returns one trajectory for each runner, in their order; one that failed says so in `failure` and has no reward.
@@ -169,6 +171,8 @@ def run_agent_loop(
             store=store,
             on_attempt=on_trajectory,
             reuse_environments=False,
+            exact=exact,
+            stop_after_failures=None,
         )
         return list(scheduler.run_all(tasks))
 

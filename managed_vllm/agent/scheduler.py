@@ -25,6 +25,7 @@ from managed_vllm.agent.blocking import blocking
 from managed_vllm.agent.format import AgentFormat
 from managed_vllm.agent.gate import Gate
 from managed_vllm.agent.image_store import ImageStore, own_images
+from managed_vllm.agent.loop_watch import LoopWatch
 from managed_vllm.agent.made_of import made_of
 from managed_vllm.agent.pictures import Pictures
 from managed_vllm.agent.preflight import Preflight
@@ -61,6 +62,10 @@ class StreamingTaskScheduler:
         on_attempt: called with each attempt, failed ones included, after it was stored.
         max_ahead: results that wait for the consumer, at most; None: as many as `max_concurrency`.
         reuse_environments: whether an environment serves one episode after the other (as long as it does not fail).
+        exact: whether the server must tell token ids and logprobs. False: for evaluation on a server that does not
+            (SGLang, a hosted API); the attempts say so, and are not exported to trainers.
+        stop_after_failures: so many attempts in a row (and at least two for each environment) that all fail the same
+            way end the run; None: never.
         progress: whether to show what is done; None: if standard error is a terminal.
 
     Attributes:
@@ -87,6 +92,8 @@ class StreamingTaskScheduler:
         on_attempt: Callable[[Trajectory], None] | None = None,
         max_ahead: int | None = None,
         reuse_environments: bool = True,
+        exact: bool = True,
+        stop_after_failures: int | None = 20,
         progress: bool | None = False,
     ) -> None:
         self.weight_version: str | None = None
@@ -101,6 +108,7 @@ class StreamingTaskScheduler:
                 limits,
                 agent,
                 on_step=on_step,
+                exact=exact,
                 weight_version=lambda: self.weight_version,
             ),
             make_environment=make_environment,
@@ -113,6 +121,7 @@ class StreamingTaskScheduler:
             on_attempt=on_attempt,
             max_ahead=max_concurrency if max_ahead is None else max_ahead,
             reuse_environments=reuse_environments,
+            stop_after_failures=stop_after_failures,
         )
         self._progress = progress
         self._known_tasks: int | None = None
@@ -131,8 +140,8 @@ class StreamingTaskScheduler:
         With a `group` policy other than `KEEP` a group's trajectories come when it is complete, and those of a dropped
         one do not. What the store had finished does not come again (`run_all` and `run_groups` have it).
 
-        Raises what every other rollout would meet, too (`episode.FATAL`), what `decide_n` or `on_attempt` raise, and
-        what the store raises.
+        Raises what every other rollout would meet, too (`episode.FATAL`), `RolloutsFailedError`
+        (`stop_after_failures`), what `decide_n` or `on_attempt` raise, and what the store raises.
         """
         keep_groups = self._plan.group_policy is GroupPolicy.KEEP
         async with contextlib.aclosing(self._events(tasks)) as events:
@@ -238,7 +247,7 @@ class StreamingTaskScheduler:
             self._plan.store.settle(made_of(rules))
         run = self._current = Run(self._plan, self.stats, tasks, whole=whole)
         try:
-            with RunProgress(self.stats, self._progress):
+            with RunProgress(self.stats, self._progress), LoopWatch():
                 run.start()
                 async for event in run.results():
                     yield event

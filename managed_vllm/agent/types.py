@@ -308,6 +308,8 @@ class Trajectory:
         reset_s, evaluate_s: seconds of these calls.
         group_round: 0, counted up where a whole group is repeated.
         info: what the environment said at the end, hooks may add to it. Plain JSON values.
+        exact: whether token ids and logprobs are those that the server sampled; False: it told none or they were not
+            asked for, and no trainer may have the attempt.
     """
 
     task: Task
@@ -325,6 +327,7 @@ class Trajectory:
     evaluate_s: float = 0.0
     group_round: int = 0
     info: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    exact: bool = True
 
     def __post_init__(self) -> None:
         if self.failure is not None and self.reward is not None:

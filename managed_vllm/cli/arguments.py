@@ -233,6 +233,12 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--step-timeout", type=_seconds, default=60.0, metavar="SECONDS", help="for one action (60)")
     how.add_argument("--episode-timeout", type=_seconds, metavar="SECONDS", help="for a whole episode (no bound)")
     how.add_argument("--temperature", type=float, default=1.0, help="of sampling (1.0)")
+    how.add_argument(
+        "--no-exact",
+        dest="exact",
+        action="store_false",
+        help="evaluate on a server that tells no token ids or logprobs; such rollouts can't be exported to trainers",
+    )
     how.add_argument("--sampling", metavar="JSON", help="further sampling parameters, as a JSON object")
     how.add_argument(
         "--format",

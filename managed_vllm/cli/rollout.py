@@ -57,6 +57,7 @@ def rollout(given: argparse.Namespace) -> int:
                 limits=limits,
                 agent=agent,
                 retry=RetryRollouts(max_attempts=given.max_attempts),
+                exact=given.exact,
                 store=store,
                 progress=False if given.json else (None if sys.stderr.isatty() else True),
             )

@@ -194,7 +194,9 @@ class Generation:
             self._asked_for = "rest"
             return HTTPRequest("POST", "/v1/completions", self._rest(), stream=True)
         self._asked_for = "answer"
-        body = {**self._body, "return_token_ids": True}
+        body = {"return_token_ids": True, **self._body}
+        if body["return_token_ids"] is None:  # by extra_body: a server that refuses the field
+            del body["return_token_ids"]
         if self._stream:
             body = {"stream_interval": STREAM_INTERVAL, **body, "stream": True}
         return HTTPRequest("POST", f"/v1{self._route}", body, stream=self._stream)

@@ -159,6 +159,7 @@ def _write(
         if why is None and choose is not None and not choose(entry):
             why = "not chosen"
         if why is None:
+            _check_exact(entry, to)
             try:
                 trajectory = store.load(entry)
             except RunStoreError:
@@ -171,6 +172,14 @@ def _write(
         if why is not None:
             left_out[why] += 1
     return trajectories, samples, dict(left_out)
+
+
+def _check_exact(entry: AttemptEntry, to: str) -> None:
+    if to != "atif" and not entry.exact:
+        raise ExportError(
+            f"{entry.task_id}, rollout {entry.rollout}, was played with exact=False: its token ids and logprobs are "
+            f"not those that were sampled, and {to} would train on them; only ATIF takes it"
+        )
 
 
 def _why_not(entry: AttemptEntry, to: str, include: Include) -> str | None:

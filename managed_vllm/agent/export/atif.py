@@ -101,6 +101,7 @@ class _Document:
                         "stop_reason": str(trajectory.stop_reason),
                         "failure": None if failure is None else str(failure),
                         "info": self._json(trajectory.info) or None,
+                        "exact": None if trajectory.exact else False,
                     }
                 ),
             }
