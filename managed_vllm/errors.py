@@ -10,6 +10,7 @@
         ModelNotServedError
       ServerError
         SupervisorError
+        OtherNetworkError (ConnectionError)
         ServerStoppedError
         StartupError
           ModelUnavailableError
