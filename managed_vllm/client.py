@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Self
 
 from managed_vllm.errors import BadRequestError
+from managed_vllm.masking import Secret
 from managed_vllm.policies import RetryPolicy
 from managed_vllm.request.async_methods import AsyncRequestMethods
 from managed_vllm.request.attempts import Sender
@@ -23,7 +24,7 @@ from managed_vllm.request.concurrency import MAX_IN_FLIGHT
 from managed_vllm.request.endpoints import Endpoint
 from managed_vllm.request.methods import RequestMethods
 from managed_vllm.status import Connection
-from managed_vllm.urls import normalized_url
+from managed_vllm.urls import checked_api_key, normalized_url
 
 
 class AsyncVLLMClient(AsyncRequestMethods):
@@ -65,7 +66,8 @@ class AsyncVLLMClient(AsyncRequestMethods):
         if connection is None:
             if base_url is None or model_name is None:
                 raise BadRequestError("a client needs base_url and model_name")
-            fixed = Connection(base_url=normalized_url(base_url), api_key=api_key or "", model=model_name), 0
+            key = checked_api_key(api_key) if api_key else Secret("")
+            fixed = Connection(base_url=normalized_url(base_url), api_key=key, model=model_name), 0
 
             def connection(lost_epoch: int | None, timeout_s: float | None, pause_s: float) -> Endpoint:
                 return fixed

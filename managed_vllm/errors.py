@@ -99,9 +99,9 @@ class ConfigError(ManagedVLLMError, ValueError):
 
 
 class ConfigMismatchError(ConfigError):
-    """A server is running under this name or at this address, but it is not what was asked for.
+    """A server is running, but it is not what was asked for: arguments, address, or files that changed meanwhile.
 
-    `differences` maps each differing field to `(asked for, running)`.
+    `differences` maps each differing field, or file, to `(asked for, running)`; secrets are stars.
     """
 
     def __init__(

@@ -7,12 +7,34 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from managed_vllm.errors import ConfigError
 from managed_vllm.status import Cause
+
+
+def seconds(name: str, value: object, *, positive: bool = False, endless: bool = False) -> float:
+    """The value as a duration. Raises `ConfigError` for what is no number, negative (or 0), or infinite.
+
+    `positive`: 0 is refused. `endless`: `math.inf` stands for never.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+        raise ConfigError(f"{name} is a duration in seconds, a number, not {value!r}", field=name)
+    if value < 0 or (positive and value == 0):
+        raise ConfigError(
+            f"{name} must be {'more than 0' if positive else '0 or more'} seconds, not {value}", field=name
+        )
+    if value == math.inf and not endless:
+        raise ConfigError(f"{name} must be a finite number of seconds", field=name)
+    return float(value)
+
+
+def _count(name: str, value: object, least: int, meaning: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be {least} ({meaning}) or more, a whole number, not {value!r}", field=name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +64,9 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         for name in ("max_deaths", "max_lost"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 (never sent again) or more", field=name)
+            _count(name, getattr(self, name), 1, "never sent again")
         for name in ("backoff_initial_s", "backoff_max_s", "spread_s"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} is a duration in seconds, not {getattr(self, name)}", field=name)
+            seconds(name, getattr(self, name), endless=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +96,12 @@ class RestartPolicy:
                 field="not_retried",
             )
         object.__setattr__(self, "not_retried", causes)
-        if self.max_restarts < 0:
-            raise ConfigError("max_restarts must be 0 (never restart) or more", field="max_restarts")
+        _count("max_restarts", self.max_restarts, 0, "never restarted")
         for name in ("window_s", "backoff_initial_s", "backoff_max_s"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is a duration in seconds and can't be negative", field=name)
-        if self.backoff_factor < 1:
-            raise ConfigError("backoff_factor must be at least 1", field="backoff_factor")
+            seconds(name, getattr(self, name), endless=name == "window_s")
+        factor: object = self.backoff_factor
+        if not isinstance(factor, int | float) or not 1 <= factor < math.inf:
+            raise ConfigError("backoff_factor must be a number, 1 or more", field="backoff_factor")
 
     def delay_s(self, restarts_in_window: int) -> float:
         """Seconds to wait before the next restart, after this many in the window."""
@@ -113,8 +132,7 @@ class HangPolicy:
 
     def __post_init__(self) -> None:
         for name in ("stall_s", "answer_s", "stopped_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be more than 0 seconds (math.inf: never)", field=name)
+            seconds(name, getattr(self, name), positive=True, endless=True)
 
     @classmethod
     def never(cls) -> HangPolicy:
@@ -149,11 +167,9 @@ class SupervisionPolicy:
 
     def __post_init__(self) -> None:
         for name in ("startup_timeout_s", "startup_silence_s", "first_request_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be more than 0 seconds", field=name)
+            seconds(name, getattr(self, name), positive=True, endless=True)
         for name in ("stop_grace_s", "gpu_release_timeout_s"):  # finite: the end of a server must not take for ever
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is a duration in seconds, 0 or more", field=name)
+            seconds(name, getattr(self, name))
         if self.warm not in (True, False, "auto"):
             raise ConfigError(f'warm must be "auto", True or False, not {self.warm!r}', field="warm")
 

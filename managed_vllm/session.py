@@ -23,15 +23,18 @@ from managed_vllm.errors import ConfigError
 from managed_vllm.instance import directory, external
 from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer
 from managed_vllm.instance.status_listener import StatusListener
-from managed_vllm.policies import HangPolicy, RestartPolicy, RetryPolicy, SupervisionPolicy
+from managed_vllm.masking import Secret, without_passwords
+from managed_vllm.policies import HangPolicy, RestartPolicy, RetryPolicy, SupervisionPolicy, seconds
 from managed_vllm.request.methods import RequestMethods
 from managed_vllm.status import Connection, ServerStatus
+from managed_vllm.urls import checked_api_key
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
     from managed_vllm.client import AsyncVLLMClient, VLLMClient
 
+KEEP_ALIVE_VARIABLE = "MANAGED_VLLM_KEEP_ALIVE"
 KEEP_ALIVE_S = 5.0
 """Default of `keep_alive`: the next test, script or cell often comes at once, and a start costs half a minute."""
 
@@ -111,18 +114,20 @@ class ManagedVLLM(RequestMethods):
         url = base_url or (None if name else external.url_from_environment())
         spec: ServerSpec | None = None
         if url is None and model is not None:
-            spec = ServerSpec.of(str(model), engine_args=engine_args, env=env, python=python, command=command)
+            spec = ServerSpec.of(model, engine_args=engine_args, env=env, python=python, command=command)
         elif url is None and (engine_args or command or python or env):
             raise ConfigError("engine arguments, env=, python= and command= need a model=", field="model")
         options = AttachOptions(
             model=None if model is None else str(model),
             name=name,
             base_url=url,
-            api_key=api_key or (os.environ.get(external.KEY_VARIABLE) if url else None),
+            api_key=_external_key(api_key) if url else None,
             keep_alive_s=_keep_alive_s(keep_alive),
             progress=progress,
             spec=spec,
-            address=Address(host=host, port=port, api_key=None if url else api_key, uds=uds),
+            address=Address(
+                host=host, port=port, api_key=None if url or api_key is None else checked_api_key(api_key), uds=uds
+            ),
             policy=SupervisionPolicy(
                 startup_timeout_s=startup_timeout,
                 startup_silence_s=startup_silence,
@@ -237,7 +242,7 @@ class ManagedVLLM(RequestMethods):
     @property
     def api_key(self) -> str:
         """The key that every route but `/health` and `/ping` wants; empty for an external server without one."""
-        return self._attachment.connection()[0].api_key
+        return str(self._attachment.connection()[0].api_key.reveal())
 
     @property
     def model(self) -> str:
@@ -336,7 +341,7 @@ class ManagedVLLM(RequestMethods):
 
     def __repr__(self) -> str:
         options = self._settings.attach
-        where = options.base_url or self._attachment.id or options.name or "not attached"
+        where = without_passwords(options.base_url or "") or self._attachment.id or options.name or "not attached"
         return f"<ManagedVLLM {options.model or ''} {where}>"
 
 
@@ -407,12 +412,22 @@ class _Clients:
                     client.close()
 
 
+def _external_key(given: str | None) -> Secret | None:
+    key = given or os.environ.get(external.KEY_VARIABLE)
+    return checked_api_key(key) if key else None
+
+
 def _keep_alive_s(given: float | None) -> float:
-    if given is None:
-        given = float(os.environ.get("MANAGED_VLLM_KEEP_ALIVE") or KEEP_ALIVE_S)
-    if given < 0:
-        raise ConfigError(f"keep_alive is a duration in seconds, not {given}", field="keep_alive")
-    return float(given)
+    if given is not None:
+        return seconds("keep_alive", given)
+    text = os.environ.get(KEEP_ALIVE_VARIABLE) or str(KEEP_ALIVE_S)
+    try:
+        return seconds("keep_alive", float(text))
+    except ValueError:  # of float, and a ConfigError is one
+        raise ConfigError(
+            f"the variable {KEEP_ALIVE_VARIABLE} is {text!r}, but must be a number of seconds",
+            field=KEEP_ALIVE_VARIABLE,
+        ) from None
 
 
 def _warm(given: bool | Literal["auto"] | None, command: Sequence[str] | None) -> bool | Literal["auto"]:

@@ -1,7 +1,7 @@
 """What is known about a server, as values: its state, stage, connection, and why it is not running.
 
-These cross every border of the package: the control channel, errors, the command line. This module imports nothing of
-ours, and nothing beyond the standard library.
+These cross every border of the package: the control channel, errors, the command line. This module imports
+nothing of ours but `managed_vllm.masking`, and nothing beyond the standard library.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from managed_vllm.masking import Secret, reveal, without_passwords
 
 
 class ServerState(enum.StrEnum):
@@ -217,12 +219,19 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Connection:
-    """How to reach a server that is ready. `base_url` ends in `/v1`; with `uds`, HTTP goes over that socket path."""
+    """How to reach a server that is ready. `base_url` ends in `/v1`; with `uds`, HTTP goes over that socket path.
+
+    `api_key.reveal()` is the key; it is neither printed nor pickled.
+    """
 
     base_url: str
-    api_key: str
+    api_key: Secret
     model: str
     uds: str | None = None
+
+    def __repr__(self) -> str:
+        shown = without_passwords(self.base_url)
+        return f"Connection(base_url={shown!r}, api_key={self.api_key}, model={self.model!r}, uds={self.uds!r})"
 
 
 @dataclass(frozen=True)
@@ -253,7 +262,7 @@ class ServerStatus:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, with the key inside `connection`: only for the channel, never for a file."""
-        data = asdict(self)
+        data: dict[str, Any] = reveal(asdict(self))
         data["diagnosis"] = self.diagnosis.to_dict() if self.diagnosis else None
         return data
 
@@ -263,7 +272,8 @@ class ServerStatus:
         known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
         known["state"] = ServerState(known["state"])
         if known.get("connection"):
-            known["connection"] = Connection(**known["connection"])
+            given = known["connection"]
+            known["connection"] = Connection(**{**given, "api_key": Secret(given["api_key"])})
         if known.get("diagnosis"):
             known["diagnosis"] = Diagnosis.from_dict(known["diagnosis"])
         return cls(**known)

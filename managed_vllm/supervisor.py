@@ -38,12 +38,15 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from managed_vllm.config import SupervisorOrder
+from managed_vllm import served_files
+from managed_vllm.config import ServerSpec, SupervisorOrder
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance import cleanup, directory
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.folder_hold import FolderHold
 from managed_vllm.instance.leases import FIRST_LEASE_S, Leases
+from managed_vllm.masking import Secret, masked_words
+from managed_vllm.served_files import Files
 from managed_vllm.server import diagnosis, gpu_memory, launch, stacks
 from managed_vllm.server.process import ServerProcess
 from managed_vllm.server.restarts import GiveUp, Restarts
@@ -204,7 +207,7 @@ class Supervisor:
     """State machine of one server; see the module's docstring."""
 
     def __init__(self, instance: Instance, order: SupervisorOrder, hold: FolderHold) -> None:
-        key = order.address.api_key or secrets.token_urlsafe(32)
+        key = order.address.api_key or Secret(secrets.token_urlsafe(32))
         self._instance = instance
         self._hold = hold
         self._order = dataclasses.replace(order, address=dataclasses.replace(order.address, api_key=key))
@@ -222,11 +225,13 @@ class Supervisor:
             status=lambda: dataclasses.replace(self._status, image_pid=self._starter.image_pid),
             on_end=self._end,
             on_restart=self._restart_requested.set,
+            listens_and_serves=lambda: (self._port, self._files),
         )
         self._predecessor: dict[str, Any] | None = None
-        self._starter = ServerStarter(order.spec, order.policy.warm, instance, on_imports=self._show_imports)
+        self._starter = ServerStarter(self._order, instance, on_imports=self._show_imports)
         self._process: ServerProcess | None = None
         self._port: int | None = None
+        self._files: Files | None = None
         self._scratch: Path | None = None
         self._shared_memory: set[str] = set()
         self._gpu_at_first: gpu_memory.GpuMemory | None = None
@@ -410,10 +415,11 @@ class Supervisor:
     async def _launch(self, startup_log: StartupLog) -> tuple[launch.Launch, ServerProcess]:
         """Starts the server's process and feeds its output to `startup_log`. Raises `_NotLaunchedError`."""
         if self._gpu_at_first is None:
-            self._gpu_at_first = await asyncio.to_thread(gpu_memory.used_memory, self._devices)
+            self._gpu_at_first = await asyncio.to_thread(gpu_memory.used_memory, self._order.spec.cuda_devices)
         if self._scratch is None:
             self._scratch = cleanup.make_scratch()
             self._write_record()  # at once: if we are killed, our successor removes it
+        self._files = await asyncio.to_thread(_files_to_serve, self._order.spec, self._files)
         launched = launch.prepare(self._order, self._instance, scratch=self._scratch, last_port=self._port)
         self._port = launched.port
         loop = asyncio.get_running_loop()
@@ -424,7 +430,7 @@ class Supervisor:
                 with contextlib.suppress(RuntimeError):  # the loop is closing
                     loop.call_soon_threadsafe(self._show_progress, progress)
 
-        log.info("epoch %d: %s", self._status.epoch, " ".join(launched.argv))
+        log.info("epoch %d: %s", self._status.epoch, " ".join(masked_words(launched.argv)))
         limit_s = self._order.policy.startup_timeout_s
         try:
             async with asyncio.timeout(None if limit_s == math.inf else limit_s):
@@ -513,15 +519,11 @@ class Supervisor:
             gpu_memory.wait_until_released,
             self._gpu_at_first,
             pids,
-            self._devices,
+            self._order.spec.cuda_devices,
             self._order.policy.gpu_release_timeout_s,
         )
         if holders:
             log.warning("the GPU memory was not all released: %s", holders)
-
-    @property
-    def _devices(self) -> str | None:
-        return self._order.spec.devices.get("CUDA_VISIBLE_DEVICES")
 
     async def _clear_after_predecessor(self) -> None:
         """Ends what a predecessor that was killed may have left, and removes what it had outside of its folder."""
@@ -619,6 +621,14 @@ def _write_output_to(path: Path) -> None:
         for stream in (1, 2):
             os.dup2(descriptor, stream)
         os.close(descriptor)
+
+
+def _files_to_serve(spec: ServerSpec, before: Files | None) -> Files:
+    """The files that the server is about to read. What has changed since the last epoch is logged."""
+    now = served_files.snapshot(spec)
+    if before is not None and (changed := served_files.changes(before, now)):
+        log.warning("files of the model have changed since the last epoch: %s", ", ".join(changed))
+    return now
 
 
 def _reason_of_exit(process: ServerProcess) -> Diagnosis:

@@ -8,6 +8,7 @@ from importlib import import_module
 
 import managed_vllm
 
+_KEY_FILE = "a file with the key, or - for standard input: ps does not show it"
 _WHICH = "name, id, or the beginning of an id; not needed while one server runs"
 
 
@@ -80,6 +81,16 @@ def build_parser() -> argparse.ArgumentParser:
     down.add_argument("--all", action="store_true", help="all servers of this user, and all that dead ones have left")
     down.add_argument("--force", action="store_true", help="stop it for its other users too")
 
+    restart = command(
+        "restart",
+        "managed_vllm.cli.serve:restart",
+        "stop a server and start it again, for all its users",
+        "managed-vllm restart",
+        "managed-vllm restart mine        # it reads its model's files anew",
+        more=" Returns when it is ready.",
+    )
+    restart.add_argument("which", nargs="?", metavar="NAME_OR_ID", help=_WHICH)
+
     status = command(
         "status",
         "managed_vllm.cli.running:status",
@@ -119,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--model", help="the model to ask (default: VLLM_MODEL_NAME, else the only one served)")
     check.add_argument("--api-key", metavar="KEY", help="default: VLLM_API_KEY, or the running server's own")
+    check.add_argument("--api-key-file", metavar="FILE", help=_KEY_FILE)
     check.add_argument("--json", action="store_true", help="print one object")
     check.add_argument("--timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for each request (30)")
 
@@ -279,6 +291,7 @@ def _add_server(parser: argparse.ArgumentParser, *, keep_alive: str, env: str = 
     where.add_argument("--port", type=int, help="TCP port (a free one)")
     where.add_argument("--uds", action="store_true", help="listen on a Unix socket, no TCP at all")
     where.add_argument("--api-key", metavar="KEY", help="the key that clients need (a random one)")
+    where.add_argument("--api-key-file", metavar="FILE", help=_KEY_FILE)
     life = parser.add_argument_group("life")
     life.add_argument("--name", help="a readable handle")
     life.add_argument(

@@ -13,6 +13,7 @@ from typing import Any
 import requests
 
 from managed_vllm.cli import running
+from managed_vllm.cli.keys import given_key
 from managed_vllm.errors import AuthenticationError, ConfigError, ExternalServerError, NoServerError
 from managed_vllm.instance import directory, external
 from managed_vllm.status import Connection
@@ -52,7 +53,8 @@ def check(given: argparse.Namespace) -> int:
 
 def _target(given: argparse.Namespace) -> tuple[str, str | None, str | None]:
     """URL, key and model: as given, else from the environment, else of the one server that runs."""
-    key = given.api_key or os.environ.get(external.KEY_VARIABLE)
+    own = given_key(given)
+    key = own or os.environ.get(external.KEY_VARIABLE)
     model = given.model or os.environ.get(external.MODEL_VARIABLE)
     url = given.url or external.url_from_environment()
     if url:
@@ -72,7 +74,11 @@ def _target(given: argparse.Namespace) -> tuple[str, str | None, str | None]:
             f"curl --unix-socket {seen.connection.uds} http://localhost/health",
             field="url",
         )
-    return seen.connection.base_url, given.api_key or seen.connection.api_key, given.model or seen.connection.model
+    return (
+        seen.connection.base_url,
+        own or seen.connection.api_key.reveal(),
+        given.model or seen.connection.model,
+    )
 
 
 def run_checks(

@@ -161,7 +161,7 @@ def to_json(instance: Instance, names: Sequence[str], seen: ServerStatus | None,
         "diagnosis": seen.diagnosis.to_dict() if seen.diagnosis else None,
     }
     if show_key:
-        row["api_key"] = connection.api_key if connection else None
+        row["api_key"] = connection.api_key.reveal() if connection else None
     return row
 
 

@@ -16,10 +16,12 @@ from typing import Any, Literal
 
 from managed_vllm import ManagedVLLM, engine_arguments
 from managed_vllm.cli import Terminated, running
+from managed_vllm.cli.keys import given_key
 from managed_vllm.cli.logs import LogReader, write
 from managed_vllm.config import ServerSpec
 from managed_vllm.errors import ConfigError
 from managed_vllm.instance import directory, external
+from managed_vllm.instance.attach import ATTACH_VARIABLE
 from managed_vllm.instance.directory import Instance
 from managed_vllm.status import ServerState, ServerStatus
 
@@ -52,6 +54,18 @@ def up(given: argparse.Namespace) -> int:
         print(json.dumps(row, indent=2))
     else:
         _print_use(instance, seen, started=llm.started_it, stop=f"managed-vllm down {given.name or instance.id}")
+    return 0
+
+
+def restart(given: argparse.Namespace) -> int:
+    """`managed-vllm restart`."""
+    home = directory.state_home()
+    instance = running.find(home, given.which) if given.which else running.the_only_one(home)
+    os.environ[ATTACH_VARIABLE] = instance.id
+    os.environ.pop(external.URL_VARIABLE, None)
+    with ManagedVLLM(keep_alive=0, wait=False) as llm:
+        seen = llm.restart()
+    print(f"{instance.id} serves again, epoch {seen.epoch}.")
     return 0
 
 
@@ -91,7 +105,7 @@ def handle(given: argparse.Namespace, model: str | None, arguments: dict[str, An
     return ManagedVLLM(
         model,
         name=given.name,
-        api_key=given.api_key,
+        api_key=given_key(given),
         host=given.host,
         port=given.port,
         uds=given.uds,

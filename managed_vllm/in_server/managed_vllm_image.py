@@ -41,6 +41,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import managed_vllm_arguments as arguments  # type: ignore[import-not-found]
 import managed_vllm_lifeline as lifeline  # type: ignore[import-not-found]
 import managed_vllm_openmp as openmp  # type: ignore[import-not-found]
 import managed_vllm_patches as patches  # type: ignore[import-not-found]
@@ -80,6 +81,7 @@ def main() -> None:
 def run(argv: Sequence[str]) -> None:
     """Does what the interpreter does with the words `-m LAUNCHER …`; ends as it would, too."""
     sys.argv = ["-m", *argv[2:]]
+    arguments.fill_in()
     runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
 
 

@@ -16,8 +16,11 @@ def _run_shadowed() -> None:
 
 
 try:
-    import managed_vllm_lifeline  # type: ignore[import-not-found]  # beside this file, on the server's PYTHONPATH
+    # beside this file, on the server's PYTHONPATH
+    import managed_vllm_arguments  # type: ignore[import-not-found]
+    import managed_vllm_lifeline  # type: ignore[import-not-found]
 
     managed_vllm_lifeline.at_interpreter_start()
+    managed_vllm_arguments.fill_in()
 finally:
     _run_shadowed()

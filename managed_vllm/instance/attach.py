@@ -30,7 +30,7 @@ from typing import Any
 
 import filelock
 
-from managed_vllm import forks
+from managed_vllm import forks, served_files
 from managed_vllm.config import Address, ServerSpec, SupervisorOrder
 from managed_vllm.errors import (
     ConfigError,
@@ -48,6 +48,7 @@ from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.namespaces import network_namespace
 from managed_vllm.instance.startup_view import StartupProgress
+from managed_vllm.masking import Secret, masked_words, reveal, without_passwords
 from managed_vllm.policies import SupervisionPolicy
 from managed_vllm.status import Connection, ServerState, ServerStatus
 
@@ -68,7 +69,10 @@ _OVER = (ServerState.FAILED, ServerState.STOPPING, ServerState.GONE)
 
 @dataclass(frozen=True, kw_only=True)
 class KnownServer:
-    """A server that was attached to: its instance, and the order with which its supervisor was started."""
+    """A server that was attached to: its instance, and the order with which its supervisor was started.
+
+    A pickle holds none of the order's secrets, not even the key: another process gets them with its own lease.
+    """
 
     instance: Instance
     order: SupervisorOrder
@@ -81,24 +85,35 @@ class AttachOptions:
     `base_url` means a server at that URL, and `api_key` is its key. Without a `spec`, only a server that is already
     running will do: the one called `name`, if a name is given. `keep_alive_s` is how many seconds our server outlives
     its last user. `progress` shows the start-up; None: on a terminal only.
+
+    A pickle holds all of it, the user's own secrets included: without them another process can't ask for the same.
     """
 
     model: str | None = None
     name: str | None = None
     base_url: str | None = None
-    api_key: str | None = None
+    api_key: Secret | None = None
     keep_alive_s: float = 0.0
     progress: bool | None = None
     spec: ServerSpec | None = None
     address: Address = field(default_factory=Address)
     policy: SupervisionPolicy = field(default_factory=SupervisionPolicy)
 
-    @property
-    def order(self) -> SupervisorOrder | None:
-        """The order for a new supervisor; None: there is no spec, so this user can't start one."""
-        if self.spec is None:
-            return None
-        return SupervisorOrder(spec=self.spec, address=self.address, policy=self.policy)
+    def __reduce__(self) -> tuple[Any, ...]:
+        spec = None if self.spec is None else self.spec.to_dict()
+        return _unpickled, ({**self.__dict__, "api_key": reveal(self.api_key)}, spec, self.address.to_dict())
+
+
+def _unpickled(plain: dict[str, Any], spec: dict[str, Any] | None, address: dict[str, Any]) -> AttachOptions:
+    key = plain["api_key"]
+    return AttachOptions(
+        **{
+            **plain,
+            "api_key": None if key is None else Secret(key),
+            "spec": None if spec is None else ServerSpec.from_dict(spec),
+            "address": Address.from_dict(address),
+        }
+    )
 
 
 class _Election(enum.Enum):
@@ -143,7 +158,6 @@ def _elect(instance: Instance, order: SupervisorOrder, deadline: float) -> _Elec
     """Spawns the supervisor of an instance, unless another process does."""
     from managed_vllm.instance import spawn  # here: most processes only attach
 
-    order.spec.check()
     try:
         instance.create()
         left = _left(deadline)
@@ -164,18 +178,12 @@ def _elect(instance: Instance, order: SupervisorOrder, deadline: float) -> _Elec
         return _Election.LEFT_TO_OTHERS  # a supervisor that was shutting down has removed the folder: begin again
 
 
-def check_address(wanted: Address, running: Address, instance_id: str) -> None:
-    """Raises `ConfigMismatchError` if an explicit address is not the running server's.
+def check_address(wanted: Address, running: Address, instance_id: str, *, port: int | None = None) -> None:
+    """Raises `ConfigMismatchError` if an explicit address is not the running server's; `port` is where it listens.
 
     Starting a second server instead would put it on the same devices.
     """
-    differences: dict[str, tuple[Any, Any]] = {}
-    for name in ("host", "port", "api_key"):
-        value, actual = getattr(wanted, name), getattr(running, name)
-        if value is not None and value != actual:
-            differences[name] = ("***", "***") if name == "api_key" else (value, actual)
-    if wanted.uds and not running.uds:
-        differences["uds"] = (True, False)
+    differences = wanted.differences(running, port=port)
     if differences:
         raise ConfigMismatchError(
             "the same server is running already, at another address; leave the address out to share it, "
@@ -202,6 +210,23 @@ def check_network(address: Address, theirs: str | None, instance: Instance) -> N
     )
 
 
+def check_files(spec: ServerSpec, served: served_files.Files | None, instance_id: str) -> None:
+    """Raises `ConfigMismatchError` where the model's files are not what the running server has read.
+
+    None: it has read nothing yet.
+    """
+    if served is None:
+        return
+    differences = served_files.changes(served, served_files.snapshot(spec))
+    if differences:
+        raise ConfigMismatchError(
+            "the model's files have changed since the running server has read them; let it read them anew, for all its "
+            f"users: managed-vllm restart {instance_id}",
+            differences=differences,
+            instance=instance_id,
+        )
+
+
 def _differences(spec: ServerSpec, record: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     try:
         return spec.differences(ServerSpec.from_dict(record["spec"]))
@@ -211,7 +236,7 @@ def _differences(spec: ServerSpec, record: Mapping[str, Any]) -> dict[str, tuple
 
 def _command_line() -> str:
     """What this process is, for `managed-vllm status`."""
-    return " ".join(sys.argv)[:200] or sys.executable
+    return " ".join(masked_words(getattr(sys, "argv", [])))[:200] or sys.executable or ""
 
 
 # -- the attachment ----------------------------------------------------------------------------------------------------
@@ -326,23 +351,30 @@ class Attachment:
 
     def _attach_external(self, base_url: str) -> None:
         model = os.environ.get(external.MODEL_VARIABLE) or self.options.model
-        self._external = external.attach(base_url, self.options.api_key, model)
-        log.info("attached to %s: an external server, not supervised", self._external.base_url)
+        self._external = external.attach(base_url, reveal(self.options.api_key), model)
+        log.info("attached to %s: an external server, not supervised", without_passwords(self._external.base_url))
 
     def _take_lease(self, deadline: float | None) -> Channel:
         home = directory.state_home()
         instance = self.known.instance if self.known else find(self.options, home)
-        order = self.known.order if self.known else self.options.order
-        if self.options.name is not None and order is not None:
-            spec = order.spec
+        spec = self.options.spec or (self.known.order.spec if self.known else None)
+        if self.options.name is not None and spec is not None:
             directory.claim_name(home, self.options.name, instance.id, lambda record: _differences(spec, record))
-        channel, running = self._lease(instance, order, deadline)
+        channel, running = self._lease(instance, deadline)
         self.known = KnownServer(instance=instance, order=running)
         return channel
 
-    def _lease(
-        self, instance: Instance, order: SupervisorOrder | None, deadline: float | None
-    ) -> tuple[Channel, SupervisorOrder]:
+    def _order(self) -> SupervisorOrder | None:
+        """The order for the next supervisor: its predecessor's, else our own. None: there is no spec to start from."""
+        last = self.known.order if self.known else None
+        if last is not None and last.is_whole:
+            return last
+        spec = self.options.spec or (last.spec if last else None)
+        if spec is None:
+            return None
+        return SupervisorOrder.first(spec, self.options.address, last.policy if last else self.options.policy)
+
+    def _lease(self, instance: Instance, deadline: float | None) -> tuple[Channel, SupervisorOrder]:
         """A lease from the instance's supervisor, and its order. Starts the supervisor if none is running."""
         patience = time.monotonic() + _SUPERVISOR_PATIENCE_S
         until = patience if deadline is None else min(patience, deadline)
@@ -352,9 +384,9 @@ class Attachment:
             if channel is not None:
                 reply = self._ask_for_lease(channel, instance, deadline)
                 if reply is not None and reply["ok"]:
-                    return channel, self._admitted(channel, instance, order, reply)
+                    return channel, self._admitted(channel, instance, reply)
                 self._wait_until_gone(channel, until)
-            elif order is None:
+            elif (order := self._order()) is None:
                 raise NoServerError(f"the server {instance.id} is not running any more; give model= to start one")
             else:
                 killed += self._start(instance, order, until)
@@ -433,24 +465,33 @@ class Attachment:
             channel.wait_until(lambda _: self._closed, _left(deadline))
         channel.close()
 
-    def _admitted(
-        self, channel: Channel, instance: Instance, wanted: SupervisorOrder | None, reply: Mapping[str, Any]
-    ) -> SupervisorOrder:
+    def _admitted(self, channel: Channel, instance: Instance, reply: Mapping[str, Any]) -> SupervisorOrder:
         """The running supervisor's order. If that is not what is wanted, gives the lease back and raises."""
         running = SupervisorOrder.from_dict(reply["order"])
+        wanted = self.options.spec
         try:
             check_network(running.address, reply.get("network"), instance)
-            if wanted is not None and wanted.spec.identity != running.spec.identity:
+            if wanted is not None and wanted.identity != running.spec.identity:
                 raise ConfigMismatchError(
                     "another server holds this id",
-                    differences=wanted.spec.differences(running.spec),
+                    differences=wanted.differences(running.spec),
                     instance=instance.id,
                 )
-            check_address(self.options.address, running.address, instance.id)
+            check_address(self.options.address, running.address, instance.id, port=reply["port"])
+            self._check_files(running.spec, reply["files"], instance)
         except BaseException:
             channel.close()
             raise
         return running
+
+    def _check_files(self, running: ServerSpec, served: served_files.Files | None, instance: Instance) -> None:
+        """Who asks for a model wants it as it is now; who asks for what runs, gets that."""
+        try:
+            check_files(running, served, instance.id)
+        except ConfigMismatchError as error:
+            if self.options.spec is not None:
+                raise
+            log.warning("%s", error)
 
     # -- following -----------------------------------------------------------------------------------------------------
 
@@ -547,14 +588,28 @@ class Attachment:
         channel = self.attach()
         if channel is None:
             return ServerStatus(state=ServerState.READY, connection=self._external, extra={"external": True})
-        return ServerStatus.from_dict(channel.request("status")["status"])
+        return ServerStatus.from_dict(self._ask(channel, "status")["status"])
 
     def request(self, op: str) -> dict[str, Any]:
         """The supervisor's reply to a request without arguments. Raises `ConfigError` for a server given by URL."""
         channel = None if self.options.base_url is not None else self.attach()
         if channel is None:
             raise ConfigError(f"an external server can't be asked to {op} from here", field="base_url")
-        return channel.request(op)
+        return self._ask(channel, op)
+
+    def _ask(self, channel: Channel, op: str) -> dict[str, Any]:
+        """The reply. Raises what the server ended with, or `SupervisorError` where no reply comes."""
+        try:
+            return channel.request(op)
+        except ConnectionError as error:
+            self._raise_if_closed()
+            self._raise_if_over(channel)
+            raise SupervisorError(f"the supervisor was gone before it answered {op!r}", instance=self.id) from error
+        except TimeoutError as error:
+            raise SupervisorError(
+                f"the supervisor does not answer {op!r}; it may be stopped or stuck: managed-vllm status",
+                instance=self.id,
+            ) from error
 
     def environ(self) -> dict[str, str]:
         """The environment variables with which a bare handle attaches to this very server."""
@@ -564,7 +619,7 @@ class Attachment:
             return {
                 external.URL_VARIABLE: found.base_url,
                 external.MODEL_VARIABLE: found.model,
-                external.KEY_VARIABLE: found.api_key,
+                external.KEY_VARIABLE: found.api_key.reveal(),
             }
         assert self.known is not None
         return {

@@ -349,9 +349,9 @@ def instances(home: Path) -> list[Instance]:
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-def check_name(name: str) -> None:
+def check_name(name: object) -> None:
     """Raises `ConfigError` unless the name can stand as a file name on every system."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
         raise ConfigError(f"name={name!r} must be 1 to 63 letters, digits, '.', '_' or '-'", field="name")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from managed_vllm.errors import AuthenticationError, ModelNotServedError, ServerUnreachableError
+from managed_vllm.masking import Secret, without_passwords
 from managed_vllm.status import Connection, is_loopback
 from managed_vllm.urls import normalized_url
 
@@ -31,44 +32,47 @@ def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: 
     import requests  # here: loading it takes longer than everything else of attaching
 
     url = normalized_url(base_url)
+    shown = without_passwords(url)
     try:
         with http_session(url, api_key) as http:
             response = http.get(f"{url}/models", timeout=timeout_s)
     except requests.ConnectionError as error:
         raise ServerUnreachableError(
-            f"nothing answers at {url} ({_reason(error)}); is the server running, are host and port right?",
-            base_url=url,
+            f"nothing answers at {shown} ({_reason(error)}); is the server running, are host and port right?",
+            base_url=shown,
         ) from error
     except requests.RequestException as error:
-        raise ServerUnreachableError(f"{url} gave no answer within {timeout_s:g} s: {error}", base_url=url) from error
+        raise ServerUnreachableError(
+            f"{shown} gave no answer within {timeout_s:g} s: {without_passwords(str(error))}", base_url=shown
+        ) from error
     if response.status_code in (401, 403):
         what = "refuses this API key" if api_key else "wants an API key"
         raise AuthenticationError(
-            f"the server at {url} {what} (HTTP {response.status_code}); give api_key= or set {KEY_VARIABLE}",
-            base_url=url,
+            f"the server at {shown} {what} (HTTP {response.status_code}); give api_key= or set {KEY_VARIABLE}",
+            base_url=shown,
         )
     served = _served(response)
     if served is None:
         raise ServerUnreachableError(
-            f"what answers at {url} does not speak the OpenAI API: GET /models gave HTTP {response.status_code}: "
+            f"what answers at {shown} does not speak the OpenAI API: GET /models gave HTTP {response.status_code}: "
             f"{response.text[:200]!r}",
-            base_url=url,
+            base_url=shown,
         )
     roots = [name for name, parent in served if parent is None]
     names = tuple(name for name, _ in served)
     if model is None and len(roots) != 1:
         raise ModelNotServedError(
-            f"the server at {url} serves {', '.join(names) or 'no model'}; say which with model= or {MODEL_VARIABLE}",
-            base_url=url,
+            f"the server at {shown} serves {', '.join(names) or 'no model'}; say which with model= or {MODEL_VARIABLE}",
+            base_url=shown,
             served=names,
         )
     if model is not None and model not in names:
         raise ModelNotServedError(
-            f"the server at {url} does not serve {model!r}; it serves: {', '.join(names) or 'nothing'}",
-            base_url=url,
+            f"the server at {shown} does not serve {model!r}; it serves: {', '.join(names) or 'nothing'}",
+            base_url=shown,
             served=names,
         )
-    return Connection(base_url=url, api_key=api_key or "", model=model or roots[0])
+    return Connection(base_url=url, api_key=Secret(api_key or ""), model=model or roots[0])
 
 
 def http_session(url: str, api_key: str | None) -> requests.Session:
@@ -94,4 +98,4 @@ def _reason(error: Exception) -> str:
     cause: BaseException = error
     while (inner := cause.__cause__ or cause.__context__) is not None:
         cause = inner
-    return getattr(cause, "strerror", None) or str(cause)
+    return without_passwords(getattr(cause, "strerror", None) or str(cause))

@@ -29,6 +29,7 @@ from managed_vllm.errors import ManagedVLLMError
 from managed_vllm.instance import channel, directory
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.namespaces import network_namespace
+from managed_vllm.served_files import Files
 from managed_vllm.socket_paths import short_path
 from managed_vllm.status import ServerState, ServerStatus
 
@@ -63,16 +64,19 @@ class Leases:
         status: Callable[[], ServerStatus],
         on_end: Callable[[str], None],
         on_restart: Callable[[], None],
+        listens_and_serves: Callable[[], tuple[int | None, Files | None]] = lambda: (None, None),
     ) -> None:
         """`status` returns the server's present status; what concerns the users is filled in here.
 
         `on_end` is called with the reason when the server is to end, `on_restart` when a user asks for a restart.
+        `listens_and_serves` tells the port on which the server listens, and which files it has read, as far as known.
         """
         self._instance = instance
         self._order = order
         self._status = status
         self._on_end = on_end
         self._on_restart = on_restart
+        self._listens_and_serves = listens_and_serves
         self._users: set[_User] = set()
         self._keep_alive_s = 0.0
         self._pinned = False
@@ -207,11 +211,14 @@ class Leases:
             self._names.add(str(message["name"]))
         log.debug("lease for pid %d", user.pid)
         self._users_changed()
+        port, files = self._listens_and_serves()
         return {
             "ok": True,
             "order": self._order.to_dict(),
             "status": self.status().to_dict(),
             "network": network_namespace(),
+            "port": port,
+            "files": files,
         }
 
     def _users_changed(self) -> None:

@@ -109,7 +109,7 @@ class ConnectionPool:
             )
         headers = {"Accept": "*/*", "Content-Type": "application/json"}
         if connection.api_key:
-            headers["Authorization"] = f"Bearer {connection.api_key}"
+            headers["Authorization"] = f"Bearer {connection.api_key.reveal()}"
         self._session = aiohttp.ClientSession(
             connector=connector,
             headers=headers,

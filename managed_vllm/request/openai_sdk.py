@@ -36,7 +36,7 @@ def make_client(kind: str, connection: Connection, sender: Sender) -> Any:
     transport = _transport(httpx, sender) if kind == "OpenAI" else _async_transport(httpx, sender)
     return getattr(sdk, kind)(
         base_url=connection.base_url,
-        api_key=connection.api_key or "none",
+        api_key=connection.api_key.reveal() or "none",
         timeout=None,
         http_client=http_client(transport=transport, trust_env=False),
     )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from managed_vllm.in_server import managed_vllm_arguments
 from managed_vllm.instance.directory import tail
 
 _MESSAGE_LIMIT = 1 << 20
@@ -29,7 +30,8 @@ _SILENCE_S = 120.0
 _FORK_S = 30.0
 """Seconds in which an image that has nothing else to do must have forked."""
 
-_KEY = "VLLM_API_KEY"
+_OF_THE_SERVER = frozenset({"VLLM_API_KEY", managed_vllm_arguments.VARIABLE})
+"""Secrets that the image does not need: the key, and those in the server's arguments."""
 
 
 class ImageError(Exception):
@@ -78,7 +80,7 @@ class Image:
         """
         self._on_imports = on_imports
         self._log_path = log_path
-        self._environment = {name: value for name, value in environment.items() if name != _KEY}
+        self._environment = {name: value for name, value in environment.items() if name not in _OF_THE_SERVER}
         self._turn = asyncio.Lock()
         self._is_ready = False
         self.ended = asyncio.Event()

@@ -5,17 +5,22 @@ Values in, values out; nothing is started here. From epoch to epoch the key stay
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from managed_vllm import variables
 from managed_vllm.config import Address, SupervisorOrder
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance import directory
 from managed_vllm.instance.directory import Instance
+from managed_vllm.masking import Secret, reveal
 from managed_vllm.status import Connection, is_loopback
+
+log = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
 
@@ -41,11 +46,11 @@ def prepare(order: SupervisorOrder, instance: Instance, *, scratch: Path, last_p
         instance.uds_path.unlink(missing_ok=True)  # vLLM leaves it behind, and then can't bind it (0.32)
     port = None if uds is not None else _choose_port(address, last_port)
     return Launch(
-        argv=spec.argv(host=address.host or _LOOPBACK, port=port, uds=uds),
+        argv=order.argv(host=address.host or _LOOPBACK, port=port, uds=uds),
         environment=_environment(order, instance, scratch),
         connection=Connection(
             base_url="http://localhost/v1" if uds is not None else f"http://{_reachable(address)}:{port}/v1",
-            api_key=address.api_key or "",
+            api_key=address.api_key or Secret(""),
             model=spec.served_model_name,
             uds=uds,
         ),
@@ -54,24 +59,21 @@ def prepare(order: SupervisorOrder, instance: Instance, *, scratch: Path, last_p
 
 
 def _environment(order: SupervisorOrder, instance: Instance, scratch: Path) -> dict[str, str]:
-    """The server's environment: ours, what was asked for, and what marks and guards it."""
+    """The server's environment: its first starter's, what the spec says, and what marks and guards it."""
     in_server = str(Path(lifeline.__file__).parent)
-    inherited = order.spec.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+    given = {**order.environment.reveal(), "PYTHONUNBUFFERED": "1", **order.spec.variables()}
+    path = given.get("PYTHONPATH")
+    if links := sorted(variables.service_links(os.environ)):
+        log.info("not passed on, because a service of Kubernetes is behind them: %s", ", ".join(links))
     return {
         # torch keeps compiled kernels, which are run as code, in the temp dir unless told otherwise: ours lives only as
         # long as the server, and in the common one another user might have put them.
         "TORCHINDUCTOR_CACHE_DIR": str(directory.cache_folder("torchinductor")),
-        # By its default of 5 s for idle connections, a server that was too busy for some seconds to look at its
-        # sockets closes those on which requests have come by then: uvloop runs timers before it reads.
-        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",
-        # ROOT is the mark of a server's first interpreter: we may run inside of another server.
-        **{name: value for name, value in os.environ.items() if name != lifeline.ROOT},
-        "PYTHONUNBUFFERED": "1",
-        **order.spec.env,
-        "PYTHONPATH": f"{in_server}{os.pathsep}{inherited}" if inherited else in_server,
+        **given,
+        "PYTHONPATH": f"{in_server}{os.pathsep}{path}" if path else in_server,
         "TMPDIR": str(scratch),
         "VLLM_RPC_BASE_PATH": str(scratch),
-        "VLLM_API_KEY": order.address.api_key or "",
+        "VLLM_API_KEY": reveal(order.address.api_key) or "",
         # vLLM's setproctitle would wipe the environment, and our marker with it.
         "SPT_NOENV": "1",
         lifeline.MARKER: instance.marker,

@@ -11,10 +11,11 @@ import re
 import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO
 
+from managed_vllm.masking import Redactor
 from managed_vllm.server import startup_log
 
 log = logging.getLogger(__name__)
@@ -34,13 +35,19 @@ class ServerOutput:
     `lines` is the newest output, `last_new_line_at` the time of the last line that was no repetition (monotonic clock).
     """
 
-    def __init__(self, stream: IO[bytes], log_path: Path, on_line: Callable[[str], None]) -> None:
-        """`on_line` is called, in the reader thread, for each line until `end_of_startup`."""
+    def __init__(
+        self, stream: IO[bytes], log_path: Path, on_line: Callable[[str], None], *, secrets: Collection[str] = ()
+    ) -> None:
+        """`on_line` is called, in the reader thread, for each line until `end_of_startup`.
+
+        None of the `secrets` comes through, neither to the log nor to anybody else.
+        """
         self.lines: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self.last_new_line_at = time.monotonic()
         self._stream = stream
         self._log_path = log_path
         self._on_line = on_line
+        self._redactor = Redactor(secrets)
         self._messages_seen: set[int] = set()
         self._starting = True
         self._reader = threading.Thread(target=self._pump, name="server-log", daemon=True)
@@ -70,7 +77,7 @@ class ServerOutput:
         sink = _RotatingFile(self._log_path)
         pending = b""
         with self._stream as stream:
-            while chunk := os.read(stream.fileno(), 65536):
+            for chunk in self._chunks(stream):
                 sink.write(chunk)
                 # tqdm redraws its line with a carriage return.
                 *whole, pending = re.split(rb"[\r\n]", pending + chunk)
@@ -81,6 +88,11 @@ class ServerOutput:
         if pending:
             self._take_line(pending)
         sink.close()
+
+    def _chunks(self, stream: IO[bytes]) -> Iterator[bytes]:
+        while chunk := os.read(stream.fileno(), 65536):
+            yield self._redactor.feed(chunk)
+        yield self._redactor.rest()
 
     def _take_line(self, raw: bytes) -> None:
         line = raw.decode("utf-8", "replace")

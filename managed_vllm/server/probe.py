@@ -51,7 +51,7 @@ class Probe:
     def __init__(self, connection: Connection, *, is_vllm: bool = True) -> None:
         """`is_vllm` is False for a server of some other kind, which may lack `/health`."""
         self._is_vllm = is_vllm
-        self._key = {"Authorization": f"Bearer {connection.api_key}"}
+        self._key = {"Authorization": f"Bearer {connection.api_key.reveal()}"}
         self._model = connection.model
         self._root = connection.base_url.removesuffix("/v1")
         self._base_url = connection.base_url

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol, Self
 
@@ -79,14 +79,15 @@ class ServerProcess:
         shared_memory: cleanup.NewSharedMemory,
         on_line: Callable[[str], None],
         spared: Callable[[], int | None] = lambda: None,
+        secrets: Collection[str] = (),
     ) -> None:
         """Takes over a child that has just been started, in a session of its own; see `spawn`, too.
 
-        `shared_memory` was made before it was started.
-        `on_line` is called in a reader thread for each line of `output`. `spared` tells the pid of a process that
-        carries the instance's marker and is not the server's: its image.
+        `shared_memory` was made before it was started. `on_line` is called in a reader thread for each line of
+        `output`, without the `secrets`. `spared` tells the pid of a process that carries the instance's marker and is
+        not the server's: its image.
         """
-        self.output = ServerOutput(output, instance.server_log, on_line)
+        self.output = ServerOutput(output, instance.server_log, on_line, secrets=secrets)
         self._child = child
         self._instance = instance
         self._spared = spared
@@ -111,6 +112,7 @@ class ServerProcess:
         instance: Instance,
         on_line: Callable[[str], None],
         spared: Callable[[], int | None] = lambda: None,
+        secrets: Collection[str] = (),
     ) -> Self:
         """Runs `argv` in a session and process group of its own. Raises `OSError` if the program can't be run."""
         shared_memory = cleanup.NewSharedMemory()
@@ -125,7 +127,15 @@ class ServerProcess:
             umask=0o077,
         )
         assert popen.stdout is not None
-        return cls(popen, popen.stdout, instance=instance, shared_memory=shared_memory, on_line=on_line, spared=spared)
+        return cls(
+            popen,
+            popen.stdout,
+            instance=instance,
+            shared_memory=shared_memory,
+            on_line=on_line,
+            spared=spared,
+            secrets=secrets,
+        )
 
     @property
     def pid(self) -> int:

@@ -19,10 +19,9 @@ import logging
 import os
 from collections.abc import Callable
 
-from managed_vllm.config import ServerSpec, vllm_folder
+from managed_vllm.config import SupervisorOrder, vllm_folder
 from managed_vllm.instance import cleanup
 from managed_vllm.instance.directory import Instance
-from managed_vllm.policies import Warm
 from managed_vllm.server.image import ForkedServer, Image, ImageError, ImageRefusedError, preload
 from managed_vllm.server.launch import Launch
 from managed_vllm.server.process import ForkedChild, ServerProcess
@@ -53,10 +52,9 @@ class ServerStarter:
     `how` says how the last one was started: "forked", "plain", or "plain: " and why it could not be forked.
     """
 
-    def __init__(self, spec: ServerSpec, warm: Warm, instance: Instance, *, on_imports: Callable[[int], None]) -> None:
+    def __init__(self, order: SupervisorOrder, instance: Instance, *, on_imports: Callable[[int], None]) -> None:
         """`on_imports` is called, while somebody waits for the image, with the number of modules imported so far."""
-        self._spec = spec
-        self._warm = warm
+        self._order = order
         self._instance = instance
         self._on_imports = on_imports
         self._image: Image | None = None
@@ -83,7 +81,7 @@ class ServerStarter:
         self._launch = launch
         shared_memory = cleanup.NewSharedMemory()
         forked = await self._fork(launch)
-        if forked is None and self._warm is True:
+        if forked is None and self._order.policy.warm is True:
             raise NotForkedError(self._why_not)
         self.how = "forked" if forked else f"plain: {self._why_not}" if self._why_not else "plain"
         log.info("the server is started: %s", self.how)
@@ -94,6 +92,7 @@ class ServerStarter:
                 cwd=self._instance.folder,
                 instance=self._instance,
                 on_line=on_line,
+                secrets=self._order.secrets(),
             )
         return ServerProcess(
             ForkedChild(forked.pid),
@@ -102,6 +101,7 @@ class ServerStarter:
             shared_memory=shared_memory,
             on_line=on_line,
             spared=lambda: self.image_pid,
+            secrets=self._order.secrets(),
         )
 
     def server_is_ready(self) -> None:
@@ -137,7 +137,7 @@ class ServerStarter:
     @property
     def _forks(self) -> bool:
         """Whether the next server is to be forked."""
-        return self._warm is not False and self._spec.command is None and not self._why_not
+        return self._order.policy.warm is not False and self._order.spec.command is None and not self._why_not
 
     async def _fork(self, launch: Launch) -> ForkedServer | None:
         """A server forked from the image, which comes up first if need be; None: it is to be spawned."""
@@ -154,7 +154,7 @@ class ServerStarter:
 
     def _bring_up(self, launch: Launch) -> Image:
         """Starts an image. Raises `ImageError`."""
-        folder = vllm_folder(self._spec.python) if "cpu" in self._spec.vllm else None
+        folder = vllm_folder(self._order.python) if "cpu" in self._order.spec.vllm else None
         try:
             self._image = Image(
                 launch.argv,

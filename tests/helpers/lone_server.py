@@ -16,6 +16,7 @@ from processes import eventually
 from managed_vllm.config import Address, ServerSpec, SupervisorOrder
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance.directory import Instance
+from managed_vllm.masking import Secret
 from managed_vllm.policies import SupervisionPolicy
 from managed_vllm.server import launch
 from managed_vllm.server.launch import Launch
@@ -65,9 +66,9 @@ async def spawned(
 @asynccontextmanager
 async def launched(folder: Path, **orders: Any) -> AsyncIterator[tuple[Launch, ServerProcess, Probe, StartupLog]]:
     """The stand-in under its orders, and what is needed to watch it."""
-    order = SupervisorOrder(
+    order = SupervisorOrder.first(
         spec=ServerSpec.of("stand-in", engine_args={}, env=standin.orders(**orders), command=standin.command()),
-        address=Address(api_key="key"),
+        address=Address(api_key=Secret("key")),
         policy=SupervisionPolicy(),
     )
     prepared = launch.prepare(order, Instance(folder, "m-0123456789"), scratch=folder, last_port=None)

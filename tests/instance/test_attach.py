@@ -23,6 +23,7 @@ from managed_vllm.errors import ConfigMismatchError, NoServerError, ServerStoppe
 from managed_vllm.instance import cleanup, directory
 from managed_vllm.instance.attach import ATTACH_VARIABLE, Attachment, AttachOptions, check_address, find
 from managed_vllm.instance.directory import Instance
+from managed_vllm.masking import Secret
 from managed_vllm.status import ServerState, ServerStatus
 
 
@@ -103,15 +104,16 @@ def test_a_name_means_the_live_instance_that_has_it(home: Path, running: Running
     ("wanted", "different"),
     [
         (Address(), set()),
-        (Address(host="127.0.0.1", port=8000, api_key="theirs"), set()),
+        (Address(host="127.0.0.1", port=8000, api_key=Secret("theirs")), set()),
         (Address(port=8001), {"port"}),
-        (Address(host="localhost"), {"host"}),
-        (Address(api_key="mine"), {"api_key"}),
+        (Address(host="localhost"), set()),
+        (Address(host="::1"), {"host"}),
+        (Address(api_key=Secret("mine")), {"api_key"}),
         (Address(uds=True), {"uds"}),
     ],
 )
 def test_an_address_must_fit_where_it_is_asked_for(wanted: Address, different: set[str]) -> None:
-    there = Address(host="127.0.0.1", port=8000, api_key="theirs")
+    there = Address(host="127.0.0.1", port=8000, api_key=Secret("theirs"))
     if not different:
         check_address(wanted, there, "an-id")
         return
@@ -153,20 +155,24 @@ def test_a_server_that_was_attached_to_without_a_spec_can_be_started_again(home:
     second = bare.wait_ready(60)
     assert second.supervisor_pid != first.supervisor_pid
     assert second.connection is not None
-    assert second.connection.api_key == key
+    assert second.connection.api_key.reveal() == key
     assert bare.started_it
     bare.close()
 
 
-def test_an_unpickled_handle_starts_the_same_server_again_with_the_same_key(home: Path) -> None:
+def test_an_unpickled_handle_gets_the_key_with_its_lease_and_starts_the_same_server_again(home: Path) -> None:
     with handle() as llm:
         key, instance = llm.api_key, llm.id
         pickled = pickle.dumps(llm)
+        with pickle.loads(pickled) as user:
+            assert user.api_key == key
     assert_nothing_left(home)
+    assert key.encode() not in pickled
     copy = pickle.loads(pickled)
     assert not copy.started_it
     with copy:
-        assert (copy.api_key, copy.id) == (key, instance)
+        assert copy.id == instance
+        assert copy.api_key != key
         assert copy.started_it
 
 

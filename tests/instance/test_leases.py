@@ -22,12 +22,13 @@ from managed_vllm.instance import leases
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.leases import Leases
+from managed_vllm.masking import Secret
 from managed_vllm.policies import SupervisionPolicy
 from managed_vllm.status import ServerState, ServerStatus
 
 ORDER = SupervisorOrder(
     spec=ServerSpec.of("m", engine_args={}, command=["it", "{port}"]),
-    address=Address(api_key="secret"),
+    address=Address(api_key=Secret("secret")),
     policy=SupervisionPolicy(),
 )
 

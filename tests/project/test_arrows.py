@@ -9,25 +9,29 @@ import arrows
 
 # -- arrows ------------------------------------------------------------------------------------------------------------
 
-VALUES = {"status", "errors", "policies", "forks", "urls", "socket_paths"}
+VALUES = {"masking", "status", "errors", "policies", "forks", "urls", "paths", "socket_paths"}
 """What every room may use: values, exceptions, and small functions without any state but the fork hooks."""
 ALLOWED: dict[str, set[str]] = {
-    "status": set(),
+    "masking": set(),
+    "status": {"masking"},
     "errors": {"status"},
     "policies": {"errors", "status"},
     "forks": set(),
-    "urls": {"errors"},
+    "urls": {"errors", "masking"},
+    "paths": {"errors"},
     "socket_paths": set(),
     "in_server": set(),
     "demo": {"errors"},
-    "engine_arguments": VALUES,
-    "config": VALUES | {"engine_arguments", "demo"},
-    "instance": VALUES | {"config", "in_server"},
-    "server": VALUES | {"config", "instance", "in_server"},
+    "engine_arguments": VALUES | {"in_server"},
+    "variables": VALUES | {"in_server"},
+    "config": VALUES | {"engine_arguments", "variables", "demo"},
+    "served_files": VALUES | {"config"},
+    "instance": VALUES | {"config", "served_files", "in_server"},
+    "server": VALUES | {"config", "variables", "instance", "in_server"},
     "request": VALUES,
     "client": VALUES | {"request"},
     "session": VALUES | {"instance", "client", "request", "config"},
-    "supervisor": VALUES | {"server", "instance", "config", "in_server"},
+    "supervisor": VALUES | {"server", "instance", "config", "served_files", "in_server"},
     "agent": VALUES | {"client", "request", "demo"},
     "cli": VALUES
     | {"session", "agent", "instance", "client", "request", "config", "engine_arguments", "demo", "in_server"},
@@ -40,9 +44,11 @@ DOORS = {
     ("agent", "request"): {"request.images", "request.outputs", "request.sampling"},
     ("agent", "demo"): {"demo.screen"},
     ("cli", "request"): {"request.images", "request.outputs", "request.sampling"},
+    ("engine_arguments", "in_server"): {"in_server.managed_vllm_arguments"},
+    ("variables", "in_server"): {"in_server.managed_vllm_arguments", "in_server.managed_vllm_lifeline"},
     ("instance", "in_server"): {"in_server.managed_vllm_lifeline"},
     ("supervisor", "in_server"): {"in_server.managed_vllm_lifeline"},
-    ("server", "in_server"): {"in_server.managed_vllm_lifeline"},
+    ("server", "in_server"): {"in_server.managed_vllm_arguments", "in_server.managed_vllm_lifeline"},
     ("cli", "in_server"): {"in_server.managed_vllm_lifeline"},
 }
 """Where an arrow leads to these modules only: values, and facts about processes."""

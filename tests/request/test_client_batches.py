@@ -32,6 +32,7 @@ from managed_vllm.errors import (
     ServerBusyError,
     ServerDiedError,
 )
+from managed_vllm.masking import Secret
 from managed_vllm.request.outputs import RequestOutput
 from managed_vllm.status import Connection
 
@@ -335,7 +336,7 @@ def test_a_new_life_of_the_server_takes_in_as_many_as_the_first() -> None:
                 if len(server.requests) > 100:
                     alive.set()
                     now[0] = 2
-                return Connection(base_url=f"{server.url}/v1", api_key="", model="m"), now[0]
+                return Connection(base_url=f"{server.url}/v1", api_key=Secret(""), model="m"), now[0]
 
             client = AsyncVLLMClient(connection=connection, retry=RetryPolicy(backoff_initial_s=0.01, spread_s=0))
             outputs = await client.generate(["x"] * 60, SHORT)

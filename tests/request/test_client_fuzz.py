@@ -21,6 +21,7 @@ from scripted_server import Script, client_of
 
 from managed_vllm import RetryPolicy, VLLMClient
 from managed_vllm.errors import ManagedVLLMError, RequestError, RequestTimeoutError, ServerDiedError
+from managed_vllm.masking import Secret
 from managed_vllm.request.attempts import take_response
 from managed_vllm.request.calls import checked_shape
 from managed_vllm.request.outputs import CompletionOutput, Logprob, RequestOutput
@@ -30,7 +31,7 @@ from managed_vllm.request.resume import Generation
 from managed_vllm.request.retry import ResponseLostError
 from managed_vllm.status import Connection
 
-HERE = Connection(base_url="http://localhost:1/v1", api_key="", model="m")
+HERE = Connection(base_url="http://localhost:1/v1", api_key=Secret(""), model="m")
 STATS = RequestStats("m", 1, 1, 0, 0.0, 0.1, None)
 QUICK = RetryPolicy(max_lost=3, max_deaths=2, backoff_initial_s=0.001, backoff_max_s=0.001, spread_s=0)
 

@@ -24,6 +24,7 @@ from scripted_server import ANSWER, FIRST, QUICK, Act, Script, client_of, hangs,
 
 from managed_vllm import AsyncVLLMClient, RequestOutput, RetryPolicy, VLLMClient
 from managed_vllm.errors import RequestTimeoutError, ServerDiedError
+from managed_vllm.masking import Secret
 from managed_vllm.request import connections
 from managed_vllm.status import Connection
 
@@ -343,7 +344,7 @@ def test_500_requests_that_wait_for_one_server_use_one_thread(server: ByPrompt) 
     def connection(lost: int | None, timeout_s: float | None, pause_s: float) -> tuple[Connection, int]:
         calls.append(lost)
         back.wait(HANG_S)
-        return Connection(base_url=f"{server.url}/v1", api_key="", model="m"), 1
+        return Connection(base_url=f"{server.url}/v1", api_key=Secret(""), model="m"), 1
 
     def threads() -> int:
         return sum(thread.name == "managed-vllm-find" for thread in threading.enumerate())
@@ -659,7 +660,7 @@ def test_http_over_a_unix_socket(tmp_path: Path) -> None:
     threading.Thread(target=serve, daemon=True).start()
 
     def connection(lost: int | None, timeout_s: float | None, pause_s: float) -> tuple[Connection, int]:
-        return Connection(base_url="http://localhost/v1", api_key="", model="m", uds=path), 1
+        return Connection(base_url="http://localhost/v1", api_key=Secret(""), model="m", uds=path), 1
 
     client = VLLMClient(connection=connection, retry=QUICK)
     for _ in range(3):

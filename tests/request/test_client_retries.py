@@ -35,6 +35,7 @@ from managed_vllm.errors import (
     ServerDiedError,
     UnsupportedParameterError,
 )
+from managed_vllm.masking import Secret
 from managed_vllm.status import Connection
 
 LOSSES: dict[str, Act] = {
@@ -254,7 +255,7 @@ def client_of_epochs(server: Script, retry: RetryPolicy) -> VLLMClient:
     def connection(lost: int | None, timeout_s: float | None, pause_s: float) -> tuple[Connection, int]:
         if lost == now[0]:
             now[0] = next(epochs)
-        return Connection(base_url=f"{server.url}/v1", api_key="", model="m"), now[0]
+        return Connection(base_url=f"{server.url}/v1", api_key=Secret(""), model="m"), now[0]
 
     return VLLMClient(connection=connection, retry=retry)
 

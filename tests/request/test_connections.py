@@ -15,6 +15,7 @@ import pytest
 from processes import HANG_S
 
 from managed_vllm.errors import ServerDiedError
+from managed_vllm.masking import Secret
 from managed_vllm.request.bodies import encode_body
 from managed_vllm.request.connections import Transport, proxy_for
 from managed_vllm.status import Connection
@@ -63,7 +64,9 @@ async def serving(*responses: bytes, uds: Path | None = None) -> AsyncIterator[t
     else:
         listening = await asyncio.start_unix_server(server.serve, uds)
         base_url = "http://localhost/v1"
-    connection = Connection(base_url=base_url, api_key="secret", model="m", uds=None if uds is None else str(uds))
+    connection = Connection(
+        base_url=base_url, api_key=Secret("secret"), model="m", uds=None if uds is None else str(uds)
+    )
     try:
         yield server, connection
     finally:
@@ -164,7 +167,7 @@ def test_closing_from_another_thread_fails_what_is_in_flight_and_what_comes_late
 
 def test_each_loop_has_connections_of_its_own() -> None:
     transport = Transport()
-    connection = Connection(base_url="http://127.0.0.1:9/v1", api_key="", model="m")
+    connection = Connection(base_url="http://127.0.0.1:9/v1", api_key=Secret(""), model="m")
 
     async def pool() -> object:
         return transport.pool(connection)

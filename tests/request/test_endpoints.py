@@ -12,11 +12,12 @@ import pytest
 from processes import HANG_S
 
 from managed_vllm.errors import RequestTimeoutError, ServerStoppedError
+from managed_vllm.masking import Secret
 from managed_vllm.request.bounds import Bound
 from managed_vllm.request.endpoints import Endpoint, Endpoints, Lookups
 from managed_vllm.status import Connection
 
-HERE = Connection(base_url="http://localhost:1/v1", api_key="", model="m")
+HERE = Connection(base_url="http://localhost:1/v1", api_key=Secret(""), model="m")
 
 
 class Finder:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from managed_vllm.errors import BadRequestError, ContextLengthError
+from managed_vllm.masking import Secret
 from managed_vllm.request.http_errors import error_for_status, message_of
 from managed_vllm.status import Connection
 
-HERE = Connection(base_url="http://localhost:1/v1", api_key="", model="m")
+HERE = Connection(base_url="http://localhost:1/v1", api_key=Secret(""), model="m")
 TOO_LONG: dict[str, tuple[str, tuple[int | None, int | None, int | None]]] = {
     # vLLM 0.32, renderers/params.py
     "_token_len_check": (

@@ -13,6 +13,7 @@ import pytest
 from managed_vllm.config import Address, ServerSpec, SupervisorOrder
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance.directory import Instance
+from managed_vllm.masking import Secret
 from managed_vllm.policies import SupervisionPolicy
 from managed_vllm.server import launch
 from managed_vllm.server.launch import Launch
@@ -24,9 +25,9 @@ def instance(tmp_path: Path) -> Instance:
 
 
 def order(*, env: dict[str, str] | None = None, **address: Any) -> SupervisorOrder:
-    return SupervisorOrder(
+    return SupervisorOrder.first(
         spec=ServerSpec.of("m", engine_args={}, env=env, command=["it", "--port", "{port}", "{uds}"]),
-        address=Address(**{"api_key": "key", **address}),
+        address=Address(**{"api_key": Secret("key"), **address}),
         policy=SupervisionPolicy(),
     )
 
@@ -43,7 +44,7 @@ def test_a_server_listens_on_a_free_port_of_loopback(instance: Instance) -> None
     with socket.create_server(("127.0.0.1", launched.port or 0)):
         pass
     assert launched.connection.base_url == f"http://127.0.0.1:{launched.port}/v1"
-    assert launched.connection.api_key == "key"
+    assert launched.connection.api_key.reveal() == "key"
     assert launched.argv == ["it", "--port", str(launched.port), "None"]
 
 
@@ -112,7 +113,9 @@ def test_the_users_variables_win_but_not_over_what_guards_the_server(
 ) -> None:
     monkeypatch.setenv("PLAIN", "ours")
     monkeypatch.setenv(lifeline.ROOT, "77")  # we run inside of another server
-    asked = order(env={"PLAIN": "asked", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "7", "VLLM_API_KEY": "none", "TMPDIR": "/x"})
+    monkeypatch.setenv("VLLM_API_KEY", "none")
+    monkeypatch.setenv("TMPDIR", "/x")
+    asked = order(env={"PLAIN": "asked", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "7"})
     environment = prepare(instance, asked).environment
     assert environment["PLAIN"] == "asked"
     assert environment["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "7"

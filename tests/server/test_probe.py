@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from scripted_server import Act, Script, drips, hangs, http, says, sends
 
+from managed_vllm.masking import Secret
 from managed_vllm.server.probe import Answer, Probe
 from managed_vllm.status import Connection
 
@@ -27,7 +28,7 @@ process_cpu_seconds_total 3.5
 
 def ask(server: Script, question: Callable[[Probe], Awaitable[Any]], *, is_vllm: bool = True) -> Any:
     async def main() -> Any:
-        probe = Probe(Connection(f"{server.url}/v1", "the-key", "m"), is_vllm=is_vllm)
+        probe = Probe(Connection(f"{server.url}/v1", Secret("the-key"), "m"), is_vllm=is_vllm)
         try:
             return await question(probe)
         finally:

@@ -16,6 +16,7 @@ import psutil
 from lone_server import launched, run, spawned, until
 from scripted_server import Script, hangs, says
 
+from managed_vllm.masking import Secret
 from managed_vllm.policies import HangPolicy, SupervisionPolicy
 from managed_vllm.server.probe import Probe
 from managed_vllm.server.startup import StartupWatch
@@ -70,7 +71,7 @@ def test_a_start_that_moves_is_not_silent_but_bounded(tmp_path: Path) -> None:
         code = "import itertools, time\nfor n in itertools.count(): print('line', n, flush=True); time.sleep(0.05)"
         policy = dataclasses.replace(PATIENT, startup_silence_s=30, startup_timeout_s=0.5)
         async with spawned(tmp_path, [sys.executable, "-c", code]) as process:
-            probe = Probe(Connection("http://127.0.0.1:1/v1", "", "m"))
+            probe = Probe(Connection("http://127.0.0.1:1/v1", Secret(""), "m"))
             watch = StartupWatch(
                 probe, process, StartupLog(), policy, port=1, may_listen_elsewhere=False, on_progress=lambda _: None
             )
@@ -89,7 +90,7 @@ def test_a_stranger_on_the_port_is_never_asked_for_anything(tmp_path: Path) -> N
     async def scenario() -> None:
         policy = dataclasses.replace(PATIENT, startup_silence_s=0.5)
         async with spawned(tmp_path, ["sleep", "60"]) as process:
-            probe = Probe(Connection(f"{stranger.url}/v1", "the-key", "m"))
+            probe = Probe(Connection(f"{stranger.url}/v1", Secret("the-key"), "m"))
             port = int(stranger.url.rpartition(":")[2])
             watch = StartupWatch(
                 probe, process, StartupLog(), policy, port=port, may_listen_elsewhere=True, on_progress=lambda _: None
@@ -147,7 +148,7 @@ def test_a_watch_that_is_cancelled_leaves_no_request_behind(tmp_path: Path) -> N
 
     async def scenario() -> None:
         async with spawned(tmp_path, ["sleep", "60"]) as process:
-            probe = Probe(Connection(f"{server.url}/v1", "k", "m"))
+            probe = Probe(Connection(f"{server.url}/v1", Secret("k"), "m"))
             watch = StartupWatch(
                 probe, process, StartupLog(), PATIENT, port=None, may_listen_elsewhere=False, on_progress=lambda _: None
             )
