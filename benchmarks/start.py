@@ -3,6 +3,8 @@
     python benchmarks/start.py                       five rounds: ten minutes on an idle machine
     python benchmarks/start.py --rounds 1            a look
     python benchmarks/start.py --warm-starts 500     only that: how many of so many warm starts hang
+    python benchmarks/start.py --model FOLDER --engine '{"load_format": "dummy", "enforce_eager": true}' --recovery 0.6
+                                                     another model, on a GPU: `gpu_start.sh` does it for two
 
 What is measured, and the targets, stand in benchmarks/README.md. Everything runs in a state directory of its own, and
 every process that is started here is ended here.
@@ -25,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,15 @@ import httpx
 import psutil
 from attach import own_state_directory, wait_until_gone
 
-from managed_vllm import ManagedVLLM, RestartPolicy, demo
+from managed_vllm import ManagedVLLM, RestartPolicy
 from managed_vllm.config import ServerSpec, installed_vllm
 from managed_vllm.instance import cleanup, directory
+from managed_vllm.server import gpu_memory
 
 COLD, WARM, RECOVERY, MEMORY = 0.45, 0.10, 0.10, 0.75
 """The targets, as shares of what vLLM by hand takes."""
+TOLERANCE = 1e-3
+"""Of logprobs: a forked server's against a spawned one's."""
 
 _LIMIT_S = 600.0
 _IN_FLIGHT = 64
@@ -49,15 +54,29 @@ _ALWAYS = RestartPolicy(max_restarts=1_000_000, backoff_initial_s=0.0)
 Values = dict[str, list[float]]
 
 
-def round_of_starts(values: Values, kills: Iterable[str]) -> None:
+@dataclass(frozen=True)
+class Served:
+    """Which model is started, with which of vLLM's engine arguments."""
+
+    model: str
+    engine: dict[str, Any]
+
+    def handle(self, **more: Any) -> ManagedVLLM:
+        return ManagedVLLM(self.model, keep_alive=0, progress=False, restart=_ALWAYS, **more, **self.engine)
+
+    def spec(self) -> ServerSpec:
+        return ServerSpec.of(self.model, engine_args=self.engine)
+
+
+def round_of_starts(served: Served, values: Values) -> None:
     """One round of everything; each measurement is added to its row."""
-    hand = by_hand()
+    hand = by_hand(served)
     values["by hand: /health"].append(hand.health_s)
     values["by hand: first token"].append(hand.token_s)
     values["by hand: CPU"].append(hand.cpu_s)
     values["by hand: memory"].append(hand.memory_mib)
     started = time.perf_counter()
-    with ManagedVLLM("demo", keep_alive=0, progress=False, restart=_ALWAYS) as llm:
+    with served.handle(warm=True) as llm:
         values["cold"].append(time.perf_counter() - started)
         values["cold: CPU"].append(sum(map(cpu_seconds, processes_of(llm))))
         wait_until_learnt(llm)
@@ -71,7 +90,7 @@ def round_of_starts(values: Values, kills: Iterable[str]) -> None:
         values["memory of the image"].append(sum(map(memory_mib, image_of(llm))))
         assert llm.id is not None
         values["warm: managed-vllm restart"].append(seconds(lambda: restart_by_command(str(llm.id))))
-        for victim in kills:
+        for victim in named(llm):
             values[f"kill {victim}: first new answer"].append(killed(llm, victim))
         instance = directory.Instance(directory.state_home(), llm.id)
     wait_until_gone(instance)
@@ -90,13 +109,13 @@ class HandStart:
     memory_mib: float
 
 
-def by_hand() -> HandStart:
+def by_hand(served: Served) -> HandStart:
     """Starts vLLM without us: `/health` is asked every 50 ms, then a completion of one token.
 
-    The command and the environment are those of `ManagedVLLM("demo")` without what is ours: no middleware, no
-    sitecustomize, no marker.
+    The command and the environment are those of `ManagedVLLM` without what is ours: no middleware, no sitecustomize, no
+    marker.
     """
-    spec = ServerSpec.of("demo", engine_args={})
+    spec = served.spec()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -205,10 +224,38 @@ def restart_by_command(instance_id: str) -> None:
     subprocess.run([sys.executable, "-m", "managed_vllm.cli", "restart", instance_id], check=True, capture_output=True)
 
 
-def warm_starts(count: int) -> None:
+def answers(served: Served, *, warm: bool) -> list[tuple[list[int], list[float]]]:
+    """Ids and logprobs of some greedy answers, of a server that was forked, or spawned."""
+    with served.handle(warm=warm) as llm:
+        assert llm.status().launch == ("forked" if warm else "plain")
+        prompts = [f"Count to {number}: " for number in range(16)]
+        outputs = llm.generate(prompts, max_tokens=32, ignore_eos=True, temperature=0, logprobs=0)
+        found = []
+        for output in outputs:
+            (answer,) = output.outputs
+            ids = list(answer.token_ids)
+            steps = zip(ids, answer.logprobs or [], strict=True)
+            found.append((ids, [step[token].logprob for token, step in steps]))
+        assert llm.id is not None
+        instance = directory.Instance(directory.state_home(), llm.id)
+    wait_until_gone(instance)
+    return found
+
+
+def compare_answers(served: Served) -> None:
+    """A forked server's answers against a spawned one's. Exits with 1 if they differ."""
+    plain, forked = answers(served, warm=False), answers(served, warm=True)
+    far = max(abs(a - b) for one, two in zip(plain, forked, strict=True) for a, b in zip(one[1], two[1], strict=True))
+    same = [ids for ids, _ in plain] == [ids for ids, _ in forked]
+    print(f"answers of a forked server: ids {'equal' if same else 'DIFFER'}, logprobs within {far:g}", flush=True)
+    if not same or far > TOLERANCE:
+        raise SystemExit(1)
+
+
+def warm_starts(served: Served, count: int) -> None:
     """So many restarts, each after SIGKILL of the API server; prints how long they took, and what hung."""
     took = []
-    with ManagedVLLM("demo", keep_alive=0, progress=False, restart=_ALWAYS) as llm:
+    with served.handle(warm=True) as llm:
         wait_until_learnt(llm)
         for number in range(1, count + 1):
             epoch = llm.status().epoch
@@ -248,11 +295,13 @@ def image_of(llm: ManagedVLLM) -> list[psutil.Process]:
 
 
 def named(llm: ManagedVLLM) -> dict[str, psutil.Process]:
-    """API server, EngineCore and Worker, each the child of the one before."""
+    """API server, EngineCore and the first Worker, each the child of the one before; one GPU has no Worker."""
     server = processes_of(llm)[0]
     found = {"APIServer": server}
     for parent, name in (("APIServer", "EngineCore"), ("EngineCore", "Worker")):
-        (found[name],) = (p for p in found[parent].children() if "resource_tracker" not in " ".join(p.cmdline()))
+        children = [p for p in found[parent].children() if "resource_tracker" not in " ".join(p.cmdline())]
+        if children:
+            found[name] = children[0]
     return found
 
 
@@ -278,7 +327,7 @@ def described(values: list[float]) -> str:
     return f"{min(values):.2f} / {statistics.median(values):.2f} / {max(values):.2f}"
 
 
-def show(values: Values) -> None:
+def show(values: Values, recovery: float) -> None:
     """Least, median and most of each row; and the medians as shares of vLLM's by hand, with the targets."""
     hand = statistics.median(values["by hand: first token"])
     hand_cpu, hand_memory = statistics.median(values["by hand: CPU"]), statistics.median(values["by hand: memory"])
@@ -287,7 +336,7 @@ def show(values: Values) -> None:
         median = statistics.median(row)
         base = hand_memory if "memory" in name else hand_cpu if "CPU" in name else hand
         aims = {"cold": COLD, "memory of server and image": MEMORY, "warm: from the launch to ready": WARM}
-        aim = RECOVERY if name.startswith("kill") else aims.get(name)
+        aim = recovery if name.startswith("kill") else aims.get(name)
         verdict = "" if aim is None else f"   ≤ {aim:.2f} {'met' if median / base <= aim else 'NOT MET'}"
         print(f"{name:38} {described(row):>26}   {median / base:.3f}{verdict}")
 
@@ -296,21 +345,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (default: %(default)s)")
     parser.add_argument("--warm-starts", type=int, metavar="N", help="only so many warm starts after a kill")
+    parser.add_argument("--model", default="demo", help="what is served (default: %(default)s)")
+    parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="vLLM's engine arguments for it")
+    parser.add_argument("--recovery", type=float, default=RECOVERY, help="the target of recoveries (%(default)s)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the measurements there, too")
     given = parser.parse_args()
-    if not demo.weights_path().is_dir() or installed_vllm() == "vllm missing":
-        raise SystemExit("the demo model or vLLM is missing")
+    served = Served(given.model, given.engine)
+    if installed_vllm() == "vllm missing":
+        raise SystemExit("vLLM is missing")
     print(f"{installed_vllm()}, Python {platform.python_version()}, {len(os.sched_getaffinity(0))} CPUs, "
           f"load {os.getloadavg()[0]:.1f}", flush=True)  # fmt: skip
     with own_state_directory():
         if given.warm_starts:
-            return warm_starts(given.warm_starts)
+            return warm_starts(served, given.warm_starts)
         values: Values = defaultdict(list)
-        by_hand()  # fills the page cache, and vLLM's own
+        by_hand(served)  # fills the page cache, and vLLM's own
+        before = gpu_memory.used_memory(None)
         for number in range(1, given.rounds + 1):
-            round_of_starts(values, ("EngineCore", "Worker", "APIServer"))
+            round_of_starts(served, values)
             print(f"round {number} of {given.rounds}, load {os.getloadavg()[0]:.1f}", flush=True)
-    show(values)
+        if before is not None:
+            held = gpu_memory.wait_until_released(before, set(), None, 30.0)
+            print(f"GPU memory: {held or 'all of it is back'}", flush=True)
+        compare_answers(served)
+    show(values, given.recovery)
     if given.json:
         given.json.write_text(json.dumps(values, indent=1))
 

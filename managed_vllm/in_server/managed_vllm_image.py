@@ -39,6 +39,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import managed_vllm_arguments as arguments  # type: ignore[import-not-found]
@@ -113,7 +114,7 @@ class _Image:
             importlib.import_module(self._launcher)
             for module in patches.base_modules():
                 importlib.import_module(module)
-            patches.fill_caches()
+            patches.do_beforehand()
         del sys.modules[self._launcher]  # a server runs it anew, as `__main__`
         if reason := patches.apply(self._argv) or _unfit():
             raise Refused(reason)
@@ -208,6 +209,8 @@ class _Image:
         for source, target in ((null, 0), (output, 1), (output, 2)):
             os.dup2(source, target)
         _close(null, output)
+        # Where EngineCore is spawned it is started here, too. By EngineCore it would be, and would be killed with it.
+        resource_tracker.ensure_running()  # before the key is in the environment, which it inherits
         for name, value in {**self._environment, **dict.fromkeys(request["unset"]), **request["set"]}.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -305,10 +308,11 @@ def _unfit() -> str | None:
 
 
 def _open_device() -> str | None:
+    """What a driver opens for computing. NVML, for looking at the devices, opens others of NVIDIA's files."""
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             path = os.readlink(f"/proc/self/fd/{descriptor}")
-            if path.startswith(("/dev/nvidia", "/dev/kfd", "/dev/dri/")):
+            if path.startswith(("/dev/nvidia-uvm", "/dev/kfd", "/dev/dri/")):
                 return path
     return None
 

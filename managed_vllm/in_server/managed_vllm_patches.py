@@ -57,12 +57,18 @@ def apply(argv: Sequence[str]) -> str | None:
     return reason
 
 
-def fill_caches() -> None:
-    """Builds vLLM's argument parser once: what that computes from the sources of its configuration stays cached."""
-    with contextlib.suppress(Exception):  # made elsewhere in another version: a server does it itself
+def do_beforehand() -> None:
+    """Does what each server would do in the same way. What is done elsewhere in another version is left to the server.
+
+    vLLM's argument parser is built once: what that computes from the sources of the configuration stays cached. On a
+    CPU, the replacements of the Triton kernels are put into all modules, which takes a Worker a third of a second.
+    """
+    with contextlib.suppress(Exception):
         parsers = importlib.import_module("vllm.utils.argparse_utils")
         arguments = importlib.import_module("vllm.entrypoints.launchers.cli_args")
         arguments.make_arg_parser(parsers.FlexibleArgumentParser())
+    if _is_cpu():
+        _register_kernels_once()
 
 
 def _is_cpu() -> bool:
@@ -83,7 +89,15 @@ def _why_not_fork(argv: Sequence[str]) -> str | None:
         return contexts
     with _environment(METHOD, "fork"), _arguments(argv):
         method = contexts().get_start_method()
-    return None if method == "fork" else f"vLLM uses {method!r} here, though {METHOD}=fork"
+    if method != "fork":
+        return f"vLLM uses {method!r} here, though {METHOD}=fork"
+    return "CUDA can't be used any more after a fork" if _is_cuda_lost() else None
+
+
+def _is_cuda_lost() -> bool:
+    """torch forbids CUDA in the children of a process that has counted its devices through CUDA, initialised or not."""
+    cuda = sys.modules.get("torch.cuda")
+    return cuda is not None and bool(_call_in_child(cuda._is_in_bad_fork))
 
 
 def _why_not_cpu() -> str | None:
@@ -107,6 +121,15 @@ def _patch_cpu() -> None:
             print(f"managed_vllm: LD_PRELOAD is now {os.environ['LD_PRELOAD']}: EngineCore and Workers are spawned")
 
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _register_kernels_once() -> None:
+    """Modules that are imported later find the replacements where they look for the kernels."""
+    platform = _platform()
+    register = getattr(platform, "register_triton_kernel_overrides", None)
+    if inspect.ismethod(register) and not inspect.signature(register).parameters:
+        register()
+        platform.register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
 def _platform() -> Any:

@@ -45,6 +45,7 @@ class Client:
             startup_silence=order["startup_silence_s"],
             restart=RestartPolicy(max_restarts=1000, backoff_initial_s=0.05, backoff_max_s=0.2),
             hang=HangPolicy(**order["hang"]),
+            warm=order["warm"],
             progress=False,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 STOPS_AND_HANGS = True
@@ -11,6 +11,7 @@ STOPS_AND_HANGS = True
 
 KILLS = ("kill-api", "kill-engine", "kill-worker", "kill-supervisor", "kill-supervisor+api")
 STOPS = ("stop-api", "stop-engine", "stop-worker")
+IMAGE_KILLS = ("kill-image", "kill-supervisor+image", "kill-image+api")
 CLIENTS = ("kill-client", "new-client", "client-leaves", "restart")
 FAULTS = (
     *("crash", "crash-engine", "crash-worker", "500", "503", "abort", "truncated", "halfstream", "streamerror"),
@@ -19,7 +20,16 @@ FAULTS = (
 HANGS = ("hang-api", "hang-engine", "hang-worker")
 """The last two are ordered in the stand-in's folder of faults: the next request meets them."""
 
-DISRUPTIVE = (*KILLS, *STOPS, *HANGS, "crash", "crash-engine", "crash-worker")
+DISRUPTIVE = (
+    *KILLS,
+    "kill-supervisor+image",
+    "kill-image+api",
+    *STOPS,
+    *HANGS,
+    "crash",
+    "crash-engine",
+    "crash-worker",
+)
 """After these the server has to come back."""
 
 _REAL_STRIKES = ("kill-api", "kill-engine", "kill-worker", "kill-supervisor", *STOPS)
@@ -109,6 +119,15 @@ def plan_for(seed: int) -> Plan:
         members=tuple(members),
         strikes=tuple(sorted(strikes, key=lambda strike: strike.at_s)),
     )
+
+
+def warm_plan_for(seed: int) -> Plan:
+    """`plan_for`, for a server that is forked from a warm image: one more strike, for which the image dies as well."""
+    rng = random.Random(-1 - seed)
+    plan = plan_for(seed)
+    strike = Strike(round(rng.uniform(0.0, plan.lasts_s), 3), rng.choice(IMAGE_KILLS))
+    strikes = tuple(sorted((*plan.strikes, strike), key=lambda strike: strike.at_s))
+    return replace(plan, strikes=strikes)
 
 
 def real_plan_for(seed: int) -> Plan:

@@ -28,13 +28,20 @@ def run_real(runs: int, seed: int = 0, *, quiet: bool = True) -> list[Outcome]:
     with tempfile.TemporaryDirectory(prefix="mvc-", dir="/tmp") as folder:
         home = Path(folder) / "home"
         os.environ["MANAGED_VLLM_HOME"] = str(home)
+        warm = os.environ.get("MANAGED_VLLM_WARM") == "1"
         restart = RestartPolicy(max_restarts=1000, backoff_initial_s=0.05, backoff_max_s=0.2)
         llm = ManagedVLLM(
-            "demo", keep_alive=5, startup_silence=120, restart=restart, hang=HangPolicy(**HANG), progress=False
+            "demo",
+            keep_alive=5,
+            startup_silence=120,
+            restart=restart,
+            hang=HangPolicy(**HANG),
+            progress=False,
+            warm=warm,
         )
         outcomes = []
         with llm:
-            setting = Setting("demo", None, HANG, _TIMEOUT_S, startup_silence_s=120, expected=_recorded(llm))
+            setting = Setting("demo", None, HANG, _TIMEOUT_S, startup_silence_s=120, expected=_recorded(llm), warm=warm)
             for number in range(seed, seed + runs):
                 outcome = Run(real_plan_for(number), setting, home=home).happen()
                 outcomes.append(outcome)

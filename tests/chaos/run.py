@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -36,10 +37,11 @@ from typing import Any
 _TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(_TESTS), str(_TESTS / "helpers")]
 
+import fake_vllm
 import standin
 
 from chaos import client, sightings
-from chaos.plan import DISRUPTIVE, FAULTS, HANGS, Member, Plan, Strike, plan_for, real_plan_for
+from chaos.plan import DISRUPTIVE, FAULTS, HANGS, Member, Plan, Strike, plan_for, real_plan_for, warm_plan_for
 from chaos.report import Outcome, Recovery, summary
 
 _FALL_LOOKS = 20
@@ -64,6 +66,8 @@ class Setting:
     timeout_s: float
     startup_silence_s: float
     expected: dict[str, list[int]] | None = None
+    env: dict[str, str] = field(default_factory=dict)
+    warm: bool = False
 
 
 STANDIN = Setting(
@@ -142,7 +146,8 @@ class Run:
         outcome = self._read_records()
         outcome.took_s = time.monotonic() - started
         if self.broken or self.keep:
-            where = f"kept in {self.folder}\nagain: {replay(self.plan.seed, self.shared)}\n{self.plan}"
+            again = replay(self.plan.seed, self.shared, self.setting.warm)
+            where = f"kept in {self.folder}\nagain: {again}\n{self.plan}"
             outcome.broken = [*self.broken, where] if self.broken else []
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -163,7 +168,8 @@ class Run:
             "environment": self.environment(),
             "model": self.setting.model,
             "command": self.setting.command,
-            "env": standin.orders(**orders) if orders else None,
+            "env": {**self.setting.env, **(standin.orders(**orders) if orders else {})} or None,
+            "warm": self.setting.warm,
             "keep_alive_s": self.plan.keep_alive_s,
             "hang": self.setting.hang,
             "timeout_s": self.setting.timeout_s,
@@ -392,18 +398,30 @@ def _nothing() -> None:
     pass
 
 
-def replay(seed: int, real: bool = False) -> str:
+def replay(seed: int, real: bool = False, warm: bool = False) -> str:
     """The command that does a run again."""
-    return f"python tests/chaos/run.py {'--real ' if real else ''}--runs 1 --seed {seed}"
+    return f"python tests/chaos/run.py {'--real ' * real}{'--warm ' * warm}--runs 1 --seed {seed}"
 
 
-def run_many(runs: int, seed: int = 0, jobs: int = 2, *, quiet: bool = True, keep: bool = False) -> list[Outcome]:
-    """Runs against the stand-in, of the seeds from `seed` on."""
+def warm_setting(folder: Path) -> Setting:
+    """The stand-in as the server of a fake `vllm`, which is made in `folder`: forked from an image of it."""
+    return dataclasses.replace(STANDIN, command=None, env=fake_vllm.write(folder), warm=True)
 
+
+def run_many(
+    runs: int, seed: int = 0, jobs: int = 2, *, warm: bool = False, quiet: bool = True, keep: bool = False
+) -> list[Outcome]:
+    """Runs against the stand-in, of the seeds from `seed` on; `warm`: it is forked from a warm image."""
+    with tempfile.TemporaryDirectory(prefix="mvc-", dir="/tmp") as folder:
+        setting = warm_setting(Path(folder)) if warm else STANDIN
+        return _run_all(range(seed, seed + runs), setting, jobs, quiet=quiet, keep=keep)
+
+
+def _run_all(seeds: Sequence[int], setting: Setting, jobs: int, *, quiet: bool, keep: bool) -> list[Outcome]:
     prepare()
 
     def one(number: int) -> Outcome:
-        run = Run(plan_for(number), STANDIN, keep=keep)
+        run = Run((warm_plan_for if setting.warm else plan_for)(number), setting, keep=keep)
         outcome = run.happen()
         if not quiet:
             mark = "BROKEN" if outcome.broken else "ok"
@@ -415,7 +433,7 @@ def run_many(runs: int, seed: int = 0, jobs: int = 2, *, quiet: bool = True, kee
         return outcome
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(one, range(seed, seed + runs)))
+        return list(pool.map(one, seeds))
 
 
 def main() -> None:
@@ -424,12 +442,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first run; the next has the next")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once; one with --real")
     parser.add_argument("--real", action="store_true", help="the real vLLM with the embedded model")
+    parser.add_argument("--warm", action="store_true", help="servers forked from a warm image, which is killed as well")
     parser.add_argument("--quiet", action="store_true", help="only what broke, and the report")
     parser.add_argument("--keep", action="store_true", help="keep the folders of runs in which nothing broke, too")
     parser.add_argument("--plan", action="store_true", help="show the plans, do nothing")
     arguments = parser.parse_args()
     if arguments.plan:
-        make = real_plan_for if arguments.real else plan_for
+        make = real_plan_for if arguments.real else warm_plan_for if arguments.warm else plan_for
         for seed in range(arguments.seed, arguments.seed + arguments.runs):
             print(make(seed))
         return
@@ -439,7 +458,14 @@ def main() -> None:
 
         outcomes = run_real(arguments.runs, arguments.seed, quiet=arguments.quiet)
     else:
-        outcomes = run_many(arguments.runs, arguments.seed, arguments.jobs, quiet=arguments.quiet, keep=arguments.keep)
+        outcomes = run_many(
+            arguments.runs,
+            arguments.seed,
+            arguments.jobs,
+            warm=arguments.warm,
+            quiet=arguments.quiet,
+            keep=arguments.keep,
+        )
     print(summary(outcomes, time.monotonic() - began))
     sys.exit(any(outcome.broken for outcome in outcomes))
 

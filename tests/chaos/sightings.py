@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Process:
-    """One live process. `role` is supervisor, api, child (EngineCore or Worker), orphan or other."""
+    """One live process. `role` is supervisor, image, api, child (EngineCore or Worker), orphan or other."""
 
     pid: int
     parent: int
@@ -42,7 +43,14 @@ def look(home: Path) -> list[Process]:
         role = _role(command, marked=marker in environ)
         if role is not None and state not in "ZX":
             found.append(Process(int(entry.name), int(parent), name, state, role, command.strip()))
-    return found
+    return _with_forked(found)
+
+
+def _with_forked(found: list[Process]) -> list[Process]:
+    """A forked child has its parent's command line until it takes another one: its parent says what it is."""
+    role_of = {process.pid: process.role for process in found}
+    below = {"api": {"api": "child"}, "child": {"api": "child"}, "image": {"image": "other", "api": "other"}}
+    return [dataclasses.replace(p, role=below.get(role_of.get(p.parent, ""), {}).get(p.role, p.role)) for p in found]
 
 
 def _role(command: str, *, marked: bool) -> str | None:
@@ -52,6 +60,8 @@ def _role(command: str, *, marked: bool) -> str | None:
         return None
     if "spawn_main" in command:
         return "child"
+    if "managed_vllm_image" in command or command.startswith("managed-vllm image"):
+        return "image"
     if "standin.py" in command or "api_server" in command or "vllm.entrypoints" in command:
         return "api"
     return "orphan" if "sleep" in command else "other"
@@ -62,7 +72,7 @@ def victims(home: Path, kind: str) -> list[int]:
     processes = look(home)
     pids: dict[str, int] = {}
     for process in processes:
-        if process.role in ("supervisor", "api"):
+        if process.role in ("supervisor", "image", "api"):
             pids[process.role] = process.pid
     for parent, name in (("api", "engine"), ("engine", "worker")):
         for process in processes:

@@ -9,39 +9,37 @@ A few cases that cover every victim and an early, a middle and a late moment run
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from processes import HANG_S, assert_nothing_left, eventually, is_live, tree_below
+from orphans import (
+    VERDICT_S,
+    Scene,
+    child_of,
+    children,
+    find_supervisor,
+    kill_at_once,
+    leaked,
+    survivors,
+    two_users,
+    user,
+    watch,
+)
+from processes import assert_nothing_left, eventually, tree_below
 
-from managed_vllm.instance import cleanup, directory
+from managed_vllm.instance import directory
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
-VERDICT_S = HANG_S
-"""After this long nothing may be alive."""
-
 NEXT_S = 40.0
 """A user whose supervisor dies before it has been reached finds out after 45 s (`instance.spawn`)."""
-
-USER = """
-import sys
-from managed_vllm import ManagedVLLM, RestartPolicy
-with ManagedVLLM("demo", keep_alive=0, restart=RestartPolicy(max_restarts=0)) as llm:
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        print(len(llm.generate("Screen:", {"max_tokens": 2, "ignore_eos": True})[0].outputs[0].token_ids), flush=True)
-"""
 
 
 class Moment(enum.StrEnum):
@@ -75,80 +73,22 @@ class Victims(enum.StrEnum):
     EVERYONE = "users, supervisor and API server"
 
 
-@dataclass
-class Scene:
-    """Two users and the server that they start."""
-
-    home: Path
-    users: list[subprocess.Popen[str]]
-    supervisor: int = 0
-    server: dict[str, int] = field(default_factory=dict)
-    """Pids of the API server, EngineCore and Worker as far as they were seen."""
-    known: set[psutil.Process] = field(default_factory=set)
-
-    @property
-    def instance(self) -> directory.Instance:
-        (instance,) = directory.instances(self.home)
-        return instance
-
-
 @pytest.fixture
 def scene(home: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    """Starts the users; at the end of the test everything of them is ended."""
+    """Two users, whose server is spawned."""
     if "moment" in request.fixturenames and request.getfixturevalue("moment") is Moment.INSPECTING:
         monkeypatch.setenv("VLLM_CACHE_ROOT", str(home.parent / "cache"))  # else vLLM has met the model before
-    command = [sys.executable, "-c", USER]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    users: list[subprocess.Popen[str]] = [subprocess.Popen(command, **pipes) for _ in range(2)]  # type: ignore[call-overload]
-    scene = Scene(home, users)
-    try:
+    with two_users(home, "plain") as scene:
         yield scene
-    finally:
-        for user in users:
-            user.kill()
-            user.communicate()
-        with contextlib.suppress(ProcessLookupError):
-            if scene.supervisor:
-                os.kill(scene.supervisor, signal.SIGCONT)
 
 
 # -- moments -----------------------------------------------------------------------------------------------------------
 
 
-def children(pid: int) -> list[int]:
-    """Children of a process's main thread; one small file, so that it can be watched closely."""
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
-def child_of(pid: int, word: bytes = b"--multiprocessing-fork") -> int | None:
-    """The child with this in its command line; by default the one that multiprocessing has spawned."""
-    for child in children(pid):
-        with contextlib.suppress(OSError):
-            if word in Path(f"/proc/{child}/cmdline").read_bytes():
-                return child
-    return None
-
-
-def watch(condition: Callable[[], int | bool | None], what: str, *, timeout_s: float = 240.0) -> int:
-    """As `eventually`, but looks every half millisecond: a child needs some 30 ms until it has asked for its signal."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.0005)
-    return int(value)
-
-
 def wait_for(moment: Moment, scene: Scene) -> None:
     """Returns as soon as the server is where it shall be."""
 
-    def supervisor() -> int | None:
-        records = [instance.read_record() for instance in directory.instances(scene.home)]
-        return next((record["pid"] for record in records if record), None)
-
-    scene.supervisor = watch(supervisor, "the supervisor wrote its record")
+    scene.supervisor = find_supervisor(scene)
     server = scene.server
     server["APIServer"] = watch(lambda: next(iter(children(scene.supervisor)), None), "the API server appeared")
     match moment:
@@ -178,12 +118,7 @@ def wait_for(moment: Moment, scene: Scene) -> None:
 
 
 def kill(victims: Victims, scene: Scene) -> float:
-    """Kills in the same instant; returns the moment.
-
-    First SIGSTOP for each, then SIGKILL for each, with nothing in between: a stopped process dies of SIGKILL at once,
-    and none of them can run an instruction, say as a reaction, after another one's death. Without the stop the one who
-    is killed first is dead some microseconds before its watcher is.
-    """
+    """Kills in the same instant; returns the moment."""
     pids = [scene.server["APIServer"]]
     bystanders = []
     if victims is Victims.API_SERVER:
@@ -195,35 +130,7 @@ def kill(victims: Victims, scene: Scene) -> float:
             pids = users + pids
         else:
             bystanders = users
-    for pid in (*bystanders, *pids):
-        os.kill(pid, signal.SIGSTOP)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    return time.monotonic()
-
-
-def alive(scene: Scene) -> set[psutil.Process]:
-    """Everything of the server that lives: by our marker in its environment, or because it was seen before the kill."""
-    found = {process for process in scene.known if is_live(process)}
-    for instance in directory.instances(scene.home):
-        found.update(process for process in cleanup.marked_processes(instance) if is_live(process))
-    return found
-
-
-def survivors(scene: Scene, killed_at: float) -> tuple[float, list[str]]:
-    """Waits until nothing is alive, for at most `VERDICT_S`; returns the seconds that it took, and who still is."""
-    while True:
-        # What was marked right after the kill stays known, should it lose its marker.
-        scene.known |= (now := alive(scene))
-        passed = time.monotonic() - killed_at
-        if not now or passed > VERDICT_S:
-            return passed, [f"{process.pid} {' '.join(process.cmdline())[-80:]}" for process in now if is_live(process)]
-        time.sleep(0.01)
-
-
-def leaked(before: set[str]) -> str:
-    """Shared memory that is there and was not: said, not judged."""
-    return " ".join(sorted(set(os.listdir("/dev/shm")) - before)) or "-"
+    return kill_at_once(pids, bystanders)
 
 
 def put_to_the_test(moment: Moment, victims: Victims, scene: Scene, delay_s: float = 0.0) -> tuple[float, list[str]]:
@@ -302,7 +209,7 @@ def test_after_everybody_was_killed_the_next_user_finds_no_strays_and_is_served(
     old = scene.instance.read_record()
     assert old is not None
     assert Path(old["scratch"]).is_dir()
-    done = subprocess.run([sys.executable, "-c", USER], input="\n", capture_output=True, text=True)
+    done = subprocess.run(user("plain"), input="\n", capture_output=True, text=True)
     assert done.stdout.split() == ["ready", "2"], done.stderr
     assert_nothing_left(scene.home)
     assert not Path(old["scratch"]).exists()
