@@ -441,7 +441,7 @@ def test_service_links_of_kubernetes_do_not_reach_the_server(home: Path, monkeyp
         ({"python": "a\0b", "command": None}, "python"),
         ({"name": "a/b"}, "name"),
         ({"name": 5}, "name"),
-        ({"max_model_len": object()}, "max_model_len"),
+        ({"max_model_len": Path}, "max_model_len"),
     ],
     ids=str,
 )
