@@ -35,8 +35,9 @@ _SHOWN_WITHIN_S = 6.0
 """vLLM 0.32 shows the death of a Worker within 0.3 s if it is busy, within 5 s if it is idle."""
 _SUSPENDED_S = 5.0
 """A check that is later than this was held up by a suspended machine or a frozen container."""
-_ENGINE_PROCESSES = ("VLLM::EngineCor", "VLLM::Worker")
-"""Names, as the kernel cuts them, without which vLLM 0.32 serves nothing, whichever of several ends."""
+_ENGINE_CORE, _WORKER = "VLLM::EngineCor", "VLLM::Worker"
+"""Names, as the kernel cuts them, of processes without which vLLM 0.32 serves nothing, whichever of several ends."""
+_FALL_S = 0.1
 _ERRORS_IN_A_ROW = 3
 _WITHOUT_METRICS = 3
 """Without vLLM's metrics a busy server can't be distinguished from a hung one: it gets `answer_s` this many times."""
@@ -127,7 +128,7 @@ class HangWatch:
 
     async def _check_after_exit(self) -> Diagnosis | None:
         """A process has ended. EngineCore and Workers are known by name; of others `/health` will tell soon."""
-        if name := next((name for name in self._process.ended_names if name.startswith(_ENGINE_PROCESSES)), None):
+        if name := await self._engine_process_that_ended():
             await asyncio.to_thread(self._process.output.catch_up)
             return await asyncio.to_thread(diagnosis.engine_process_ended, name, list(self._process.output.lines))
         until = time.monotonic() + _SHOWN_WITHIN_S
@@ -135,6 +136,19 @@ class HangWatch:
             if found := await self._if_dead(await self._probe.is_up(1.0)):
                 return found
             await asyncio.sleep(0.1)
+        return None
+
+    async def _engine_process_that_ended(self) -> str | None:
+        """The name of the EngineCore or else Worker that ended, if one has.
+
+        Workers fall with their EngineCore, and the kernel may report them first: it is waited for a moment.
+        """
+        until = time.monotonic() + _FALL_S
+        while ended := [name for name in self._process.ended_names if name.startswith((_ENGINE_CORE, _WORKER))]:
+            name = min(ended)  # in the alphabet, too, EngineCore comes first
+            if name.startswith(_ENGINE_CORE) or time.monotonic() > until:
+                return name
+            await asyncio.sleep(0.01)
         return None
 
     async def _if_dead(self, health: Answer) -> Diagnosis | None:

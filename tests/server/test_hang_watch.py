@@ -80,7 +80,8 @@ def test_the_end_of_the_engine_is_found_at_once(tmp_path: Path) -> None:
             found.append(await watching)
 
     run(scenario)
-    assert found[0].cause in (Cause.ENGINE_DIED, Cause.ENGINE_BROKEN)
+    # Its Worker falls with it, and on a machine that is busy enough it may be all that was seen in time.
+    assert found[0].cause in (Cause.ENGINE_DIED, Cause.WORKER_DIED)
 
 
 def test_an_idle_server_that_answers_is_left_in_peace(tmp_path: Path) -> None:
