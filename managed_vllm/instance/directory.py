@@ -303,6 +303,7 @@ class Instance:
 def _is_ours(name: str) -> bool:
     return re.fullmatch(r"\.instance\.json-\w+|.+\.failed|.*events\.jsonl(\.1)?", name) is not None or name in (
         "instance.json",
+        "image.log",
         "control.sock",
         "api.sock",
         "server.log",
