@@ -308,6 +308,7 @@ def _is_ours(name: str) -> bool:
         "api.sock",
         "server.log",
         "server.log.1",
+        "image.log",
         "supervisor.log",
         "start.lock",
         "supervisor.lock",
