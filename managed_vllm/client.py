@@ -11,9 +11,10 @@ There is one implementation, the asynchronous one (`request.async_methods`). `VL
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 from managed_vllm.errors import BadRequestError
 from managed_vllm.masking import Secret
@@ -23,6 +24,7 @@ from managed_vllm.request.attempts import Sender
 from managed_vllm.request.concurrency import MAX_IN_FLIGHT
 from managed_vllm.request.endpoints import Endpoint
 from managed_vllm.request.methods import RequestMethods
+from managed_vllm.request.outputs import RequestOutput
 from managed_vllm.status import Connection
 from managed_vllm.urls import checked_api_key, normalized_url
 
@@ -61,6 +63,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
         instance: Callable[[], str | None] | None = None,
     ) -> None:
         self.model_name = model_name
+        self.address = None if connection is not None or base_url is None else (normalized_url(base_url), api_key or "")
         if max_in_flight < 1:
             raise BadRequestError("max_in_flight must be 1 or more", field="max_in_flight")
         if connection is None:
@@ -191,5 +194,47 @@ class VLLMClient(RequestMethods):
         self.close()
 
 
-VLLMClientWrapper = VLLMClient
-"""The name under which the service scripts know the client: `VLLMClientWrapper(base_url, api_key, model_name)`."""
+class VLLMClientWrapper(VLLMClient):
+    """`VLLMClient` under the name of the service scripts: `VLLMClientWrapper(base_url, api_key, model_name)`.
+
+    They also ask it as the OpenAI SDK's client: `llm.chat.completions.create(…)` and `llm.models.list()`. Those
+    requests go by the connections of this client, too.
+    """
+
+    @functools.cached_property
+    def openai(self) -> Any:
+        """The OpenAI SDK's `OpenAI` on the connections of this client."""
+        from managed_vllm.request import openai_sdk
+
+        if self._client.address is None:
+            raise BadRequestError("the client of a server that may move has no such names; use ManagedVLLM.openai")
+        base_url, api_key = self._client.address
+        connection = Connection(base_url=base_url, api_key=api_key, model=self.model_name or "")
+        return openai_sdk.make_client("OpenAI", connection, self._client.sender)
+
+    @property
+    def models(self) -> Any:
+        """`openai.models`."""
+        return self.openai.models
+
+    @functools.cached_property
+    def chat(self) -> _Chat:
+        """`VLLMClient.chat`, which is called, and `openai.chat` with its `completions`."""
+        return _Chat(super().chat, self)
+
+
+class _Chat:
+    """A method that has attributes, too: those of the SDK's `chat`."""
+
+    def __init__(self, method: Callable[..., list[RequestOutput]], client: VLLMClientWrapper) -> None:
+        self._method = method
+        self._client = client
+        functools.update_wrapper(self, method)
+
+    def __call__(self, *arguments: Any, **options: Any) -> list[RequestOutput]:
+        return self._method(*arguments, **options)
+
+    @property
+    def completions(self) -> Any:
+        """`openai.chat.completions`."""
+        return self._client.openai.chat.completions

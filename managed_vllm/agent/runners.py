@@ -16,6 +16,7 @@ from typing import Any, Literal
 from managed_vllm.agent.actions import Action, CallUser, Finished, to_pyautogui
 from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.environments.thread_environment import ThreadEnvironment
+from managed_vllm.agent.export.dart import file_name, write_dart_folder
 from managed_vllm.agent.format import AgentFormat, ParseErrorPolicy, UITarsParser
 from managed_vllm.agent.prompting import Continued
 from managed_vllm.agent.rollout_policies import RetryRollouts
@@ -38,7 +39,7 @@ class RunnerEnvironment:
         missing = [name for name in ("get_obs", "execute_action", "evaluate") if not hasattr(runner, name)]
         if missing:
             raise ConfigError(f"{type(runner).__name__} is no runner: it has no {', '.join(missing)}", field="runners")
-        self._runner = runner
+        self.runner = runner
 
     def reset(self, task: Task) -> Observation:
         """What the runner shows: it was reset to its task when it was made."""
@@ -67,10 +68,10 @@ class RunnerEnvironment:
         """Nothing: the runner is the caller's."""
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        return _called(getattr(self._runner, name), *arguments)
+        return called(getattr(self.runner, name), *arguments)
 
 
-def _called(method: Any, *arguments: Any) -> Any:
+def called(method: Any, *arguments: Any) -> Any:
     """A method's result, also of a Ray actor's."""
     if not hasattr(method, "remote"):
         return method(*arguments)
@@ -118,8 +119,9 @@ def run_agent_loop(
         action_parse_res_factor: only None, or 1000, the value with which the old parser left Qwen2.5-VL's coordinates
             alone; say `coordinates="relative1000"` for models that give thousandths.
         limit_images: the newest images that are sent; all of the text is.
-        data_dir: a folder for the run (`RunStore`); None: nothing is kept. One that is there is gone on with: runners
-            (by their number and their task's id) whose episode is finished there are not played again.
+        data_dir: a folder for the run (`RunStore`), in which each runner leaves a folder, too, as the old loop did
+            (`export.dart`); None: nothing is kept. One that is there is gone on with: runners (by their number and
+            their task's id) whose episode is finished there are not played again.
         model_name: another name than the client's under which the server has the model, an adapter's say.
         coordinates: what the model's numbers are; see `parse_ui_tars`.
         show_text: whether a runner's `accessibility_tree` is sent beside its screenshot.
@@ -174,7 +176,17 @@ def run_agent_loop(
             exact=exact,
             stop_after_failures=None,
         )
-        return list(scheduler.run_all(tasks))
+        found = list(scheduler.run_all(tasks))
+        if store is not None:
+            for number, trajectory in enumerate(found):
+                write_dart_folder(trajectory, store.images, store.path / folder_of(number, trajectory.task))
+        return found
+
+
+def folder_of(number: int, task: Task) -> str:
+    """The folder of a runner in `data_dir`: its number, and its task's id where it has one."""
+    name = task.data.get("id", task.data.get("task_id"))
+    return f"runner_{number}" if name is None else f"runner_{number}_{file_name(str(name))}"
 
 
 class _WithItsRunner:
@@ -230,7 +242,7 @@ def _task(number: int, runner: Any) -> Task:
     """Named by the runner's number and its task's id, where the runner tells one."""
     config: Any = None
     if hasattr(runner, "get_task_config"):
-        config = _called(runner.get_task_config)
+        config = called(runner.get_task_config)
     name = f"runner-{number}"
     if isinstance(config, Mapping):
         its = config.get("id", config.get("task_id"))

@@ -182,7 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
         "or not at all.",
     )
     export.add_argument("folder", metavar="RUN", help="the run's folder")
-    export.add_argument("--to", required=True, choices=("verl", "skyrl", "atif"), help="the format")
+    export.add_argument("--to", required=True, choices=("verl", "skyrl", "atif", "dart"), help="the format")
     export.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there yet, or empty")
     export.add_argument(
         "--per", choices=("step", "trajectory"), default="step", help="what is a sample, not for atif (step)"

@@ -526,7 +526,7 @@ def test_a_missing_image_is_an_error_with_its_path(store: RunStore, out: Path) -
         ({"to": "csv"}, "to='csv' is not known; it may be verl, skyrl, atif"),
         ({"to": "verl", "per": "token"}, "per='token' is not known"),
         ({"to": "verl", "include": "some"}, "include='some' is not known"),
-        ({"to": "verl", "include": "all"}, "only ATIF takes them"),
+        ({"to": "verl", "include": "all"}, "only ATIF and dart take them"),
         ({"to": "skyrl", "include": "ok"}, "wants a reward"),
         ({"to": "atif", "per": "trajectory"}, "means nothing there"),
     ],

@@ -62,6 +62,7 @@ class ActingServer:
         logprobs: bool = True,
         most_images: int = 99,
         tokens_of_image: int | None = None,
+        model: str = MODEL,
     ) -> None:
         self.answer = answer
         self.requests: list[dict[str, Any]] = []
@@ -70,6 +71,7 @@ class ActingServer:
         self._logprobs = logprobs
         self._most_images = most_images
         self._tokens_of_image = tokens_of_image
+        self._model = model
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -99,6 +101,7 @@ class ActingServer:
     async def _start(self) -> None:
         app = web.Application(client_max_size=2**30)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/v1/models", self._models)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         listening = socket.create_server(("127.0.0.1", 0), backlog=4096)
@@ -136,6 +139,9 @@ class ActingServer:
         for each in words[1:]:
             found += [IMAGE_TOKEN] * self._tokens_of_image + each
         return found
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": self._model, "object": "model"}]})
 
     @staticmethod
     def _refuse(refusal: Refusal) -> web.Response:

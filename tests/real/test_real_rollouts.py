@@ -199,7 +199,8 @@ class Screens:
 def test_a_click_on_a_small_screenshot_lands_where_the_model_saw_it(vlm: ManagedVLLM) -> None:
     """The server shows 168 x 224 pixels of 160 x 210, not the 252 x 336 that UI-TARS 1.5 was made for."""
     sampling = {"max_tokens": 60, "structured_outputs": {"regex": r"Action: click\(start_box='\(84,112\)'\)"}}
-    scheduler = StreamingTaskScheduler(vlm, Screens, sampling_params=sampling, limits=Limits(max_steps=2))
+    limits = Limits(max_steps=2, max_images=3)
+    scheduler = StreamingTaskScheduler(vlm, Screens, sampling_params=sampling, limits=limits)
     (found,) = scheduler.run_all([Task("t", "Click the centre.", data={"width": 160, "height": 210})])
     assert found.failure is None
     assert [step.actions for step in found.steps] == [(Click(80, 105),)] * 2
@@ -213,7 +214,7 @@ def test_special_tokens_of_answers_are_in_the_next_prompt_and_trajectories_join(
     agent = AgentFormat(Chat(prompt="{instruction}"), lambda answer, size: ParsedResponse("", (Click(1, 1),)))
     with RunStore.create(tmp_path / "run") as store:
         scheduler = StreamingTaskScheduler(
-            vlm, Screens, sampling_params=sampling, limits=Limits(max_steps=3), agent=agent, store=store
+            vlm, Screens, sampling_params=sampling, limits=Limits(max_steps=3, max_images=3), agent=agent, store=store
         )
         task = Task("t", "Go on.", data={"width": 112, "height": 112})
         found = next(one for one in scheduler.run_all([task]))

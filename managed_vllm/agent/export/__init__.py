@@ -1,4 +1,4 @@
-"""Runs in the formats of trainers and viewers: verl, SkyRL, ATIF.
+"""Runs in the formats of trainers and viewers: verl, SkyRL, ATIF, dart-gui.
 
 `export` writes a folder: `samples.jsonl` or one file a trajectory, `images/`, and `export.json`, which says what is in
 it. `load_verl` and `load_skyrl` read it as the trainer wants it. What must hold:
@@ -29,6 +29,7 @@ from typing import Literal, Protocol, get_args
 from managed_vllm.agent.attempt_log import AttemptEntry
 from managed_vllm.agent.export import skyrl, verl
 from managed_vllm.agent.export.atif import AtifWriter
+from managed_vllm.agent.export.dart import DartWriter
 from managed_vllm.agent.export.image_files import ExportedImages
 from managed_vllm.agent.export.lines import ABOUT, LinesWriter
 from managed_vllm.agent.export.samples import Per
@@ -42,7 +43,10 @@ __all__ = ["ExportReport", "Format", "Include", "Per", "TrajectoryID", "export",
 
 log = logging.getLogger(__name__)
 
-Format = Literal["verl", "skyrl", "atif"]
+Format = Literal["verl", "skyrl", "atif", "dart"]
+_ANY = ("atif", "dart")
+"""Formats that hold attempts which no trainer may have: failed ones, and those whose ids are not exact. They say so."""
+
 Include = Literal["rewarded", "ok", "all"]
 
 
@@ -72,6 +76,11 @@ class ExportReport:
 class _Writer(Protocol):
     cuts: Counter[str]
 
+    @property
+    def images(self) -> int:
+        """Distinct images so far."""
+        ...
+
     def add(self, trajectory: Trajectory) -> int:
         """Writes it; returns the number of samples. Raises `ExportError`."""
         ...
@@ -94,7 +103,8 @@ def export(
     Args:
         store: the run.
         to: `verl`: one `AgentLoopOutput` a line, to be read by `load_verl`; `skyrl`: the rows of a `GeneratorOutput`,
-            to be read by `load_skyrl`; `atif`: one ATIF 1.7 document a trajectory, with its images beside it.
+            to be read by `load_skyrl`; `atif`: one ATIF 1.7 document a trajectory, with its images beside it; `dart`:
+            one folder a trajectory, as dart-gui's agent loop leaves it.
         out: the folder; must not be there, or be empty. Images are hard links to the run's files where that can be.
         per: `step`: each answer is a sample, with the prompt that it was given: right for every builder of messages.
             `trajectory`: as few samples as can be: answers are joined as long as each prompt begins, token for token,
@@ -116,10 +126,11 @@ def export(
         unfinished = folder.with_name(f".{folder.name}-{os.getpid()}-{time.time_ns()}-new")
         unfinished.mkdir(parents=True)
         try:
-            images = ExportedImages(store.images, unfinished)
-            with contextlib.closing(_writer(to, unfinished, images, per, logprobs)) as writer:
+            with contextlib.closing(_writer(store, to, unfinished, per, logprobs)) as writer:
                 trajectories, samples, left_out = _write(store, writer, to, include, choose)
-                report = ExportReport(str(folder), to, trajectories, samples, len(images), left_out, dict(writer.cuts))
+                report = ExportReport(
+                    str(folder), to, trajectories, samples, writer.images, left_out, dict(writer.cuts)
+                )
             about = {**asdict(report), "path": str(folder), "run": str(store.path), "per": per, "include": include}
             (unfinished / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
             os.replace(unfinished, folder)
@@ -135,15 +146,20 @@ def _check(to: str, per: str, include: str) -> None:
     for name, value, known in (("to", to, Format), ("per", per, Per), ("include", include, Include)):
         if value not in get_args(known):
             raise ExportError(f"{name}={value!r} is not known; it may be {', '.join(get_args(known))}")
-    if include == "all" and to != "atif":
-        raise ExportError(f"include='all' has failed attempts in it, which {to} would train on; only ATIF takes them")
+    if include == "all" and to not in _ANY:
+        raise ExportError(
+            f"include='all' has failed attempts in it, which {to} would train on; only ATIF and dart take them"
+        )
     if include == "ok" and to == "skyrl":
         raise ExportError("SkyRL wants a reward for each sample: include='ok' can't be exported for it")
-    if per == "trajectory" and to == "atif":
-        raise ExportError("an ATIF document is a whole trajectory, step by step: per='trajectory' means nothing there")
+    if per == "trajectory" and to in _ANY:
+        raise ExportError(f"{to} has whole trajectories, step by step: per='trajectory' means nothing there")
 
 
-def _writer(to: str, folder: Path, images: ExportedImages, per: Per, logprobs: bool | None) -> _Writer:
+def _writer(store: RunStore, to: str, folder: Path, per: Per, logprobs: bool | None) -> _Writer:
+    if to == "dart":
+        return DartWriter(folder, store.images)
+    images = ExportedImages(store.images, folder)
     if to != "atif":
         return LinesWriter(folder, images, per, logprobs is not False, (verl if to == "verl" else skyrl).line_of)
     return AtifWriter(folder, images, logprobs)
@@ -175,10 +191,10 @@ def _write(
 
 
 def _check_exact(entry: AttemptEntry, to: str) -> None:
-    if to != "atif" and not entry.exact:
+    if to not in _ANY and not entry.exact:
         raise ExportError(
             f"{entry.task_id}, rollout {entry.rollout}, was played with exact=False: its token ids and logprobs are "
-            f"not those that were sampled, and {to} would train on them; only ATIF takes it"
+            f"not those that were sampled, and {to} would train on them; only ATIF and dart take it"
         )
 
 
@@ -190,7 +206,7 @@ def _why_not(entry: AttemptEntry, to: str, include: Include) -> str | None:
             return "cancelled"
         if entry.reward is None and include == "rewarded":
             return "without a reward"
-    if entry.steps == 0 and to != "atif":
+    if entry.steps == 0 and to not in _ANY:
         return "without a step"
     return None
 

@@ -48,6 +48,11 @@ class AtifWriter:
             json.dump(document, file, indent=1, allow_nan=False)
         return 1
 
+    @property
+    def images(self) -> int:
+        """Distinct images so far."""
+        return len(self._images)
+
     def close(self) -> None:
         pass
 

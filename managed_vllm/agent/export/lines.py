@@ -44,6 +44,11 @@ class LinesWriter:
             self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
         return len(samples)
 
+    @property
+    def images(self) -> int:
+        """Distinct images so far."""
+        return len(self._images)
+
     def close(self) -> None:
         self._file.close()
 
