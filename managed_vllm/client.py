@@ -63,14 +63,15 @@ class AsyncVLLMClient(AsyncRequestMethods):
         instance: Callable[[], str | None] | None = None,
     ) -> None:
         self.model_name = model_name
-        self.address = None if connection is not None or base_url is None else (normalized_url(base_url), api_key or "")
+        self.fixed_connection: Connection | None = None
         if max_in_flight < 1:
             raise BadRequestError("max_in_flight must be 1 or more", field="max_in_flight")
         if connection is None:
             if base_url is None or model_name is None:
                 raise BadRequestError("a client needs base_url and model_name")
             key = checked_api_key(api_key) if api_key else Secret("")
-            fixed = Connection(base_url=normalized_url(base_url), api_key=key, model=model_name), 0
+            self.fixed_connection = Connection(base_url=normalized_url(base_url), api_key=key, model=model_name)
+            fixed = self.fixed_connection, 0
 
             def connection(lost_epoch: int | None, timeout_s: float | None, pause_s: float) -> Endpoint:
                 return fixed
@@ -206,10 +207,9 @@ class VLLMClientWrapper(VLLMClient):
         """The OpenAI SDK's `OpenAI` on the connections of this client."""
         from managed_vllm.request import openai_sdk
 
-        if self._client.address is None:
+        connection = self._client.fixed_connection
+        if connection is None:
             raise BadRequestError("the client of a server that may move has no such names; use ManagedVLLM.openai")
-        base_url, api_key = self._client.address
-        connection = Connection(base_url=base_url, api_key=api_key, model=self.model_name or "")
         return openai_sdk.make_client("OpenAI", connection, self._client.sender)
 
     @property
