@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +23,7 @@ from typing import Any
 
 from managed_vllm import demo, engine_arguments, paths, variables
 from managed_vllm.errors import ConfigError
-from managed_vllm.masking import Secret, masked, masked_words, protect, reveal, secrets_in, starred
+from managed_vllm.masking import Secret, masked, masked_words, passwords_in, protect, reveal, secrets_in, starred
 from managed_vllm.policies import SupervisionPolicy
 from managed_vllm.status import is_loopback
 from managed_vllm.urls import checked_api_key
@@ -313,7 +315,8 @@ class SupervisorOrder:
     def secrets(self) -> frozenset[str]:
         """Every secret in it, as text: what no log may show."""
         everything = [self.address.api_key, self.spec.env, self.spec.engine_args, protect(self.environment.reveal())]
-        return frozenset(str(secret.reveal()) for secret in secrets_in(everything))
+        texts = [str(secret.reveal()) for secret in secrets_in(everything)]
+        return frozenset(itertools.chain(texts, *map(passwords_in, texts)))
 
     @property
     def is_whole(self) -> bool:
@@ -397,10 +400,12 @@ def _checked_command(command: Sequence[str]) -> tuple[str, ...]:
 
 
 def _checked_program(python: object) -> str:
+    """The absolute path of an interpreter; a bare name is looked for in `PATH`, as a shell does."""
     text = os.fspath(python) if isinstance(python, os.PathLike) else python
     if not isinstance(text, str) or not text or "\0" in text:
         raise ConfigError("python must be the path of an interpreter", field="python")
-    return paths.absolute(text)
+    found = shutil.which(text) if "/" not in text and isinstance(python, str) else None
+    return paths.absolute(found or text)
 
 
 def _checked_model(model: object) -> str:

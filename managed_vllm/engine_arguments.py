@@ -325,7 +325,7 @@ def _plain(name: str, value: Any) -> Any:
     """A value of JSON's types. Raises `ConfigError`."""
     if isinstance(value, str) and "\0" in value:
         raise ConfigError(f"engine argument {name} holds a NUL character", field=name)
-    if isinstance(value, bool | int | float | str):
+    if isinstance(value, bool | int | float | str | Secret):
         return value
     if isinstance(value, os.PathLike):
         return _plain(name, os.fspath(value))

@@ -21,7 +21,8 @@ from typing import Any, NoReturn, overload
 STARS = "***"
 """What stands in place of a secret in everything that people read."""
 
-_FINGERPRINT = "sha256:"
+_FINGERPRINT = re.compile(r"sha256:[0-9a-f]{12}")
+_PASSWORD = re.compile(r"(://[^/\s:@]*:)([^/\s@]+)@")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 _ALWAYS = frozenset(
@@ -135,22 +136,19 @@ def is_secret_name(name: str) -> bool:
 
 
 def protect(value: Any, name: str = "") -> Any:
-    """The value with everything in it that is secret by its name wrapped as `Secret`; lists and mappings are copied."""
+    """A copy of the value with every secret in it wrapped as `Secret`: by its name, or a URL with a password."""
     return _mapped(value, name, Secret)
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """The value with each secret in it replaced by a part of its hash: what may stand in a file.
-
-    Two secrets can be compared by it. Passwords in URLs become stars.
-    """
+    """A copy of the value with a part of its hash for each secret: what may stand in a file, and can be compared."""
     return _mapped(value, name, fingerprint)
 
 
 def starred(value: Any) -> Any:
     """A masked value for people: stars in place of the parts of hashes."""
     if isinstance(value, str):
-        return STARS if value.startswith(_FINGERPRINT) else value
+        return STARS if _FINGERPRINT.fullmatch(value) else value
     if isinstance(value, Mapping):
         return {key: starred(item) for key, item in value.items()}
     return [starred(item) for item in value] if isinstance(value, list | tuple) else value
@@ -159,9 +157,9 @@ def starred(value: Any) -> Any:
 def fingerprint(value: Any) -> str:
     """A part of a secret's hash; of a fingerprint, itself."""
     plain = str(value.reveal() if isinstance(value, Secret) else value)
-    if plain.startswith(_FINGERPRINT):
+    if _FINGERPRINT.fullmatch(plain):
         return plain
-    return _FINGERPRINT + hashlib.sha256(plain.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return f"sha256:{hashlib.sha256(plain.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
 
 
 def _mapped(value: Any, name: str, hide: Any) -> Any:
@@ -170,13 +168,15 @@ def _mapped(value: Any, name: str, hide: Any) -> Any:
         return {key: _mapped(item, name if secret else str(key), hide) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_mapped(item, name, hide) for item in value]
-    if isinstance(value, Secret) or (_can_hide(value) and is_secret_name(name)):
-        return hide(value)
-    return without_passwords(value) if isinstance(value, str) and hide is fingerprint else value
+    return hide(value) if _is_secret(value, name) else value
 
 
-def _can_hide(value: Any) -> bool:
-    return isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
+def _is_secret(value: Any, name: str) -> bool:
+    if isinstance(value, Secret):
+        return True
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+        return False
+    return is_secret_name(name) or (isinstance(value, str) and _PASSWORD.search(value) is not None)
 
 
 @overload
@@ -205,7 +205,12 @@ def secrets_in(value: Any) -> Iterator[Secret]:
 
 def without_passwords(text: str) -> str:
     """The text with stars for the passwords in its URLs (`http://user:password@host`)."""
-    return re.sub(r"(://[^/\s:@]*:)[^/\s@]+@", rf"\1{STARS}@", text)
+    return _PASSWORD.sub(rf"\1{STARS}@", text)
+
+
+def passwords_in(text: str) -> list[str]:
+    """The passwords in the URLs of a text."""
+    return [found[2] for found in _PASSWORD.finditer(text)]
 
 
 def masked_words(words: Sequence[str], *, in_file: bool = False) -> list[str]:

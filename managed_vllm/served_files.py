@@ -7,6 +7,7 @@ attaches compares them with what is on disk.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import itertools
 import os
@@ -67,7 +68,8 @@ def _in_words(file: list[int] | None) -> str:
     if file is None:
         return "not there"
     size, changed_ns, inode = file
-    return f"{size} bytes, changed {changed_ns / 1e9:.3f}, inode {inode}"
+    changed = datetime.datetime.fromtimestamp(changed_ns / 1e9)
+    return f"{size} bytes of {changed.isoformat(' ', 'milliseconds')}, inode {inode}"
 
 
 def _paths_of(spec: ServerSpec) -> Iterator[str]:

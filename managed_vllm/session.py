@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -418,6 +419,8 @@ def _external_key(given: str | None) -> Secret | None:
 
 
 def _keep_alive_s(given: float | None) -> float:
+    if given == math.inf:
+        raise ConfigError("keep_alive must be finite; pin() keeps a server until it is stopped", field="keep_alive")
     if given is not None:
         return seconds("keep_alive", given)
     text = os.environ.get(KEEP_ALIVE_VARIABLE) or str(KEEP_ALIVE_S)

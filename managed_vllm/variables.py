@@ -19,6 +19,7 @@ from managed_vllm import paths
 from managed_vllm.errors import ConfigError
 from managed_vllm.in_server import managed_vllm_arguments
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
+from managed_vllm.masking import reveal
 
 DEVICE_VARIABLES = frozenset(
     {
@@ -85,6 +86,7 @@ def _checked(name: str, value: Any) -> str:
         raise ConfigError(f"env={{{name!r}: …}}: no variable can have this name", field="env")
     if name in _OURS or name in _NOT_INHERITED - {"PYTHONHOME"}:
         raise ConfigError(f"env={{{name!r}: …}} can't be set: {_OURS.get(name, 'it is ours')}", field="env")
+    value = reveal(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float | os.PathLike):
         hint = "; leave the name out to have it unset" if value is None else ""
         raise ConfigError(

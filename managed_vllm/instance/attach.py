@@ -227,6 +227,17 @@ def check_files(spec: ServerSpec, served: served_files.Files | None, instance_id
         )
 
 
+def _order_of(reply: Mapping[str, Any], instance: Instance) -> SupervisorOrder:
+    try:
+        return SupervisorOrder.from_dict(reply["order"])
+    except (KeyError, TypeError) as error:
+        raise SupervisorError(
+            "the server was started by another version of managed_vllm; use that one, or end the server: "
+            f"managed-vllm down {instance.id}",
+            instance=instance.id,
+        ) from error
+
+
 def _differences(spec: ServerSpec, record: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     try:
         return spec.differences(ServerSpec.from_dict(record["spec"]))
@@ -467,9 +478,9 @@ class Attachment:
 
     def _admitted(self, channel: Channel, instance: Instance, reply: Mapping[str, Any]) -> SupervisorOrder:
         """The running supervisor's order. If that is not what is wanted, gives the lease back and raises."""
-        running = SupervisorOrder.from_dict(reply["order"])
         wanted = self.options.spec
         try:
+            running = _order_of(reply, instance)
             check_network(running.address, reply.get("network"), instance)
             if wanted is not None and wanted.identity != running.spec.identity:
                 raise ConfigMismatchError(
@@ -477,8 +488,8 @@ class Attachment:
                     differences=wanted.differences(running.spec),
                     instance=instance.id,
                 )
-            check_address(self.options.address, running.address, instance.id, port=reply["port"])
-            self._check_files(running.spec, reply["files"], instance)
+            check_address(self.options.address, running.address, instance.id, port=reply.get("port"))
+            self._check_files(running.spec, reply.get("files"), instance)
         except BaseException:
             channel.close()
             raise

@@ -16,6 +16,7 @@ from managed_vllm.masking import (
     is_secret_name,
     masked,
     masked_words,
+    passwords_in,
     protect,
     reveal,
     starred,
@@ -92,6 +93,16 @@ def test_nested_secrets_are_protected_masked_and_revealed() -> None:
     assert (hidden["max_num_batched_tokens"], hidden["hf_token"]) == (4096, True)
     assert "sha256" not in json.dumps(starred(hidden))
     assert masked({"api_key": "one"}) != masked({"api_key": "two"})
+    assert "sha256:abc" not in str(masked({"api_key": "sha256:abc"}))
+
+
+def test_a_url_with_a_password_is_a_secret_whatever_its_name() -> None:
+    url = f"https://me:{VALUE}@host/x"
+    assert protect({"HTTPS_PROXY": url, "HF_ENDPOINT": "https://host"}) == {
+        "HTTPS_PROXY": Secret(url),
+        "HF_ENDPOINT": "https://host",
+    }
+    assert passwords_in(f"{url} http://a:b@c") == [VALUE, "b"]
 
 
 def test_a_command_line_is_shown_with_stars() -> None:

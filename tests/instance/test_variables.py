@@ -11,6 +11,7 @@ from managed_vllm import variables
 from managed_vllm.config import Address, ServerSpec, SupervisorOrder
 from managed_vllm.errors import ConfigError
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
+from managed_vllm.masking import Secret
 from managed_vllm.policies import SupervisionPolicy
 
 SERVICE = {
@@ -125,6 +126,7 @@ def test_relative_paths_in_the_environment_are_the_callers(tmp_path: Path, monke
 
 
 def test_values_become_text() -> None:
+    assert environment_of(spec(X=Secret("s")))["X"] == "s"
     assert spec(OMP_NUM_THREADS=4, X=0.5, P=Path("/x")).env == {"OMP_NUM_THREADS": "4", "P": "/x", "X": "0.5"}
 
 

@@ -175,5 +175,15 @@ def test_what_can_be_known_to_be_wrong_is_refused_by_its_field(make: Any, field:
     assert caught.value.field == field
 
 
+def test_an_interpreter_may_be_a_name_that_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "my-python"
+    program.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.chdir(tmp_path)
+    for name in ("my-python", "./my-python", program):
+        assert ServerSpec.of("m", engine_args={}, python=name).python == str(program)
+    assert ServerSpec.of("m", engine_args={}, python="other-python").python == str(tmp_path / "other-python")
+
+
 def test_an_interpreter_without_vllm_is_known_without_running_it(tmp_path: Path) -> None:
     assert installed_vllm(tmp_path / "bin" / "python") == "vllm missing"
