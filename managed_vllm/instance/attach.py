@@ -596,31 +596,40 @@ class Attachment:
 
     def status(self) -> ServerStatus:
         """What the supervisor says now. A server given by URL is ready by definition."""
-        channel = self.attach()
-        if channel is None:
+        if self.attach() is None:
             return ServerStatus(state=ServerState.READY, connection=self._external, extra={"external": True})
-        return ServerStatus.from_dict(self._ask(channel, "status")["status"])
+        return ServerStatus.from_dict(self._ask("status")["status"])
 
     def request(self, op: str) -> dict[str, Any]:
         """The supervisor's reply to a request without arguments. Raises `ConfigError` for a server given by URL."""
-        channel = None if self.options.base_url is not None else self.attach()
-        if channel is None:
+        if self.options.base_url is not None:
             raise ConfigError(f"an external server can't be asked to {op} from here", field="base_url")
-        return self._ask(channel, op)
+        return self._ask(op)
 
-    def _ask(self, channel: Channel, op: str) -> dict[str, Any]:
-        """The reply. Raises what the server ended with, or `SupervisorError` where no reply comes."""
-        try:
-            return channel.request(op)
-        except ConnectionError as error:
-            self._raise_if_closed()
-            self._raise_if_over(channel)
-            raise SupervisorError(f"the supervisor was gone before it answered {op!r}", instance=self.id) from error
-        except TimeoutError as error:
-            raise SupervisorError(
-                f"the supervisor does not answer {op!r}; it may be stopped or stuck: managed-vllm status",
-                instance=self.id,
-            ) from error
+    def _ask(self, op: str) -> dict[str, Any]:
+        """The reply, if need be of the supervisor after one that was killed.
+
+        Raises what the server ended with, or `SupervisorError` where no reply comes.
+        """
+        for _ in range(_KILLED_SUPERVISORS):
+            channel = self.attach()
+            assert channel is not None
+            try:
+                return channel.request(op)
+            except ConnectionError:
+                with contextlib.suppress(TimeoutError):  # its last words are still being read
+                    channel.wait_until(lambda _: False, _ANSWER_S)
+                self._raise_if_closed()
+                self._raise_if_over(channel)
+            except TimeoutError as error:
+                self._raise_if_closed()
+                raise SupervisorError(
+                    f"the supervisor does not answer {op!r}; it may be stopped or stuck: managed-vllm status",
+                    instance=self.id,
+                ) from error
+        raise SupervisorError(
+            f"{_KILLED_SUPERVISORS} supervisors in a row were gone before they answered {op!r}", instance=self.id
+        )
 
     def environ(self) -> dict[str, str]:
         """The environment variables with which a bare handle attaches to this very server."""

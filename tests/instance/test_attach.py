@@ -253,6 +253,18 @@ def test_a_handle_that_is_dropped_gives_its_lease_back(home: Path) -> None:
     assert_nothing_left(home)
 
 
+def test_asking_goes_on_with_the_supervisor_after_one_that_was_killed(home: Path) -> None:
+    with handle() as llm:
+        for number in range(1, 6):
+            before = llm.status()
+            assert before.supervisor_pid is not None
+            os.kill(before.supervisor_pid, signal.SIGKILL)
+            after = llm.status()
+            assert after.supervisor_pid != before.supervisor_pid
+            llm.wait_ready()
+            assert llm.status().epoch == number + 1
+
+
 def test_a_client_keeps_the_lease_of_a_handle_that_is_dropped(home: Path) -> None:
     llm = handle()
     client = llm.client
