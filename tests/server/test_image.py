@@ -16,7 +16,7 @@ from managed_vllm.server.image import Image, ImageError, ImageRefusedError, prel
 
 WORDS = ["-m", "vllm.entrypoints.openai.api_server", "--port", "0"]
 THREAD = "import threading, time\nthreading.Thread(target=time.sleep, args=[3600], daemon=True).start()\n"
-CHILD = "import subprocess\nchild = subprocess.Popen(['sleep', '3600'])\n"
+CHILD = "import subprocess\nchild = subprocess.Popen(['cat'], stdin=subprocess.PIPE)  # ends with the image\n"
 
 
 def start(folder: Path, changes: dict[str, str] | None = None, **variables: str) -> Image:
