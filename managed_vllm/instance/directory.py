@@ -38,7 +38,7 @@ from managed_vllm.errors import ConfigError, ConfigMismatchError, StateDirectory
 
 HOME_VARIABLE = "MANAGED_VLLM_HOME"
 _KEPT_LOGS = 20
-_CREATE_TRIES = 20
+_CREATE_TRIES = 1000
 _LOCK_TRIES = 10
 _RECORD_FIELDS = ("id", "spec", "pid", "state", "epoch")
 SUPERVISOR_LOCK = "supervisor.lock"
