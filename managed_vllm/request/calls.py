@@ -109,23 +109,33 @@ class Call:
         *,
         chat: bool,
     ) -> RequestOutput:
-        async def send(body: dict[str, Any], before: int) -> RequestOutput:
-            generation = Generation(route, body, stream=_is_streamed(body, resume))
-            stats = await self._sender.send(generation, deadline, timeout_s=timeout_s)
-            response = generation.whole or generation.answer()
-            return self._output(index, response, body, stats, chat=chat, before=before)
-
-        route = _route_of(chat=chat)
         body = self._body(index, asked, chat=chat)
         try:
-            return await send(body, 0)
+            return await self._send(index, body, deadline, resume, timeout_s, chat=chat)
         except BadRequestError as error:
             # For a chat one candidate more is requested, which may be one too many (`--max-logprobs`).
             wanted = self._wanted_logprobs(index, chat=chat)
             fewer = chat and wanted and body.get("top_logprobs") == wanted + 1 and "logprobs" in error.message
             if not fewer:
                 raise
-        return await send({**body, "top_logprobs": wanted}, 1)
+        body = {**body, "top_logprobs": wanted}
+        return await self._send(index, body, deadline, resume, timeout_s, chat=chat, before=1)
+
+    async def _send(
+        self,
+        index: int,
+        body: dict[str, Any],
+        deadline: float | None,
+        resume: bool | None,
+        timeout_s: float | None,
+        *,
+        chat: bool,
+        before: int = 0,
+    ) -> RequestOutput:
+        generation = Generation(_route_of(chat=chat), body, stream=_is_streamed(body, resume))
+        stats = await self._sender.send(generation, deadline, timeout_s=timeout_s)
+        response = generation.whole or generation.answer()
+        return self._output(index, response, body, stats, chat=chat, before=before)
 
     def _output(
         self,

@@ -47,6 +47,7 @@ generation per death on average. For fewer than 1,024 tokens, at the usual 30 to
 restart for which the request waits anyway (vLLM: 25 s and more).
 """
 
+_NOTHING = Extent(0, 0, 0)
 _PENDING = 4
 """A character has at most four bytes, and a token at least one."""
 _WINDOW = 64
@@ -155,17 +156,12 @@ class Generation:
             self._limit = 16  # vLLM's default for completions, which the rest of a generation must not get anew
         self._asked_for = ""  # what the last HTTP request is for: "answer", "rest", "text" or "models"
         self._most_tokens = 0
-        self._given_out = Extent(0, 0, 0)
+        self._given_out = _NOTHING
         self.complete = False
         self._start_over()
 
     def _start_over(self) -> None:
-        logprobs = self._body.get("logprobs")
-        self._received = StreamedAnswer(
-            chat=self._chat,
-            logprobs=logprobs is not None and logprobs is not False,  # 0 means: those of the sampled tokens
-            top_logprobs=self._body.get("top_logprobs") or 0,
-        )
+        self._streamed: StreamedAnswer | None = None
         self._doubtful = 0  # n: the text of the last tokens is due for the n-th time; 0: all kept tokens are certain
         self._whole: ParsedResponse | None = None
         self.kept = 0
@@ -175,15 +171,27 @@ class Generation:
         return self._route.startswith("/chat")
 
     @property
+    def _received(self) -> StreamedAnswer:
+        """What has come by streams. Made when it is first used: most generations are not streamed."""
+        if self._streamed is None:
+            logprobs = self._body.get("logprobs")
+            self._streamed = StreamedAnswer(
+                chat=self._chat,
+                logprobs=logprobs is not None and logprobs is not False,  # 0 means: those of the sampled tokens
+                top_logprobs=self._body.get("top_logprobs") or 0,
+            )
+        return self._streamed
+
+    @property
     def obstacle(self) -> str | None:
         """Why it can't be resumed, as far as is known."""
-        return self._obstacle or self._received.obstacle
+        return self._obstacle or (None if self._streamed is None else self._streamed.obstacle)
 
     # -- what to send --------------------------------------------------------------------------------------------------
 
     def next(self) -> HTTPRequest:
         """The HTTP request to send now. Where the server refuses an `optional` one, `take_json(None)` follows."""
-        ids = self._received.ids
+        ids = self._streamed.ids if self._streamed is not None else ()
         if self._doubtful:
             self._asked_for = "text"
             return HTTPRequest("POST", "/detokenize", {"tokens": ids[self._window :]})
@@ -345,9 +353,9 @@ class Generation:
     @property
     def broken_off(self) -> bool:
         """Whether tokens that `new_part` has given out are lost: then the answer can't go on."""
-        return self._whole is None and any(
-            given > there for given, there in zip(self._given_out, self._received.extent, strict=True)
-        )
+        if self._whole is not None or self._given_out is _NOTHING:
+            return False
+        return any(given > there for given, there in zip(self._given_out, self._received.extent, strict=True))
 
     def new_part(self) -> Mapping[str, Any] | None:
         """The tokens that have become certain since the last call, in the shape of the route's response; None: none.
@@ -377,7 +385,7 @@ class Generation:
         if self._whole is not None:
             return self._whole.raw
         received = self._received
-        answer = received.to_response(Extent(0, 0, 0), received.extent, complete=True)
+        answer = received.to_response(_NOTHING, received.extent, complete=True)
         prompt, completion = len(received.prompt_ids or ()), len(received.ids)
         answer["usage"] = {
             "prompt_tokens": prompt,
