@@ -148,6 +148,10 @@ class ServerSpec:
             captured = {**demo.environment_defaults(), **captured}
         else:
             where = name = paths.canonical(model) if isinstance(model, os.PathLike) else paths.argument(asked)
+        if where.startswith("-"):
+            raise ConfigError(
+                f"model={asked!r} would be taken for a flag; a folder of that name is './{asked}'", field="model"
+            )
         served = arguments.pop("served_model_name", name)
         names = served if isinstance(served, list) else [served]
         if len(names) > 1:

@@ -451,7 +451,7 @@ def test_wrong_arguments_are_typed_errors_that_name_the_field(options: dict[str,
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("model", ["", 5, "x" * 5000, "a\0b", b"model"])
+@pytest.mark.parametrize("model", ["", 5, "x" * 5000, "a\0b", b"model", "-m"])
 def test_a_model_that_can_be_none_is_a_typed_error(model: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         ManagedVLLM(model, command=standin.command())
