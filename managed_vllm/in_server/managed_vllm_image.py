@@ -119,6 +119,7 @@ class _Image:
         if reason := patches.apply(self._argv) or _unfit():
             raise Refused(reason)
         openmp.prepare()
+        gc.freeze()  # a server waits: collecting first would take it half a second
         multiprocessing.util.register_after_fork(self, _in_forked_child)
         self.tell({"ready": len(sys.modules), "seconds": round(time.monotonic() - began, 3)})
 
@@ -136,11 +137,14 @@ class _Image:
                     learnt.append(name)
                 if reason := _unfit():
                     raise Refused(f"{reason} since {name} was imported", name)
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()  # no collection in a server touches what it shares with the image
         return learnt
 
     @contextlib.contextmanager
     def _importing(self) -> Iterator[None]:
-        """Signs of life meanwhile; afterwards no collection in a server touches what it shares with the image."""
+        """Signs of life meanwhile, and no collections: nearly everything that an import makes, stays."""
         beat = _Beat(self)
         sys.meta_path.insert(0, beat)
         gc.disable()
@@ -149,8 +153,6 @@ class _Image:
         finally:
             sys.meta_path.remove(beat)
             gc.enable()
-        gc.collect()
-        gc.freeze()
 
     def _read_imports(self) -> None:
         """Takes in what the last server has imported, and listens to it no more."""
