@@ -201,7 +201,7 @@ def running(llm: ManagedVLLM) -> None:
     connection = llm.status().connection
     assert connection is not None
     root = connection.base_url.removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {connection.api_key}"}
+    headers = {"Authorization": f"Bearer {connection.api_key.reveal()}"}
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for line in httpx.get(f"{root}/metrics", headers=headers, trust_env=False).text.splitlines():

@@ -102,10 +102,10 @@ def torn_records(home: Path) -> list[str]:
 
 
 def files_left(home: Path) -> list[str]:
-    """What is below the state directory, but for the kept logs of failed servers."""
+    """What is below the state directory, but for the kept logs of failed servers, and what makes it the directory that it is."""
     if not home.exists():
         return []
-    return [str(path.relative_to(home)) for path in home.iterdir() if path.name != "failed"]
+    return [str(path.relative_to(home)) for path in home.iterdir() if path.name not in ("failed", ".token")]
 
 
 def keep_logs(home: Path, kept: Path) -> None:

@@ -6,11 +6,13 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -60,7 +62,9 @@ def test_a_folder_that_a_supervisor_removes_while_it_is_made_is_made_again(home:
         while not made.is_set():
             with contextlib.suppress(OSError):
                 instance.folder.rmdir()
+            time.sleep(rng.random() / 2000)  # at any moment of what the other does, but not at each one
 
+    rng = random.Random(1)
     removing = threading.Thread(target=remove)
     removing.start()
     try:

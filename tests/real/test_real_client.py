@@ -156,7 +156,7 @@ def test_a_prompt_that_fills_the_context_to_the_last_token_is_too_long(llm: Mana
     full = [5] * LONGEST
     output = llm.generate([full[1:]], {"max_tokens": 8})[0].outputs[0]
     assert (len(output.token_ids), output.finish_reason) == (1, "length")
-    with pytest.raises(ContextLengthError, match="no place for an answer"):
+    with pytest.raises(ContextLengthError, match="no room for an answer"):
         llm.generate([full], {"max_tokens": 8})
     with pytest.raises(BadRequestError) as caught:
         llm.generate(TEXT, extra_body={"max_tokens": 0})

@@ -9,6 +9,7 @@ import contextlib
 import enum
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,7 +66,11 @@ def is_tracker(pid: int) -> bool:
 
 def next_child(pid: int) -> int | None:
     """The child that multiprocessing has forked."""
-    return next((child for child in children(pid) if not is_tracker(child)), None)
+    found = next((child for child in children(pid) if not is_tracker(child)), None)
+    if found is not None:
+        time.sleep(0.005)  # until it executes its own program, the tracker looks like its parent
+        return None if is_tracker(found) else found
+    return None
 
 
 def wait_for(moment: Moment, scene: Scene) -> None:

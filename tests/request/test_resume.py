@@ -637,7 +637,8 @@ class Killer:
         connection = status.connection
         assert connection is not None
         url = connection.base_url.removesuffix("/v1") + "/metrics"
-        answer = requests.get(url, headers={"Authorization": f"Bearer {connection.api_key}"}, timeout=30)
+        answer = requests.get(url, headers={"Authorization": f"Bearer {connection.api_key.reveal()}"}, timeout=30)
+        answer.raise_for_status()
         found = re.search(r"^vllm:generation_tokens_total\{[^}]*\} (\S+)", answer.text, re.MULTILINE)
         return int(float(found[1])) if found else 0
 
