@@ -102,7 +102,7 @@ def torn_records(home: Path) -> list[str]:
 
 
 def files_left(home: Path) -> list[str]:
-    """What is below the state directory, but for the kept logs of failed servers, and what makes it the directory that it is."""
+    """What is below the state directory, but for the kept logs of failed servers and its own token."""
     if not home.exists():
         return []
     return [str(path.relative_to(home)) for path in home.iterdir() if path.name not in ("failed", ".token")]
