@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from managed_vllm.client import AsyncVLLMClient, VLLMClient
 
 KEEP_ALIVE_VARIABLE = "MANAGED_VLLM_KEEP_ALIVE"
+WARM_VARIABLE = "MANAGED_VLLM_WARM"
+WARM_WORDS: Mapping[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False, "1": "auto", "0": False}
+"""The values of `MANAGED_VLLM_WARM`."""
 KEEP_ALIVE_S = 5.0
 """Default of `keep_alive`: the next test, script or cell often comes at once, and a start costs half a minute."""
 
@@ -71,8 +74,8 @@ class ManagedVLLM(RequestMethods):
         hang: when a server that does nothing counts as hung; `HangPolicy.never()` for debugging it.
         warm: whether the server is forked from an image, a process with vLLM's imports done, so that it starts faster
             and is back sooner after a crash. `"auto"`: where that is safe, else it is launched plainly, as always with
-            `command=`; True: a start that can't be forked fails; False: never. The default is False for now, and "auto"
-            with `MANAGED_VLLM_WARM=1`.
+            `command=`; True: a start that can't be forked fails; False: never. None: what `MANAGED_VLLM_WARM` says
+            (`auto`, `on`, `off`), else "auto".
         on_status: called with the new `ServerStatus` at each change of state (ready, restarting, failed, …): one call
             after the other, in a thread of its own, so that it may use this handle. What it raises is logged.
         **engine_args: vLLM's engine arguments by their names in `vllm.LLM` (`tensor_parallel_size=2`, …).
@@ -436,6 +439,12 @@ def _keep_alive_s(given: float | None) -> float:
 def _warm(given: bool | Literal["auto"] | None, command: Sequence[str] | None) -> bool | Literal["auto"]:
     if given is True and command is not None:
         raise ConfigError("warm=True is for vLLM's own server: a command= is always launched plainly", field="warm")
-    if given is None:
-        return "auto" if os.environ.get("MANAGED_VLLM_WARM") == "1" else False
-    return given
+    if given is not None:
+        return given
+    text = os.environ.get(WARM_VARIABLE) or "auto"
+    if text not in WARM_WORDS:
+        raise ConfigError(
+            f"the variable {WARM_VARIABLE} is {text!r}, but must be one of {', '.join(WARM_WORDS)}",
+            field=WARM_VARIABLE,
+        )
+    return False if command is not None else WARM_WORDS[text]

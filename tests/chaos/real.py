@@ -28,7 +28,7 @@ def run_real(runs: int, seed: int = 0, *, quiet: bool = True) -> list[Outcome]:
     with tempfile.TemporaryDirectory(prefix="mvc-", dir="/tmp") as folder:
         home = Path(folder) / "home"
         os.environ["MANAGED_VLLM_HOME"] = str(home)
-        warm = os.environ.get("MANAGED_VLLM_WARM") == "1"
+        warm = os.environ.get("MANAGED_VLLM_WARM") != "off"
         restart = RestartPolicy(max_restarts=1000, backoff_initial_s=0.05, backoff_max_s=0.2)
         llm = ManagedVLLM(
             "demo",

@@ -466,6 +466,15 @@ def test_a_keep_alive_variable_that_is_no_duration_is_named(monkeypatch: pytest.
         ManagedVLLM("stand-in", command=standin.command())
 
 
+def test_the_variable_for_the_image_takes_the_words_of_the_flag(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANAGED_VLLM_WARM", "yes")
+    with pytest.raises(ConfigError, match="MANAGED_VLLM_WARM is 'yes', but must be one of auto, on, off"):
+        ManagedVLLM("stand-in")
+    monkeypatch.setenv("MANAGED_VLLM_WARM", "on")
+    with server() as llm:  # a command of one's own is launched plainly, whatever is wanted of all others
+        assert llm.status().launch == "plain"
+
+
 def test_asking_a_supervisor_that_hangs_is_a_typed_error_and_closing_does_not_wait_for_it(home: Path) -> None:
     llm = server()
     llm.start()
