@@ -164,6 +164,9 @@ def _arguments(config: pytest.Config, marked: Mapping[str, Any]) -> dict[str, An
         "base_url": config.getoption("--managed-vllm-url"),
         "keep_alive": _seconds(config.getoption("--managed-vllm-keep-alive"), "--managed-vllm-keep-alive"),
     }
+    if _is_external({**line, **marked}):
+        # The file says how the tests' own server is started; this run was told to use another one.
+        ini = {name: ini[name] for name in ("keep_alive", "startup_timeout")}
     arguments: dict[str, Any] = {"progress": False, "model": _configured_model(config)}
     for layer in (ini, line):
         arguments = _merged(arguments, {name: value for name, value in layer.items() if value is not None})
@@ -178,7 +181,9 @@ def _configured_model(config: pytest.Config) -> str | None:
 
 
 def _is_external(arguments: Mapping[str, Any]) -> bool:
-    return "base_url" in arguments or ("name" not in arguments and bool(os.environ.get("VLLM_SERVER_URL")))
+    if arguments.get("base_url"):
+        return True
+    return arguments.get("name") is None and bool(os.environ.get("VLLM_SERVER_URL"))
 
 
 def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from managed_vllm.errors import ConfigError
 from managed_vllm.instance import directory, external
 from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer
 from managed_vllm.instance.status_listener import StatusListener
-from managed_vllm.masking import Secret, without_passwords
+from managed_vllm.masking import without_passwords
 from managed_vllm.policies import HangPolicy, RestartPolicy, RetryPolicy, SupervisionPolicy, seconds
 from managed_vllm.request.methods import RequestMethods
 from managed_vllm.status import Connection, ServerStatus
@@ -53,7 +53,8 @@ class ManagedVLLM(RequestMethods):
         model: Hugging Face id, local folder, or `"demo"` for the embedded model. None: attach to a server that is
             already running.
         name: a readable handle. The same name with other arguments is a `ConfigMismatchError`.
-        base_url: a server that somebody else runs, with or without `/v1`; it is checked, not supervised.
+        base_url: a server that somebody else runs, with or without `/v1`; it is checked, not supervised. What can only
+            be said of a server of ours (engine arguments, `command`, `restart`, …) is a `ConfigError` then.
         api_key: the key the server wants; for a server of ours the default is a random one.
         host, port: where our server listens; default loopback and a free port. Another host needs an `api_key`.
         uds: listen on a Unix socket instead, no TCP at all.
@@ -116,16 +117,22 @@ class ManagedVLLM(RequestMethods):
         if name is not None:
             directory.check_name(name)
         url = base_url or (None if name else external.url_from_environment())
+        asked = None if model is None else str(model)
         spec: ServerSpec | None = None
-        if url is None and model is not None:
+        if url is not None:
+            where = {"name": name, "host": host, "port": port, "uds": uds or None}
+            how = {"env": env or None, "python": python, "command": command, "warm": warm or None}
+            kept = {"restart": restart, "hang": hang}
+            external.check_applicable({**engine_args, **where, **how, **kept}, explicit=bool(base_url))
+        elif model is not None:
             spec = ServerSpec.of(model, engine_args=engine_args, env=env, python=python, command=command)
-        elif url is None and (engine_args or command or python or env):
+        elif engine_args or command or python or env:
             raise ConfigError("engine arguments, env=, python= and command= need a model=", field="model")
         options = AttachOptions(
-            model=None if model is None else str(model),
+            model=asked if url is None else external.model_for(url, asked),
             name=name,
             base_url=url,
-            api_key=_external_key(api_key) if url else None,
+            api_key=None if url is None else external.key_for(url, api_key),
             keep_alive_s=_keep_alive_s(keep_alive),
             progress=progress,
             spec=spec,
@@ -414,11 +421,6 @@ class _Clients:
             if not hasattr(client, "__aenter__"):  # the other kind is closed by its event loop
                 with contextlib.suppress(Exception):
                     client.close()
-
-
-def _external_key(given: str | None) -> Secret | None:
-    key = given or os.environ.get(external.KEY_VARIABLE)
-    return checked_api_key(key) if key else None
 
 
 def _keep_alive_s(given: float | None) -> float:

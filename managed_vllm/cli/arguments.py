@@ -128,8 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "url", nargs="?", metavar="URL", help="with or without /v1 (default: VLLM_SERVER_URL, else the running server)"
     )
-    check.add_argument("--model", help="the model to ask (default: VLLM_MODEL_NAME, else the only one served)")
-    check.add_argument("--api-key", metavar="KEY", help="default: VLLM_API_KEY, or the running server's own")
+    check.add_argument("--model", help="the model to ask (default: that of VLLM_MODEL_NAME, else the only one)")
+    check.add_argument("--api-key", metavar="KEY", help="default: that of VLLM_API_KEY, or the running server's own")
     check.add_argument("--api-key-file", metavar="FILE", help=_KEY_FILE)
     check.add_argument("--json", action="store_true", help="print one object")
     check.add_argument("--timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for each request (30)")

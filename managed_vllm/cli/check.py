@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from managed_vllm.cli import running
 from managed_vllm.cli.keys import given_key
 from managed_vllm.errors import AuthenticationError, ConfigError, ExternalServerError, NoServerError
 from managed_vllm.instance import directory, external
+from managed_vllm.masking import reveal
 from managed_vllm.status import Connection
 from managed_vllm.urls import normalized_url
 
@@ -54,11 +54,9 @@ def check(given: argparse.Namespace) -> int:
 def _target(given: argparse.Namespace) -> tuple[str, str | None, str | None]:
     """URL, key and model: as given, else from the environment, else of the one server that runs."""
     own = given_key(given)
-    key = own or os.environ.get(external.KEY_VARIABLE)
-    model = given.model or os.environ.get(external.MODEL_VARIABLE)
     url = given.url or external.url_from_environment()
     if url:
-        return normalized_url(url), key, model
+        return normalized_url(url), reveal(external.key_for(url, own)), external.model_for(url, given.model or None)
     try:
         instance = running.the_only_one(directory.state_home())
     except NoServerError as error:

@@ -361,8 +361,7 @@ class Attachment:
         raise ServerStoppedError("the server was stopped", instance=self.id, log_path=status.log_path)
 
     def _attach_external(self, base_url: str) -> None:
-        model = os.environ.get(external.MODEL_VARIABLE) or self.options.model
-        self._external = external.attach(base_url, reveal(self.options.api_key), model)
+        self._external = external.attach(base_url, reveal(self.options.api_key), self.options.model)
         log.info("attached to %s: an external server, not supervised", without_passwords(self._external.base_url))
 
     def _take_lease(self, deadline: float | None) -> Channel:

@@ -1,16 +1,20 @@
-"""Servers that somebody else runs, given by URL: they are checked, and never supervised."""
+"""Servers that somebody else runs, given by URL: they are checked, and never supervised.
+
+What is given explicitly goes before the environment, whose model and key are those of the environment's server: they
+are not sent to another one. What can only be said of a server of ours is an error.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from managed_vllm.errors import AuthenticationError, ModelNotServedError, ServerUnreachableError
+from managed_vllm.errors import AuthenticationError, ConfigError, ModelNotServedError, ServerUnreachableError
 from managed_vllm.masking import Secret, without_passwords
 from managed_vllm.status import Connection, is_loopback
-from managed_vllm.urls import normalized_url
+from managed_vllm.urls import checked_api_key, normalized_url
 
 if TYPE_CHECKING:
     import requests
@@ -21,6 +25,41 @@ URL_VARIABLE, MODEL_VARIABLE, KEY_VARIABLE = "VLLM_SERVER_URL", "VLLM_MODEL_NAME
 def url_from_environment() -> str | None:
     """`VLLM_SERVER_URL`; set but empty counts as not set."""
     return os.environ.get(URL_VARIABLE) or None
+
+
+def model_for(base_url: str, given: str | None) -> str | None:
+    """The model to ask for: the one given, else `VLLM_MODEL_NAME` if the server is that of `VLLM_SERVER_URL`."""
+    return given if given is not None else _from_environment(MODEL_VARIABLE, base_url)
+
+
+def key_for(base_url: str, given: str | None) -> Secret | None:
+    """The key to send: the one given, else `VLLM_API_KEY` if the server is that of `VLLM_SERVER_URL`."""
+    key = given or _from_environment(KEY_VARIABLE, base_url)
+    return checked_api_key(key) if key else None
+
+
+def _from_environment(variable: str, base_url: str) -> str | None:
+    theirs = url_from_environment()
+    if theirs is None or normalized_url(theirs) != normalized_url(base_url):
+        return None
+    return os.environ.get(variable) or None
+
+
+def check_applicable(arguments: Mapping[str, Any], *, explicit: bool) -> None:
+    """Raises `ConfigError` where an argument that only a server of ours can heed is not None.
+
+    `explicit`: the URL was given as `base_url=`, not by the environment.
+    """
+    unfit = [name for name, value in arguments.items() if value is not None]
+    if not unfit:
+        return
+    where = "base_url= names" if explicit else f"the variable {URL_VARIABLE} names"
+    instead = "base_url" if explicit else URL_VARIABLE
+    raise ConfigError(
+        f"{where} a server that somebody else runs, to which this can't be applied: "
+        f"{', '.join(f'{name}=' for name in unfit)}. Leave it out, or {instead}, to start a server of yours",
+        field=unfit[0],
+    )
 
 
 def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: float = 10.0) -> Connection:
@@ -48,7 +87,8 @@ def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: 
     if response.status_code in (401, 403):
         what = "refuses this API key" if api_key else "wants an API key"
         raise AuthenticationError(
-            f"the server at {shown} {what} (HTTP {response.status_code}); give api_key= or set {KEY_VARIABLE}",
+            f"the server at {shown} {what} (HTTP {response.status_code}); give api_key=, "
+            f"or set {KEY_VARIABLE} beside {URL_VARIABLE}",
             base_url=shown,
         )
     served = _served(response)
@@ -62,7 +102,8 @@ def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: 
     names = tuple(name for name, _ in served)
     if model is None and len(roots) != 1:
         raise ModelNotServedError(
-            f"the server at {shown} serves {', '.join(names) or 'no model'}; say which with model= or {MODEL_VARIABLE}",
+            f"the server at {shown} serves {', '.join(names) or 'no model'}; say which with model=, "
+            f"or with {MODEL_VARIABLE} beside {URL_VARIABLE}",
             base_url=shown,
             served=names,
         )

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 import standin
 from processes import HANG_S, eventually
 
-from managed_vllm import ManagedVLLM
+from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy
 from managed_vllm.errors import (
     AuthenticationError,
     ConfigError,
@@ -70,9 +71,71 @@ def test_the_service_scripts_variables_are_read(home: Path, port: int, monkeypat
     monkeypatch.setenv("VLLM_SERVER_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("VLLM_MODEL_NAME", "theirs")
     monkeypatch.setenv("VLLM_API_KEY", "right")
-    with ManagedVLLM(model="some/model", max_model_len=5) as llm:
+    with ManagedVLLM() as llm:
         assert llm.model == "theirs"
         assert llm.environ()["VLLM_SERVER_URL"] == llm.base_url
+
+
+def test_an_explicit_model_goes_before_that_of_the_environment(
+    home: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_SERVER_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("VLLM_MODEL_NAME", "another")
+    monkeypatch.setenv("VLLM_API_KEY", "right")
+    with ManagedVLLM("theirs") as llm:
+        assert llm.model == "theirs"
+    with pytest.raises(ModelNotServedError, match="'another'"):
+        ManagedVLLM().start()
+
+
+def test_a_key_of_the_environment_is_sent_to_the_server_of_the_environment_only(
+    home: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"http://127.0.0.1:{port}/v1"
+    monkeypatch.setenv("VLLM_API_KEY", "right")
+    monkeypatch.setenv("VLLM_MODEL_NAME", "another")
+    with pytest.raises(AuthenticationError, match="wants an API key"):
+        ManagedVLLM(base_url=url).start()
+    monkeypatch.setenv("VLLM_SERVER_URL", "http://127.0.0.2:1")
+    with pytest.raises(AuthenticationError, match="wants an API key"):
+        ManagedVLLM(base_url=url).start()
+    with ManagedVLLM(base_url=url, api_key="right") as llm:
+        assert llm.model == "theirs"
+    monkeypatch.setenv("VLLM_SERVER_URL", f"127.0.0.1:{port}/")
+    with ManagedVLLM("theirs", base_url=url):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"max_model_len": 512}, "max_model_len"),
+        ({"no_such_argument": 1}, "no_such_argument"),
+        ({"command": ["serve", "{port}"]}, "command"),
+        ({"env": {"A": "b"}}, "env"),
+        ({"python": "/usr/bin/python3"}, "python"),
+        ({"port": 8000}, "port"),
+        ({"uds": True}, "uds"),
+        ({"warm": True}, "warm"),
+        ({"restart": RestartPolicy()}, "restart"),
+        ({"hang": HangPolicy()}, "hang"),
+    ],
+)
+def test_what_only_a_server_of_ours_can_heed_is_an_error_for_one_by_url(
+    home: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"base_url= names .* {field}=") as caught:
+        ManagedVLLM("m", base_url="http://127.0.0.1:1", **arguments)
+    assert caught.value.field == field
+    monkeypatch.setenv("VLLM_SERVER_URL", "http://127.0.0.1:1")
+    with pytest.raises(ConfigError, match=f"VLLM_SERVER_URL names .* {field}="):
+        ManagedVLLM("m", **arguments)
+
+
+def test_what_holds_for_a_server_by_url_anyway_is_taken(home: Path) -> None:
+    ManagedVLLM("m", base_url="http://127.0.0.1:1", keep_alive=300, startup_timeout=60, env={}, command=None, uds=False)
+    with pytest.raises(ConfigError, match="name="):
+        ManagedVLLM("m", base_url="http://127.0.0.1:1", name="judge")
 
 
 def test_a_wrong_key_a_wrong_model_and_nobody_there_are_told_apart(home: Path, port: int) -> None:
