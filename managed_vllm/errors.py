@@ -279,7 +279,11 @@ def error_for(diagnosis: Diagnosis, *, instance: str | None, log_path: str | Non
 
 
 class RequestError(ManagedVLLMError):
-    """One request failed for good. `index` is its place in the batch (None for a single request)."""
+    """One request failed for good. `index` is its place in the batch (None for a single request).
+
+    Of this very class: what the server says each time that it is asked (HTTP 500 twice from one that is healthy, a
+    redirect, a page in place of JSON), and answers of another shape. `status` is the HTTP status, if there is one.
+    """
 
     def __init__(
         self, message: str, *, index: int | None = None, status: int | None = None, instance: str | None = None
@@ -351,7 +355,10 @@ class AuthenticationError(RequestError):
 
 
 class ServerBusyError(RequestError):
-    """The server took the request in none of many times that it was sent (HTTP 429)."""
+    """The server took the request in none of many times that it was sent (HTTP 429).
+
+    Also where it wants a longer rest (`Retry-After`) than the caller's deadline leaves.
+    """
 
 
 class ServerDiedError(RequestError, ConnectionError):

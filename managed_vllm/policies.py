@@ -47,7 +47,9 @@ class RetryPolicy:
     use that up. A resumed generation that brings new tokens each time may go on for as long as the server comes back.
 
     `max_lost`: how many answers in a row may be lost without a new token while the server lives: HTTP 500, 502, 503 or
-    504, a broken connection, half an answer, an abort that nobody asked for. Twenty take 15 s on average, which is
+    504, a broken connection, half an answer, an abort that nobody asked for. A 500 that says the same twice, while
+    `/health` is well, is not counted up to here: it comes from the request. `Retry-After` of a 429 or 503 is heeded, up
+    to a minute. Twenty take 15 s on average, which is
     longer than the supervisor needs to notice a broken server (up to 10 s, `HangPolicy.stopped_s`); vLLM 0.32 may
     answer for 5 s after a Worker's death before it ends.
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import aiohttp
 
 from managed_vllm import forks
-from managed_vllm.errors import RequestError, RequestTimeoutError, ServerDiedError
+from managed_vllm.errors import RequestError, RequestTimeoutError, ServerBusyError, ServerDiedError
 from managed_vllm.policies import RetryPolicy
 from managed_vllm.request.bodies import RequestBody, encode_body
 from managed_vllm.request.bounds import Bound, closed_error
@@ -27,10 +27,17 @@ from managed_vllm.request.concurrency import MAX_IN_FLIGHT, ConcurrencyLimiter
 from managed_vllm.request.connections import ConnectionPool, Transport
 from managed_vllm.request.endpoints import Endpoint, Endpoints, Find, Lookups, Ready
 from managed_vllm.request.event_loops import PerLoop
-from managed_vllm.request.http_errors import error_for_status, message_of
+from managed_vllm.request.http_errors import (
+    error_for_status,
+    may_be_json,
+    message_of,
+    repeated_error,
+    retry_after_s,
+    unexpected_error,
+)
 from managed_vllm.request.pending import HTTPRequest, PendingRequest, RequestStats
 from managed_vllm.request.responses import MALFORMED, EventDecoder
-from managed_vllm.request.retry import ResponseLostError, Retries
+from managed_vllm.request.retry import ResponseLostError, Retries, ServerFaultError
 from managed_vllm.request.server_images import ServerImages, is_miss
 from managed_vllm.status import Connection
 
@@ -38,6 +45,8 @@ Progress = Callable[[], None]
 
 _LOST = (408, 429, 500, 502, 503, 504)
 _REFUSED = (429, 503)
+_HEALTH_S = 5.0
+"""For `/health` of a server that has answered twice just now."""
 _STREAM_END_S = 0.25
 """For what follows the last token of a stream: once it is read to its end, its connection can be used again."""
 _BROKEN_OFF = "the answer was cut, and can't go on where it was: see stream()"
@@ -210,7 +219,21 @@ class Sender:
                 if attempts.done:
                     return
                 lost_epoch, pause_s = endpoint[1], retries.add_loss(error, progressed=progressed)
+                if retries.repeated and await self._is_healthy(endpoint):
+                    attempts.refuse(error)
+                    continue
                 await attempts.back_off(error, retries)
+                _raise_if_too_late(error, pause_s, bound)
+
+    async def _is_healthy(self, endpoint: Endpoint) -> bool:
+        """Whether the server lives. vLLM's `/health` is 503 as soon as its engine has died; others may have none."""
+        try:
+            async with asyncio.timeout(_HEALTH_S):
+                response = await self._transport.pool(endpoint[0]).request("GET", "/health", None)
+                response.close()
+        except (aiohttp.ClientError, OSError):  # a TimeoutError is one
+            return False
+        return response.status < 500
 
     async def send_once(
         self,
@@ -241,7 +264,7 @@ class Sender:
         try:
             response = await _open(pool, http, body, connection)
             try:
-                data = await _read(response, http, request, on_progress)
+                data = await _read(response, http, request, on_progress, connection)
             finally:
                 response.close() if response.status == 200 and not response.content.at_eof() else response.release()
         except (aiohttp.ClientError, OSError) as error:
@@ -255,7 +278,7 @@ class Sender:
                 self._images.missed(server, body.as_ids, message)
                 return await self.send_once(endpoint, state, request, http, on_progress, resend=True)
         if data is not None:
-            take_response(request, response.status, data, connection, http.body)
+            take_response(request, response.status, data, connection, http.body, response.headers)
 
     # -- event loops and forks -----------------------------------------------------------------------------------------
 
@@ -291,6 +314,9 @@ class _Attempts(Protocol):
 
     def lost(self, error: ResponseLostError, *, first: bool) -> bool:
         """The response was lost, for the `first` time in a row. Returns whether there was progress nevertheless."""
+
+    def refuse(self, error: ResponseLostError) -> None:
+        """A healthy server has answered twice with the same error. Raises it, unless there is another way."""
 
     async def back_off(self, error: ResponseLostError, retries: Retries) -> None:
         """Raises if there is no further attempt; makes way for others where the server refuses requests."""
@@ -351,6 +377,11 @@ class _RequestAttempts:
             self._answered_before = self._state.limiter.answered
         return progressed
 
+    def refuse(self, error: ResponseLostError) -> None:
+        if not self._request.optional:
+            raise repeated_error(error) from error
+        self._request.take_json(None)
+
     async def back_off(self, error: ResponseLostError, retries: Retries) -> None:
         limiter, refused = self._state.limiter, _is_refusal(error)
         if refused and retries.exhausted and limiter.answered == self._answered_before:
@@ -404,8 +435,22 @@ class _OpenAttempts:
     def lost(self, error: ResponseLostError, *, first: bool) -> bool:
         return False
 
+    def refuse(self, error: ResponseLostError) -> None:
+        raise repeated_error(error) from error
+
     async def back_off(self, error: ResponseLostError, retries: Retries) -> None:
         retries.raise_if_exhausted(error)
+
+
+def _raise_if_too_late(loss: ResponseLostError, pause_s: float, bound: Bound) -> None:
+    """Raises `ServerBusyError` where the server wants to be left alone for longer than the caller waits."""
+    left_s = bound.left_s
+    if loss.retry_after_s and left_s is not None and pause_s > left_s:
+        late = ServerBusyError(
+            f"the server wants {loss.retry_after_s:g} s of rest, the deadline is before that; {loss}"
+        )
+        late.status = loss.status
+        raise late from loss
 
 
 def _is_refusal(loss: ResponseLostError) -> bool:
@@ -430,12 +475,21 @@ async def _open(
 
 
 async def _read(
-    response: aiohttp.ClientResponse, http: HTTPRequest, request: PendingRequest, on_progress: Progress
+    response: aiohttp.ClientResponse,
+    http: HTTPRequest,
+    request: PendingRequest,
+    on_progress: Progress,
+    connection: Connection,
 ) -> bytes | None:
     """Reads a whole response and returns it, or a stream into `request`: None."""
     if not (http.stream and response.status == 200 and response.content_type == "text/event-stream"):
         return await _read_whole(response)
-    await _read_stream(response, request, on_progress)
+    try:
+        await _read_stream(response, request, on_progress)
+    except ServerFaultError as error:
+        if error.status is not None and 400 <= error.status < 500 and error.status not in _LOST:
+            raise error_for_status(error.status, str(error), connection, http.body) from error
+        raise
     if not request.complete:
         raise ResponseLostError("the stream ended before the answer did")
     return None
@@ -472,21 +526,34 @@ async def _read_stream(response: aiohttp.ClientResponse, request: PendingRequest
 
 
 def take_response(
-    request: PendingRequest, status: int, data: bytes, connection: Connection, body: Mapping[str, Any] | None = None
+    request: PendingRequest,
+    status: int,
+    data: bytes,
+    connection: Connection,
+    body: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> None:
     """Gives a whole response to `request`.
 
-    Raises `ResponseLostError`, or the `RequestError` for a request that the server refuses; `body` is what was sent.
+    Raises `ResponseLostError`, or the `RequestError` for a request that the server refuses, or that nothing which can
+    be understood comes back for; `body` is what was sent.
     """
+    headers = headers or {}
     if status in _LOST:
-        raise ResponseLostError(f"HTTP {status}: {message_of(data)}", status=status)
+        lost = ServerFaultError if status == 500 else ResponseLostError
+        message = f"HTTP {status}: {message_of(data)}"
+        raise lost(message, status=status, retry_after_s=retry_after_s(headers.get("Retry-After")))
     if status >= 400:
         if request.optional:
             return request.take_json(None)
         raise error_for_status(status, message_of(data), connection, body)
-    if status != 200:
-        raise ResponseLostError(f"HTTP {status}: {data[:500]!r}", status=status)
+    if status != 200 and not request.optional:
+        raise unexpected_error(status, data, connection, headers.get("Location"))
     try:
-        request.take_json(data)
+        request.take_json(data if status == 200 else None)
     except MALFORMED as error:
-        raise ResponseLostError(f"not an answer ({error}): {data[:500]!r}", status=status) from error
+        if not may_be_json(data):
+            if request.optional:
+                return request.take_json(None)
+            raise unexpected_error(status, data, connection) from error
+        raise ServerFaultError(f"not an answer ({error}): {data[:500]!r}", status=status) from error

@@ -1,12 +1,15 @@
-"""The errors for HTTP responses that refuse a request, by the messages of vLLM 0.32."""
+"""What HTTP responses say that are no answer: the errors for them, by the messages of vLLM 0.32."""
 
 from __future__ import annotations
 
+import email.utils
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+from yarl import URL
 
 from managed_vllm.errors import (
     AuthenticationError,
@@ -16,6 +19,7 @@ from managed_vllm.errors import (
     RequestError,
 )
 from managed_vllm.request.responses import MALFORMED
+from managed_vllm.request.retry import ResponseLostError
 from managed_vllm.status import Connection
 
 _MAX_MODEL_LEN = re.compile(
@@ -66,6 +70,51 @@ def message_of(data: bytes) -> str:
         return str(error["message"] if isinstance(error, dict) else error)
     except MALFORMED:
         return data[:1000].decode(errors="replace")
+
+
+def may_be_json(data: bytes) -> bool:
+    """Whether a body that can't be decoded looks like JSON that was cut, rather than like a page of a proxy."""
+    return data.lstrip()[:1] in (b"{", b"[", b"")
+
+
+def retry_after_s(header: str | None) -> float | None:
+    """The seconds of a `Retry-After` header, which may also be a date (RFC 9110, 10.2.3); None for what is neither."""
+    if header is None:
+        return None
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", header.strip()):
+        return float(header)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def repeated_error(fault: ResponseLostError) -> RequestError:
+    """The error for a request that a healthy server has answered twice with the same `ServerFaultError`."""
+    said = f"{fault} (said twice, by a server that is healthy: it comes from the request)"
+    return RequestError(said, status=fault.status)
+
+
+def unexpected_error(status: int, data: bytes, connection: Connection, location: str | None = None) -> RequestError:
+    """The error for what no API server says: a redirect, another 2xx than 200, a body that is not JSON.
+
+    A proxy or a login page says that, and would say it again.
+    """
+    if 300 <= status < 400:
+        target = f" to {_shown(location)}" if location else ""
+        said = f"{connection.base_url} redirects{target} (HTTP {status}); give base_url= as where the server itself is"
+        return RequestError(said, status=status)
+    return RequestError(
+        f"{connection.base_url} answers with what is no answer: HTTP {status}, {data[:500]!r}", status=status
+    )
+
+
+def _shown(location: str) -> str:
+    """A URL without what may be secret in it."""
+    try:
+        return str(URL(location).with_query(None).with_fragment(None).with_user(None))
+    except ValueError:
+        return "an address that is none"
 
 
 def _number(pattern: re.Pattern[str], text: str) -> int | None:

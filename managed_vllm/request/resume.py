@@ -26,7 +26,7 @@ import msgspec
 
 from managed_vllm.request.pending import HTTPRequest
 from managed_vllm.request.responses import MALFORMED, ParsedResponse, parse, parse_dict
-from managed_vllm.request.retry import ResponseLostError
+from managed_vllm.request.retry import ResponseLostError, ServerFaultError
 from managed_vllm.request.streamed import Extent, StreamedAnswer
 
 STREAM_INTERVAL = 8
@@ -246,9 +246,9 @@ class Generation:
                 self._received.add(chunk, choices[0], continued=self._asked_for == "rest")
                 self.complete = self._received.finish is not None
             elif choices is None:
-                raise ResponseLostError(f"in mid-stream: {event[:500].decode(errors='replace')}")
+                raise _error_in_stream(chunk, event)
         except MALFORMED as error:
-            raise ResponseLostError(f"no part of an answer: {event[:200]!r}") from error
+            raise ServerFaultError(f"no part of an answer: {event[:200]!r}") from error
 
     def take_json(self, data: bytes | None) -> None:
         """Takes a whole response; None: refused. Raises `ResponseLostError`, or a `ValueError` for another shape."""
@@ -265,13 +265,13 @@ class Generation:
             self._take_models(response)
         elif self._asked_for == "rest":
             if response is not None and not response.get("choices"):
-                raise ResponseLostError(f"the answer has no choices: {str(response)[:500]}")
+                raise ServerFaultError(f"the answer has no choices: {str(response)[:500]}")
             self._give_up("the server refuses to go on" if response is None else "the server does not stream the rest")
         else:
             try:
                 parsed = parse_dict(response or {})
             except ValueError as error:
-                raise ResponseLostError(f"not an answer ({error}): {str(response)[:500]}") from error
+                raise ServerFaultError(f"not an answer ({error}): {str(response)[:500]}") from error
             self._take_answer(parsed)
 
     def _take_answer(self, parsed: ParsedResponse) -> None:
@@ -395,24 +395,32 @@ class Generation:
         return answer
 
 
+def _error_in_stream(chunk: Mapping[str, Any], event: bytes) -> ServerFaultError:
+    """vLLM says the HTTP status that it could not send any more: `{"error": {"message": …, "code": 400}}`."""
+    error = chunk.get("error")
+    code = error.get("code") if isinstance(error, Mapping) else None
+    status = code if type(code) is int else None
+    return ServerFaultError(f"in mid-stream: {event[:500].decode(errors='replace')}", status=status)
+
+
 def _check_whole(parsed: ParsedResponse, *, chat: bool) -> None:
     """Raises `ResponseLostError` for a response without an answer in each choice."""
     choices = parsed.response.choices
     if not choices:
-        raise ResponseLostError(f"the answer has no choices: {str(parsed.raw)[:500]}")
+        raise ServerFaultError(f"the answer has no choices: {str(parsed.raw)[:500]}")
     for choice in choices:
         if choice.finish_reason == "abort":
             raise ResponseLostError("the server aborted the request")
         if chat:
             message = choice.message
             if message is None:
-                raise ResponseLostError(f"a choice without its message: {str(parsed.raw)[:500]}")
+                raise ServerFaultError(f"a choice without its message: {str(parsed.raw)[:500]}")
             if message.content is None and not choice.token_ids:
                 other = message.reasoning or message.reasoning_content or message.refusal or message.tool_calls
                 if not other:
-                    raise ResponseLostError(f"a message without content: {str(parsed.raw)[:500]}")
+                    raise ServerFaultError(f"a message without content: {str(parsed.raw)[:500]}")
         elif choice.text is None:
-            raise ResponseLostError(f"a choice without its text: {str(parsed.raw)[:500]}")
+            raise ServerFaultError(f"a choice without its text: {str(parsed.raw)[:500]}")
 
 
 def _dict(data: bytes) -> dict[str, Any]:

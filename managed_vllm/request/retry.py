@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import random
+import re
 
 from managed_vllm.errors import RequestError, ServerBusyError, ServerDiedError
 from managed_vllm.policies import RetryPolicy
+
+_MAX_RETRY_AFTER_S = 60.0
+"""The longest wait that a server may ask for. Beyond it the header rather says "not today"; we ask again."""
+_VARYING = re.compile(r"0x[0-9a-fA-F]+|[0-9a-fA-F]{8,}|\d+")
+"""What differs between two tellings of the same error: addresses of objects, ids of requests, numbers."""
 
 
 class ResponseLostError(Exception):
     """A response was lost, perhaps with its server: worth another attempt. Callers of the library never see it.
 
     `status` is the HTTP status, if one came. `sent`: the request may have reached the server; one that did not can't be
-    what kills it.
+    what kills it. `retry_after_s`: how many seconds to wait, if the server says so (429, 503).
     """
 
-    def __init__(self, message: str, *, status: int | None = None, sent: bool = True) -> None:
+    def __init__(
+        self, message: str, *, status: int | None = None, sent: bool = True, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.sent = sent
+        self.retry_after_s = retry_after_s
+
+
+class ServerFaultError(ResponseLostError):
+    """The server answered, but with an error of its own: HTTP 500, an error in a stream, JSON that is no answer.
+
+    Once, that may come from its death. The same again, from a server that lives, comes from the request.
+    """
+
+    @property
+    def words(self) -> str:
+        """What it said, without what differs each time."""
+        return _VARYING.sub("#", str(self))
 
 
 class Retries:
@@ -28,6 +49,7 @@ class Retries:
         ever_lost: whether any response was lost.
         lost: responses lost in a row, without progress, since the last epoch began.
         deaths: epochs that ended under the request without progress.
+        repeated: whether the last two losses of this epoch were the same `ServerFaultError`.
     """
 
     def __init__(self, policy: RetryPolicy) -> None:
@@ -35,6 +57,8 @@ class Retries:
         self.ever_lost = False
         self.lost = 0
         self.deaths = 0
+        self.repeated = False
+        self._words: str | None = None
         self._sent = False
         self._status: int | None = None
         self._reason = ""
@@ -46,18 +70,23 @@ class Retries:
         """
         if progressed:
             self.deaths = self.lost = 0
+            self._words = None
+        words = loss.words if isinstance(loss, ServerFaultError) else None
+        self.repeated, self._words = words is not None and words == self._words, words
         self.ever_lost = True
         self.lost += 1
         self._sent = self._sent or loss.sent
         self._status = loss.status
         self._reason = str(loss)
         longest = min(self._policy.backoff_max_s, self._policy.backoff_initial_s * 2.0 ** min(self.lost - 1, 60))
-        return random.uniform(0, longest)
+        asked_s = min(loss.retry_after_s or 0.0, _MAX_RETRY_AFTER_S)
+        return asked_s + random.uniform(0, longest)
 
     def add_epoch(self) -> float:
         """The last loss was a death, and another epoch is ready. Returns the seconds to wait before sending."""
         self.deaths += self._sent
         self.lost, self._sent = 0, False
+        self._words = None
         return random.uniform(0, self._policy.spread_s)
 
     @property

@@ -19,14 +19,21 @@ QUICK = RetryPolicy(max_lost=4, backoff_initial_s=0.01)
 ANSWER = {"id": "1", "choices": [{"index": 0, "text": "fine", "token_ids": [7], "finish_reason": "stop"}]}
 
 
-def http(body: bytes, status: int = 200, kind: str = "application/json", *, length: int | None = None) -> bytes:
+def http(
+    body: bytes, status: int = 200, kind: str = "application/json", *, length: int | None = None, headers: str = ""
+) -> bytes:
     head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(body) if length is None else length}"
-    return head.encode() + b"\r\n\r\n" + body
+    return f"{head}\r\n{headers}\r\n".encode() + body
 
 
 def says(answer: Any, status: int = 200) -> Act:
     """Answers with JSON."""
     return lambda client: client.sendall(http(json.dumps(answer).encode(), status))
+
+
+def redirects(location: str) -> Act:
+    """Says that what was asked for is elsewhere."""
+    return lambda client: client.sendall(http(b"", 307, headers=f"Location: {location}\r\n"))
 
 
 def sends(data: bytes, *, then_closes: bool = True) -> Act:

@@ -21,6 +21,7 @@ from scripted_server import (
     drips,
     hangs,
     http,
+    redirects,
     says,
     sends,
     streams,
@@ -32,6 +33,7 @@ from managed_vllm.errors import (
     BadRequestError,
     RequestError,
     RequestTimeoutError,
+    ServerBusyError,
     ServerDiedError,
     UnsupportedParameterError,
 )
@@ -43,7 +45,8 @@ LOSSES: dict[str, Act] = {
     "closed at once": sends(b""),
     "closed in the head": sends(b"HTTP/1.1 200 OK\r\nContent-Ty"),
     "truncated": sends(http(json.dumps(ANSWER).encode()[:30], length=500)),
-    "garbage": sends(http(b"<html>gateway</html>"), then_closes=False),
+    "cut JSON": sends(http(b'{"id": "1", "choi'), then_closes=False),
+    "empty": sends(http(b""), then_closes=False),
     "not HTTP": sends(b"\x00\x01\x02 nonsense\r\n\r\n"),
     "no object": says([1, 2]),
     "no choices": says({"error": {"message": "the engine died", "code": 500}}),
@@ -192,6 +195,95 @@ def test_what_the_server_refuses_is_not_sent_again(script: Callable[..., Script]
         client.generate(["x"], {"max_tokens": 4}, resume=True)
     assert (caught.value.status, caught.value.index) == (status, 0)
     assert len(server.requests) == 1
+
+
+NO_ANSWERS: dict[str, tuple[Act, str]] = {
+    "a page": (sends(http(b"<html>login</html>", kind="text/html"), then_closes=False), "no answer: HTTP 200.*login"),
+    "text": (sends(http(b"hello"), then_closes=False), "no answer: HTTP 200.*hello"),
+    "redirect": (redirects("https://user:word@elsewhere/v1?token=1"), "redirects to https://elsewhere/v1 .HTTP 307"),
+    "redirect to nowhere": (says({}, 302), "redirects .HTTP 302"),
+    "accepted": (says({}, 202), "no answer: HTTP 202"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ANSWERS)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_redirect_and_what_is_not_json_are_never_asked_for_again(
+    script: Callable[..., Script], kind: str, resume: bool
+) -> None:
+    act, words = NO_ANSWERS[kind]
+    server = script(act)
+    with client_of(server) as client, pytest.raises(RequestError, match=words) as caught:
+        client.generate("x", {"max_tokens": 4, "temperature": 0}, resume=resume)
+    assert not isinstance(caught.value, ServerDiedError)
+    assert "word" not in str(caught.value)
+    assert len(server.requests) == 1
+
+
+FAULTS: dict[str, Act] = {
+    "HTTP 500": says({"error": {"message": "cannot read <_io.BytesIO object at 0x7f01>"}}, 500),
+    "an error with HTTP 200": says({"error": {"message": "cannot read", "code": 500}}),
+    "no answer in JSON": says({"choices": []}),
+}
+
+
+def _told(server: Script) -> list[str]:
+    return [path for path, _ in server.requests if path != "/health"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_same_fault_twice_of_a_server_that_lives_is_the_requests_own(
+    script: Callable[..., Script], fault: str
+) -> None:
+    server = script(FAULTS[fault], FAULTS[fault], says({}), says(ANSWER))
+    with client_of(server) as client:
+        with pytest.raises(RequestError, match=r"said twice, by a server that is healthy") as caught:
+            client.generate("x", {"max_tokens": 4})
+        assert not isinstance(caught.value, ServerDiedError)
+        assert client.generate("y", {"max_tokens": 4})[0].attempts == 1
+    assert len(_told(server)) == 3
+
+
+def test_the_same_fault_in_a_stream_twice_is_the_requests_own(script: Callable[..., Script]) -> None:
+    fault = streams({"error": {"message": "the grammar refers to itself", "code": 500}}, b"[DONE]")
+    server = script(fault, fault, says({}))
+    with client_of(server) as client, pytest.raises(RequestError, match="the grammar refers to itself") as caught:
+        client.generate("x", {"max_tokens": 4, "temperature": 0}, resume=True)
+    assert (caught.value.status, len(_told(server))) == (500, 2)
+
+
+def test_what_a_stream_refuses_is_not_sent_again(script: Callable[..., Script]) -> None:
+    server = script(streams({"error": {"message": "no such grammar", "code": 400}}, b"[DONE]"))
+    with client_of(server) as client, pytest.raises(BadRequestError, match="no such grammar"):
+        client.generate("x", {"max_tokens": 4, "temperature": 0}, resume=True)
+    assert len(server.requests) == 1
+
+
+def test_faults_that_differ_and_those_of_a_dying_server_are_losses(script: Callable[..., Script]) -> None:
+    one, other = (says({"error": {"message": words}}, 500) for words in ("one", "other"))
+    sick = says({}, 503)
+    with client_of(script(one, other, one, says(ANSWER))) as client:
+        assert client.generate("x", {"max_tokens": 4})[0].attempts == 4
+    with client_of(script(one, one, sick, one, sick, says(ANSWER))) as client:
+        assert client.generate("x", {"max_tokens": 4})[0].attempts == 4
+
+
+def test_a_busy_server_is_left_alone_for_as_long_as_it_says(script: Callable[..., Script]) -> None:
+    busy = sends(http(b'{"error": {"message": "slow down"}}', 429, headers="Retry-After: 1\r\n"), then_closes=False)
+    with client_of(script(busy, says(ANSWER))) as client:
+        started = time.monotonic()
+        assert client.generate("x", {"max_tokens": 4})[0].attempts == 2
+        assert time.monotonic() - started >= 1
+
+
+def test_a_busy_server_that_wants_more_time_than_there_is_ends_the_request_at_once(
+    script: Callable[..., Script],
+) -> None:
+    busy = sends(http(b'{"error": {"message": "slow down"}}', 429, headers="Retry-After: 3000\r\n"), then_closes=False)
+    server = script(busy)
+    with client_of(server) as client, pytest.raises(ServerBusyError, match=r"3000 s of rest.*slow down") as caught:
+        client.generate("x", {"max_tokens": 4}, timeout=30)
+    assert (caught.value.status, len(server.requests)) == (429, 1)
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_is_sent(script: Callable[..., Script]) -> None:

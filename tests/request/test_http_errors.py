@@ -6,7 +6,7 @@ import pytest
 
 from managed_vllm.errors import BadRequestError, ContextLengthError
 from managed_vllm.masking import Secret
-from managed_vllm.request.http_errors import error_for_status, message_of
+from managed_vllm.request.http_errors import error_for_status, message_of, retry_after_s
 from managed_vllm.status import Connection
 
 HERE = Connection(base_url="http://localhost:1/v1", api_key=Secret(""), model="m")
@@ -128,3 +128,12 @@ def test_other_refusals_are_bad_requests(message: str) -> None:
 )
 def test_the_message_is_found_in_whatever_the_server_sends(data: bytes, message: str) -> None:
     assert message_of(data) == message
+
+
+def test_a_server_says_when_to_come_back_in_seconds_or_as_a_date() -> None:
+    assert retry_after_s("12") == 12
+    assert retry_after_s(" 1.5 ") == 1.5
+    assert retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert (retry_after_s("Fri, 31 Dec 2100 23:59:59 GMT") or 0) > 1e6
+    for nothing in (None, "", "soon", "-3", "9" * 30, "inf", "nan"):
+        assert retry_after_s(nothing) is None

@@ -6,7 +6,7 @@ import pytest
 
 from managed_vllm import RetryPolicy
 from managed_vllm.errors import ServerBusyError, ServerDiedError
-from managed_vllm.request.retry import ResponseLostError, Retries
+from managed_vllm.request.retry import ResponseLostError, Retries, ServerFaultError
 
 
 def test_pauses_double_with_full_jitter_and_waiting_for_a_new_epoch_is_spread() -> None:
@@ -55,3 +55,24 @@ def test_a_server_that_takes_nothing_is_busy_not_dead() -> None:
     retries.add_loss(loss, progressed=False)
     error = retries.error(loss)
     assert (type(error), error.status, error.__cause__) == (ServerBusyError, 429, loss)
+
+
+def test_the_same_fault_counts_as_repeated_whatever_addresses_and_numbers_it_names() -> None:
+    retries = Retries(RetryPolicy())
+    told = ["no image at 0x7f01", "no image at 0xa9", "no text", "no image at 0x7f01"]
+    seen = []
+    for words in told:
+        retries.add_loss(ServerFaultError(words), progressed=False)
+        seen.append(retries.repeated)
+    assert seen == [False, True, False, False]
+    retries.add_epoch()
+    retries.add_loss(ServerFaultError("no image at 0x1"), progressed=False)
+    assert not retries.repeated
+    retries.add_loss(ResponseLostError("no image at 0x1"), progressed=False)
+    assert not retries.repeated
+
+
+def test_a_wait_that_the_server_asks_for_is_heeded_up_to_a_minute() -> None:
+    retries = Retries(RetryPolicy(backoff_max_s=0))
+    for asked, waited in ((None, 0), (5.0, 5), (86400.0, 60)):
+        assert retries.add_loss(ResponseLostError("busy", status=429, retry_after_s=asked), progressed=False) == waited
