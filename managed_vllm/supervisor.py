@@ -47,7 +47,8 @@ from managed_vllm.instance.folder_hold import FolderHold
 from managed_vllm.instance.leases import FIRST_LEASE_S, Leases
 from managed_vllm.masking import Secret, masked_words
 from managed_vllm.served_files import Files
-from managed_vllm.server import diagnosis, gpu_memory, launch, stacks
+from managed_vllm.server import diagnosis, launch, stacks
+from managed_vllm.server.footprint import Footprint
 from managed_vllm.server.process import ServerProcess
 from managed_vllm.server.restarts import GiveUp, Restarts
 from managed_vllm.server.starter import NotForkedError, ServerStarter
@@ -224,7 +225,7 @@ class Supervisor:
             self._order,
             status=lambda: dataclasses.replace(self._status, image_pid=self._starter.image_pid),
             on_end=self._end,
-            on_restart=self._restart_requested.set,
+            on_restart=self._restart,
             listens_and_serves=lambda: (self._port, self._files),
         )
         self._predecessor: dict[str, Any] | None = None
@@ -232,9 +233,7 @@ class Supervisor:
         self._process: ServerProcess | None = None
         self._port: int | None = None
         self._files: Files | None = None
-        self._scratch: Path | None = None
-        self._shared_memory: set[str] = set()
-        self._gpu_at_first: gpu_memory.GpuMemory | None = None
+        self._footprint = Footprint(order.spec.cuda_devices, order.policy.gpu_release_timeout_s)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -284,10 +283,9 @@ class Supervisor:
 
     async def _folder_renewed(self) -> None:
         await self._leases.listen_anew()
-        if self._scratch is not None:
-            self._scratch.mkdir(mode=0o700, exist_ok=True)
+        self._footprint.renew()
         if self._order.address.uds:
-            self._restart_requested.set()  # its socket was in the folder
+            self._restart()  # its socket was in the folder
         self._write_record()
         _write_output_to(self._instance.supervisor_log)
 
@@ -300,8 +298,7 @@ class Supervisor:
 
         While we hold `supervisor.lock`, `start.lock` is never kept for longer than it takes to see that we do.
         """
-        if self._scratch is not None:
-            await asyncio.to_thread(cleanup.remove_scratch, self._scratch)
+        await self._footprint.remove()
         if not self._hold.is_intact:
             return
         # Names before the folder: a name must never stand for a folder of somebody else's.
@@ -316,7 +313,7 @@ class Supervisor:
 
     async def _serve(self) -> None:
         """Starts the server, and starts it again as long as the policy says so. Returns once it has failed."""
-        await self._clear_after_predecessor()
+        await self._footprint.clear_after_predecessor(self._instance, self._predecessor)
         policy = self._order.policy
         restarts = Restarts(
             policy.restart,
@@ -331,7 +328,6 @@ class Supervisor:
                 restarts.record_ready()
             if isinstance(ended, RestartRequested):
                 await self._stop_server(policy.stop_grace_s)
-                self._move(ServerState.RESTARTING, connection=None, ready_at=None, diagnosis=None)
                 continue
             log.error("epoch %d ended: %s (%s)", self._status.epoch, ended.summary, ended.root_line)
             if self._status.ready_at is None and self._starter.start_failed(ended):
@@ -356,7 +352,14 @@ class Supervisor:
     async def _one_epoch(self, state: ServerState) -> Diagnosis | RestartRequested:
         """One life of the server, from the launch to its end; returns the reason of the end."""
         self._restart_requested.clear()
-        self._move(state, epoch=self._status.epoch + 1, stage=Stage.LAUNCHING, detail="", started_at=time.time())
+        self._move(
+            state,
+            epoch=self._status.epoch + 1,
+            stage=Stage.LAUNCHING,
+            detail="",
+            started_at=time.time(),
+            ready_at=None,
+        )
         began_at = time.monotonic()
         startup_log = StartupLog()
         try:
@@ -385,6 +388,7 @@ class Supervisor:
         finally:
             await probe.close()
         if isinstance(ended, Diagnosis) and ended.cause in _STUCK_SOMEWHERE and process.returncode is None:
+            self._leave_ready(ended)
             ended = await self._with_stacks(ended, process)
         return ended
 
@@ -394,6 +398,8 @@ class Supervisor:
         """Serves until the server ends, stops working or is to be restarted; returns which of these."""
         from managed_vllm.server.hangs import HangWatch
 
+        if self._restart_requested.is_set():  # since it has generated its token
+            return RestartRequested()
         process.output.end_of_startup()
         self._move(
             ServerState.READY,
@@ -414,13 +420,10 @@ class Supervisor:
 
     async def _launch(self, startup_log: StartupLog) -> tuple[launch.Launch, ServerProcess]:
         """Starts the server's process and feeds its output to `startup_log`. Raises `_NotLaunchedError`."""
-        if self._gpu_at_first is None:
-            self._gpu_at_first = await asyncio.to_thread(gpu_memory.used_memory, self._order.spec.cuda_devices)
-        if self._scratch is None:
-            self._scratch = cleanup.make_scratch()
-            self._write_record()  # at once: if we are killed, our successor removes it
+        scratch = await self._footprint.prepare()
+        self._write_record()  # at once: if we are killed, our successor removes it
         self._files = await asyncio.to_thread(_files_to_serve, self._order.spec, self._files)
-        launched = launch.prepare(self._order, self._instance, scratch=self._scratch, last_port=self._port)
+        launched = launch.prepare(self._order, self._instance, scratch=scratch, last_port=self._port)
         self._port = launched.port
         loop = asyncio.get_running_loop()
 
@@ -463,7 +466,8 @@ class Supervisor:
         try:
             done: set[asyncio.Task[Any]] = set()
             while not done:
-                await self._record_shared_memory(process)
+                if await self._footprint.look(process):
+                    self._write_record()  # a successor removes what is left of it if we are killed
                 done, _ = await asyncio.wait(tasks, timeout=look_s, return_when=asyncio.FIRST_COMPLETED)
             # The exit comes first: the log gives its reason, where the watch has only seen its first symptoms.
             if process.exited.is_set():
@@ -473,13 +477,6 @@ class Supervisor:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _record_shared_memory(self, process: ServerProcess) -> None:
-        """Puts it into the record, too, from which a successor removes what is left of it if we are killed."""
-        known = await process.record_shared_memory()
-        if known - self._shared_memory:
-            self._shared_memory |= known
-            self._write_record()
 
     async def _with_stacks(self, reason: Diagnosis, process: ServerProcess) -> Diagnosis:
         text = await asyncio.to_thread(stacks.dump, process.processes(), reason=reason.summary)
@@ -507,34 +504,19 @@ class Supervisor:
             await asyncio.to_thread(process.output.drain, 0.5)
             if remaining:
                 log.error("could not end %s", [p.pid for p in remaining])
-            if self._scratch is not None:
-                await asyncio.to_thread(cleanup.empty_scratch, self._scratch)
-            await self._wait_for_gpu_memory(process.pids_ever)
+            await self._footprint.clear(process.pids_ever)
         self._status = dataclasses.replace(self._status, server_pid=None)
         if self._hold.is_intact:
             self._instance.uds_path.unlink(missing_ok=True)
 
-    async def _wait_for_gpu_memory(self, pids: set[int]) -> None:
-        holders = await asyncio.to_thread(
-            gpu_memory.wait_until_released,
-            self._gpu_at_first,
-            pids,
-            self._order.spec.cuda_devices,
-            self._order.policy.gpu_release_timeout_s,
-        )
-        if holders:
-            log.warning("the GPU memory was not all released: %s", holders)
+    def _restart(self) -> None:
+        self._restart_requested.set()
+        self._leave_ready(None)
 
-    async def _clear_after_predecessor(self) -> None:
-        """Ends what a predecessor that was killed may have left, and removes what it had outside of its folder."""
-        strays = await asyncio.to_thread(cleanup.marked_processes, self._instance)
-        if strays:
-            log.warning("ending processes left by a predecessor: %s", [p.pid for p in strays])
-            await asyncio.to_thread(cleanup.end_processes, strays)
-        if self._predecessor is not None:
-            await asyncio.to_thread(cleanup.remove_recorded, self._predecessor)
-            pid = self._predecessor.get("server_pid")
-            await self._wait_for_gpu_memory({pid} if isinstance(pid, int) else set())
+    def _leave_ready(self, reason: Diagnosis | None) -> None:
+        """At once when the epoch is to be ended: whoever comes while the server is stopped waits for the next one."""
+        if self._status.state is ServerState.READY:
+            self._move(ServerState.RESTARTING, connection=None, diagnosis=reason, detail="stopping")
 
     def _end(self, reason: str) -> None:
         log.info("ending: %s", reason)
@@ -594,8 +576,7 @@ class Supervisor:
             "state": self._status.state,
             "epoch": self._status.epoch,
             "server_pid": self._status.server_pid,
-            "scratch": str(self._scratch) if self._scratch else None,
-            "shared_memory": sorted(self._shared_memory),
+            **self._footprint.to_record(),
         }
         try:
             if self._hold.is_intact:  # else there is no folder, or it is another supervisor's

@@ -345,6 +345,27 @@ def test_restart_is_a_new_epoch_at_the_same_address(home: Path) -> None:
         assert llm.status().restarts == 0
 
 
+def test_whoever_enters_while_a_restart_stops_the_server_waits_for_the_next_epoch(home: Path) -> None:
+    deaf = {"ignore_sigterm": True}
+    with server(order=deaf, stop_grace=HANG_S) as llm, concurrent.futures.ThreadPoolExecutor() as pool:
+        first = llm.status().server_pid
+        assert first is not None
+        restarting = pool.submit(llm.restart)
+        told = eventually(lambda: (now := llm.status()).state is not ServerState.READY and now, "it is no longer ready")
+        assert (told.state, told.connection, told.epoch) == (ServerState.RESTARTING, None, 1)
+        assert start_time(first) is not None
+        with server(order=deaf, wait=False) as other:
+            entering = pool.submit(other.wait_ready)
+            eventually(lambda: llm.status().users == 2, "another user has come")
+            assert not entering.done()
+            os.kill(first, signal.SIGKILL)
+            assert (entering.result().epoch, restarting.result().epoch) == (2, 2)
+        second = llm.status().server_pid
+        assert second is not None
+        llm.stop_server()
+        os.kill(second, signal.SIGKILL)
+
+
 def test_a_failed_start_reaches_every_waiter_with_the_same_error(home: Path) -> None:
     order = {"say": ["ValueError: no such thing"], "exit": 3}
     code = f"""
