@@ -22,6 +22,7 @@ _HOME_OF = {
     "VLLMClient": "managed_vllm.client",
     "VLLMClientWrapper": "managed_vllm.client",
     "Image": "managed_vllm.request.images",
+    "BeamSearchParams": "managed_vllm.request.beam_search",
     "SamplingParams": "managed_vllm.request.sampling",
     "StructuredOutputsParams": "managed_vllm.request.sampling",
     "RequestOutput": "managed_vllm.request.outputs",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from managed_vllm.policies import HangPolicy as HangPolicy
     from managed_vllm.policies import RestartPolicy as RestartPolicy
     from managed_vllm.policies import RetryPolicy as RetryPolicy
+    from managed_vllm.request.beam_search import BeamSearchParams as BeamSearchParams
     from managed_vllm.request.images import Image as Image
     from managed_vllm.request.outputs import CompletionOutput as CompletionOutput
     from managed_vllm.request.outputs import Logprob as Logprob

@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -421,3 +421,16 @@ def _checked_model(model: object) -> str:
         what = "a NUL character in it" if "\0" in text else f"{len(text)} characters"
         raise ConfigError(f"model has {what}: it is neither a Hugging Face id nor a path", field="model")
     return text
+
+
+def set_in_engine_args(engine_args: Any) -> dict[str, Any]:
+    """What differs from the defaults in a `vllm.EngineArgs`, by name; `model` in any case. `ConfigError` for others."""
+    if not is_dataclass(engine_args) or isinstance(engine_args, type):
+        raise ConfigError(f"engine_args must be a vllm.EngineArgs, not {type(engine_args).__name__}")
+    default = type(engine_args)()
+    names = [field.name for field in fields(engine_args)]
+    return {
+        name: getattr(engine_args, name)
+        for name in names
+        if name == "model" or getattr(engine_args, name) != getattr(default, name)
+    }

@@ -31,6 +31,7 @@
         ServerBusyError
         ServerDiedError (ConnectionError)
         RequestTimeoutError (TimeoutError)
+      UnsupportedMethodError (AttributeError)
       EnvironmentFailedError
         EnvironmentTimeoutError (TimeoutError)
         EnvironmentRaisedError
@@ -367,6 +368,17 @@ class ServerDiedError(RequestError, ConnectionError):
 
 class RequestTimeoutError(RequestError, TimeoutError):
     """The caller's time ran out before the answer came."""
+
+
+class UnsupportedMethodError(ManagedVLLMError, AttributeError):
+    """A method or attribute of `vllm.LLM` (`method`) that a server can't give, with the reason and what to use instead.
+
+    An `AttributeError`, too: `hasattr(llm, "collective_rpc")` is False.
+    """
+
+    def __init__(self, message: str, *, method: str) -> None:
+        super().__init__(message)
+        self.method = method
 
 
 # -- rollouts ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from managed_vllm import forks
-from managed_vllm.config import Address, ServerSpec
+from managed_vllm.config import Address, ServerSpec, set_in_engine_args
 from managed_vllm.errors import ConfigError
 from managed_vllm.instance import directory, external
 from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer
@@ -152,6 +152,11 @@ class ManagedVLLM(RequestMethods):
         )
         settings = _Settings(attach=options, wait=wait, retry=retry, media_ids=media_ids and url is None)
         self._set_up(settings, None, on_status)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: Any, **options: Any) -> Self:
+        """From a `vllm.EngineArgs`: what differs from its defaults. `options` are other arguments of this class."""
+        return cls(**{**set_in_engine_args(engine_args), **options})
 
     def _set_up(
         self, settings: _Settings, known: KnownServer | None, on_status: Callable[[ServerStatus], None] | None

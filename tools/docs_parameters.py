@@ -61,6 +61,7 @@ NOTES = {
     "stop": "`stop`; vLLM's server takes four at most (`VLLM_MAX_STOP_STRINGS`)",
     "stream_interval": "`stream_interval`; means something only where a generation is streamed for resuming",
     "structured_outputs": "`structured_outputs`, see below; a pydantic model class is its `json`",
+    "tokenization_kwargs": "`add_special_tokens`, `truncate_prompt_tokens` and `truncation_side` of it",
     "truncate_prompt_tokens": "`truncate_prompt_tokens` (no field of vLLM's class)",
     "truncation_side": "`truncation_side` (no field of vLLM's class)",
     "priority": "request field; one for all, or a list with one each",
@@ -74,10 +75,10 @@ def call(parameters: Iterable[str], *, chat: bool) -> str:
     for name in parameters:
         if name in fields.known(chat=chat):
             rows.append((f"`{name}`", "supported", NOTES.get(name, "request field")))
-        elif name in ours:
-            rows.append((f"`{name}`", "supported", "argument"))
         elif name in fields.OF_VLLM_LLM:
             rows.append((f"`{name}`", "refused", fields.OF_VLLM_LLM[name]))
+        elif name in ours:
+            rows.append((f"`{name}`", "supported", NOTES.get(name, "argument")))
         else:
             raise ValueError(f"what becomes of {name}= of vllm.LLM.{'chat' if chat else 'generate'}?")
     return table(("Parameter of `vllm.LLM`", "Here", "As, or why not"), rows)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, TypeVar
 
 if TYPE_CHECKING:
+    from managed_vllm.request.beam_search import BeamSearchParams
     from managed_vllm.request.sampling import SamplingParams
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -37,6 +38,49 @@ Prompt: TypeAlias = "str | Iterable[int] | Mapping[str, Any]"
 """A text, token ids, or a dict with `prompt` or `prompt_token_ids` and perhaps `multi_modal_data`."""
 Params: TypeAlias = "SamplingParams | VLLMSamplingParams | Mapping[str, Any]"
 ProgressBar: TypeAlias = bool | Callable[..., Any]
+PoolingParams: TypeAlias = "VLLMPoolingParams | Mapping[str, Any]"
+ScoreInput: TypeAlias = "str | Mapping[str, Any]"
+"""A text, or a dict with `content`, a list of parts as in a message."""
+
+BeamParams: TypeAlias = "BeamSearchParams | VLLMBeamSearchParams | Mapping[str, Any]"
+
+CHAT_POSITIONAL = (
+    *("lora_request", "priority", "chat_template", "chat_template_content_format", "add_generation_prompt"),
+    *("continue_final_message", "tools", "chat_template_kwargs", "tokenization_kwargs", "mm_processor_kwargs"),
+)
+"""What `vllm.LLM.chat` (0.32) takes by position after `use_tqdm`."""
+GENERATE_POSITIONAL = ("lora_request", "prompt_adapter_request", "guided_options_request", "priority")
+"""What `vllm.LLM.generate` took by position after `use_tqdm`, before all of that became keywords (0.10)."""
+
+
+class VLLMPoolingParams(Protocol):
+    """A `vllm.PoolingParams`, without importing vllm."""
+
+    @property
+    def use_activation(self) -> bool | None: ...
+    @property
+    def dimensions(self) -> int | None: ...
+
+
+class VLLMBeamSearchParams(Protocol):
+    """A `vllm.sampling_params.BeamSearchParams`, without importing vllm."""
+
+    @property
+    def beam_width(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+
+
+class OfflineFields(TypedDict, total=False):
+    """Arguments of `vllm.LLM.generate` and `chat` that are no request fields: taken where they ask for nothing more."""
+
+    lora_request: object
+    """None: the server must have the adapter; `model=` names it."""
+    tokenization_kwargs: Mapping[str, Any] | None
+    """`add_special_tokens`, `truncate_prompt_tokens` and `truncation_side`."""
+    prompt_adapter_request: None
+    guided_options_request: None
+    """These two are older vLLM's."""
 
 
 class GenerationFields(TypedDict, total=False):
@@ -96,13 +140,13 @@ class GenerationFields(TypedDict, total=False):
     routed_experts_prompt_start: int | None
 
 
-class CompletionFields(GenerationFields, total=False):
+class CompletionFields(GenerationFields, OfflineFields, total=False):
     """Fields of `/v1/completions`: the keywords of `generate`."""
 
     suffix: str | None
 
 
-class ChatFields(GenerationFields, total=False):
+class ChatFields(GenerationFields, OfflineFields, total=False):
     """Fields of `/v1/chat/completions`: the keywords of `chat`."""
 
     tools: Sequence[Mapping[str, Any]] | None
@@ -112,6 +156,8 @@ class ChatFields(GenerationFields, total=False):
     include_reasoning: bool | None
     chat_template: str | None
     """A Jinja template in place of the model's; the server must be started with `--trust-request-chat-template`."""
+    chat_template_content_format: str | None
+    """"auto": it is an option of the server."""
     chat_template_kwargs: Mapping[str, Any] | None
     """Variables of the template, such as `{"enable_thinking": False}`."""
     add_generation_prompt: bool | None
@@ -148,16 +194,30 @@ def names_of(fields: Any) -> frozenset[str]:
     return frozenset(fields.__annotations__)
 
 
-def names_fields(fields: Any) -> Callable[[Method], Method]:
-    """Makes `inspect.signature` and `help()` show each name of `fields` in the place of the method's `**fields`."""
+def names_fields(fields: Any, positional: Sequence[str] = ()) -> Callable[[Method], Method]:
+    """Makes `inspect.signature` and `help()` show each name of `fields` in the place of the method's `**fields`.
+
+    `positional`: the names of what the method takes by position as `*further`, in this order.
+    """
+
+    def parameter(name: str, kind: Any) -> inspect.Parameter:
+        annotation = fields.__annotations__[name]
+        text = getattr(annotation, "__forward_arg__", annotation)
+        return inspect.Parameter(name, kind, default=None, annotation=text)
 
     def decorate(method: Method) -> Method:
         signature = inspect.signature(method)
-        *named, _ = signature.parameters.values()
-        for name, annotation in fields.__annotations__.items():
-            text = getattr(annotation, "__forward_arg__", annotation)
-            named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=text))
-        method.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        own = [each for each in signature.parameters.values() if each.kind not in _VARIABLE]
+        ahead = [each for each in own if each.kind is not inspect.Parameter.KEYWORD_ONLY]
+        ahead += [parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in positional]
+        behind = [each for each in own if each.kind is inspect.Parameter.KEYWORD_ONLY]
+        behind += [
+            parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in fields.__annotations__ if name not in positional
+        ]
+        method.__signature__ = signature.replace(parameters=ahead + behind)  # type: ignore[attr-defined]
         return method
 
     return decorate
+
+
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -7,17 +7,20 @@ another version, another server, a plugin.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
-from managed_vllm.request.arguments import ChatFields, CompletionFields, GenerationFields, names_of
+from managed_vllm.request.arguments import ChatFields, CompletionFields, GenerationFields, OfflineFields, names_of
 from managed_vllm.request.sampling import nearest
 
 BOTH_ROUTES = names_of(GenerationFields)
 """Fields of both routes that are passed on."""
-CHAT_ONLY = names_of(ChatFields) - BOTH_ROUTES
-COMPLETIONS_ONLY = names_of(CompletionFields) - BOTH_ROUTES
+_OFFLINE = names_of(OfflineFields) | {"chat_template_content_format"}
+CHAT_ONLY = names_of(ChatFields) - BOTH_ROUTES - _OFFLINE
+COMPLETIONS_ONLY = names_of(CompletionFields) - BOTH_ROUTES - _OFFLINE
+TOKENIZATION = frozenset({"add_special_tokens", "truncate_prompt_tokens", "truncation_side"})
+"""What the routes take of `tokenization_kwargs=`."""
 
 REFUSED: Mapping[str, str] = {
     "stream": "chat() and generate() return whole answers; stream() streams",
@@ -35,9 +38,10 @@ REFUSED: Mapping[str, str] = {
 
 OF_VLLM_LLM: Mapping[str, str] = {
     "lora_request": "the server must have the adapter (--lora-modules); name it by model=",
-    "tokenization_kwargs": "the routes take add_special_tokens=, truncate_prompt_tokens= and truncation_side= of it",
     "chat_template_content_format": "it is an option of the server (--chat-template-content-format)",
     "mm_processor_kwargs": "/v1/completions does not take it; chat() does",
+    "prompt_adapter_request": "vLLM has prompt adapters no more",
+    "guided_options_request": "it is called structured_outputs, in the sampling parameters",
 }
 """Arguments of `vllm.LLM.generate` and `chat` that are not request fields, with the reason."""
 
@@ -72,7 +76,11 @@ def checked(fields: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
     Raises `UnsupportedParameterError` for a name that the route does not know, or that this client does not pass on.
     """
     names = known(chat=chat)
-    found = {}
+    fields = dict(fields)
+    found = tokenization_fields(fields.pop("tokenization_kwargs", None))
+    for name in found.keys() & fields.keys():
+        if fields[name] is not None and fields[name] != found[name]:
+            raise BadRequestError(f"{name} is given twice: as a keyword and in tokenization_kwargs", field=name)
     for name, value in fields.items():
         if name == "return_token_ids" and value is False:
             raise UnsupportedParameterError("return_token_ids can't be switched off: outputs have them", field=name)
@@ -84,6 +92,39 @@ def checked(fields: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
             continue
         raise UnsupportedParameterError(f"{name}= can't be passed on: {_why(name, chat=chat)}", field=name)
     return found
+
+
+def tokenization_fields(kwargs: Mapping[str, Any] | None, taken: frozenset[str] = TOKENIZATION) -> dict[str, Any]:
+    """The request fields of `tokenization_kwargs=`. Raises `UnsupportedParameterError` for what no field takes."""
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise BadRequestError(
+            f"tokenization_kwargs must be a dict, not {type(kwargs).__name__}", field="tokenization_kwargs"
+        )
+    for name in (kwargs or {}).keys() - taken:
+        raise UnsupportedParameterError(
+            f"tokenization_kwargs={{{name!r}: …}} can't be passed on: the routes take "
+            f"{', '.join(f'{one}=' for one in sorted(taken))} of it",
+            field="tokenization_kwargs",
+        )
+    return {name: value for name, value in (kwargs or {}).items() if value is not None}
+
+
+def by_name(method: str, names: Sequence[str], values: Sequence[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of a call, with what was given by position after `use_tqdm` (`names`, `values`).
+
+    Raises `BadRequestError` for too many, for one that is given twice, and for an older vLLM's order.
+    """
+    if len(values) > len(names):
+        raise BadRequestError(f"{method}() takes {3 + len(names)} arguments by position, not {3 + len(values)}")
+    found = dict(zip(names, values, strict=False))
+    if method == "chat" and isinstance(found.get("priority"), str):
+        raise BadRequestError(
+            "the fifth argument of chat() is priority, as in vLLM 0.32, and was chat_template before: name it",
+            field="chat_template",
+        )
+    for name in found.keys() & fields.keys():
+        raise BadRequestError(f"{name} is given twice: by position and as a keyword", field=name)
+    return {**found, **fields}
 
 
 def _why(name: str, *, chat: bool) -> str:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from managed_vllm.request import portal
 from managed_vllm.request.arguments import (
+    CHAT_POSITIONAL,
+    GENERATE_POSITIONAL,
     ChatFields,
     CompletionFields,
     Conversation,
@@ -23,13 +25,15 @@ from managed_vllm.request.arguments import (
     TokenizeFields,
     names_fields,
 )
+from managed_vllm.request.engine_methods import EngineMethods
+from managed_vllm.request.pooling_methods import PoolingMethods
 
 if TYPE_CHECKING:
     from managed_vllm.request.async_methods import AsyncRequestMethods
-    from managed_vllm.request.outputs import EmbeddingRequestOutput, RequestOutput, ScoringRequestOutput
+    from managed_vllm.request.outputs import RequestOutput
 
 
-class RequestMethods:
+class RequestMethods(PoolingMethods, EngineMethods):
     """Requests to one server. What is documented for `chat` holds for all of them."""
 
     @property
@@ -37,14 +41,14 @@ class RequestMethods:
         """The same methods for asyncio: `await llm.async_client.chat(…)`."""
         raise NotImplementedError
 
-    @names_fields(ChatFields)
+    @names_fields(ChatFields, positional=CHAT_POSITIONAL)
     def chat(
         self,
         /,
         messages: Conversation | Sequence[Conversation],
         sampling_params: Params | Sequence[Params] | None = None,
         use_tqdm: ProgressBar = False,
-        *,
+        *further: Any,
         timeout: float | None = None,
         request_timeout: float | None = None,
         resume: bool | None = None,
@@ -58,7 +62,8 @@ class RequestMethods:
             messages: one conversation, or a list of them. Images may be PIL images, bytes, paths, data: or http(s)
                 URLs, in parts of the type `image_url`, `image` or `image_pil`.
             sampling_params: `SamplingParams`, a dict or a `vllm.SamplingParams`; one for all, or a list with one each.
-            use_tqdm: whether to show a progress bar, or a function that makes one in place of `tqdm.auto.tqdm`.
+            use_tqdm: whether to show a progress bar, or a function that makes one in place of `tqdm.auto.tqdm`. What
+                `vllm.LLM` takes by position behind it is taken so, too.
             timeout: seconds for the whole call. None: no limit, so the call ends only with an answer or an error.
             request_timeout: seconds for each request, from the moment when it may be sent (`max_in_flight`).
             resume: whether tokens are kept when their server is lost, so that only the rest is generated again. None:
@@ -94,6 +99,7 @@ class RequestMethods:
                 messages,
                 sampling_params,
                 use_tqdm,
+                *further,
                 timeout=timeout,
                 request_timeout=request_timeout,
                 resume=resume,
@@ -103,14 +109,15 @@ class RequestMethods:
             )
         )
 
-    @names_fields(CompletionFields)
+    @names_fields(CompletionFields, positional=GENERATE_POSITIONAL)
     def generate(
         self,
         /,
-        prompts: Prompt | Iterable[Prompt],
+        prompts: Prompt | Iterable[Prompt] | None = None,
         sampling_params: Params | Sequence[Params] | None = None,
         use_tqdm: ProgressBar = False,
-        *,
+        *further: Any,
+        prompt_token_ids: Iterable[int] | Iterable[Iterable[int]] | None = None,
         timeout: float | None = None,
         request_timeout: float | None = None,
         resume: bool | None = None,
@@ -128,6 +135,7 @@ class RequestMethods:
                 server must be started with `--trust-request-chat-template`.
             sampling_params: as for `chat`. Without `max_tokens`, 16 tokens are generated, as vLLM does.
             use_tqdm: as for `chat`, and so are all other arguments.
+            prompt_token_ids: in place of `prompts`, as for older vLLM (there also the third argument by position).
 
         Raises what `chat` raises.
         """
@@ -136,6 +144,8 @@ class RequestMethods:
                 prompts,
                 sampling_params,
                 use_tqdm,
+                *further,
+                prompt_token_ids=prompt_token_ids,
                 timeout=timeout,
                 request_timeout=request_timeout,
                 resume=resume,
@@ -213,53 +223,6 @@ class RequestMethods:
         """
         return portal.iterate(
             self.async_client.stream(prompt, sampling_params, timeout=timeout, extra_body=extra_body, **fields)
-        )
-
-    def embed(
-        self,
-        /,
-        prompts: Prompt | Iterable[Prompt],
-        use_tqdm: ProgressBar = False,
-        *,
-        timeout: float | None = None,
-        return_exceptions: bool = False,
-        extra_body: Mapping[str, Any] | None = None,
-    ) -> list[EmbeddingRequestOutput]:
-        """The embedding of each prompt (text or token ids), from a server of an embedding model (`runner="pooling"`).
-
-        The route does not return the prompt's token ids: `prompt_token_ids` is empty. Arguments and errors are those
-        of `chat`.
-        """
-        return portal.run(
-            lambda: self.async_client.embed(
-                prompts, use_tqdm, timeout=timeout, return_exceptions=return_exceptions, extra_body=extra_body
-            )
-        )
-
-    def score(
-        self,
-        /,
-        data_1: str | Sequence[str],
-        data_2: str | Sequence[str],
-        use_tqdm: ProgressBar = False,
-        *,
-        timeout: float | None = None,
-        return_exceptions: bool = False,
-        extra_body: Mapping[str, Any] | None = None,
-    ) -> list[ScoringRequestOutput]:
-        """How well pairs of texts fit, from a server of a scoring model (`runner="pooling"`).
-
-        Args:
-            data_1: one text for all of `data_2`, or one for each.
-            data_2: one text, or a list of them.
-            use_tqdm: as for `chat`, and so are all other arguments.
-
-        Raises `BadRequestError` for lists of different lengths, and what `chat` raises.
-        """
-        return portal.run(
-            lambda: self.async_client.score(
-                data_1, data_2, use_tqdm, timeout=timeout, return_exceptions=return_exceptions, extra_body=extra_body
-            )
         )
 
     @names_fields(TokenizeFields)

@@ -238,6 +238,32 @@ class EmbeddingOutput:
         return f"EmbeddingOutput(hidden_size={self.hidden_size})"
 
 
+@dataclass(frozen=True, repr=False)
+class ClassificationOutput:
+    """`probs` has the probability of each class, `label` the name of the likeliest, if the model names them."""
+
+    probs: list[float]
+    label: str | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.probs)
+
+    def __repr__(self) -> str:
+        return f"ClassificationOutput(num_classes={self.num_classes})"
+
+
+@dataclass(frozen=True, repr=False)
+class PoolingOutput:
+    """`data` is what the pooler made: a list of floats, or one for each token (`vllm.LLM` has a tensor there)."""
+
+    data: list[Any]
+
+    def __repr__(self) -> str:
+        return f"PoolingOutput({len(self.data)} rows or values)"
+
+
 @dataclass(frozen=True)
 class ScoringOutput:
     """`score` says how well two texts fit: a cross-encoder's score, or the cosine of embeddings."""
@@ -274,6 +300,20 @@ class _PoolingRequestOutput:
             started_at=stats.started_at,
             usage=dict(response.get("usage") or {}),
         )
+
+
+@dataclass(frozen=True)
+class PoolingRequestOutput(_PoolingRequestOutput):
+    """What `encode` makes of one prompt. The route does not return `prompt_token_ids`."""
+
+    outputs: PoolingOutput
+
+
+@dataclass(frozen=True)
+class ClassificationRequestOutput(_PoolingRequestOutput):
+    """The classes of one prompt. The route does not return `prompt_token_ids`."""
+
+    outputs: ClassificationOutput
 
 
 @dataclass(frozen=True)

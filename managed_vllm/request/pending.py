@@ -109,3 +109,10 @@ class JSONRequest:
     def answer(self) -> dict[str, Any]:
         assert self._answer is not None
         return self._answer
+
+
+class CommandRequest(JSONRequest):
+    """A command to the server, whose response may be empty."""
+
+    def take_json(self, data: bytes | None) -> None:
+        super().take_json(data or b"{}")

@@ -43,6 +43,46 @@ def as_prompts(prompts: Any) -> tuple[Sequence[Any], bool]:
     return each, False
 
 
+def older_order(prompt_token_ids: Any, use_tqdm: Any, further: tuple[Any, ...]) -> tuple[Any, Any, tuple[Any, ...]]:
+    """`prompt_token_ids`, `use_tqdm` and what follows by position: in older vLLM the first of them came third."""
+    if isinstance(use_tqdm, bool) or callable(use_tqdm) or (use_tqdm is None and not further):
+        return prompt_token_ids, use_tqdm or False, further
+    return use_tqdm, bool(further and further[0]), further[1:]
+
+
+def prompts_of(prompts: Any, prompt_token_ids: Any) -> Any:
+    """What `generate` is given: its prompts, or token ids by the keyword of older vLLM.
+
+    Raises `BadRequestError` for both, and for neither.
+    """
+    if (prompts is None) == (prompt_token_ids is None):
+        given = "neither" if prompts is None else "both"
+        raise BadRequestError(f"generate() takes prompts or prompt_token_ids; given are {given}", field="prompts")
+    return prompt_token_ids if prompts is None else prompts
+
+
+def as_score_inputs(data: Any, name: str) -> tuple[Sequence[Any], bool]:
+    """The texts that `score` is given in one of its arguments (`name`), and whether it was one, not a list of them."""
+    if isinstance(data, str | Mapping):
+        return [data], True
+    if isinstance(data, bytes) or not hasattr(data, "__iter__"):
+        raise BadRequestError(f"{name} is a text or a list of texts, not {type(data).__name__}", field=name)
+    return list(data), False
+
+
+async def score_input(given: Any, name: str) -> Any:
+    """One of them as the route takes it: a text, or a dict with `content`, whose images are read in threads."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, Mapping) or given.keys() != {"content"}:
+        raise BadRequestError(
+            f"{name} is a text, or a dict with content=[parts] as in a message, not {given!r:.80}", field=name
+        )
+    asked = await conversation_fields([{"role": "user", "content": given["content"]}])
+    content = asked["messages"][0]["content"]
+    return content if isinstance(content, str) else {"content": content}
+
+
 def prompt_fields(prompt: Any) -> tuple[dict[str, Any], list[Any] | None]:
     """The request field of one prompt, and its images, if it has any."""
     prompt = _without_numpy(prompt)

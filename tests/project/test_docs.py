@@ -40,11 +40,22 @@ def _name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("tool", ["arrows.py", "docs_errors.py", "docs_parameters.py"])
+@pytest.mark.parametrize("tool", ["arrows.py", "docs_client.py", "docs_errors.py", "docs_parameters.py"])
 def test_the_generated_tables_are_those_of_the_code(tool: str) -> None:
     command = [sys.executable, str(ROOT / "tools" / tool), "--check"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.real
+def test_real_every_public_name_of_vllm_llm_is_in_the_table_of_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Derived from the class: a method or attribute that vLLM adds is noticed here."""
+    vllm = pytest.importorskip("vllm", reason="vllm is not installed")
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    tool = importlib.import_module("docs_client")
+    assert {name for name in dir(vllm.LLM) if not name.startswith("_")} == set(tool.METHODS)
+    source = "".join(inspect.getsource(kind.__init__) for kind in vllm.LLM.__mro__[:-1] if "__init__" in vars(kind))
+    assert set(re.findall(r"self\.([a-z]\w*)(?:: [^=\n]+)? = ", source)) == set(tool.ATTRIBUTES)
 
 
 @pytest.mark.real

@@ -16,7 +16,11 @@ from managed_vllm import AsyncVLLMClient, ManagedVLLM, VLLMClient
 from managed_vllm.request.arguments import ChatFields, CompletionFields, StreamFields, TokenizeFields
 from managed_vllm.request.methods import RequestMethods
 
-METHODS = ("chat", "generate", "generate_with_messages", "stream", "embed", "score", "tokenize", "detokenize")
+METHODS = (
+    *("chat", "generate", "generate_with_messages", "stream", "tokenize", "detokenize"),
+    *("embed", "encode", "classify", "reward", "score"),
+    *("beam_search", "reset_prefix_cache"),
+)
 FIELDS: dict[str, Any] = {
     "chat": ChatFields,
     "generate": CompletionFields,

@@ -1,0 +1,74 @@
+"""What the asynchronous methods share: one request with a whole response, and the requests of one call side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from managed_vllm.errors import BadRequestError, ModelNotFoundError, UnsupportedMethodError
+from managed_vllm.request.arguments import ProgressBar
+from managed_vllm.request.attempts import Sender
+from managed_vllm.request.batches import named, run_batch
+from managed_vllm.request.pending import CommandRequest, JSONRequest, RequestStats
+from managed_vllm.request.surface import WithoutTheRest
+
+T = TypeVar("T")
+
+
+class AsyncRequests(WithoutTheRest):
+    """Requests to one server.
+
+    Args:
+        sender: sends them.
+        instance: returns the server's short id, for errors.
+    """
+
+    def __init__(self, sender: Sender, instance: Callable[[], str | None]) -> None:
+        self.sender = sender
+        self._instance = instance
+
+    async def _request(
+        self, path: str, body: dict[str, Any] | None, key: str, deadline: float | None
+    ) -> tuple[Mapping[str, Any], RequestStats]:
+        """A whole response, which has `key`, and how it was served. Without a body it is asked for by GET."""
+        request = JSONRequest(path, body, key)
+        stats = await self.sender.send(request, deadline)
+        return request.answer(), stats
+
+    async def _command(self, method: str, path: str, needs: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """POSTs to a route that only some servers have. Raises `UnsupportedMethodError` where it is missing."""
+        request = CommandRequest(path, body or {})
+        try:
+            with named(None, self._instance):
+                await self.sender.send(request, None)
+        except BadRequestError as error:
+            if error.status != 404 or isinstance(error, ModelNotFoundError):
+                raise
+            message = f"{method}() needs a server that has the route {path.partition('?')[0]}: {needs}"
+            raise UnsupportedMethodError(message, method=method) from error
+        return request.answer()
+
+    async def _batch(
+        self,
+        one: Callable[[int], Awaitable[T]],
+        count: int,
+        single: bool,
+        return_exceptions: bool,
+        use_tqdm: ProgressBar,
+        at_once: int | None = None,
+    ) -> list[T]:
+        return await run_batch(
+            one,
+            count,
+            single=single,
+            at_once=min(at_once or self.sender.max_in_flight, self.sender.max_in_flight),
+            return_exceptions=return_exceptions,
+            use_tqdm=use_tqdm,
+            instance=self._instance,
+        )
+
+
+def deadline_of(timeout_s: float | None) -> float | None:
+    """On the monotonic clock."""
+    return None if timeout_s is None else time.monotonic() + timeout_s

@@ -1,0 +1,72 @@
+"""What of `vllm.LLM`'s public surface a server can't give, with the reason and what to use instead.
+
+`RequestMethods` has the rest. docs/client.md lists both; tests/project/test_docs.py compares the list with the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from managed_vllm.errors import UnsupportedMethodError
+
+_ENGINE = "the engine is in the server's process"
+_WEIGHTS = (
+    "the weights are the server's, and shared by all its users: write a new checkpoint and call "
+    "ManagedVLLM.restart(), or ask the server's own routes (VLLM_SERVER_DEV_MODE=1)"
+)
+_SLEEP = (
+    "a server that sleeps answers nobody, and it may be shared: leave the with block (or close()), and the memory is "
+    "free once its last user has gone and keep_alive is over"
+)
+_QUEUE = "requests are on their way at once: generate() or chat() with all of them, or tasks with async_client"
+
+NOT_HERE: Mapping[str, str] = {
+    "apply_model": f"{_ENGINE}: no function can be sent there; start the server with a worker_extension_cls=",
+    "collective_rpc": f"{_ENGINE}, and a method of its workers acts on all users; with VLLM_SERVER_DEV_MODE=1 "
+    "the server has a route for it, /collective_rpc",
+    "enqueue": _QUEUE,
+    "enqueue_chat": _QUEUE,
+    "wait_for_completion": _QUEUE,
+    "get_metrics": "they are those of all users: GET /metrics of the server (text for Prometheus), with its key",
+    "get_world_size": "it is tensor_parallel_size × pipeline_parallel_size × data_parallel_size, as the server was "
+    "asked for; status() has its processes",
+    "release_kv_cache_memory": _SLEEP,
+    "sleep": _SLEEP,
+    "wake_up": _SLEEP,
+    "finish_weight_update": _WEIGHTS,
+    "get_weight_version": _WEIGHTS,
+    "init_weight_transfer_engine": _WEIGHTS,
+    "shutdown_weight_transfer_engine": _WEIGHTS,
+    "start_draft_weight_update": _WEIGHTS,
+    "start_weight_update": _WEIGHTS,
+    "update_weight_version": _WEIGHTS,
+    "update_weights": _WEIGHTS,
+    "set_tokenizer": "the server has its own: tokenizer= when it is started",
+    # Attributes of its instances.
+    "chat_template": "it is an argument of chat(), and of the server: ManagedVLLM(chat_template=…)",
+    "chat_template_config": "it is an argument of chat(), and of the server: ManagedVLLM(chat_template=…)",
+    "default_sampling_params": "get_default_sampling_params() has them",
+    "engine_class": _ENGINE,
+    "input_processor": f"{_ENGINE}; tokenize() makes token ids",
+    "llm_engine": f"{_ENGINE}; status() and logs() say how it is, openai.models.list() has max_model_len",
+    "model_config": f"{_ENGINE}; openai.models.list() has max_model_len and the model's folder (root)",
+    "pooling_io_processors": _ENGINE,
+    "pooling_task": f"{_ENGINE}; embed(), classify(), score() and encode() say whether the server does that",
+    "renderer": f"{_ENGINE}; tokenize() renders a conversation into token ids",
+    "request_counter": _ENGINE,
+    "runner_type": f"{_ENGINE}; it is runner= of the server",
+    "supported_tasks": f"{_ENGINE}; embed(), classify(), score() and encode() say whether the server does that",
+}
+"""Names of `vllm.LLM` (0.32 and before) that raise `UnsupportedMethodError`."""
+
+
+class WithoutTheRest:
+    """Says for what is not here why not, in place of a bare `AttributeError`."""
+
+    if not TYPE_CHECKING:  # else a type checker would take any name
+
+        def __getattr__(self, name: str) -> Any:
+            if name in NOT_HERE:
+                raise UnsupportedMethodError(f"{name} of vllm.LLM is not here: {NOT_HERE[name]}", method=name)
+            return object.__getattribute__(self, name)  # raises what it raised before, that of a property as well
