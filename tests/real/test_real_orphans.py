@@ -183,7 +183,6 @@ ALWAYS = {
     (Victims.SUPERVISOR_TOO, Moment.IMPORTING),
     (Victims.SUPERVISOR_TOO, Moment.WORKER_SPAWNED),
     (Victims.EVERYONE, Moment.LAUNCHED),
-    (Victims.EVERYONE, Moment.LOADING),
 }
 CASES = [
     *((victims, moment) for victims in Victims if victims is not Victims.API_SERVER_SUPERVISED for moment in Moment),

@@ -142,7 +142,7 @@ with ManagedVLLM("demo", keep_alive=0) as llm:
 """
 
 
-@pytest.mark.parametrize("round_", range(2))
+@pytest.mark.parametrize("round_", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_sixteen_processes_at_once_share_one_server_and_none_is_left(home: Path, round_: int) -> None:
     crowd = [
         subprocess.Popen([sys.executable, "-c", MEMBER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from processes import eventually, is_live, own_state, tree
 
 from managed_vllm import ManagedVLLM, RestartPolicy, in_server
+from managed_vllm.demo.random_vlm import make_random_vlm
 from managed_vllm.instance import directory
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
@@ -138,6 +140,69 @@ def test_an_interpreter_that_has_no_managed_vllm_serves_as_an_image(home: Path, 
     with ManagedVLLM("demo", keep_alive=0, warm=True, python=python) as llm:
         assert llm.status().launch == "forked"
         assert answers(llm, temperature=0)
+
+
+# -- models of other kinds ----------------------------------------------------------------------------------------------
+
+
+def lora(folder: Path) -> Path:
+    """An adapter with random weights, strong enough to change every answer."""
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    folder.mkdir()
+    about = {"peft_type": "LORA", "r": 8, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**about, "task_type": "CAUSAL_LM"}))
+    random = torch.Generator().manual_seed(0)
+    weights = {
+        f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_{part}.weight": torch.randn(
+            shape, generator=random, dtype=torch.bfloat16
+        )
+        for layer in range(2)
+        for name in ("q_proj", "v_proj")
+        for part, shape in (("A", (8, 128)), ("B", (128, 8)))
+    }
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+def of_lora(tmp_path: Path, warm: bool) -> list[Any]:
+    adapters: dict[str, Any] = {"lora_modules": {"name": "mine", "path": str(tmp_path / "lora")}, "enable_lora": True}
+    with ManagedVLLM("demo", keep_alive=0, warm=warm, **adapters) as llm:
+        base, adapted = answers(llm, temperature=0), answers(llm, temperature=0, model="mine")
+        assert base != adapted
+        return [base, adapted]
+
+
+def of_images(tmp_path: Path, warm: bool) -> list[Any]:
+    small: dict[str, Any] = {"enforce_eager": True, "max_model_len": 4096, "kv_cache_memory_bytes": 2**28}
+    picture = pytest.importorskip("PIL.Image").linear_gradient("L").convert("RGB")
+    asked = [{"role": "user", "content": [picture, {"type": "text", "text": "What is there?"}]}]
+    with ManagedVLLM(str(tmp_path / "vlm"), keep_alive=0, warm=warm, gpu_memory_utilization=0.1, **small) as llm:
+        output = llm.chat(asked, temperature=0, max_tokens=16, logprobs=5)[0].outputs[0]
+        steps = output.logprobs or []
+        return [output.token_ids, [sorted((number, one.logprob) for number, one in step.items()) for step in steps]]
+
+
+def of_embeddings(tmp_path: Path, warm: bool) -> list[Any]:
+    with ManagedVLLM("demo", keep_alive=0, warm=warm, runner="pooling", convert="embed") as llm:
+        return [output.outputs.embedding for output in llm.client.embed(PROMPTS)]
+
+
+def of_structure(tmp_path: Path, warm: bool) -> list[Any]:
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    with ManagedVLLM("demo", keep_alive=0, warm=warm) as llm:
+        outputs = llm.generate(PROMPTS, temperature=0, max_tokens=40, structured_outputs={"json": schema})
+        return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("of", [of_lora, of_images, of_embeddings, of_structure], ids=lambda of: of.__name__)
+def test_a_forked_server_answers_as_a_spawned_one(home: Path, tmp_path: Path, of: Callable[[Path, bool], Any]) -> None:
+    if of is of_lora:
+        lora(tmp_path / "lora")
+    if of is of_images:
+        make_random_vlm(tmp_path / "vlm")
+    assert of(tmp_path, True) == of(tmp_path, False)
 
 
 # -- OpenMP in forked processes ----------------------------------------------------------------------------------------
