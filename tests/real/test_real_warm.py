@@ -142,7 +142,7 @@ def test_an_interpreter_that_has_no_managed_vllm_serves_as_an_image(home: Path, 
         assert answers(llm, temperature=0)
 
 
-# -- models of other kinds ----------------------------------------------------------------------------------------------
+# -- models of other kinds --------------------------------------------------------------------------------------------
 
 
 def lora(folder: Path) -> Path:
