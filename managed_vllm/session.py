@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from managed_vllm import forks
 from managed_vllm.config import Address, ServerSpec, set_in_engine_args
 from managed_vllm.errors import ConfigError
-from managed_vllm.instance import directory, external
+from managed_vllm.instance import directory, external, names
 from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer
 from managed_vllm.instance.status_listener import StatusListener
 from managed_vllm.masking import without_passwords
@@ -115,7 +115,7 @@ class ManagedVLLM(RequestMethods):
         **engine_args: Any,
     ) -> None:
         if name is not None:
-            directory.check_name(name)
+            names.check_name(name)
         url = base_url or (None if name else external.url_from_environment())
         asked = None if model is None else str(model)
         spec: ServerSpec | None = None

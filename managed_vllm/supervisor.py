@@ -41,7 +41,7 @@ import filelock
 from managed_vllm import served_files
 from managed_vllm.config import ServerSpec, SupervisorOrder
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
-from managed_vllm.instance import cleanup, directory
+from managed_vllm.instance import cleanup, names
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.folder_hold import FolderHold
 from managed_vllm.instance.leases import FIRST_LEASE_S, Leases
@@ -302,7 +302,7 @@ class Supervisor:
         if not self._hold.is_intact:
             return
         # Names before the folder: a name must never stand for a folder of somebody else's.
-        await asyncio.to_thread(directory.drop_names, self._instance.home, self._instance.id)
+        await asyncio.to_thread(names.drop_names, self._instance.home, self._instance.id)
         with contextlib.suppress(OSError):
             self._instance.socket_path.unlink()
         start_lock = self._instance.start_lock()

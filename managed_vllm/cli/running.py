@@ -21,6 +21,7 @@ from managed_vllm.errors import ConfigError, NoServerError, SupervisorError
 from managed_vllm.instance import cleanup, directory, external
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.names import drop_names, named
 from managed_vllm.instance.startup_view import describe
 from managed_vllm.status import ServerState, ServerStatus
 
@@ -37,7 +38,7 @@ _JUST_MADE_S = 60.0
 def find(home: Path, which: str) -> Instance:
     """The instance of that name, id, or unique beginning of an id. Raises `NoServerError` with the candidates."""
     known = directory.instances(home)
-    holder = directory.named(home, which)
+    holder = named(home, which)
     if holder is not None and holder.folder.is_dir():
         return holder
     found = [i for i in known if i.id == which] or [i for i in known if which and i.id.startswith(which)]
@@ -76,7 +77,7 @@ def names_by_id(home: Path) -> dict[str, list[str]]:
     """The names of each instance."""
     names: dict[str, list[str]] = {}
     for path in sorted((home / "names").glob("[!.]*.json")):
-        holder = directory.named(home, path.stem)
+        holder = named(home, path.stem)
         if holder is not None:
             names.setdefault(holder.id, []).append(path.stem)
     return names
@@ -363,7 +364,7 @@ def _clear(instance: Instance) -> int:
                 pids = ", ".join(str(process.pid) for process in left)
                 print(f"error: can't end {pids} of {instance.id}", file=sys.stderr)
                 return 1
-            directory.drop_names(instance.home, instance.id)
+            drop_names(instance.home, instance.id)
             cleanup.remove_instance(instance)
     except FileNotFoundError:
         pass  # the folder went in the meantime

@@ -23,30 +23,27 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from managed_vllm import forks, served_files
+from managed_vllm import forks
 from managed_vllm.config import Address, ServerSpec, SupervisorOrder
 from managed_vllm.errors import (
     ConfigError,
-    ConfigMismatchError,
     ManagedVLLMError,
     NoServerError,
-    OtherNetworkError,
     ServerStoppedError,
     StateDirectoryError,
     SupervisorError,
     error_for,
 )
-from managed_vllm.instance import directory, external
+from managed_vllm.instance import admission, directory, external, names
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
-from managed_vllm.instance.namespaces import network_namespace
 from managed_vllm.instance.startup_view import StartupProgress
 from managed_vllm.masking import Secret, masked_words, reveal, without_passwords
 from managed_vllm.policies import SupervisionPolicy
@@ -60,6 +57,8 @@ ATTACH_VARIABLE = "MANAGED_VLLM_ATTACH"
 _SUPERVISOR_PATIENCE_S = 60.0
 _KILLED_SUPERVISORS = 5
 _ANSWER_S = 10.0
+_ELECTED_S = 0.01
+"""Seconds between two looks at what another process has begun."""
 
 _OVER = (ServerState.FAILED, ServerState.STOPPING, ServerState.GONE)
 
@@ -135,7 +134,7 @@ def find(options: AttachOptions, home: Path) -> Instance:
     alive = [instance for instance in directory.instances(home) if directory.is_alive(instance)]
     ids = tuple(instance.id for instance in alive)
     if options.name is not None:
-        holder = directory.named(home, options.name)
+        holder = names.named(home, options.name)
         if holder is None or holder.id not in ids:
             raise NoServerError(
                 f"no server named {options.name!r} is running{_listed(ids)}; give model= to start one", candidates=ids
@@ -176,73 +175,6 @@ def _elect(instance: Instance, order: SupervisorOrder, deadline: float) -> _Elec
                 f"can't start in {instance.folder}: {error}", path=str(instance.folder)
             ) from error
         return _Election.LEFT_TO_OTHERS  # a supervisor that was shutting down has removed the folder: begin again
-
-
-def check_address(wanted: Address, running: Address, instance_id: str, *, port: int | None = None) -> None:
-    """Raises `ConfigMismatchError` if an explicit address is not the running server's; `port` is where it listens.
-
-    Starting a second server instead would put it on the same devices.
-    """
-    differences = wanted.differences(running, port=port)
-    if differences:
-        raise ConfigMismatchError(
-            "the same server is running already, at another address; leave the address out to share it, "
-            f"or end it first: managed-vllm down {instance_id}",
-            differences=differences,
-            instance=instance_id,
-        )
-
-
-def check_network(address: Address, theirs: str | None, instance: Instance) -> None:
-    """Raises `OtherNetworkError` if the server listens on TCP in a network namespace that is not ours.
-
-    Its 127.0.0.1 is not this process's: a request, with the key in it, would go to whoever listens there.
-    """
-    ours = network_namespace()
-    if address.uds or theirs is None or ours is None or theirs == ours:
-        return
-    raise OtherNetworkError(
-        "the server runs in another network namespace (a container, a unit with PrivateNetwork=), where its port can't "
-        "be reached from here; give uds=True, so that it listens on a Unix socket in the state directory, or set "
-        f"{directory.HOME_VARIABLE} to a directory that the two do not share",
-        instance=instance.id,
-        log_path=str(instance.supervisor_log),
-    )
-
-
-def check_files(spec: ServerSpec, served: served_files.Files | None, instance_id: str) -> None:
-    """Raises `ConfigMismatchError` where the model's files are not what the running server has read.
-
-    None: it has read nothing yet.
-    """
-    if served is None:
-        return
-    differences = served_files.changes(served, served_files.snapshot(spec))
-    if differences:
-        raise ConfigMismatchError(
-            "the model's files have changed since the running server has read them; let it read them anew, for all its "
-            f"users: managed-vllm restart {instance_id}",
-            differences=differences,
-            instance=instance_id,
-        )
-
-
-def _order_of(reply: Mapping[str, Any], instance: Instance) -> SupervisorOrder:
-    try:
-        return SupervisorOrder.from_dict(reply["order"])
-    except (KeyError, TypeError) as error:
-        raise SupervisorError(
-            "the server was started by another version of managed_vllm; use that one, or end the server: "
-            f"managed-vllm down {instance.id}",
-            instance=instance.id,
-        ) from error
-
-
-def _differences(spec: ServerSpec, record: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    try:
-        return spec.differences(ServerSpec.from_dict(record["spec"]))
-    except (KeyError, TypeError):
-        return {}
 
 
 def _command_line() -> str:
@@ -368,9 +300,11 @@ class Attachment:
         home = directory.state_home()
         instance = self.known.instance if self.known else find(self.options, home)
         spec = self.options.spec or (self.known.order.spec if self.known else None)
-        if self.options.name is not None and spec is not None:
-            directory.claim_name(home, self.options.name, instance.id, lambda record: _differences(spec, record))
-        channel, running = self._lease(instance, deadline)
+        name = None if spec is None else self.options.name
+        with names.claimed(home, name, instance, lambda record: admission.differences(spec, record), deadline) as claim:
+            channel, running = self._lease(instance, deadline)
+            with _given_back_on_error(channel):
+                claim()  # again: a server of this key that has ended since has dropped its names
         self.known = KnownServer(instance=instance, order=running)
         return channel
 
@@ -394,11 +328,10 @@ class Attachment:
             if channel is not None:
                 reply = self._ask_for_lease(channel, instance, deadline)
                 if reply is not None and reply["ok"]:
-                    return channel, self._admitted(channel, instance, reply)
+                    with _given_back_on_error(channel):
+                        return channel, admission.check(self.options.spec, self.options.address, instance, reply)
                 self._wait_until_gone(channel, until)
-            elif (order := self._order()) is None:
-                raise NoServerError(f"the server {instance.id} is not running any more; give model= to start one")
-            else:
+            elif (order := self._order()) is not None:
                 killed += self._start(instance, order, until)
                 if killed >= _KILLED_SUPERVISORS:
                     raise SupervisorError(
@@ -406,6 +339,10 @@ class Attachment:
                         instance=instance.id,
                         log_path=str(instance.supervisor_log),
                     )
+            elif directory.is_alive(instance):
+                time.sleep(_ELECTED_S)  # it does not listen yet, or not any more
+            else:
+                raise NoServerError(f"the server {instance.id} is not running any more; give model= to start one")
             if time.monotonic() > until:
                 if until != patience:
                     raise TimeoutError
@@ -420,7 +357,7 @@ class Attachment:
         """Takes part in the election. Returns 1 if the supervisor was spawned here and killed at once, else 0."""
         outcome = _elect(instance, order, until)
         if outcome is _Election.LEFT_TO_OTHERS:
-            time.sleep(0.01)
+            time.sleep(_ELECTED_S)
         else:
             self.started_it = outcome is _Election.STARTED
         return int(outcome is _Election.KILLED)
@@ -474,34 +411,6 @@ class Attachment:
         with contextlib.suppress(TimeoutError):
             channel.wait_until(lambda _: self._closed, _left(deadline))
         channel.close()
-
-    def _admitted(self, channel: Channel, instance: Instance, reply: Mapping[str, Any]) -> SupervisorOrder:
-        """The running supervisor's order. If that is not what is wanted, gives the lease back and raises."""
-        wanted = self.options.spec
-        try:
-            running = _order_of(reply, instance)
-            check_network(running.address, reply.get("network"), instance)
-            if wanted is not None and wanted.identity != running.spec.identity:
-                raise ConfigMismatchError(
-                    "another server holds this id",
-                    differences=wanted.differences(running.spec),
-                    instance=instance.id,
-                )
-            check_address(self.options.address, running.address, instance.id, port=reply.get("port"))
-            self._check_files(running.spec, reply.get("files"), instance)
-        except BaseException:
-            channel.close()
-            raise
-        return running
-
-    def _check_files(self, running: ServerSpec, served: served_files.Files | None, instance: Instance) -> None:
-        """Who asks for a model wants it as it is now; who asks for what runs, gets that."""
-        try:
-            check_files(running, served, instance.id)
-        except ConfigMismatchError as error:
-            if self.options.spec is not None:
-                raise
-            log.warning("%s", error)
 
     # -- following -----------------------------------------------------------------------------------------------------
 
@@ -646,6 +555,16 @@ class Attachment:
             ATTACH_VARIABLE: self.known.instance.id,
             external.URL_VARIABLE: "",
         }
+
+
+@contextlib.contextmanager
+def _given_back_on_error(channel: Channel) -> Iterator[None]:
+    """Gives a lease back if what must follow it fails."""
+    try:
+        yield
+    except BaseException:
+        channel.close()
+        raise
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The state directory: one folder an instance, its locks and record, and the names.
+"""The state directory: one folder an instance, its locks and record.
 
 What must hold:
 
@@ -34,7 +34,7 @@ from typing import Any
 import filelock
 
 from managed_vllm import forks
-from managed_vllm.errors import ConfigError, ConfigMismatchError, StateDirectoryError
+from managed_vllm.errors import StateDirectoryError
 
 HOME_VARIABLE = "MANAGED_VLLM_HOME"
 _KEPT_LOGS = 20
@@ -54,7 +54,7 @@ def state_home() -> Path:
     """
     explicit = os.environ.get(HOME_VARIABLE)
     home = Path(explicit).expanduser().absolute() if explicit else _usual_home()
-    with _state_errors(home):
+    with state_errors(home):
         home.mkdir(mode=0o700, parents=bool(explicit), exist_ok=True)
         check_private(home)
     return home
@@ -101,7 +101,7 @@ def token_of(home: Path) -> str:
 def restore_token(home: Path, token: str) -> str:
     """Gives a state directory the token that it had before it was wiped, unless it has one; returns the one it has."""
     path = home / _TOKEN
-    with _state_errors(path):
+    with state_errors(path):
         if not path.exists():
             with tempfile.NamedTemporaryFile("w", dir=home, prefix=f"{_TOKEN}-") as temporary:
                 temporary.write(token)
@@ -191,7 +191,7 @@ class Instance:
 
     def create(self) -> None:
         """Makes the folder, mode 0700. Raises `StateDirectoryError`."""
-        with _state_errors(self.folder):
+        with state_errors(self.folder):
             for _ in range(_CREATE_TRIES):
                 # Between any two of these calls the last supervisor of this instance may remove it.
                 with contextlib.suppress(FileExistsError, FileNotFoundError):
@@ -256,7 +256,7 @@ class Instance:
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Replaces the record atomically."""
-        with _state_errors(self.record_path):
+        with state_errors(self.record_path):
             write_atomically(self.record_path, json.dumps({"id": self.id, **record}, indent=1))
 
     def remove_folder(self) -> None:
@@ -348,61 +348,6 @@ def instances(home: Path) -> list[Instance]:
     return [found for found in (Instance(home, entry.name) for entry in entries) if found.exists]
 
 
-# -- names -------------------------------------------------------------------------------------------------------------
-
-
-def check_name(name: object) -> None:
-    """Raises `ConfigError` unless the name can stand as a file name on every system."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
-        raise ConfigError(f"name={name!r} must be 1 to 63 letters, digits, '.', '_' or '-'", field="name")
-
-
-def claim_name(home: Path, name: str, instance_id: str, differences: Any) -> None:
-    """Makes `name` stand for the instance, if no live instance has it.
-
-    `differences(record)` tells how a live holder of the name differs from what is asked for. Raises
-    `ConfigMismatchError` where another live instance has the name.
-    """
-    check_name(name)
-    with _state_errors(home / "names"):
-        (home / "names").mkdir(mode=0o700, exist_ok=True)
-        with filelock.FileLock(home / "names" / ".lock", mode=0o600, timeout=10):
-            holder = named(home, name)
-            if holder is not None and holder.id != instance_id and is_alive(holder):
-                record = holder.read_record() or {}
-                raise ConfigMismatchError(
-                    f"the server named {name!r} is running with other arguments; use its arguments, another name, "
-                    f"or end it first: managed-vllm down {name}",
-                    differences=differences(record),
-                    instance=holder.id,
-                )
-            write_atomically(home / "names" / f"{name}.json", json.dumps({"id": instance_id}))
-
-
-def named(home: Path, name: str) -> Instance | None:
-    """The instance that last had the name, alive or not."""
-    try:
-        data = json.loads((home / "names" / f"{name}.json").read_text())
-        return Instance(home, str(data["id"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def drop_names(home: Path, instance_id: str) -> None:
-    """Forgets the names of an instance that is gone; removes the folder of names when it is empty."""
-    names = home / "names"
-    if not names.is_dir():
-        return
-    with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(names / ".lock", mode=0o600, timeout=2):
-        for path in names.glob("*.json"):
-            holder = named(home, path.stem)
-            if holder is None or holder.id == instance_id:
-                path.unlink(missing_ok=True)
-        if not list(names.glob("*.json")):
-            (names / ".lock").unlink(missing_ok=True)
-            names.rmdir()
-
-
 def is_alive(instance: Instance) -> bool:
     """True if a supervisor holds the instance's lock at this moment."""
     # Not through filelock: it would create the file again in a folder that is being removed.
@@ -459,7 +404,7 @@ def is_own_directory(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _state_errors(path: Path) -> Iterator[None]:
+def state_errors(path: Path) -> Iterator[None]:
     """Turns what the file system says into a `StateDirectoryError` that says what to do."""
     try:
         yield

@@ -26,7 +26,7 @@ from typing import Any
 
 from managed_vllm.config import SupervisorOrder
 from managed_vllm.errors import ManagedVLLMError
-from managed_vllm.instance import channel, directory
+from managed_vllm.instance import channel, names
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.namespaces import network_namespace
 from managed_vllm.served_files import Files
@@ -103,7 +103,7 @@ class Leases:
         await self._bind()
         for name in self._names:
             with contextlib.suppress(ManagedVLLMError):
-                directory.claim_name(self._instance.home, name, self._instance.id, lambda _: {})
+                names.take(self._instance.home, name, self._instance)
 
     async def _bind(self) -> None:
         path = self._instance.socket_path
@@ -192,6 +192,11 @@ class Leases:
             case "restart":
                 self._on_restart()
                 return {"ok": True, "epoch": self._status().epoch}
+            case "give_way" if self._open and self._is_wanted:
+                return {"ok": False, "status": self.status().to_dict()}
+            case "give_way":
+                self._on_end(f"pid {user.pid} wants its name for another server")
+                return {"ok": True}
             case "stop" if message.get("unless_used") and any(user.has_lease for user in self._users):
                 return {"ok": False, "status": self.status().to_dict()}
             case "stop":
@@ -220,6 +225,11 @@ class Leases:
             "port": port,
             "files": files,
         }
+
+    @property
+    def _is_wanted(self) -> bool:
+        """Somebody uses or has pinned it, or has only just started it and is about to come."""
+        return self._pinned or not self._first_lease.is_set() or any(user.has_lease for user in self._users)
 
     def _users_changed(self) -> None:
         if self._end_timer is not None:

@@ -21,7 +21,7 @@ import standin
 from processes import HANG_S
 
 from managed_vllm.cli.logs import LogReader
-from managed_vllm.instance import cleanup, directory
+from managed_vllm.instance import cleanup, directory, names
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
 
@@ -347,7 +347,7 @@ def test_what_a_killed_supervisor_left_is_shown_as_dead_and_removed(cli: Cli) ->
     assert "managed-vllm down --all" in cli("down").stderr
     assert cli("down", "--all").returncode == 0
     assert not cli.left()
-    assert directory.named(cli.home, "mine") is None
+    assert names.named(cli.home, "mine") is None
 
 
 def test_a_supervisor_that_hangs_is_ended_by_force(cli: Cli) -> None:

@@ -20,8 +20,9 @@ from processes import INSTANT, assert_nothing_left, eventually
 from managed_vllm import ManagedVLLM
 from managed_vllm.config import Address, ServerSpec
 from managed_vllm.errors import ConfigMismatchError, NoServerError, ServerStoppedError
-from managed_vllm.instance import cleanup, directory
-from managed_vllm.instance.attach import ATTACH_VARIABLE, Attachment, AttachOptions, check_address, find
+from managed_vllm.instance import cleanup, directory, names
+from managed_vllm.instance.admission import check_address
+from managed_vllm.instance.attach import ATTACH_VARIABLE, Attachment, AttachOptions, find
 from managed_vllm.instance.directory import Instance
 from managed_vllm.masking import Secret
 from managed_vllm.status import ServerState, ServerStatus
@@ -63,7 +64,7 @@ def running(home: Path) -> Any:
     for instance, lock in held:
         instance.hand_on_lock(lock)
         cleanup.remove_instance(instance)
-        directory.drop_names(home, instance.id)
+        names.drop_names(home, instance.id)
 
 
 Running = Callable[..., list[Instance]]
@@ -94,7 +95,7 @@ def test_the_server_that_a_parent_passed_on_goes_before_all_others(
 
 def test_a_name_means_the_live_instance_that_has_it(home: Path, running: Running) -> None:
     one, _ = running(ONE, TWO)
-    directory.claim_name(home, "judge", one.id, lambda record: {})
+    names.claim(home, "judge", one, lambda record: {})
     assert find(AttachOptions(name="judge"), home) == one
     with pytest.raises(NoServerError, match="no server named 'other' is running"):
         find(AttachOptions(name="other"), home)

@@ -13,7 +13,7 @@ import standin
 from processes import INSTANT, eventually, is_live, tree_below
 
 from managed_vllm import ManagedVLLM
-from managed_vllm.instance import directory
+from managed_vllm.instance import directory, names
 from managed_vllm.instance.directory import Instance
 
 
@@ -33,7 +33,7 @@ def test_a_supervisor_makes_its_folder_anew_and_stays_the_only_one(home: Path) -
             assert other.status().server_pid == named.status().server_pid == pid
             assert not other.started_it
         assert instance.marker == marker  # the processes of the server carry this one
-        eventually(lambda: directory.named(home, "judge") == instance, "the name is its own again")
+        eventually(lambda: names.named(home, "judge") == instance, "the name is its own again")
 
 
 def test_a_pinned_server_is_not_forgotten(home: Path) -> None:
