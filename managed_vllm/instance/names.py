@@ -33,6 +33,7 @@ Differences = Callable[[Mapping[str, Any]], dict[str, tuple[Any, Any]]]
 """From the record of a live instance: how it differs from what is asked for."""
 
 _LOCK_S = 10.0
+_TRIES = 1000
 _GONE_S = 60.0
 """Seconds in which a server that gives way must be gone: `stop_grace` and the release of GPU memory fit in."""
 
@@ -168,15 +169,20 @@ def _lock(home: Path, timeout: float) -> filelock.BaseFileLock:
 def _locked(home: Path) -> Iterator[None]:
     """Holds the lock of the names, which nobody has for longer than it takes to write a file."""
     folder = home / "names"
-    with directory.state_errors(folder):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        try:
-            lock = _lock(home, _LOCK_S).acquire()
-        except filelock.Timeout:
-            holder = stopped_holder(folder / ".lock")
-            what = f"pid {holder}, which is stopped: continue it (fg, kill -CONT) or end it" if holder else "a process"
-            raise StateDirectoryError(
-                f"{folder / '.lock'} has been held for {_LOCK_S:g} s by {what}", path=str(folder)
-            ) from None
-        with lock:
-            yield
+    with directory.state_errors(folder), _acquired(home):
+        yield
+
+
+def _acquired(home: Path) -> contextlib.AbstractContextManager[object]:
+    folder = home / "names"
+    for _ in range(_TRIES):
+        # Whoever drops the last name removes the folder, between any two of these calls.
+        with contextlib.suppress(FileNotFoundError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            try:
+                return _lock(home, _LOCK_S).acquire()
+            except filelock.Timeout:
+                break
+    holder = stopped_holder(folder / ".lock")
+    what = f"pid {holder}, which is stopped: continue it (fg, kill -CONT) or end it" if holder else "a process"
+    raise StateDirectoryError(f"{folder / '.lock'} has been held for {_LOCK_S:g} s by {what}", path=str(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,21 @@ def test_a_lock_that_is_never_given_back_is_told(home: Path, monkeypatch: pytest
     with filelock.FileLock(home / "names" / ".lock"), pytest.raises(StateDirectoryError, match="has been held"):
         names.take(home, "judge", Instance(home, "m-0123456789"))
     names.drop_names(home, "m-0123456789")
+
+
+def test_a_name_is_taken_while_others_drop_theirs(home: Path, pool: concurrent.futures.ThreadPoolExecutor) -> None:
+    """Whoever drops the last one removes the folder of names."""
+    directory.state_home()
+    done = threading.Event()
+
+    def drop() -> None:
+        while not done.is_set():
+            names.drop_names(home, "m-0123456789")
+
+    dropping = pool.submit(drop)
+    for _ in range(100):
+        names.take(home, "judge", Instance(home, "m-0123456789"))
+    done.set()
+    dropping.result()
+    names.drop_names(home, "m-0123456789")
+    assert not (home / "names").exists()
