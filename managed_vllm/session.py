@@ -26,6 +26,7 @@ from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer
 from managed_vllm.instance.status_listener import StatusListener
 from managed_vllm.masking import without_passwords
 from managed_vllm.policies import HangPolicy, RestartPolicy, RetryPolicy, SupervisionPolicy, seconds
+from managed_vllm.request.event_loops import in_thread
 from managed_vllm.request.methods import RequestMethods
 from managed_vllm.status import Connection, ServerStatus
 from managed_vllm.urls import checked_api_key
@@ -41,6 +42,8 @@ WARM_WORDS: Mapping[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, 
 """The values of `MANAGED_VLLM_WARM`."""
 KEEP_ALIVE_S = 5.0
 """Default of `keep_alive`: the next test, script or cell often comes at once, and a start costs half a minute."""
+_CANCEL_S = 2.0
+"""Seconds for which a cancelled `async with` waits until all is given back. What takes longer goes on without it."""
 
 
 class ManagedVLLM(RequestMethods):
@@ -195,20 +198,18 @@ class ManagedVLLM(RequestMethods):
         attachment.close()
 
     def __enter__(self) -> Self:
-        return self._start_or_exit(self._enter())
-
-    def _enter(self) -> Attachment:
-        with self._lock:
-            self._depth += 1
-            return self._attachment
-
-    def _start_or_exit(self, attachment: Attachment) -> Self:
+        attachment = self._enter()
         try:
             self._start(attachment)
         except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
+
+    def _enter(self) -> Attachment:
+        with self._lock:
+            self._depth += 1
+            return self._attachment
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -219,19 +220,18 @@ class ManagedVLLM(RequestMethods):
                 self.close()
 
     async def __aenter__(self) -> Self:
-        # Counted here and not in the thread, which may not have begun when the task is cancelled.
-        entering = asyncio.ensure_future(asyncio.to_thread(self._start_or_exit, self._enter()))
+        attachment = self._enter()  # here and not in the thread, which may not have begun when the task is cancelled
+        entering = asyncio.wrap_future(in_thread(lambda: self._start(attachment), "managed-vllm-start"))
         try:
-            return await asyncio.shield(entering)
-        except asyncio.CancelledError:
-            # The thread can't be cancelled, but closing ends its waiting. Not while others use the attachment.
-            with self._lock:
-                if self._depth <= 1:
-                    self.close()
-            with contextlib.suppress(BaseException):
-                await entering
-                await asyncio.to_thread(self.__exit__, None, None, None)
+            await asyncio.shield(entering)
+        except BaseException:
+            # The thread can't be cancelled, but closing ends its waiting, unless others use the attachment.
+            self.__exit__(None, None, None)
+            if self._attachment is not attachment:
+                await asyncio.wait({entering}, timeout=_CANCEL_S)
+            entering.add_done_callback(lambda done: done.exception())  # asyncio would report it
             raise
+        return self
 
     async def __aexit__(self, *details: Any) -> None:
         await asyncio.to_thread(self.__exit__, *details)

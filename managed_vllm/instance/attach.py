@@ -15,8 +15,7 @@ from the first use of a handle to its `close`:
 from __future__ import annotations
 
 import contextlib
-import enum
-import errno
+import functools
 import logging
 import os
 import sys
@@ -28,8 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from managed_vllm import forks
 from managed_vllm.config import Address, ServerSpec, SupervisorOrder
 from managed_vllm.errors import (
@@ -37,13 +34,13 @@ from managed_vllm.errors import (
     ManagedVLLMError,
     NoServerError,
     ServerStoppedError,
-    StateDirectoryError,
     SupervisorError,
     error_for,
 )
 from managed_vllm.instance import admission, directory, external, names
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.election import Election, elect, left_s
 from managed_vllm.instance.startup_view import StartupProgress
 from managed_vllm.masking import Secret, masked_words, reveal, without_passwords
 from managed_vllm.policies import SupervisionPolicy
@@ -115,16 +112,7 @@ def _unpickled(plain: dict[str, Any], spec: dict[str, Any] | None, address: dict
     )
 
 
-class _Election(enum.Enum):
-    STARTED = enum.auto()
-    """The supervisor was spawned here, and listens."""
-    LEFT_TO_OTHERS = enum.auto()
-    """Another process is spawning it, or the last one is still shutting down."""
-    KILLED = enum.auto()
-    """The supervisor that was spawned here was killed before it listened."""
-
-
-# -- finding and electing ----------------------------------------------------------------------------------------------
+# -- finding and checking ----------------------------------------------------------------------------------------------
 
 
 def find(options: AttachOptions, home: Path) -> Instance:
@@ -153,33 +141,21 @@ def _listed(ids: Sequence[str]) -> str:
     return f" (running: {', '.join(ids)})" if ids else ""
 
 
-def _elect(instance: Instance, order: SupervisorOrder, deadline: float) -> _Election:
-    """Spawns the supervisor of an instance, unless another process does."""
-    from managed_vllm.instance import spawn  # here: most processes only attach
-
-    try:
-        instance.create()
-        left = _left(deadline)
-        with instance.start_lock().acquire(timeout=left, poll_interval=0.01):
-            if directory.is_alive(instance):
-                return _Election.LEFT_TO_OTHERS
-            listens = spawn.start_supervisor(instance, order)
-            return _Election.STARTED if listens else _Election.KILLED
-    except (StateDirectoryError, SupervisorError):
-        raise
-    except filelock.Timeout:
-        return _Election.LEFT_TO_OTHERS
-    except OSError as error:
-        if error.errno != errno.ENOENT:
-            raise StateDirectoryError(
-                f"can't start in {instance.folder}: {error}", path=str(instance.folder)
-            ) from error
-        return _Election.LEFT_TO_OTHERS  # a supervisor that was shutting down has removed the folder: begin again
-
-
 def _command_line() -> str:
     """What this process is, for `managed-vllm status`."""
     return " ".join(masked_words(getattr(sys, "argv", [])))[:200] or sys.executable or ""
+
+
+def _connected(instance: Instance, on_change: Callable[[ServerStatus], None]) -> Channel | None:
+    """A channel to the instance's supervisor; None if none listens. Raises `SupervisorError` where one is stuck."""
+    try:
+        return Channel.connect(instance.socket_path, on_change=on_change)
+    except SupervisorError:
+        raise
+    except TimeoutError as error:
+        raise SupervisorError("the supervisor does not accept connections", instance=instance.id) from error
+    except OSError:
+        return None
 
 
 # -- the attachment ----------------------------------------------------------------------------------------------------
@@ -210,18 +186,22 @@ class Attachment:
         self._closed = False
         self._lock = threading.RLock()
         self._channel: Channel | None = None
+        self._asking: Channel | None = None
+        """A channel on which a lease is being asked for: it may be given at any moment."""
         self._external: Connection | None = None
         self._views: list[StartupProgress] = []
         forks.call_in_child(self._after_fork)
 
     def _after_fork(self) -> None:
-        channel, self._channel = self._channel, None
+        channels = self._channel, self._asking
+        self._channel = self._asking = None
         self._lock = threading.RLock()
         self._external = None
         self._views = []
         self.started_it = False
-        if channel is not None:
-            channel.close()
+        for channel in channels:
+            if channel is not None:
+                channel.close()
 
     @property
     def id(self) -> str | None:
@@ -237,9 +217,9 @@ class Attachment:
     def close(self) -> None:
         """Gives the lease back, for good. Threads that wait for the server, or are attaching, get an error."""
         self._closed = True
-        channel = self._channel
-        if channel is not None:
-            channel.close()
+        for channel in (self._channel, self._asking):
+            if channel is not None:
+                channel.close()
 
     # -- attaching -----------------------------------------------------------------------------------------------------
 
@@ -257,16 +237,19 @@ class Attachment:
             if self.options.base_url is not None:
                 self._attach_external(self.options.base_url)
                 return None
-            self._channel = channel = self._take_lease(deadline)
-            if self._closed:
-                channel.close()
+            try:
+                self._channel = self._take_lease(deadline)
+            finally:  # an interrupt (Ctrl-C, a cancelled task) may come when the lease is given already
+                asked, self._asking = self._asking, None
+                if asked is not None and (asked is not self._channel or self._closed):
+                    asked.close()
             self._raise_if_closed()
-            return channel
+            return self._channel
 
     @contextlib.contextmanager
     def _locked(self, deadline: float | None) -> Iterator[None]:
         """Holds the lock, which another thread may have while it starts a supervisor. Raises `TimeoutError`."""
-        if not self._lock.acquire(timeout=-1 if deadline is None else _left(deadline)):
+        if not self._lock.acquire(timeout=-1 if deadline is None else left_s(deadline)):
             raise TimeoutError
         try:
             yield
@@ -301,10 +284,10 @@ class Attachment:
         instance = self.known.instance if self.known else find(self.options, home)
         spec = self.options.spec or (self.known.order.spec if self.known else None)
         name = None if spec is None else self.options.name
-        with names.claimed(home, name, instance, lambda record: admission.differences(spec, record), deadline) as claim:
+        differences = functools.partial(admission.differences, spec)
+        with names.claimed(home, name, instance, differences, deadline, self._raise_if_closed) as claim:
             channel, running = self._lease(instance, deadline)
-            with _given_back_on_error(channel):
-                claim()  # again: a server of this key that has ended since has dropped its names
+            claim()  # again: a server of this key that has ended since has dropped its names
         self.known = KnownServer(instance=instance, order=running)
         return channel
 
@@ -324,12 +307,12 @@ class Attachment:
         until = patience if deadline is None else min(patience, deadline)
         killed = 0
         while not self._closed:
-            channel = self._connect(instance)
+            channel = self._asking = self._connect(instance)
+            self._raise_if_closed()
             if channel is not None:
                 reply = self._ask_for_lease(channel, instance, deadline)
                 if reply is not None and reply["ok"]:
-                    with _given_back_on_error(channel):
-                        return channel, admission.check(self.options.spec, self.options.address, instance, reply)
+                    return channel, admission.check(self.options.spec, self.options.address, instance, reply)
                 self._wait_until_gone(channel, until)
             elif (order := self._order()) is not None:
                 killed += self._start(instance, order, until)
@@ -355,12 +338,12 @@ class Attachment:
 
     def _start(self, instance: Instance, order: SupervisorOrder, until: float) -> int:
         """Takes part in the election. Returns 1 if the supervisor was spawned here and killed at once, else 0."""
-        outcome = _elect(instance, order, until)
-        if outcome is _Election.LEFT_TO_OTHERS:
+        outcome = elect(instance, order, until, lambda: not self._closed)
+        if outcome is Election.LEFT_TO_OTHERS:
             time.sleep(_ELECTED_S)
         else:
-            self.started_it = outcome is _Election.STARTED
-        return int(outcome is _Election.KILLED)
+            self.started_it = outcome is Election.STARTED
+        return int(outcome is Election.KILLED)
 
     def _connect(self, instance: Instance) -> Channel | None:
         """A channel to the instance's supervisor, not yet a lease; None if none listens."""
@@ -372,20 +355,14 @@ class Attachment:
             if follower is not None:
                 follower._follow(status)
 
-        try:
-            channel = Channel.connect(instance.socket_path, on_change=on_change)
-        except SupervisorError:
-            raise
-        except TimeoutError as error:
-            raise SupervisorError("the supervisor does not accept connections", instance=instance.id) from error
-        except OSError:
-            return None
-        weakref.finalize(self, channel.close).atexit = False
+        channel = _connected(instance, on_change)
+        if channel is not None:
+            weakref.finalize(self, channel.close).atexit = False
         return channel
 
     def _ask_for_lease(self, channel: Channel, instance: Instance, deadline: float | None) -> dict[str, Any] | None:
         """The supervisor's reply; None if it left at this very moment."""
-        left = _ANSWER_S if deadline is None else min(_ANSWER_S, _left(deadline))
+        left = _ANSWER_S if deadline is None else min(_ANSWER_S, left_s(deadline))
         try:
             return channel.request(
                 "lease",
@@ -409,7 +386,7 @@ class Attachment:
     def _wait_until_gone(self, channel: Channel, deadline: float) -> None:
         """Waits until a supervisor that is shutting down has ended, so that the next one never meets it."""
         with contextlib.suppress(TimeoutError):
-            channel.wait_until(lambda _: self._closed, _left(deadline))
+            channel.wait_until(lambda _: self._closed, left_s(deadline))
         channel.close()
 
     # -- following -----------------------------------------------------------------------------------------------------
@@ -442,7 +419,7 @@ class Attachment:
                     return self.status()
                 after_epoch = None  # another supervisor counts its epochs anew
             with _not_ready_within(timeout), self._shown(channel, progress):
-                left = None if deadline is None else _left(deadline)
+                left = None if deadline is None else left_s(deadline)
                 status = channel.wait_until(settled, left)
             if status is not None and status.state is ServerState.READY and not channel.closed:
                 return status
@@ -484,7 +461,7 @@ class Attachment:
                     lambda now: now is None or now.epoch > lost_epoch or now.state is not ServerState.READY,
                     pause_s if timeout_s is None else min(pause_s, timeout_s),
                 )
-        status = self.wait_ready(None if deadline is None else _left(deadline))
+        status = self.wait_ready(None if deadline is None else left_s(deadline))
         assert status.connection is not None
         return status.connection, status.epoch
 
@@ -558,16 +535,6 @@ class Attachment:
 
 
 @contextlib.contextmanager
-def _given_back_on_error(channel: Channel) -> Iterator[None]:
-    """Gives a lease back if what must follow it fails."""
-    try:
-        yield
-    except BaseException:
-        channel.close()
-        raise
-
-
-@contextlib.contextmanager
 def _not_ready_within(timeout: float | None) -> Iterator[None]:
     """Gives a bare `TimeoutError` its message. The server's own `StartupTimeoutError` passes unchanged."""
     try:
@@ -581,8 +548,3 @@ def _not_ready_within(timeout: float | None) -> Iterator[None]:
 def _deadline(timeout_s: float | None) -> float | None:
     """A time of the monotonic clock; None: never."""
     return None if timeout_s is None else time.monotonic() + timeout_s
-
-
-def _left(deadline: float) -> float:
-    """Seconds until the deadline, at least 0."""
-    return max(0.0, deadline - time.monotonic())

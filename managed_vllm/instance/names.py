@@ -55,27 +55,40 @@ def named(home: Path, name: str) -> Instance | None:
 
 @contextlib.contextmanager
 def claimed(
-    home: Path, name: str | None, instance: Instance, differences: Differences, deadline: float | None = None
+    home: Path,
+    name: str | None,
+    instance: Instance,
+    differences: Differences,
+    deadline: float | None = None,
+    check_wanted: Callable[[], None] = lambda: None,
 ) -> Iterator[Callable[[], None]]:
     """Makes `name` stand for the instance while it is attached to; gives what claims it again.
 
     The claim stays if all goes well, and else only if it was there before. Without a name, nothing happens. Raises
-    `ConfigMismatchError` if a live instance that is used has the name, and `TimeoutError` at the `deadline`.
+    `ConfigMismatchError` if a live instance that is used has the name, `TimeoutError` at the `deadline`, and what
+    `check_wanted` raises once the name is not wanted any more.
     """
     if name is None:
         yield lambda: None
         return
     was_ours = named(home, name) == instance
     try:
-        claim(home, name, instance, differences, deadline)
-        yield lambda: claim(home, name, instance, differences, deadline)
+        claim(home, name, instance, differences, deadline, check_wanted)
+        yield lambda: claim(home, name, instance, differences, deadline, check_wanted)
     except BaseException:
         if not (was_ours and directory.is_alive(instance)):
             _drop(home, lambda path: path == _path(home, name) and named(home, name) == instance)
         raise
 
 
-def claim(home: Path, name: str, instance: Instance, differences: Differences, deadline: float | None = None) -> None:
+def claim(
+    home: Path,
+    name: str,
+    instance: Instance,
+    differences: Differences,
+    deadline: float | None = None,
+    check_wanted: Callable[[], None] = lambda: None,
+) -> None:
     """As `claimed`, for good."""
     check_name(name)
     until = time.monotonic() + _GONE_S if deadline is None else deadline
@@ -83,7 +96,8 @@ def claim(home: Path, name: str, instance: Instance, differences: Differences, d
         holder = take(home, name, instance)
         if holder is None:
             return
-        _have_it_give_way(holder, name, differences, until)
+        check_wanted()
+        _have_it_give_way(holder, name, differences, until, check_wanted)
         if time.monotonic() > until:
             if deadline is not None:
                 raise TimeoutError
@@ -103,7 +117,9 @@ def take(home: Path, name: str, instance: Instance) -> Instance | None:
         return None
 
 
-def _have_it_give_way(holder: Instance, name: str, differences: Differences, until: float) -> None:
+def _have_it_give_way(
+    holder: Instance, name: str, differences: Differences, until: float, check_wanted: Callable[[], None]
+) -> None:
     """Waits until the name's holder, which nobody uses, is gone, or the time is over."""
     try:
         channel = Channel.connect(holder.socket_path)
@@ -119,7 +135,12 @@ def _have_it_give_way(holder: Instance, name: str, differences: Differences, unt
                 differences=differences(holder.read_record() or {}),
                 instance=holder.id,
             )
-        channel.wait_until(lambda _: False, max(0.0, until - time.monotonic()))
+
+        def unwanted(_: object) -> bool:
+            check_wanted()
+            return False
+
+        channel.wait_until(unwanted, max(0.0, until - time.monotonic()))
     except (ConnectionError, TimeoutError):
         pass  # it has gone, or does not answer: the caller knows how long that may take
     finally:

@@ -18,6 +18,8 @@ import os
 import select
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +33,42 @@ _NOT_INHERITED = (lifeline.MARKER, lifeline.SUPERVISOR, lifeline.ROOT, "PYTHONHO
 """Variables that belong to one server's processes: the caller may itself run inside of another server."""
 
 
-def start_supervisor(instance: Instance, order: SupervisorOrder, *, timeout_s: float = 45.0) -> bool:
+_LOOK_S = 0.1
+"""Seconds between two looks whether a supervisor that comes up is still wanted."""
+
+
+def start_supervisor(
+    instance: Instance, order: SupervisorOrder, wanted: Callable[[], bool] = lambda: True, *, timeout_s: float = 45.0
+) -> bool:
     """Starts the supervisor of an instance; returns True as soon as it listens on the control socket.
 
-    True, too, if there is one already. False: it was killed before that, and another one may be started. The caller
-    holds the instance's start lock. Raises `SupervisorError` if it fails, or does not come up within
-    `timeout_s` seconds.
+    True, too, if there is one already. False: it was killed before that, and another one may be started; or it is not
+    `wanted` any more, and will end by itself, for nobody takes a lease. The caller holds the instance's start lock.
+    Raises `SupervisorError` if it fails, or does not come up within `timeout_s` seconds.
     """
     lock = instance.take_supervisor_lock()
     if lock is None:
         return True
     try:
-        return _spawn(instance, order, lock, timeout_s)
+        return _spawn(instance, order, lock, _Patience(timeout_s, wanted))
     finally:
         instance.hand_on_lock(lock)
 
 
-def _spawn(instance: Instance, order: SupervisorOrder, lock: int, timeout_s: float) -> bool:
+class _Patience:
+    """How long somebody waits: for some seconds, and as long as it is wanted."""
+
+    def __init__(self, seconds: float, wanted: Callable[[], bool]) -> None:
+        self._until = time.monotonic() + seconds
+        self.wanted = wanted
+
+    @property
+    def left_s(self) -> float:
+        """Seconds for the next wait, 0 at the end."""
+        return max(0.0, min(_LOOK_S, self._until - time.monotonic())) if self.wanted() else 0.0
+
+
+def _spawn(instance: Instance, order: SupervisorOrder, lock: int, patience: _Patience) -> bool:
     instance.failed_mark.unlink(missing_ok=True)
     life, theirs = (above_standard(end) for end in os.pipe())
     try:
@@ -59,21 +80,35 @@ def _spawn(instance: Instance, order: SupervisorOrder, lock: int, timeout_s: flo
             "order": order.to_dict(),
         }
         try:
-            starter = _run_starter(instance, message, timeout_s)
+            starter = _run_starter(instance, message, patience)
         finally:
             os.close(theirs)
-        listens_or_ended, _, _ = select.select([life], [], [], timeout_s)
+        listens_or_ended = starter is not None and _readable(life, patience)
         if listens_or_ended and os.read(life, 1):
             return True
-        if listens_or_ended and starter.returncode <= 0 and not instance.failed_mark.exists():
+        if not patience.wanted():
+            return False
+        if starter is not None and listens_or_ended and starter.returncode <= 0 and not instance.failed_mark.exists():
             return False  # killed, by no fault of its own
     finally:
         os.close(life)
     raise SupervisorError(f"the supervisor process did not come up; it said:\n{_said(instance)}", instance=instance.id)
 
 
-def _run_starter(instance: Instance, message: dict[str, Any], timeout_s: float) -> subprocess.Popen[bytes]:
-    """Runs the process that forks the supervisor proper and ends, so that the supervisor is nobody's child."""
+def _readable(descriptor: int, patience: _Patience) -> bool:
+    """Whether there is something to read, or the end. With `poll`: `select` takes no descriptor above 1,023."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    while not (found := poller.poll(1000 * patience.left_s)) and patience.left_s:
+        pass
+    return bool(found)
+
+
+def _run_starter(instance: Instance, message: dict[str, Any], patience: _Patience) -> subprocess.Popen[bytes] | None:
+    """Runs the process that forks the supervisor proper and ends, so that the supervisor is nobody's child.
+
+    None: it was not wanted any more before that.
+    """
     package_parent = str(Path(managed_vllm.__file__).parent.parent)
     code = f"import sys; sys.path.insert(0, {package_parent!r}); from managed_vllm.supervisor import main; main()"
     with open(os.open(instance.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
@@ -88,12 +123,30 @@ def _run_starter(instance: Instance, message: dict[str, Any], timeout_s: float) 
             pass_fds=(message["life"], message["lock"]),
         )
     try:
-        starter.communicate(json.dumps(message).encode(), timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        starter.kill()
+        if _has_ended(starter, json.dumps(message).encode(), patience):
+            return starter
+    finally:
+        starter.kill()  # nothing, if it has ended
         starter.wait()
-        raise SupervisorError("the supervisor process did not start", instance=instance.id) from None
-    return starter
+        assert starter.stdin is not None
+        with contextlib.suppress(OSError):
+            starter.stdin.close()
+    if patience.wanted():
+        raise SupervisorError("the supervisor process did not start", instance=instance.id)
+    return None
+
+
+def _has_ended(process: subprocess.Popen[bytes], message: bytes, patience: _Patience) -> bool:
+    """Whether a process reads its message and ends in time."""
+    given: bytes | None = message
+    while left_s := patience.left_s:
+        try:
+            process.communicate(given, timeout=left_s)
+        except subprocess.TimeoutExpired:
+            given = None  # `communicate` has kept what is left of it
+        else:
+            return True
+    return False
 
 
 def _said(instance: Instance) -> str:

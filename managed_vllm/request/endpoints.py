@@ -6,13 +6,12 @@ Requests that wait for the same server wait together: one thread asks for all of
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
 import time
 from collections.abc import Callable
 
 from managed_vllm.errors import ManagedVLLMError
 from managed_vllm.request.bounds import Bound
+from managed_vllm.request.event_loops import in_thread
 from managed_vllm.status import Connection
 
 Endpoint = tuple[Connection, int]
@@ -58,8 +57,9 @@ class Endpoints:
             lookup = lookups.get(lost_epoch)
             if lookup is None:
                 left_s = bound.left_s
-                lookup = lookups[lost_epoch] = _in_thread(lambda: self._find(lost_epoch, left_s, pause_s))  # noqa: B023
-                lookup.add_done_callback(lambda _: lookups.pop(lost_epoch, None))
+                found = in_thread(lambda: self._find(lost_epoch, left_s, pause_s), "managed-vllm-find")  # noqa: B023
+                lookup = lookups[lost_epoch] = asyncio.wrap_future(found)
+                lookup.add_done_callback(lambda done: _forget(lookups, lost_epoch, done))
             await asyncio.wait({lookup})  # others wait for it, too: it goes on where this request ends
             try:
                 return lookup.result()
@@ -76,32 +76,6 @@ def _copy(error: ManagedVLLMError) -> ManagedVLLMError:
     return copied
 
 
-def _in_thread(function: Callable[[], Endpoint]) -> asyncio.Future[Endpoint]:
-    """The function's result, from a thread of its own.
-
-    Not from the loop's executor: a loop that ends must not wait for a thread that is stuck.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Endpoint] = loop.create_future()
-
-    def settle(result: Endpoint | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            assert result is not None
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-            future.exception()  # asyncio would report one that nobody waits for any more
-
-    def work() -> None:
-        result, error = None, None
-        try:
-            result = function()
-        except BaseException as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop was closed
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=work, name="managed-vllm-find", daemon=True).start()
-    return future
+def _forget(lookups: Lookups, lost_epoch: int | None, done: asyncio.Future[Endpoint]) -> None:
+    lookups.pop(lost_epoch, None)
+    done.exception()  # asyncio would report one that nobody waits for any more

@@ -1,8 +1,9 @@
-"""What a client keeps for each event loop that uses it."""
+"""What a client keeps for each event loop that uses it, and threads for which an event loop waits."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -45,3 +46,23 @@ class PerLoop(Generic[T]):
         self._lock = threading.Lock()  # another thread may have held it
         values, self._values = list(self._values.values()), {}
         return values
+
+
+def in_thread(function: Callable[[], T], name: str) -> concurrent.futures.Future[T]:
+    """The function's result, from a daemon thread of its own, called `name`.
+
+    Not from a loop's executor: a loop that ends must not wait for a thread that is stuck, and the program needs the few
+    threads that are there.
+    """
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+    threading.Thread(target=_settle, args=(future, function), name=name, daemon=True).start()
+    return future
+
+
+def _settle(future: concurrent.futures.Future[T], function: Callable[[], T]) -> None:
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)
+        del future, function  # the traceback has this frame: they would keep each other alive

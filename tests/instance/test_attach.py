@@ -247,6 +247,93 @@ def test_close_does_not_wait_for_an_election_and_its_winner_leaves_nothing(
     assert_nothing_left(home, 30)
 
 
+def test_close_ends_the_wait_for_an_election_of_others(home: Path) -> None:
+    wanted = options()
+    directory.state_home()
+    instance = find(wanted, home)
+    instance.create()
+    attachment = Attachment(wanted)
+    with instance.start_lock(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        attaching = pool.submit(attachment.attach)
+        eventually(lambda: attaching.running() and not directory.is_alive(instance), "waiting for the lock")
+        attachment.close()
+        with pytest.raises(ServerStoppedError):
+            attaching.result(30)  # of the 60 s for which it would have waited
+    cleanup.remove_instance(instance)
+
+
+@pytest.fixture
+def stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Processes of Python that are started now hang at once; the file is there when one has begun."""
+    begun = tmp_path / "begun"
+    code = f"import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(600)"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    return begun
+
+
+def test_close_ends_the_wait_for_a_supervisor_that_does_not_come_up(home: Path, stuck: Path) -> None:
+    attachment = Attachment(options(name="judge"))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        attaching = pool.submit(attachment.attach)
+        eventually(stuck.exists, "it is being started")
+        attachment.close()
+        with pytest.raises(ServerStoppedError):
+            attaching.result(30)  # of the 45 s for which it would have waited
+    assert_nothing_left(home)
+
+
+def test_cancelling_an_async_with_takes_effect_while_the_supervisor_is_being_started(home: Path, stuck: Path) -> None:
+    async def main() -> None:
+        entering = asyncio.create_task(handle().__aenter__())
+        await asyncio.to_thread(eventually, stuck.exists, "it is being started")
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(entering, 30)
+
+    asyncio.run(main())
+    assert_nothing_left(home)
+
+
+def test_cancelling_one_entering_of_several_does_not_wait_for_the_server(home: Path) -> None:
+    llm = handle(start_s=600)
+
+    async def main() -> None:
+        first, second = (asyncio.create_task(llm.__aenter__()) for _ in range(2))
+        await asyncio.to_thread(eventually, lambda: "not attached" not in repr(llm), "attached")
+        for task in (second, first):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(task, 30)
+
+    asyncio.run(main())
+    assert_nothing_left(home)
+
+
+def test_an_interrupt_while_a_lease_is_asked_for_leaves_no_lease(home: Path) -> None:
+    with handle() as keeper:
+        supervisor = keeper.status().supervisor_pid
+        assert supervisor is not None
+        llm = handle()
+        os.kill(supervisor, signal.SIGSTOP)  # slow for a moment
+        threading.Thread(target=_interrupt_while_asking, args=(llm,)).start()
+        try:
+            with pytest.raises(KeyboardInterrupt), llm:
+                pass
+        finally:
+            os.kill(supervisor, signal.SIGCONT)
+        assert keeper.status().users == 1
+        with llm:
+            assert keeper.status().users == 2
+        assert keeper.status().users == 1
+    assert_nothing_left(home)
+
+
+def _interrupt_while_asking(llm: ManagedVLLM) -> None:
+    eventually(lambda: llm._attachment._asking, "a lease is asked for")
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
 def test_a_handle_that_is_dropped_gives_its_lease_back(home: Path) -> None:
     attachment = Attachment(options())
     attachment.wait_ready()
