@@ -20,7 +20,7 @@ from managed_vllm.errors import BadRequestError
 from managed_vllm.masking import Secret
 from managed_vllm.policies import RetryPolicy
 from managed_vllm.request.async_methods import AsyncRequestMethods
-from managed_vllm.request.attempts import Sender
+from managed_vllm.request.attempts import Report, Sender
 from managed_vllm.request.concurrency import MAX_IN_FLIGHT
 from managed_vllm.request.endpoints import Endpoint
 from managed_vllm.request.methods import RequestMethods
@@ -47,6 +47,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
             may wait for the server to come back, and raises `TimeoutError` if that takes longer than is left.
         ready: the same, without waiting: the connection and epoch of a server that is ready now, or None.
         instance: returns the server's short id, for errors.
+        report: tells a supervisor about a request under which the server dies; see `Sender`.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
         connection: Callable[[int | None, float | None, float], Endpoint] | None = None,
         ready: Callable[[], Endpoint | None] | None = None,
         instance: Callable[[], str | None] | None = None,
+        report: Report | None = None,
     ) -> None:
         self.model_name = model_name
         self.fixed_connection: Connection | None = None
@@ -85,6 +87,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
             retry=retry or RetryPolicy(),
             max_in_flight=max_in_flight,
             media_ids=media_ids,
+            report=report,
         )
         super().__init__(sender, instance or (lambda: None))
         weakref.finalize(self, self.sender.close).atexit = False

@@ -30,6 +30,7 @@
         AuthenticationError
         ServerBusyError
         ServerDiedError (ConnectionError)
+          DeadlyRequestError
         RequestTimeoutError (TimeoutError)
       UnsupportedMethodError (AttributeError)
       EnvironmentFailedError
@@ -364,6 +365,18 @@ class ServerBusyError(RequestError):
 
 class ServerDiedError(RequestError, ConnectionError):
     """The server died under this request, and no retry was possible."""
+
+
+class DeadlyRequestError(ServerDiedError):
+    """The server died each time that this request was in flight: it may be what kills it, and is not sent again.
+
+    `epochs` are the lives of the server that ended so. A request that had company at all of these deaths may be
+    innocent; one that was alone is refused from then on by the same client, without being sent.
+    """
+
+    def __init__(self, message: str, *, epochs: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.epochs = epochs
 
 
 class RequestTimeoutError(RequestError, TimeoutError):

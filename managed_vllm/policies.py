@@ -42,9 +42,10 @@ class RetryPolicy:
     """How often, and when, a request is sent again after its answer was lost.
 
     `max_deaths`: how often the server may die under one request, each time before a new token came. Then a
-    `ServerDiedError` says that the request may be what kills the server. Three, because a server that is restarted more
-    than five times within ten minutes is given up for all its users (`RestartPolicy`), and one bad request must not
-    use that up. A resumed generation that brings new tokens each time may go on for as long as the server comes back.
+    `DeadlyRequestError` says that the request may be what kills the server. Two: the first death may be anybody's.
+    These deaths are not counted by `RestartPolicy`, so that one bad request does not take the server from everybody. A
+    requested restart is no death. A resumed generation that brings new tokens each time may go on for as long as the
+    server comes back.
 
     `max_lost`: how many answers in a row may be lost without a new token while the server lives: HTTP 500, 502, 503 or
     504, a broken connection, half an answer, an abort that nobody asked for. A 500 that says the same twice, while
@@ -58,7 +59,7 @@ class RetryPolicy:
     is delayed by a random time of up to `spread_s` seconds, so that they don't all come at the same moment.
     """
 
-    max_deaths: int = 3
+    max_deaths: int = 2
     max_lost: int = 20
     backoff_initial_s: float = 0.05
     backoff_max_s: float = 2.0
@@ -77,8 +78,9 @@ class RestartPolicy:
 
     The first restart is at once. Before each further one within the window the supervisor waits, first
     `backoff_initial_s`, then `backoff_factor` times as long each time, at most `backoff_max_s` seconds. More than
-    `max_restarts` within `window_s` seconds: the server has failed. A cause that will not go away by itself (no such
-    model, invalid argument, does not fit) is never retried.
+    `max_restarts` within `window_s` seconds: the server has failed. Deaths that are laid to one request
+    (`DeadlyRequestError`) are left out, up to twice `max_restarts` within the window. A cause that will not go away by
+    itself (no such model, invalid argument, does not fit) is never retried.
     `not_retried` names further causes (`managed_vllm.status.Cause`, as text) after which the server is given up at
     once, e.g. `{"worker_died"}`.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import os
 import threading
@@ -22,7 +23,7 @@ from managed_vllm import forks
 from managed_vllm.config import Address, ServerSpec, set_in_engine_args
 from managed_vllm.errors import ConfigError
 from managed_vllm.instance import directory, external, names
-from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer
+from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer, report_deaths
 from managed_vllm.instance.status_listener import StatusListener
 from managed_vllm.masking import without_passwords
 from managed_vllm.policies import HangPolicy, RestartPolicy, RetryPolicy, SupervisionPolicy, seconds
@@ -393,6 +394,7 @@ class _Clients:
                 retry=self._settings.retry,
                 media_ids=self._settings.media_ids,
                 instance=lambda: attachment.id,
+                report=functools.partial(report_deaths, attachment),
             )
         return self._async_client
 

@@ -226,8 +226,10 @@ class Supervisor:
             status=lambda: dataclasses.replace(self._status, image_pid=self._starter.image_pid),
             on_end=self._end,
             on_restart=self._restart,
+            on_deaths=lambda epochs: self._restarts.forgive(epochs),
             listens_and_serves=lambda: (self._port, self._files),
         )
+        self._restarts = Restarts(order.policy.restart, chooses_port=order.address.port is None)
         self._predecessor: dict[str, Any] | None = None
         self._starter = ServerStarter(self._order, instance, on_imports=self._show_imports)
         self._process: ServerProcess | None = None
@@ -315,17 +317,14 @@ class Supervisor:
         """Starts the server, and starts it again as long as the policy says so. Returns once it has failed."""
         await self._footprint.clear_after_predecessor(self._instance, self._predecessor)
         policy = self._order.policy
-        restarts = Restarts(
-            policy.restart,
-            chooses_port=self._order.address.port is None,
-            has_served=(self._predecessor or {}).get("state") in (ServerState.READY, ServerState.RESTARTING),
-        )
+        if (self._predecessor or {}).get("state") in (ServerState.READY, ServerState.RESTARTING):
+            self._restarts.record_ready()
         state = ServerState.STARTING
         while True:
             ended = await self._one_epoch(state)
             state = ServerState.RESTARTING
             if self._status.ready_at is not None:
-                restarts.record_ready()
+                self._restarts.record_ready()
             if isinstance(ended, RestartRequested):
                 await self._stop_server(policy.stop_grace_s)
                 continue
@@ -333,7 +332,7 @@ class Supervisor:
             if self._status.ready_at is None and self._starter.start_failed(ended):
                 await self._stop_server(0)
                 continue
-            decision = restarts.decide(ended)
+            decision = self._restarts.decide(ended, epoch=self._status.epoch)
             if isinstance(decision, GiveUp):
                 await self._fail(decision.diagnosis)
                 return

@@ -534,6 +534,19 @@ class Attachment:
         }
 
 
+def report_deaths(attachment: Attachment, request: str, epochs: Sequence[int]) -> list[int] | None:
+    """Tells the supervisor that these epochs died under one request; returns those that did die.
+
+    None: it is not known. The ends of a restart on request, or with the supervisor, are no deaths.
+    """
+    with contextlib.suppress(ManagedVLLMError, OSError):
+        channel = attachment.attach()
+        reply = {} if channel is None else channel.request("deaths", request=request, epochs=list(epochs))
+        if reply.get("ok"):
+            return [int(epoch) for epoch in reply["died"]]
+    return None
+
+
 @contextlib.contextmanager
 def _not_ready_within(timeout: float | None) -> Iterator[None]:
     """Gives a bare `TimeoutError` its message. The server's own `StartupTimeoutError` passes unchanged."""

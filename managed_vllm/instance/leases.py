@@ -20,7 +20,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +64,13 @@ class Leases:
         status: Callable[[], ServerStatus],
         on_end: Callable[[str], None],
         on_restart: Callable[[], None],
+        on_deaths: Callable[[Sequence[int]], list[int]] = list,
         listens_and_serves: Callable[[], tuple[int | None, Files | None]] = lambda: (None, None),
     ) -> None:
         """`status` returns the server's present status; what concerns the users is filled in here.
 
         `on_end` is called with the reason when the server is to end, `on_restart` when a user asks for a restart.
+        `on_deaths` is called with the epochs that ended under one request, and returns those that died.
         `listens_and_serves` tells the port on which the server listens, and which files it has read, as far as known.
         """
         self._instance = instance
@@ -76,6 +78,7 @@ class Leases:
         self._status = status
         self._on_end = on_end
         self._on_restart = on_restart
+        self._on_deaths = on_deaths
         self._listens_and_serves = listens_and_serves
         self._users: set[_User] = set()
         self._keep_alive_s = 0.0
@@ -197,6 +200,8 @@ class Leases:
             case "give_way":
                 self._on_end(f"pid {user.pid} wants its name for another server")
                 return {"ok": True}
+            case "deaths":
+                return {"ok": True, "died": self._on_deaths([int(epoch) for epoch in message["epochs"]])}
             case "stop" if message.get("unless_used") and any(user.has_lease for user in self._users):
                 return {"ok": False, "status": self.status().to_dict()}
             case "stop":

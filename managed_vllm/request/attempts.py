@@ -12,7 +12,7 @@ import contextlib
 import errno
 import functools
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from managed_vllm.request.bodies import RequestBody, encode_body
 from managed_vllm.request.bounds import Bound, closed_error
 from managed_vllm.request.concurrency import MAX_IN_FLIGHT, ConcurrencyLimiter
 from managed_vllm.request.connections import ConnectionPool, Transport
+from managed_vllm.request.deaths import Deaths, body_of, content_of
 from managed_vllm.request.endpoints import Endpoint, Endpoints, Find, Lookups, Ready
 from managed_vllm.request.event_loops import PerLoop
 from managed_vllm.request.http_errors import (
@@ -42,6 +43,7 @@ from managed_vllm.request.server_images import ServerImages, is_miss
 from managed_vllm.status import Connection
 
 Progress = Callable[[], None]
+Report = Callable[[str, Sequence[int]], Sequence[int] | None]
 
 _LOST = (408, 429, 500, 502, 503, 504)
 _REFUSED = (429, 503)
@@ -92,6 +94,8 @@ class Sender:
         retry: how often a lost request is sent again.
         max_in_flight: requests in flight at once in one event loop, at most.
         media_ids: whether an image that the server has is sent as its id alone.
+        report: tells the supervisor which request has deaths laid to it, and returns which of these epochs did die;
+            None where there is no supervisor. May block: called in a thread.
     """
 
     def __init__(
@@ -102,8 +106,11 @@ class Sender:
         retry: RetryPolicy,
         max_in_flight: int = MAX_IN_FLIGHT,
         media_ids: bool = False,
+        report: Report | None = None,
     ) -> None:
         self.retry = retry
+        self._deaths = Deaths(retry.max_deaths)
+        self._report = report
         self.max_in_flight = max_in_flight
         self._endpoints = Endpoints(find, ready)
         self._transport = Transport()
@@ -197,6 +204,10 @@ class Sender:
     async def _until_done(self, attempts: _Attempts, state: _LoopState, bound: Bound) -> None:
         """Makes attempts, each with a server that is ready, until one succeeds or there are no further ones."""
         retries = Retries(self.retry)
+        content = attempts.content if self._deaths else None
+        if content is not None and self._deaths.is_known(content):
+            retries.deaths = self._deaths.of(content)
+            raise retries.error()
         lost_epoch: int | None = None
         pause_s = 0.0
         while True:
@@ -204,6 +215,9 @@ class Sender:
             endpoint = await self._endpoints.get(state.lookups, lost_epoch, pause_s, bound)
             bound.reason = _NOT_SENT
             if lost_epoch is not None and endpoint[1] != lost_epoch:
+                if retries.sent:
+                    content = attempts.content
+                    await self._lay(lost_epoch, content, retries)
                 spread_s = retries.add_epoch()
                 retries.raise_if_exhausted()
                 await asyncio.sleep(spread_s)
@@ -211,6 +225,8 @@ class Sender:
             bound.reason = _NO_ANSWER
             try:
                 if await attempts.make(endpoint, resend=retries.ever_lost):
+                    if content is not None:
+                        self._deaths.clear(content)
                     return
                 lost_epoch, pause_s = None, 0.0
             except ResponseLostError as error:
@@ -219,11 +235,24 @@ class Sender:
                 if attempts.done:
                     return
                 lost_epoch, pause_s = endpoint[1], retries.add_loss(error, progressed=progressed)
+                if progressed and content is not None:
+                    self._deaths.clear(content)
                 if retries.repeated and await self._is_healthy(endpoint):
                     attempts.refuse(error)
                     continue
                 await attempts.back_off(error, retries)
                 _raise_if_too_late(error, pause_s, bound)
+
+    async def _lay(self, epoch: int, content: str, retries: Retries) -> None:
+        """Lays the end of an epoch to a request that was in flight then, and to others of its content."""
+        self._deaths.add(content, epoch)
+        retries.deaths = self._deaths.of(content)
+        if not retries.exhausted or self._report is None:
+            return
+        crashed = await asyncio.to_thread(self._report, content, retries.deaths)
+        if crashed is not None:
+            self._deaths.keep(content, crashed)
+            retries.deaths = self._deaths.of(content)
 
     async def _is_healthy(self, endpoint: Endpoint) -> bool:
         """Whether the server lives. vLLM's `/health` is 503 as soon as its engine has died; others may have none."""
@@ -295,6 +324,7 @@ class Sender:
         if self._images is not None:
             self._images = ServerImages()  # another thread may have held its lock
         self._transport.after_fork()
+        self._deaths.after_fork()
 
 
 _NOT_SENT = "the deadline passed before the request was sent"
@@ -308,6 +338,10 @@ class _Attempts(Protocol):
     @property
     def done(self) -> bool:
         """Whether no further attempt is needed."""
+
+    @property
+    def content(self) -> str:
+        """What is asked for; see `deaths.content_of`."""
 
     async def make(self, endpoint: Endpoint, *, resend: bool) -> bool:
         """Makes one attempt; returns whether it was the last. Raises `ResponseLostError`."""
@@ -352,6 +386,10 @@ class _RequestAttempts:
     @property
     def done(self) -> bool:
         return self._request.complete
+
+    @property
+    def content(self) -> str:
+        return self._request.content
 
     async def make(self, endpoint: Endpoint, *, resend: bool) -> bool:
         self._connection, self._epoch = endpoint
@@ -421,6 +459,11 @@ class _OpenAttempts:
         self._transport = transport
         self._request = method, path, headers, body
         self.response: aiohttp.ClientResponse | None = None
+
+    @property
+    def content(self) -> str:
+        _, path, _, body = self._request
+        return content_of(path, None if body is None else body_of(body))
 
     async def make(self, endpoint: Endpoint, *, resend: bool) -> bool:
         connection, _ = endpoint

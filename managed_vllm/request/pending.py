@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from managed_vllm.request.deaths import content_of
 from managed_vllm.request.retry import ResponseLostError
 
 
@@ -56,6 +57,10 @@ class PendingRequest(Protocol):
     def broken_off(self) -> bool:
         """Whether the caller has been given something that was lost since: then the answer can't go on."""
 
+    @property
+    def content(self) -> str:
+        """What is asked for, as a short text; see `deaths.content_of`."""
+
     def next(self) -> HTTPRequest:
         """The HTTP request to send now."""
 
@@ -90,6 +95,10 @@ class JSONRequest:
     @property
     def complete(self) -> bool:
         return self._answer is not None
+
+    @property
+    def content(self) -> str:
+        return content_of(self._request.path, self._request.body)
 
     def next(self) -> HTTPRequest:
         return self._request

@@ -24,6 +24,7 @@ from typing import Any
 
 import msgspec
 
+from managed_vllm.request.deaths import content_of
 from managed_vllm.request.pending import HTTPRequest
 from managed_vllm.request.responses import MALFORMED, ParsedResponse, parse, parse_dict
 from managed_vllm.request.retry import ResponseLostError, ServerFaultError
@@ -165,6 +166,11 @@ class Generation:
         self._doubtful = 0  # n: the text of the last tokens is due for the n-th time; 0: all kept tokens are certain
         self._whole: ParsedResponse | None = None
         self.kept = 0
+
+    @property
+    def content(self) -> str:
+        """What is asked for, however much of it has come."""
+        return content_of(self._route, self._body)
 
     @property
     def _chat(self) -> bool:

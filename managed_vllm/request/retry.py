@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 
-from managed_vllm.errors import RequestError, ServerBusyError, ServerDiedError
+from managed_vllm.errors import DeadlyRequestError, RequestError, ServerBusyError, ServerDiedError
 from managed_vllm.policies import RetryPolicy
 
 _MAX_RETRY_AFTER_S = 60.0
@@ -48,7 +48,8 @@ class Retries:
     Attributes:
         ever_lost: whether any response was lost.
         lost: responses lost in a row, without progress, since the last epoch began.
-        deaths: epochs that ended under the request without progress.
+        deaths: the epochs that died under the request without progress.
+        sent: whether it may have reached the server in this epoch.
         repeated: whether the last two losses of this epoch were the same `ServerFaultError`.
     """
 
@@ -56,10 +57,10 @@ class Retries:
         self._policy = policy
         self.ever_lost = False
         self.lost = 0
-        self.deaths = 0
+        self.deaths: tuple[int, ...] = ()
         self.repeated = False
         self._words: str | None = None
-        self._sent = False
+        self.sent = False
         self._status: int | None = None
         self._reason = ""
 
@@ -69,13 +70,13 @@ class Retries:
         `progressed`: new tokens were kept.
         """
         if progressed:
-            self.deaths = self.lost = 0
+            self.deaths, self.lost = (), 0
             self._words = None
         words = loss.words if isinstance(loss, ServerFaultError) else None
         self.repeated, self._words = words is not None and words == self._words, words
         self.ever_lost = True
         self.lost += 1
-        self._sent = self._sent or loss.sent
+        self.sent = self.sent or loss.sent
         self._status = loss.status
         self._reason = str(loss)
         longest = min(self._policy.backoff_max_s, self._policy.backoff_initial_s * 2.0 ** min(self.lost - 1, 60))
@@ -84,28 +85,33 @@ class Retries:
 
     def add_epoch(self) -> float:
         """The last loss was a death, and another epoch is ready. Returns the seconds to wait before sending."""
-        self.deaths += self._sent
-        self.lost, self._sent = 0, False
+        self.lost, self.sent = 0, False
         self._words = None
         return random.uniform(0, self._policy.spread_s)
 
     @property
     def exhausted(self) -> bool:
         """Whether the policy allows no further attempt."""
-        return self.deaths >= self._policy.max_deaths or self.lost >= self._policy.max_lost
+        return len(self.deaths) >= self._policy.max_deaths or self.lost >= self._policy.max_lost
 
     def error(self, cause: ResponseLostError | None = None) -> RequestError:
         """What to tell the caller once there is no further attempt."""
-        if self.deaths >= self._policy.max_deaths:
-            times = "once" if self.deaths == 1 else f"{self.deaths} times"
-            why = f"the server died {times} under this request; it may be what kills it. At last: {self._reason}"
-        else:
-            times = "once" if self.lost == 1 else f"{self.lost} times in a row"
-            why = f"the answer was lost {times}, without a new epoch of the server. At last: {self._reason}"
+        if len(self.deaths) >= self._policy.max_deaths:
+            return self._deadly(cause)
+        times = "once" if self.lost == 1 else f"{self.lost} times in a row"
+        why = f"the answer was lost {times}, without a new epoch of the server. At last: {self._reason}"
         busy = self._status == 429
         error: RequestError = ServerBusyError(f"the server is busy: {why}") if busy else ServerDiedError(why)
         error.status = self._status
         error.__cause__ = cause
+        return error
+
+    def _deadly(self, cause: ResponseLostError | None) -> DeadlyRequestError:
+        times = "once" if len(self.deaths) == 1 else f"{len(self.deaths)} times"
+        last = f" At last: {self._reason}" if self._reason else ""
+        why = f"the server died {times} under this request; it may be what kills it, and is not sent again.{last}"
+        error = DeadlyRequestError(why, epochs=self.deaths)
+        error.status, error.__cause__ = self._status, cause
         return error
 
     def raise_if_exhausted(self, cause: ResponseLostError | None = None) -> None:

@@ -18,6 +18,7 @@ orders of the environment variable STANDIN, a JSON object:
     chatter      a line with {n}, counted up, that it goes on saying for ever; it never listens
     paused       true: /is_paused says so                          echo       true: it echoes, also with `max_tokens`
     shm          true: the Worker maps a segment /dev/shm/psm_…; a path: it is noted there
+    poison       a text: a request with that in it ends the server
     map          the server maps these files for as long as it runs
 
 A file named `<number>-<kind>` in the folder `faults` is claimed by the next generation request of more than one token
@@ -221,6 +222,7 @@ class Handler(BaseHTTPRequestHandler):
     key = ""
     token_s = 0.0
     paused = False
+    poison = b""
     echo = False
     faults = Faults(None, None)
     engine: Engine | None = None
@@ -270,6 +272,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
             return self._error(404, "no such route")
         try:
+            if self.poison and self.poison in raw:
+                os._exit(0)
             body = json.loads(raw)
             if body.get("model") != self.model:
                 raise _Refused(f"The model `{body.get('model')}` does not exist.", 404)
@@ -581,6 +585,7 @@ def main() -> None:
     Handler.token_s = order.get("token_s", 0)
     Handler.echo = bool(order.get("echo"))
     Handler.paused = bool(order.get("paused"))
+    Handler.poison = str(order.get("poison", "")).encode()
     Handler.faults = Faults(order.get("faults"), order.get("crash_at"))
     if "exit_after" in order:
         threading.Timer(order["exit_after"], os._exit, [order.get("exit", 1)]).start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from managed_vllm import RetryPolicy
-from managed_vllm.errors import ServerBusyError, ServerDiedError
+from managed_vllm.errors import DeadlyRequestError, ServerBusyError, ServerDiedError
 from managed_vllm.request.retry import ResponseLostError, Retries, ServerFaultError
 
 
@@ -40,13 +40,18 @@ def test_losses_in_a_row_exhaust_it_and_progress_starts_the_count_anew() -> None
 
 def test_deaths_under_the_request_exhaust_it_unless_it_never_reached_the_server() -> None:
     retries = Retries(RetryPolicy(max_deaths=2))
-    for sent in (True, False, False, False):
+    for sent in (True, False):
         retries.add_loss(ResponseLostError("gone", sent=sent), progressed=False)
+        assert retries.sent == sent
         retries.add_epoch()
-        assert (retries.lost, retries.exhausted) == (0, False)
-    retries.add_loss(ResponseLostError("gone"), progressed=False)
-    retries.add_epoch()
-    assert "died 2 times under this request; it may be what kills it" in str(retries.error())
+        assert (retries.lost, retries.sent, retries.exhausted) == (0, False, False)
+    retries.deaths = (1, 3)
+    error = retries.error()
+    assert isinstance(error, DeadlyRequestError)
+    assert "died 2 times under this request; it may be what kills it" in str(error)
+    assert error.epochs == (1, 3)
+    retries.add_loss(ResponseLostError("gone"), progressed=True)
+    assert not retries.exhausted
 
 
 def test_a_server_that_takes_nothing_is_busy_not_dead() -> None:

@@ -69,3 +69,28 @@ def test_a_lost_port_costs_no_restart_but_not_for_ever() -> None:
 def test_a_port_that_was_asked_for_is_not_replaced() -> None:
     lost = ended(Cause.PORT_IN_USE)
     assert Restarts(POLICY, chooses_port=False, has_served=False).decide(lost) == GiveUp(lost)
+
+
+def test_deaths_that_are_laid_to_one_request_are_left_out_of_the_count() -> None:
+    restarts = serving(RestartPolicy(max_restarts=2))
+    for epoch in (1, 2):
+        assert isinstance(restarts.decide(ended(), epoch=epoch), StartAgain)
+    assert restarts.forgive([1, 2, 7]) == [1, 2]
+    assert [restarts.decide(ended(), epoch=epoch) for epoch in (3, 4)] == [StartAgain(0.0), StartAgain(0.5)]
+    assert isinstance(restarts.decide(ended(), epoch=5), GiveUp)
+
+
+def test_one_death_alone_is_counted_whatever_request_was_in_flight() -> None:
+    restarts = serving(RestartPolicy(max_restarts=1))
+    restarts.decide(ended(), epoch=1)
+    assert restarts.forgive([1]) == [1]
+    assert isinstance(restarts.decide(ended(), epoch=2), GiveUp)
+
+
+def test_a_server_that_every_request_kills_is_given_up() -> None:
+    restarts = serving(RestartPolicy(max_restarts=2))
+    for epoch in range(1, 20):
+        if isinstance(restarts.decide(ended(), epoch=epoch), GiveUp):
+            break
+        restarts.forgive([epoch - 1, epoch])
+    assert epoch == 7
