@@ -12,9 +12,11 @@ import tokenize
 from pathlib import Path
 from typing import Any, get_args
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import HANG_S, is_live
 
 from managed_vllm.agent.actions import (
     Action,
@@ -40,6 +42,7 @@ from managed_vllm.agent.actions import (
     table,
     to_pyautogui,
 )
+from managed_vllm.agent.actions.pyautogui_source import CLIPBOARD
 
 NUMBERS = st.floats(0, 5000)
 HARD = st.sampled_from(
@@ -72,13 +75,14 @@ NODES = (
 )
 MOUSE_AND_KEYS = ("click", "moveTo", "dragTo", "scroll", "hscroll", "write", "press", "hotkey", "keyDown", "keyUp")
 FUNCTIONS = {f"pyautogui.{name}" for name in MOUSE_AND_KEYS}
-FUNCTIONS |= {"time.sleep", "pyperclip.copy"}
+FUNCTIONS |= {"time.sleep", "to_clipboard"}
 KEYWORDS = {"clicks", "button", "duration", "interval", "x", "y"}
 
 
 def check_source(source: str) -> list[str]:
     """That nothing but the expected calls of constants is in it. Returns its string literals."""
     assert source.isascii()
+    source = source.replace(CLIPBOARD, "", 1)
     tree = ast.parse(source)
     for node in ast.walk(tree):
         assert isinstance(node, NODES), ast.dump(node)
@@ -87,9 +91,9 @@ def check_source(source: str) -> list[str]:
             assert all(isinstance(argument, ast.Constant | ast.UnaryOp) for argument in node.args)
             assert {keyword.arg for keyword in node.keywords} <= KEYWORDS
         if isinstance(node, ast.alias):
-            assert (node.name, node.asname) in {("pyautogui", None), ("time", None), ("pyperclip", None)}
+            assert (node.name, node.asname) in {("pyautogui", None), ("time", None)}
         if isinstance(node, ast.Name):
-            assert node.id in {"pyautogui", "time", "pyperclip"}
+            assert node.id in {"pyautogui", "time", "to_clipboard"}
     comments = {t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
     assert comments <= {"# finished: nothing to do", "# call_user: nothing to do", "# nothing to do"}
     return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
@@ -190,6 +194,39 @@ def test_source_does_what_the_actions_say(tmp_path: Path) -> None:
         ["pyautogui.keyDown", ["shift"], {}],
         ["pyautogui.keyUp", ["up"], {}],
     ]
+
+
+HOLDER = """
+import subprocess, sys
+def copy(text):
+    if text == "\u00e9":
+        raise RuntimeError("no clipboard")
+    holder = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    with open(__file__ + ".pid", "w") as file:
+        file.write(str(holder.pid))
+"""
+"""A pyperclip whose clipboard is a program that stays, as xclip does."""
+
+
+def test_a_program_that_holds_the_clipboard_does_not_hold_the_output_of_the_script(tmp_path: Path) -> None:
+    (tmp_path / "pyperclip.py").write_text(HOLDER)
+    (tmp_path / "pyautogui.py").write_text("def hotkey(*keys):\n    print(keys)\n")
+
+    def run(text: str) -> subprocess.CompletedProcess[str]:
+        start = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        command = [sys.executable, "-c", start + to_pyautogui(Type(text), typing="paste")]
+        return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
+
+    done = run("x")
+    holder = psutil.Process(int((tmp_path / "pyperclip.py.pid").read_text()))
+    try:
+        assert done.stdout == "('ctrl', 'v')\n"
+        assert is_live(holder)
+    finally:
+        holder.kill()
+    failed = run("é")
+    assert failed.returncode == 1
+    assert "no clipboard" in failed.stderr
 
 
 def test_waiting_and_keys_are_the_callers_choice() -> None:

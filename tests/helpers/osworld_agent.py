@@ -93,7 +93,7 @@ def _calls(tree: ast.Module) -> Iterator[list[Any]]:
         name = ast.unparse(node.value.func)
         arguments = [ast.literal_eval(each) for each in node.value.args]
         options = {str(each.arg): ast.literal_eval(each.value) for each in node.value.keywords}
-        if name == "pyperclip.copy":
+        if name in ("pyperclip.copy", "to_clipboard"):
             yield ["COPY", arguments, options]
         elif name.startswith("pyautogui."):
             name = name.removeprefix("pyautogui.")

@@ -1,7 +1,8 @@
 """Actions as Python source with pyautogui, which is what OSWorld's `DesktopEnv.step` runs on its machine.
 
 What the model said is in the source as ASCII string literals only, numbers are written by us: no answer can become
-code. The source always parses, and needs nothing but pyautogui, `time`, and pyperclip where text is pasted.
+code. The source always parses, and needs nothing but pyautogui, the standard library, and, where text is pasted,
+pyperclip.
 
 OSWorld's own agents end an episode by the words `DONE` and `FAIL` in the place of source; that is for the environment's
 adapter: here `Finished` and `CallUser` do nothing, and are a comment. OSWorld sets `pyautogui.FAILSAFE = False` before
@@ -32,6 +33,23 @@ from managed_vllm.agent.actions.values import (
     Type,
     Wait,
 )
+
+CLIPBOARD = """\
+import os
+import pyperclip
+def to_clipboard(text):
+    outputs = [(fd, os.dup(fd)) for fd in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for fd, _ in outputs:
+            os.dup2(nowhere, fd)
+        pyperclip.copy(text)
+    finally:
+        for fd, output in outputs:
+            os.dup2(output, fd)
+"""
+"""Ahead of source that pastes. On X11 a program stays and holds the clipboard (xclip). If it had the script's outputs,
+a machine's server that reads these to their end would wait until something else is copied."""
 
 Typing = Literal["auto", "write", "paste"]
 Keys = Mapping[str, str] | Literal["as_said"] | None
@@ -117,8 +135,8 @@ def to_pyautogui(
     pause = f"time.sleep({_seconds(pause_s)})"
     body = f"\n{pause}\n".join("\n".join(block) for block in blocks if block)
     imports = "import pyautogui\nimport time\n"
-    if "pyperclip.copy(" in body:
-        imports += "import pyperclip\n"
+    if "to_clipboard(" in body:
+        imports += CLIPBOARD
     return f"{imports}{body}\n" if body else imports
 
 
@@ -143,7 +161,7 @@ def _typed(text: str, typing: Typing, paste_keys: tuple[str, ...], interval_s: f
         return []
     if not by_keys(text, typing):
         text.encode()  # UnicodeEncodeError, a ValueError, here rather than there
-        return [f"pyperclip.copy({text!a})", _pressed(list(paste_keys)), "time.sleep(0.5)"]
+        return [f"to_clipboard({text!a})", _pressed(list(paste_keys)), "time.sleep(0.5)"]
     if not _has_keys(text):
         raise ValueError(f"pyautogui has keys for ASCII only, not for {text!r:.80}: use typing='auto'")
     # pyautogui 0.9.54 on X11: "less" is found on the 102nd key, too, and that with shift is ">". This is a US layout's
