@@ -217,13 +217,13 @@ def test_a_program_that_holds_the_clipboard_does_not_hold_the_output_of_the_scri
         command = [sys.executable, "-c", start + to_pyautogui(Type(text), typing="paste")]
         return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
 
-    done = run("x")
-    holder = psutil.Process(int((tmp_path / "pyperclip.py.pid").read_text()))
     try:
-        assert done.stdout == "('ctrl', 'v')\n"
-        assert is_live(holder)
+        assert run("x").stdout == "('ctrl', 'v')\n"
     finally:
+        holder = psutil.Process(int((tmp_path / "pyperclip.py.pid").read_text()))
+        held = is_live(holder)
         holder.kill()
+    assert held
     failed = run("é")
     assert failed.returncode == 1
     assert "no clipboard" in failed.stderr
