@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import Counter
@@ -11,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from managed_vllm.agent.types import FailureClass, StopReason, Trajectory
+from managed_vllm.standard_error import StandardError
 
 _EVERY_S = 10.0
 """Between the lines where standard error is no terminal."""
@@ -84,7 +84,8 @@ class RunProgress:
     """
 
     def __init__(self, stats: RunStats, show: bool | None) -> None:
-        terminal = bool(getattr(sys.stderr, "isatty", lambda: False)())
+        self._stream: Any = StandardError()
+        terminal = self._stream.isatty()
         self._stats = stats
         self._moving = terminal and show is not False
         self._lines = bool(show) and not terminal
@@ -98,7 +99,7 @@ class RunProgress:
             from rich.live import Live
 
             self._live = Live(
-                get_renderable=lambda: _bar(self._stats), console=Console(stderr=True), refresh_per_second=4
+                get_renderable=lambda: _bar(self._stats), console=Console(file=self._stream), refresh_per_second=4
             )
             self._live.start()
         elif self._lines:
@@ -121,7 +122,7 @@ class RunProgress:
             self._print()
 
     def _print(self) -> None:
-        print(describe(self._stats), file=sys.stderr, flush=True)
+        print(describe(self._stats), file=self._stream, flush=True)
 
 
 def describe(stats: RunStats) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import struct
@@ -22,6 +23,8 @@ from typing import Any
 from managed_vllm.errors import SupervisorError
 from managed_vllm.socket_paths import short_path
 from managed_vllm.status import ServerStatus
+
+log = logging.getLogger("managed_vllm")
 
 MAX_LINE = 4 << 20
 """Longest line in bytes that either end accepts."""
@@ -158,4 +161,7 @@ class Channel:
                 self._replies[message["id"]] = message
             self._changed.notify_all()
         if status is not None and self._on_change is not None:
-            self._on_change(status)
+            try:
+                self._on_change(status)
+            except BaseException:  # SystemExit, too: whoever looks on must not cost the lease
+                log.exception("a listener to the server's status failed")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from types import TracebackType
 from typing import Any
 
+from managed_vllm.standard_error import StandardError
 from managed_vllm.status import ServerState, ServerStatus
 
 log = logging.getLogger("managed_vllm")
@@ -22,7 +22,8 @@ class StartupProgress:
     """
 
     def __init__(self, title: str, show: bool | None) -> None:
-        terminal = bool(getattr(sys.stderr, "isatty", lambda: False)())
+        self._stream: Any = StandardError()
+        terminal = self._stream.isatty()
         self._title = title
         self._lines = bool(show) and not terminal
         self._moving = terminal and show is not False
@@ -41,7 +42,7 @@ class StartupProgress:
             elapsed = time.monotonic() - self._started
             log.info("%s: %s (%.1f s)", self._title, text, elapsed)
             if self._lines:
-                print(f"[{elapsed:5.1f} s] {self._title}: {text}", file=sys.stderr, flush=True)
+                print(f"[{elapsed:5.1f} s] {self._title}: {text}", file=self._stream, flush=True)
             elif self._moving and status.state in (ServerState.STARTING, ServerState.RESTARTING):
                 self._show(text)
 
@@ -54,7 +55,7 @@ class StartupProgress:
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
                 TimeElapsedColumn(),
-                console=Console(stderr=True),
+                console=Console(file=self._stream),
                 transient=True,
             )
             self._live.start()

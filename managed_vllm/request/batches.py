@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 from managed_vllm.errors import ManagedVLLMError, RequestError
 from managed_vllm.request.arguments import ProgressBar
 from managed_vllm.request.outputs import RequestOutput
+from managed_vllm.standard_error import StandardError
 
 T = TypeVar("T")
 
@@ -104,7 +106,7 @@ class _Bar:
         if not callable(use_tqdm):
             from tqdm.auto import tqdm
 
-            make = tqdm
+            make = functools.partial(tqdm, file=StandardError())
         with contextlib.closing(make(total=count, desc="Processed prompts", dynamic_ncols=True)) as bar:
             yield cls(bar)
 

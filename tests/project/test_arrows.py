@@ -9,7 +9,7 @@ import arrows
 
 # -- arrows ------------------------------------------------------------------------------------------------------------
 
-VALUES = {"masking", "status", "errors", "policies", "forks", "urls", "paths", "socket_paths"}
+VALUES = {"masking", "status", "errors", "policies", "forks", "urls", "paths", "socket_paths", "standard_error"}
 """What every room may use: values, exceptions, and small functions without any state but the fork hooks."""
 ALLOWED: dict[str, set[str]] = {
     "masking": set(),
@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "urls": {"errors", "masking"},
     "paths": {"errors"},
     "socket_paths": set(),
+    "standard_error": set(),
     "in_server": set(),
     "demo": {"errors"},
     "engine_arguments": VALUES | {"in_server"},
