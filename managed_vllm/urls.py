@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
+import socket
 from urllib.parse import urlsplit
 
 from managed_vllm.errors import ConfigError
 from managed_vllm.masking import Secret, without_passwords
+from managed_vllm.status import is_loopback
 
 
 def normalized_url(url: str) -> str:
@@ -36,3 +39,29 @@ def checked_api_key(key: str | Secret) -> Secret:
     if not isinstance(text, str) or not re.fullmatch(r"[!-~]+", text):
         raise ConfigError("api_key must be a non-empty word of ASCII characters", field="api_key")
     return Secret(text)
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host is this very machine, as far as can be told without asking a name server: no proxy gets to see it.
+
+    Loopback, the machine's own name and addresses, and `0.0.0.0`, which stands in vLLM's log.
+    """
+    bare = host.removeprefix("[").removesuffix("]").removesuffix(".").lower()
+    if is_loopback(bare) or bare.endswith(".localhost") or bare == socket.gethostname().lower():
+        return True
+    try:
+        address = ipaddress.ip_address(bare.partition("%")[0])
+    except ValueError:
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified or _is_own(address)
+
+
+def _is_own(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Only addresses of the machine itself can be bound."""
+    try:
+        with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError:
+        return False
+    return True

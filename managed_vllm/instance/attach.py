@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from managed_vllm import forks
+from managed_vllm import forks, green_threads
 from managed_vllm.config import Address, ServerSpec, SupervisorOrder
 from managed_vllm.errors import (
     ConfigError,
@@ -229,6 +229,7 @@ class Attachment:
         Raises `ServerStoppedError` after `close`, `TimeoutError` when the deadline (monotonic clock) passes, and all
         that `ManagedVLLM` raises on entering.
         """
+        green_threads.refuse()
         with self._locked(deadline):
             self._raise_if_closed()
             if self._external is not None or (self._channel is not None and not self._channel.closed):

@@ -6,15 +6,16 @@ are not sent to another one. What can only be said of a server of ours is an err
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from managed_vllm.errors import AuthenticationError, ConfigError, ModelNotServedError, ServerUnreachableError
 from managed_vllm.masking import Secret, without_passwords
-from managed_vllm.status import Connection, is_loopback
-from managed_vllm.urls import checked_api_key, normalized_url
+from managed_vllm.status import Connection
+from managed_vllm.urls import checked_api_key, is_this_machine, normalized_url
 
 if TYPE_CHECKING:
     import requests
@@ -75,6 +76,8 @@ def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: 
     try:
         with http_session(url, api_key) as http:
             response = http.get(f"{url}/models", timeout=timeout_s)
+    except requests.TooManyRedirects as error:
+        raise _redirected(shown, error.response) from error
     except requests.ConnectionError as error:
         raise ServerUnreachableError(
             f"nothing answers at {shown} ({_reason(error)}); is the server running, are host and port right?",
@@ -117,14 +120,40 @@ def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: 
 
 
 def http_session(url: str, api_key: str | None) -> requests.Session:
-    """A session for a server at `url` that sends its key. No proxy sees what is meant for this machine."""
+    """A session for a server at `url` that sends its key, and takes no other from `~/.netrc`.
+
+    No proxy sees what is meant for this machine. A redirect is an error (`requests.TooManyRedirects`): of the requests
+    that follow, which are POSTs, it would lose the body.
+    """
     import requests
 
     session = requests.Session()
-    session.trust_env = not is_loopback(urlsplit(url).hostname or "")
-    if api_key:
-        session.headers["Authorization"] = f"Bearer {api_key}"
+    session.trust_env = not is_this_machine(urlsplit(url).hostname or "")
+    session.max_redirects = 0
+    session.auth = functools.partial(_with_key, api_key)
     return session
+
+
+def _with_key(api_key: str | None, request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Adds the key, else the user and password that the URL has. Whoever does this himself keeps `requests` from it."""
+    from requests.auth import HTTPBasicAuth
+    from requests.utils import get_auth_from_url
+
+    user, password = get_auth_from_url(request.url or "")
+    if api_key:
+        request.headers["Authorization"] = f"Bearer {api_key}"
+    elif user or password:
+        HTTPBasicAuth(user, password)(request)
+    return request
+
+
+def _redirected(shown: str, response: requests.Response | None) -> ServerUnreachableError:
+    status = "" if response is None else f" (HTTP {response.status_code})"
+    place = "" if response is None else urljoin(response.url, response.headers.get("Location", ""))
+    base_url = without_passwords(place.removesuffix("/").removesuffix("/models"))
+    return ServerUnreachableError(
+        f"{shown} redirects to {base_url or 'nowhere'}{status}; give the address itself as base_url=", base_url=shown
+    )
 
 
 def _served(response: requests.Response) -> Sequence[tuple[str, str | None]] | None:

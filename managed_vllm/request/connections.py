@@ -5,7 +5,7 @@ time per request, and more with every connection in flight. What must hold:
 
 - There are as many connections as requests in flight; idle ones are closed before the server closes them.
 - The only time-out of its own is that for connecting. Deadlines are the caller's.
-- For a server on loopback, no proxy, netrc or cookie is taken from the environment.
+- For a server on this machine, no proxy is taken from the environment; netrc and cookies for none.
 - A body is released once it is sent: with images in it, it is what costs memory.
 """
 
@@ -29,7 +29,8 @@ from yarl import URL
 from managed_vllm.request.bodies import RequestBody
 from managed_vllm.request.bounds import closed_error
 from managed_vllm.request.event_loops import PerLoop
-from managed_vllm.status import Connection, is_loopback
+from managed_vllm.status import Connection
+from managed_vllm.urls import is_this_machine
 
 CONNECT_TIMEOUT_S = 10.0
 """For connecting. The caller's deadline may be sooner."""
@@ -276,10 +277,10 @@ def _socket(address: Any) -> socket.socket:
 
 
 def proxy_for(base_url: str) -> str | None:
-    """The proxy for a server, from the environment; None for loopback."""
+    """The proxy for a server, from the environment; None for this machine."""
     parts = urlsplit(base_url)
     host = parts.hostname or ""
-    if is_loopback(host) or urllib.request.proxy_bypass(host):
+    if is_this_machine(host) or urllib.request.proxy_bypass(host):
         return None
     proxies = urllib.request.getproxies()
     url = proxies.get(parts.scheme) or proxies.get("all")

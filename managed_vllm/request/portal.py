@@ -14,7 +14,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from managed_vllm import forks
+from managed_vllm import forks, green_threads
 
 T = TypeVar("T")
 
@@ -24,8 +24,12 @@ _loop: asyncio.AbstractEventLoop | None = None
 
 
 def loop() -> asyncio.AbstractEventLoop:
-    """The event loop. Its thread is a daemon, so it ends with the process."""
+    """The event loop. Its thread is a daemon, so it ends with the process.
+
+    Raises `ConfigError` where threads are none (`managed_vllm.green_threads`).
+    """
     global _loop
+    green_threads.refuse()
     with _lock:
         if _loop is None:
             made = asyncio.new_event_loop()

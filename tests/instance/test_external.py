@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from managed_vllm.errors import (
     ServerUnreachableError,
 )
 from managed_vllm.instance.external import http_session
+from managed_vllm.request.connections import proxy_for
 from managed_vllm.status import is_loopback
 from managed_vllm.urls import normalized_url
 
@@ -171,7 +174,107 @@ def test_a_host_that_others_reach_or_are(host: str) -> None:
     assert not is_loopback(host)
 
 
-def test_a_proxy_does_not_see_what_is_meant_for_this_machine() -> None:
-    urls = ["http://127.0.0.2:8000/v1", "http://[::1]:8000/v1", "http://localhost/v1", "http://gpu-box:8000/v1"]
-    assert [http_session(url, None).trust_env for url in urls] == [False, False, False, True]
-    assert http_session(urls[0], "mine").headers["Authorization"] == "Bearer mine"
+OF_THIS_MACHINE = [
+    "127.0.0.2",
+    "[::1]",
+    "localhost",
+    "vllm.localhost",
+    "0.0.0.0",
+    "[::]",
+    "[::ffff:127.0.0.1]",
+    socket.gethostname(),
+    socket.gethostname().upper() + ".",
+]
+
+
+@pytest.mark.parametrize("host", OF_THIS_MACHINE)
+def test_a_proxy_does_not_see_what_is_meant_for_this_machine(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    url = f"http://{host}:8000/v1"
+    assert not http_session(url, None).trust_env
+    assert proxy_for(url) is None
+
+
+@pytest.mark.parametrize("host", ["gpu-box", "192.0.2.1", "[2001:db8::1]", f"not-{socket.gethostname()}"])
+def test_a_proxy_sees_what_is_meant_for_others(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    url = f"http://{host}:8000/v1"
+    assert http_session(url, None).trust_env
+    assert proxy_for(url) == "http://127.0.0.1:9"
+
+
+def test_a_key_that_is_given_goes_before_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "netrc").write_text("default login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    url = "http://gpu-box:8000/v1"
+    sent = {
+        given: http_session(place, given).prepare_request(requests.Request("GET", place)).headers.get("Authorization")
+        for given, place in (("mine", url), (None, url))
+    }
+    assert sent == {"mine": "Bearer mine", None: None}
+    with_password = "http://me:pass@gpu-box:8000/v1"
+    [basic] = [http_session(with_password, None).prepare_request(requests.Request("GET", with_password))]
+    assert basic.headers["Authorization"].startswith("Basic ")
+
+
+@pytest.fixture
+def redirecting() -> Iterator[str]:
+    """The URL of a server that redirects everything, as one behind a proxy does that wants https or a slash."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(308)
+            self.send_header("Location", f"https://gpu-box{self.path}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_an_address_that_redirects_is_an_error_on_entering_that_says_where_to(redirecting: str) -> None:
+    with pytest.raises(ServerUnreachableError, match=r"redirects to https://gpu-box/v1 \(HTTP 308\)"):
+        ManagedVLLM(base_url=redirecting).start()
+
+
+# -- threads that are none ---------------------------------------------------------------------------------------------
+
+GREEN = """
+from gevent import monkey
+
+monkey.patch_all()
+import standin
+from managed_vllm import ManagedVLLM, VLLMClient
+from managed_vllm.errors import ConfigError
+
+for use in (
+    lambda: ManagedVLLM("m", command=standin.command()).start(),
+    lambda: ManagedVLLM(base_url="http://127.0.0.1:9").start(),
+    lambda: VLLMClient("http://127.0.0.1:9", "key", "m").generate("x"),
+):
+    try:
+        use()
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_a_program_whose_threads_gevent_has_patched_is_told_so(home: Path) -> None:
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    done = subprocess.run(
+        [sys.executable, "-c", GREEN],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.stdout.count("gevent has replaced the threads of this program") == 3, done.stderr

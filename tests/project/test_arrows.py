@@ -9,7 +9,8 @@ import arrows
 
 # -- arrows ------------------------------------------------------------------------------------------------------------
 
-VALUES = {"masking", "status", "errors", "policies", "forks", "urls", "paths", "socket_paths", "standard_error"}
+VALUES = {"masking", "status", "errors", "policies", "forks", "urls", "paths", "socket_paths"}
+VALUES |= {"standard_error", "green_threads"}
 """What every room may use: values, exceptions, and small functions without any state but the fork hooks."""
 ALLOWED: dict[str, set[str]] = {
     "masking": set(),
@@ -17,10 +18,11 @@ ALLOWED: dict[str, set[str]] = {
     "errors": {"status"},
     "policies": {"errors", "status"},
     "forks": set(),
-    "urls": {"errors", "masking"},
+    "urls": {"errors", "masking", "status"},
     "paths": {"errors"},
     "socket_paths": set(),
     "standard_error": set(),
+    "green_threads": {"errors"},
     "in_server": set(),
     "demo": {"errors"},
     "engine_arguments": VALUES | {"in_server"},
