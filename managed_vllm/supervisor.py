@@ -45,6 +45,7 @@ from managed_vllm.instance import cleanup, names
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.folder_hold import FolderHold
 from managed_vllm.instance.leases import FIRST_LEASE_S, Leases
+from managed_vllm.instance.spawn import FAILED, LISTENS
 from managed_vllm.masking import Secret, masked_words
 from managed_vllm.served_files import Files
 from managed_vllm.server import diagnosis, launch, stacks
@@ -122,8 +123,8 @@ _STUCK_SOMEWHERE = frozenset(
 
 
 def main() -> None:
-    """Entry point of the supervisor process. Its orders come as JSON on standard input."""
-    message = json.loads(sys.stdin.buffer.read())
+    """Entry point of the supervisor process. Its orders come as a line of JSON on standard input."""
+    message = json.loads(sys.stdin.buffer.readline())
     if os.fork():
         os._exit(0)
     os.setsid()
@@ -133,13 +134,21 @@ def main() -> None:
     instance = Instance(Path(message["home"]), message["id"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    life = [message["life"]]
+
+    def tell_starter(word: bytes) -> None:
+        """Once; where we fail before we listen, it must not simply start another one of us."""
+        while life:
+            with contextlib.suppress(OSError):  # it may be gone
+                os.write(life[0], word)
+            os.close(life.pop())
+
     try:
         order = SupervisorOrder.from_dict(message["order"])
-        asyncio.run(_supervise(instance, order, life=message["life"], lock=message["lock"]))
+        asyncio.run(_supervise(instance, order, lock=message["lock"], on_listening=lambda: tell_starter(LISTENS)))
     except BaseException:
         log.exception("the supervisor failed")
-        with contextlib.suppress(OSError):
-            instance.failed_mark.touch()
+        tell_starter(FAILED)
         raise
 
 
@@ -167,19 +176,12 @@ def _forget_starter() -> None:
         os.close(null)
 
 
-async def _supervise(instance: Instance, order: SupervisorOrder, *, life: int, lock: int) -> None:
-    """Runs the supervisor; `lock` is the descriptor of the locked `supervisor.lock`.
-
-    `life` is the end of a pipe on which the user that started us reads that we listen, or sees that we died.
-    """
-
-    def tell_starter() -> None:
-        with contextlib.suppress(OSError):  # it may be gone
-            os.write(life, b"1")
-        os.close(life)
-
+async def _supervise(
+    instance: Instance, order: SupervisorOrder, *, lock: int, on_listening: Callable[[], None]
+) -> None:
+    """Runs the supervisor; `lock` is the descriptor of the locked `supervisor.lock`."""
     hold = FolderHold(instance, lock)
-    await Supervisor(instance, order, hold).run(tell_starter)
+    await Supervisor(instance, order, hold).run(on_listening)
     hold.release()
 
 

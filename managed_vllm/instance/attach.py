@@ -40,7 +40,7 @@ from managed_vllm.errors import (
 from managed_vllm.instance import admission, directory, external, names
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
-from managed_vllm.instance.election import Election, elect, left_s
+from managed_vllm.instance.election import Election, elect, left_s, raise_if_starter_is_stopped
 from managed_vllm.instance.startup_view import StartupProgress
 from managed_vllm.masking import Secret, masked_words, reveal, without_passwords
 from managed_vllm.policies import SupervisionPolicy
@@ -54,6 +54,8 @@ ATTACH_VARIABLE = "MANAGED_VLLM_ATTACH"
 _SUPERVISOR_PATIENCE_S = 60.0
 _KILLED_SUPERVISORS = 5
 _ANSWER_S = 10.0
+_STOPPED_S = 5.0
+"""Seconds that a starter may be stopped without anybody being told."""
 _ELECTED_S = 0.01
 """Seconds between two looks at what another process has begun."""
 
@@ -304,14 +306,15 @@ class Attachment:
 
     def _lease(self, instance: Instance, deadline: float | None) -> tuple[Channel, SupervisorOrder]:
         """A lease from the instance's supervisor, and its order. Starts the supervisor if none is running."""
-        patience = time.monotonic() + _SUPERVISOR_PATIENCE_S
+        began = time.monotonic()
+        patience = began + _SUPERVISOR_PATIENCE_S
         until = patience if deadline is None else min(patience, deadline)
         killed = 0
         while not self._closed:
             channel = self._asking = self._connect(instance)
             self._raise_if_closed()
             if channel is not None:
-                reply = self._ask_for_lease(channel, instance, deadline)
+                reply = self._ask_for_lease(channel, instance, deadline, began)
                 if reply is not None and reply["ok"]:
                     return channel, admission.check(self.options.spec, self.options.address, instance, reply)
                 self._wait_until_gone(channel, until)
@@ -327,6 +330,8 @@ class Attachment:
                 time.sleep(_ELECTED_S)  # it does not listen yet, or not any more
             else:
                 raise NoServerError(f"the server {instance.id} is not running any more; give model= to start one")
+            if time.monotonic() > began + _STOPPED_S:
+                raise_if_starter_is_stopped(instance)
             if time.monotonic() > until:
                 if until != patience:
                     raise TimeoutError
@@ -361,8 +366,10 @@ class Attachment:
             weakref.finalize(self, channel.close).atexit = False
         return channel
 
-    def _ask_for_lease(self, channel: Channel, instance: Instance, deadline: float | None) -> dict[str, Any] | None:
-        """The supervisor's reply; None if it left at this very moment."""
+    def _ask_for_lease(
+        self, channel: Channel, instance: Instance, deadline: float | None, began: float
+    ) -> dict[str, Any] | None:
+        """The supervisor's reply; None if it left at this very moment. `began`: when we began to want the server."""
         left = _ANSWER_S if deadline is None else min(_ANSWER_S, left_s(deadline))
         try:
             return channel.request(
@@ -371,6 +378,7 @@ class Attachment:
                 keep_alive_s=self.options.keep_alive_s,
                 what=_command_line(),
                 name=self.options.name,
+                asking_for_s=time.monotonic() - began,
             )
         except ConnectionError:
             return None

@@ -167,11 +167,6 @@ class Instance:
         return self.folder / "supervisor.log"
 
     @property
-    def failed_mark(self) -> Path:
-        """Made by a supervisor that fails by itself: the user that waits for it must not simply start another one."""
-        return self.folder / "supervisor.failed"
-
-    @property
     def events_path(self) -> Path:
         return self.folder / "events.jsonl"
 
@@ -301,7 +296,7 @@ class Instance:
 
 
 def _is_ours(name: str) -> bool:
-    return re.fullmatch(r"\.instance\.json-\w+|.+\.failed|.*events\.jsonl(\.1)?", name) is not None or name in (
+    return re.fullmatch(r"\.instance\.json-\w+|.*events\.jsonl(\.1)?", name) is not None or name in (
         "instance.json",
         "image.log",
         "control.sock",

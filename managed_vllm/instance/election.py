@@ -1,7 +1,8 @@
 """The election: which of the users that want a server starts its supervisor.
 
-The start lock is held for as long as it takes to see whether a supervisor lives, and to spawn one if not; never for the
-start of the server itself.
+The start lock is held for as long as it takes to see whether a supervisor lives, and to spawn one if not; neither until
+that listens nor for the start of the server itself. Nobody waits for the lock for long, but looks again whether there
+is a supervisor by now.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import enum
 import errno
 import time
 from collections.abc import Callable
-from typing import Any
 
 import filelock
 
@@ -19,9 +19,10 @@ from managed_vllm.config import SupervisorOrder
 from managed_vllm.errors import StateDirectoryError, SupervisorError
 from managed_vllm.instance import directory
 from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.lock_holders import stopped_holder
 
 _LOOK_S = 0.1
-"""Seconds between two looks, while others start a supervisor, whether it is still wanted here."""
+"""Seconds between two looks, while others have the start lock, whether there is a supervisor by now."""
 
 
 class Election(enum.Enum):
@@ -39,14 +40,18 @@ def elect(instance: Instance, order: SupervisorOrder, deadline: float, wanted: C
 
     try:
         instance.create()
-        with _start_lock(instance, deadline, wanted):
+        # Not for long: whoever has the lock may be stopped, while the supervisor that it has spawned comes up.
+        with instance.start_lock().acquire(timeout=min(_LOOK_S, left_s(deadline)), poll_interval=0.01):
             if directory.is_alive(instance):
                 return Election.LEFT_TO_OTHERS
-            try:
-                listens = spawn.start_supervisor(instance, order, wanted)
-            finally:
+            coming_up = spawn.start_supervisor(instance, order)
+        listens = coming_up is None
+        try:
+            listens = coming_up is None or coming_up.listens(wanted)
+        finally:
+            if not listens:
                 _remove_if_empty(instance)
-            return Election.STARTED if listens else Election.KILLED
+        return Election.STARTED if listens else Election.KILLED
     except (StateDirectoryError, SupervisorError):
         raise
     except filelock.Timeout:
@@ -60,26 +65,24 @@ def elect(instance: Instance, order: SupervisorOrder, deadline: float, wanted: C
 
 
 def _remove_if_empty(instance: Instance) -> None:
-    """Removes a folder in which no supervisor came up or said anything: the start was given up, or it was killed.
+    """Removes a folder in which no supervisor came up or said anything: the start was given up, or it was killed."""
+    with (
+        contextlib.suppress(OSError, filelock.Timeout),
+        instance.start_lock().acquire(timeout=_LOOK_S, poll_interval=0.01),
+    ):
+        said = instance.read_record() is not None or directory.tail(instance.supervisor_log, 1)
+        if not said and not directory.is_alive(instance):
+            instance.remove_folder()
 
-    For the holder of the start lock.
-    """
-    if directory.is_alive(instance) or instance.read_record() is not None or directory.tail(instance.supervisor_log, 1):
-        return
-    instance.remove_folder()
 
-
-def _start_lock(
-    instance: Instance, deadline: float, wanted: Callable[[], bool]
-) -> contextlib.AbstractContextManager[Any]:
-    """Holds the start lock. Raises `filelock.Timeout`, soon if it is not `wanted` any more."""
-    lock = instance.start_lock()
-    while True:
-        try:
-            return lock.acquire(timeout=min(_LOOK_S, left_s(deadline)), poll_interval=0.01)
-        except filelock.Timeout:
-            if not wanted() or not left_s(deadline):
-                raise
+def raise_if_starter_is_stopped(instance: Instance) -> None:
+    """Raises `SupervisorError` if a process that is stopped (Ctrl-Z) has the start lock, and has spawned nothing."""
+    pid = stopped_holder(instance.folder / "start.lock")
+    if pid is not None and not directory.is_alive(instance):
+        raise SupervisorError(
+            f"pid {pid} is about to start the server, but is stopped: continue it (fg, kill -CONT {pid}) or end it",
+            instance=instance.id,
+        )
 
 
 def left_s(deadline: float) -> float:

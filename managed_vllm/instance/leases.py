@@ -7,6 +7,7 @@ What must hold:
 3. The server is wanted as long as there is a lease or it is pinned. When it is not, it stays for `keep_alive_s`, the
    longest that any user so far has asked for; then `on_end` is called.
 4. Once the end is decided no new lease is given: a user that asks waits until this server is gone, then starts another.
+   Where that is a failure, it is told to everybody who had begun to ask before it.
 5. Users of other uids are refused.
 """
 
@@ -17,6 +18,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -85,6 +87,7 @@ class Leases:
         self._pinned = False
         self._names: set[str] = set()
         self._open = True
+        self._failed_at: float | None = None
         self._end_timer: asyncio.TimerHandle | None = None
         self._first_lease = asyncio.Event()
         self._listener: asyncio.Server | None = None
@@ -120,6 +123,8 @@ class Leases:
 
     def publish(self, *, droppable: bool = False) -> None:
         """Sends the status to every lease; if `droppable`, not to those that are behind with reading."""
+        if self._failed_at is None and self._status().state is ServerState.FAILED:
+            self._failed_at = time.monotonic()
         line = channel.encode({"status": self.status().to_dict()})
         for user in list(self._users):
             behind = user.writer.transport.get_write_buffer_size() > _PROGRESS_BACKLOG
@@ -211,7 +216,8 @@ class Leases:
                 return {"ok": False, "error": f"unknown request {op!r}"}
 
     def _give_lease(self, user: _User, message: Mapping[str, Any]) -> dict[str, Any]:
-        if not self._open:
+        asked_at = time.monotonic() - float(message.get("asking_for_s", math.inf))
+        if not self._open or (self._failed_at is not None and asked_at > self._failed_at):
             stopping = dataclasses.replace(self._status(), state=ServerState.STOPPING)
             return {"ok": False, "status": stopping.to_dict()}
         self._first_lease.set()

@@ -230,7 +230,7 @@ def test_close_does_not_wait_for_an_election_and_its_winner_leaves_nothing(
     spawning, closed = threading.Event(), threading.Event()
     start = spawn.start_supervisor
 
-    def late(*arguments: Any) -> bool:
+    def late(*arguments: Any) -> spawn.ComingUp | None:
         spawning.set()
         assert closed.wait(60)
         return start(*arguments)

@@ -208,6 +208,34 @@ def test_once_the_end_was_decided_nobody_is_let_in(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
+def test_a_failure_is_told_to_whoever_had_begun_to_ask_before_it_and_to_nobody_after(tmp_path: Path) -> None:
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        supervisor.status = ServerStatus(ServerState.FAILED)
+        held.publish()
+        assert (await ask(await connect(supervisor), "lease", keep_alive_s=0, what="", asking_for_s=3600))["ok"]
+        reply = await ask(await connect(supervisor), "lease", keep_alive_s=0, what="", asking_for_s=0)
+        assert (reply["ok"], reply["status"]["state"]) == (False, ServerState.STOPPING)
+
+    run(tmp_path, scenario)
+
+
+def test_a_server_gives_way_to_another_only_if_nobody_wants_it(tmp_path: Path) -> None:
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        looking = await connect(supervisor)
+        assert not (await ask(looking, "give_way"))["ok"]  # the user that started it is about to come
+        user = await lease(supervisor, keep_alive_s=3600)
+        assert not (await ask(looking, "give_way"))["ok"]
+        await ask(user, "pin")
+        user.close()
+        await until(lambda: held.status().users == 0, "it has left")
+        assert not (await ask(looking, "give_way"))["ok"]
+        await ask(looking, "unpin")
+        assert (await ask(looking, "give_way"))["ok"]
+        assert "its name" in await supervisor.ended
+
+    run(tmp_path, scenario)
+
+
 def test_restart_and_stop_are_handed_on(tmp_path: Path) -> None:
     async def scenario(supervisor: Supervisor, held: Leases) -> None:
         user = await lease(supervisor)
