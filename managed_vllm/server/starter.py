@@ -15,11 +15,14 @@ In this order:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Callable
 
 from managed_vllm.config import SupervisorOrder, vllm_folder
+from managed_vllm.errors import StateDirectoryError
 from managed_vllm.instance import cleanup
 from managed_vllm.instance.directory import Instance
 from managed_vllm.server.image import ForkedServer, Image, ImageError, ImageRefusedError, preload
@@ -36,6 +39,10 @@ _LOSSES = 3
 _MAYBE_THE_IMAGE = frozenset({Cause.UNKNOWN, Cause.STARTUP_SILENCE, Cause.ENGINE_TIMEOUT})
 _KILLED_STARTS = 2
 """As many starts in a row may be ended from outside, or by a crash in compiled code, before one is spawned."""
+
+
+_SPAWNS = 5
+"""Times that the server's folder may be removed in the moment of its start."""
 
 
 class NotForkedError(Exception):
@@ -86,14 +93,7 @@ class ServerStarter:
         self.how = "forked" if forked else f"plain: {self._why_not}" if self._why_not else "plain"
         log.info("the server is started: %s", self.how)
         if forked is None:
-            return ServerProcess.spawn(
-                launch.argv,
-                env=launch.environment,
-                cwd=self._instance.folder,
-                instance=self._instance,
-                on_line=on_line,
-                secrets=self._order.secrets(),
-            )
+            return self._spawn(launch, on_line)
         return ServerProcess(
             ForkedChild(forked.pid),
             os.fdopen(forked.output, "rb", buffering=0),
@@ -131,6 +131,26 @@ class ServerStarter:
         if self._image is not None:
             self._end_image()
             await asyncio.to_thread(_end_marked, self._instance)
+
+    def _spawn(self, launch: Launch, on_line: Callable[[str], None]) -> ServerProcess:
+        program, path = launch.argv[0], launch.environment.get("PATH")
+        for more_tries in reversed(range(_SPAWNS)):
+            try:
+                return ServerProcess.spawn(
+                    launch.argv,
+                    env=launch.environment,
+                    cwd=self._instance.folder,
+                    instance=self._instance,
+                    on_line=on_line,
+                    secrets=self._order.secrets(),
+                )
+            except FileNotFoundError:
+                if not more_tries or shutil.which(program, path=path) is None:
+                    raise
+                # Not the program: somebody has just removed the folder in which it is to run.
+                with contextlib.suppress(StateDirectoryError):
+                    self._instance.create()
+        raise AssertionError
 
     # -- the image -----------------------------------------------------------------------------------------------------
 

@@ -17,8 +17,10 @@ FAULTS = (
     *("crash", "crash-engine", "crash-worker", "500", "503", "abort", "truncated", "halfstream", "streamerror"),
     *("garbage", "flood", "slow"),
 )
+WORLD = ("batch-signals", "remove-folder")
+"""What a machine does: a batch system signals all processes of a step, somebody clears temporary folders."""
 HANGS = ("hang-api", "hang-engine", "hang-worker")
-"""The last two are ordered in the stand-in's folder of faults: the next request meets them."""
+"""`FAULTS` and `HANGS` are ordered in the stand-in's folder of faults: the next request meets them."""
 
 DISRUPTIVE = (
     *KILLS,
@@ -79,7 +81,7 @@ class Plan:
 
 
 def plan_for(seed: int) -> Plan:
-    """A run against the stand-in: 2-4 clients, 2-5 strikes within about three seconds."""
+    """A run against the stand-in: 2-4 clients, 2-5 strikes within some three seconds, half of them one of `WORLD`."""
     rng = random.Random(seed)
     lasts = rng.uniform(1.5, 2.5)
     kinds = [*KILLS, *CLIENTS, *FAULTS, *(STOPS + HANGS if STOPS_AND_HANGS else ())]
@@ -87,6 +89,9 @@ def plan_for(seed: int) -> Plan:
         Strike(round(rng.uniform(0.2, lasts), 3), rng.choice(kinds), rng.randrange(1 << 16))
         for _ in range(rng.randint(2, 5))
     ]
+    world = random.Random(f"world {seed}")
+    if world.random() < 0.5:
+        strikes.append(Strike(round(world.uniform(0.2, lasts), 3), world.choice(WORLD)))
     arrivals = [0.0, *(rng.choice([0.0, 0.0, rng.uniform(0, 1.0)]) for _ in range(rng.randint(1, 3)))]
     arrivals += [strike.at_s for strike in strikes if strike.kind == "new-client"]
     members = [

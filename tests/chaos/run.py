@@ -116,6 +116,7 @@ class Run:
         self._missed: list[str] = []
         self._killed_supervisors: set[int] = set()
         self._faults = 0
+        self._folders_removed = 0
         self._over = threading.Event()
         self.began = 0.0
 
@@ -217,6 +218,7 @@ class Run:
     # -- strikes -------------------------------------------------------------------------------------------------------
 
     def _strike(self, strike: Strike) -> None:
+        assert self.home is not None
         kind = strike.kind
         if kind == "new-client":
             pass  # it is one of the plan's members
@@ -235,6 +237,14 @@ class Run:
                 member.process.kill()
             else:
                 member.say("leave" if kind == "client-leaves" else "restart")
+        elif kind == "remove-folder":
+            removed = sightings.remove_folders(self.home)
+            self._folders_removed += removed
+            if not removed:
+                self._missed.append(kind)
+                return
+        elif kind == "batch-signals":
+            sightings.send_all(self.home, (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGCONT))
         else:
             pids = self._find(kind)
             if not pids:
@@ -319,7 +329,8 @@ class Run:
             f"{p.role} {p.pid} {p.command[:80]}" for p in sightings.look(self.home) if orphans or p.role != "orphan"
         ]
         left += sightings.files_left(self.home)
-        left += [str(path) for path in (self.folder / "t").glob("mvllm-*")]
+        if not (self._folders_removed and self._killed_supervisors):  # the record, which names it, went with the folder
+            left += [str(path) for path in (self.folder / "t").glob("mvllm-*")]
         segments = self.folder / "segments"
         if segments.exists():
             left += [path for path in segments.read_text().split() if Path(path).exists()]

@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +88,20 @@ def send(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def send_all(home: Path, numbers: Iterable[signal.Signals]) -> None:
+    """To each process but the clients and what a client would find as its own orphan."""
+    for number in numbers:
+        send([process.pid for process in look(home) if process.role != "orphan"], number)
+
+
+def remove_folders(home: Path) -> int:
+    """As a cleaner of temporary folders does, while they are in use; returns how many there were."""
+    folders = [path.parent for path in home.glob("*/supervisor.lock")]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    return len(folders)
 
 
 def torn_records(home: Path) -> list[str]:

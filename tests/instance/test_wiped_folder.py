@@ -81,3 +81,14 @@ def test_a_part_that_is_missing_does_no_harm(home: Path, wiped: str) -> None:
         assert llm.generate("x", {"max_tokens": 2})[0].outputs[0].token_ids
         with server() as other:
             assert other.status().server_pid == llm.status().server_pid
+
+
+def test_a_server_that_crashes_where_its_folder_was_just_removed_is_started_in_a_new_one(home: Path) -> None:
+    """Before the supervisor has looked: without the folder to run in, its program seems to be missing."""
+    with server() as llm:
+        assert llm.id is not None
+        shutil.rmtree(Instance(home, llm.id).folder)
+        psutil.Process(llm.status().server_pid).kill()
+        status = llm.wait_ready(60, after_epoch=1)
+        assert Path(psutil.Process(status.server_pid).cwd()) == Instance(home, llm.id).folder
+        assert llm.generate("hi")
