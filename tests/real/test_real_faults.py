@@ -200,7 +200,7 @@ def test_the_supervisor_killed_under_load_is_replaced_by_exactly_one(load: Load)
         assert supervisors(load.home) == [ours[0]]
         (instance,) = directory.instances(load.home)
         # The server and its image.
-        below = {process.pid for process in tree_below(ours[0]) if process.pid != ours[0]}
+        below = {process.pid for process in tree_below(ours[0] or 0) if process.pid != ours[0]}
         assert {process.pid for process in cleanup.marked_processes(instance)} == below
     finally:
         for client in clients:
