@@ -18,10 +18,9 @@ from typing import Any, Self
 
 from managed_vllm.errors import BadRequestError
 from managed_vllm.masking import Secret
-from managed_vllm.policies import RetryPolicy
+from managed_vllm.policies import MAX_IN_FLIGHT, RetryPolicy
 from managed_vllm.request.async_methods import AsyncRequestMethods
 from managed_vllm.request.attempts import Report, Sender
-from managed_vllm.request.concurrency import MAX_IN_FLIGHT
 from managed_vllm.request.endpoints import Endpoint
 from managed_vllm.request.methods import RequestMethods
 from managed_vllm.request.outputs import RequestOutput

@@ -15,6 +15,9 @@ from typing import Any, Literal
 from managed_vllm.errors import ConfigError
 from managed_vllm.status import Cause
 
+MAX_IN_FLIGHT = 4096
+"""Requests of one client in flight at once in one event loop, at most, where the caller says nothing else."""
+
 
 def seconds(name: str, value: object, *, positive: bool = False, endless: bool = False) -> float:
     """The value as a duration. Raises `ConfigError` for what is no number, negative (or 0), or infinite.

@@ -26,7 +26,7 @@ from managed_vllm.instance import directory, external, names
 from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer, report_deaths
 from managed_vllm.instance.status_listener import StatusListener
 from managed_vllm.masking import without_passwords
-from managed_vllm.policies import HangPolicy, RestartPolicy, RetryPolicy, SupervisionPolicy, seconds
+from managed_vllm.policies import MAX_IN_FLIGHT, HangPolicy, RestartPolicy, RetryPolicy, SupervisionPolicy, seconds
 from managed_vllm.request.event_loops import in_thread
 from managed_vllm.request.methods import RequestMethods
 from managed_vllm.status import Connection, ServerStatus
@@ -74,6 +74,7 @@ class ManagedVLLM(RequestMethods):
         wait: whether entering waits until the server is ready; if not, the first use does.
         progress: whether to show the start-up; None: only on a terminal.
         retry: how often a request whose answer was lost is sent again (`RetryPolicy`).
+        max_in_flight: requests of this handle in flight at once in one event loop, at most; the others wait here.
         media_ids: whether an image that the server already has is sent as its id alone; never for a server by URL.
         restart: when to start again a server that crashed or hung.
         hang: when a server that does nothing counts as hung; `HangPolicy.never()` for debugging it.
@@ -113,6 +114,7 @@ class ManagedVLLM(RequestMethods):
         restart: RestartPolicy | None = None,
         retry: RetryPolicy | None = None,
         media_ids: bool = True,
+        max_in_flight: int | None = None,
         hang: HangPolicy | None = None,
         warm: bool | Literal["auto"] | None = None,
         on_status: Callable[[ServerStatus], None] | None = None,
@@ -154,7 +156,13 @@ class ManagedVLLM(RequestMethods):
                 warm=_warm(warm, command),
             ),
         )
-        settings = _Settings(attach=options, wait=wait, retry=retry, media_ids=media_ids and url is None)
+        settings = _Settings(
+            attach=options,
+            wait=wait,
+            retry=retry,
+            media_ids=media_ids and url is None,
+            max_in_flight=_checked_max_in_flight(max_in_flight),
+        )
         self._set_up(settings, None, on_status)
 
     @classmethod
@@ -370,6 +378,7 @@ class _Settings:
     wait: bool
     retry: RetryPolicy | None
     media_ids: bool
+    max_in_flight: int
 
 
 class _Clients:
@@ -393,6 +402,7 @@ class _Clients:
                 ready=attachment.ready,
                 retry=self._settings.retry,
                 media_ids=self._settings.media_ids,
+                max_in_flight=self._settings.max_in_flight,
                 instance=lambda: attachment.id,
                 report=functools.partial(report_deaths, attachment),
             )
@@ -443,6 +453,15 @@ def _keep_alive_s(given: float | None) -> float:
             f"the variable {KEEP_ALIVE_VARIABLE} is {text!r}, but must be a number of seconds",
             field=KEEP_ALIVE_VARIABLE,
         ) from None
+
+
+def _checked_max_in_flight(value: object) -> int:
+    """Raises `ConfigError` for what is no number of requests."""
+    if value is None:
+        return MAX_IN_FLIGHT
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"max_in_flight must be 1 or more, a whole number, not {value!r}", field="max_in_flight")
+    return value
 
 
 def _warm(given: bool | Literal["auto"] | None, command: Sequence[str] | None) -> bool | Literal["auto"]:

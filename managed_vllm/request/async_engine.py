@@ -49,7 +49,7 @@ class AsyncEngineMethods(AsyncRequests):
             with checked_shape(answer):
                 return BeamSearchOutput.of(answer, asked["prompt"])
 
-        return await self._batch(one, len(each), single, return_exceptions, use_tqdm, concurrency_limit)
+        return await self._batch(one, len(each), single, return_exceptions, use_tqdm, concurrency_limit, deadline)
 
     async def get_tokenizer(self, /) -> Any:
         """The tokenizer of the served model. See `EngineMethods.get_tokenizer`."""

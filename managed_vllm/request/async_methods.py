@@ -25,6 +25,7 @@ from managed_vllm.request.async_engine import AsyncEngineMethods
 from managed_vllm.request.async_pooling import AsyncPoolingMethods
 from managed_vllm.request.async_requests import deadline_of
 from managed_vllm.request.batches import named
+from managed_vllm.request.bounds import checked_timeout
 from managed_vllm.request.calls import Call, checked_shape
 from managed_vllm.request.fields import by_name
 from managed_vllm.request.outputs import RequestOutput
@@ -61,13 +62,13 @@ class AsyncRequestMethods(AsyncPoolingMethods, AsyncEngineMethods):
         named_fields = by_name("chat", CHAT_POSITIONAL, further, fields)
         call = Call(self.sender, len(conversations), sampling_params, named_fields, extra_body)
         call.check(chat=True)
-        deadline = deadline_of(timeout)
+        deadline, limit_s = deadline_of(timeout), checked_timeout("request_timeout", request_timeout)
 
         def one(index: int) -> Awaitable[RequestOutput]:
             conversation = conversations[index]
-            return call.answer_conversation(index, conversation, deadline, resume=resume, timeout_s=request_timeout)
+            return call.answer_conversation(index, conversation, deadline, resume=resume, timeout_s=limit_s)
 
-        return await self._batch(one, len(conversations), single, return_exceptions, use_tqdm)
+        return await self._batch(one, len(conversations), single, return_exceptions, use_tqdm, deadline=deadline)
 
     @names_fields(CompletionFields, positional=GENERATE_POSITIONAL)
     async def generate(
@@ -91,12 +92,12 @@ class AsyncRequestMethods(AsyncPoolingMethods, AsyncEngineMethods):
         named_fields = by_name("generate", GENERATE_POSITIONAL, further, fields)
         call = Call(self.sender, len(each), sampling_params, named_fields, extra_body)
         call.check(chat=False)
-        deadline = deadline_of(timeout)
+        deadline, limit_s = deadline_of(timeout), checked_timeout("request_timeout", request_timeout)
 
         def one(index: int) -> Awaitable[RequestOutput]:
-            return call.complete_prompt(index, each[index], deadline, resume=resume, timeout_s=request_timeout)
+            return call.complete_prompt(index, each[index], deadline, resume=resume, timeout_s=limit_s)
 
-        return await self._batch(one, len(each), single, return_exceptions, use_tqdm)
+        return await self._batch(one, len(each), single, return_exceptions, use_tqdm, deadline=deadline)
 
     @names_fields(ChatFields)
     async def generate_with_messages(

@@ -169,7 +169,9 @@ class AsyncPoolingMethods(AsyncRequests):
             with checked_shape(answer):
                 return ScoringRequestOutput.of(answer, ScoringOutput(float(answer["data"][0]["score"])), stats)
 
-        return await self._batch(one, len(second), one_first and one_second, return_exceptions, use_tqdm)
+        return await self._batch(
+            one, len(second), one_first and one_second, return_exceptions, use_tqdm, deadline=deadline
+        )
 
     async def _pooled(
         self,
@@ -194,7 +196,7 @@ class AsyncPoolingMethods(AsyncRequests):
             with checked_shape(answer):
                 return read(answer, stats)
 
-        return await self._batch(one, len(each), single, return_exceptions, use_tqdm)
+        return await self._batch(one, len(each), single, return_exceptions, use_tqdm, deadline=deadline)
 
     async def _asked(
         self, method: str, path: str, body: dict[str, Any], deadline: float | None

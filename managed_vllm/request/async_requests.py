@@ -10,6 +10,7 @@ from managed_vllm.errors import BadRequestError, ModelNotFoundError, Unsupported
 from managed_vllm.request.arguments import ProgressBar
 from managed_vllm.request.attempts import Sender
 from managed_vllm.request.batches import named, run_batch
+from managed_vllm.request.bounds import checked_timeout
 from managed_vllm.request.pending import CommandRequest, JSONRequest, RequestStats
 from managed_vllm.request.surface import WithoutTheRest
 
@@ -57,6 +58,7 @@ class AsyncRequests(WithoutTheRest):
         return_exceptions: bool,
         use_tqdm: ProgressBar,
         at_once: int | None = None,
+        deadline: float | None = None,
     ) -> list[T]:
         return await run_batch(
             one,
@@ -66,9 +68,11 @@ class AsyncRequests(WithoutTheRest):
             return_exceptions=return_exceptions,
             use_tqdm=use_tqdm,
             instance=self._instance,
+            deadline=deadline,
         )
 
 
 def deadline_of(timeout_s: float | None) -> float | None:
-    """On the monotonic clock."""
-    return None if timeout_s is None else time.monotonic() + timeout_s
+    """On the monotonic clock; None: there is none. Raises `BadRequestError` for what is no number of seconds."""
+    checked = checked_timeout("timeout", timeout_s)
+    return None if checked is None else time.monotonic() + checked

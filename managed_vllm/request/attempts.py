@@ -20,10 +20,10 @@ import aiohttp
 
 from managed_vllm import forks
 from managed_vllm.errors import RequestError, RequestTimeoutError, ServerBusyError, ServerDiedError
-from managed_vllm.policies import RetryPolicy
+from managed_vllm.policies import MAX_IN_FLIGHT, RetryPolicy
 from managed_vllm.request.bodies import RequestBody, encode_body
-from managed_vllm.request.bounds import Bound, closed_error
-from managed_vllm.request.concurrency import MAX_IN_FLIGHT, ConcurrencyLimiter
+from managed_vllm.request.bounds import NOT_SENT, Bound, closed_error
+from managed_vllm.request.concurrency import ConcurrencyLimiter
 from managed_vllm.request.connections import ConnectionPool, Transport
 from managed_vllm.request.deaths import Deaths, body_of, content_of
 from managed_vllm.request.endpoints import Endpoint, Endpoints, Find, Lookups, Ready
@@ -163,7 +163,7 @@ class Sender:
         """
         state = self._open_state()
         attempts = _RequestAttempts(self, state, request, on_progress)
-        bound = Bound(state.bounds, deadline, _NOT_SENT)
+        bound = Bound(state.bounds, deadline, NOT_SENT)
         try:
             async with bound:
                 await state.limiter.acquire()
@@ -189,7 +189,7 @@ class Sender:
         """
         state = self._open_state()
         attempts = _OpenAttempts(self._transport, method, path, headers, body)
-        async with Bound(state.bounds, deadline, _NOT_SENT) as bound:
+        async with Bound(state.bounds, deadline, NOT_SENT) as bound:
             await self._until_done(attempts, state, bound)
         assert attempts.response is not None
         return attempts.response
@@ -213,7 +213,7 @@ class Sender:
         while True:
             bound.reason = _NOT_READY
             endpoint = await self._endpoints.get(state.lookups, lost_epoch, pause_s, bound)
-            bound.reason = _NOT_SENT
+            bound.reason = NOT_SENT
             if lost_epoch is not None and endpoint[1] != lost_epoch:
                 if retries.sent:
                     content = attempts.content
@@ -327,7 +327,6 @@ class Sender:
         self._deaths.after_fork()
 
 
-_NOT_SENT = "the deadline passed before the request was sent"
 _NOT_READY = "the server was not ready before the deadline"
 _NO_ANSWER = "no answer before the deadline"
 

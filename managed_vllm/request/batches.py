@@ -9,8 +9,9 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from managed_vllm.errors import ManagedVLLMError, RequestError
+from managed_vllm.errors import ManagedVLLMError, RequestError, RequestTimeoutError
 from managed_vllm.request.arguments import ProgressBar
+from managed_vllm.request.bounds import NOT_SENT
 from managed_vllm.request.outputs import RequestOutput
 from managed_vllm.standard_error import StandardError
 
@@ -26,6 +27,7 @@ async def run_batch(
     return_exceptions: bool,
     use_tqdm: ProgressBar,
     instance: Callable[[], str | None],
+    deadline: float | None = None,
 ) -> list[T]:
     """The results of `one(index)`, in order.
 
@@ -38,6 +40,7 @@ async def run_batch(
             the outcome of each in its `results`.
         use_tqdm: whether to show a progress bar, or a function that makes one.
         instance: the server's short id, for errors.
+        deadline: on the monotonic clock: what has not begun by then is not prepared any more.
     """
     results: list[Any] = [None] * count
     indices = iter(range(count))
@@ -47,6 +50,7 @@ async def run_batch(
         for index in indices:
             try:
                 with named(None if single else index, instance):
+                    _check(deadline)
                     results[index] = await one(index)
             except ManagedVLLMError as error:
                 results[index] = error
@@ -64,6 +68,11 @@ async def run_batch(
         first.results = None if single else results
         raise first
     return results
+
+
+def _check(deadline: float | None) -> None:
+    if deadline is not None and time.monotonic() >= deadline:
+        raise RequestTimeoutError(NOT_SENT)
 
 
 @contextlib.contextmanager

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import numbers
 import time
 from types import TracebackType
 from typing import Self
 
-from managed_vllm.errors import RequestTimeoutError, ServerDiedError
+from managed_vllm.errors import BadRequestError, RequestTimeoutError, ServerDiedError
+
+NOT_SENT = "the deadline passed before the request was sent"
+
+
+def checked_timeout(name: str, value: object) -> float | None:
+    """Seconds as callers give them; None: no bound, as `math.inf`. Raises `BadRequestError` for what is no number."""
+    if value is None or value == math.inf:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+        raise BadRequestError(f"{name} is a number of seconds, not {value!r:.80}", field=name)
+    return float(value)
 
 
 def closed_error() -> ServerDiedError:

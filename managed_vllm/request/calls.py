@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from managed_vllm.errors import BadRequestError, RequestError, UnsupportedParameterError
+from managed_vllm.errors import BadRequestError, ModelNotFoundError, RequestError, UnsupportedParameterError
 from managed_vllm.request.attempts import Sender
 from managed_vllm.request.fields import CallFields
 from managed_vllm.request.outputs import RequestOutput
@@ -115,6 +115,8 @@ class Call:
         except BadRequestError as error:
             # For a chat one candidate more is requested, which may be one too many (`--max-logprobs`).
             wanted = self._wanted_logprobs(index, chat=chat)
+            if error.status == 404 and not isinstance(error, ModelNotFoundError):
+                raise _wrong_task(error, chat=chat) from error
             fewer = chat and wanted and body.get("top_logprobs") == wanted + 1 and "logprobs" in error.message
             if not fewer:
                 raise
@@ -199,6 +201,12 @@ class Call:
                 await asyncio.wait({sending})
             if not sending.cancelled():
                 sending.exception()  # asyncio would report one that nobody has seen
+
+
+def _wrong_task(error: BadRequestError, *, chat: bool) -> BadRequestError:
+    """vLLM has the routes of its model's task only: 404 for the others (0.32)."""
+    message = f"the server has no /v1{_route_of(chat=chat)}: its model is for another task than generating; "
+    return BadRequestError(message + error.message, status=404)
 
 
 @contextlib.contextmanager

@@ -14,9 +14,10 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 
+from managed_vllm.policies import MAX_IN_FLIGHT
+
 INITIAL_LIMIT = 1024
 """Requests in flight before anything is known: as many as vLLM 0.32 runs at once, by default, on the largest GPUs."""
-MAX_IN_FLIGHT = 4096
 
 
 class ConcurrencyLimiter:

@@ -49,7 +49,7 @@ _SETTLED_NS = 100_000_000
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Image:
-    """An encoded picture: `data` (a whole PNG, JPEG, GIF, WebP or BMP file), its `mime` type, and the `uuid` of both.
+    """An encoded picture: `data` (a whole file of one of the `FORMATS`), its `mime` type, and the `uuid` of both.
 
     Made by `Image.of`. Reuse the object for each turn that shows the picture: then nothing is hashed or encoded again.
     Images with the same uuid are equal.
@@ -174,7 +174,14 @@ _MAGIC = (
     (re.compile(rb"GIF8[79]a"), "image/gif"),
     (re.compile(rb"RIFF....WEBP", re.DOTALL), "image/webp"),
     (re.compile(rb"BM....\0\0\0\0", re.DOTALL), "image/bmp"),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), "image/tiff"),
+    (re.compile(rb"....ftypavi[fs]", re.DOTALL), "image/avif"),
+    (re.compile(rb"\0\0\x01\0[^\0]|\0\0\x01\0\0[^\0]"), "image/x-icon"),
+    (re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"), "image/jp2"),
+    (re.compile(rb"P[1-6]\s"), "image/x-portable-anymap"),
 )
+FORMATS = "PNG, JPEG, GIF, WebP, BMP, TIFF, AVIF, ICO, JPEG 2000 or PNM"
+"""Those that are recognized. vLLM opens whatever its Pillow does."""
 
 
 def _recognized(data: bytes, what: str) -> Image:
@@ -182,9 +189,7 @@ def _recognized(data: bytes, what: str) -> Image:
         if magic.match(data):
             return Image(data, mime)
     found = f"begins with {data[:12]!r}" if data else "is empty"
-    raise BadRequestError(
-        f"{what}: not a PNG, JPEG, GIF, WebP or BMP file ({found}); open other formats with Pillow and give the image"
-    )
+    raise BadRequestError(f"{what}: not a {FORMATS} file ({found}); open other formats with Pillow and give the image")
 
 
 def _of_text(source: str) -> Image:

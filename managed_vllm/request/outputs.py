@@ -138,6 +138,10 @@ class RequestOutput:
     num_cache_creation_tokens: ClassVar[None] = None
     prompt_token_id_logprobs: ClassVar[None] = None
 
+    def __hash__(self) -> int:
+        """By the id: vLLM's can be members of sets and keys of dicts, too."""
+        return hash(self.request_id)
+
     @classmethod
     def from_response(
         cls,
@@ -287,6 +291,9 @@ class _PoolingRequestOutput:
     started_at: float = 0.0
     usage: Mapping[str, Any] = field(default_factory=dict)
 
+    def __hash__(self) -> int:
+        return hash(self.request_id)
+
     @classmethod
     def of(cls, response: Mapping[str, Any], outputs: Any, stats: RequestStats) -> Self:
         """From a route's response."""
@@ -302,28 +309,28 @@ class _PoolingRequestOutput:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # those of the base class: it is hashable
 class PoolingRequestOutput(_PoolingRequestOutput):
     """What `encode` makes of one prompt. The route does not return `prompt_token_ids`."""
 
     outputs: PoolingOutput
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # those of the base class: it is hashable
 class ClassificationRequestOutput(_PoolingRequestOutput):
     """The classes of one prompt. The route does not return `prompt_token_ids`."""
 
     outputs: ClassificationOutput
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # those of the base class: it is hashable
 class EmbeddingRequestOutput(_PoolingRequestOutput):
     """The embedding of one prompt. The route does not return `prompt_token_ids`."""
 
     outputs: EmbeddingOutput
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # those of the base class: it is hashable
 class ScoringRequestOutput(_PoolingRequestOutput):
     """The score of one pair. The route does not return `prompt_token_ids`."""
 

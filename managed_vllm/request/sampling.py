@@ -10,6 +10,7 @@ Everywhere, None means: not sent. Then the server's default counts, from the mod
 
 from __future__ import annotations
 
+import copy
 import json as json_module
 import math
 import operator
@@ -224,6 +225,10 @@ class SamplingParams:
             raise _bad("min_tokens", f"must be at most max_tokens={self.max_tokens}, not {self.min_tokens}")
         if self.temperature is not None and self.temperature < _GREEDY_BELOW and (self.n or 1) > 1:
             raise _bad("n", f"must be 1 with temperature=0, where all answers are the same, not {self.n}")
+
+    def clone(self) -> SamplingParams:
+        """A copy, as `vllm.SamplingParams.clone` makes it."""
+        return copy.deepcopy(self)
 
     @classmethod
     def of(cls, value: Any, *, chat: bool = True) -> SamplingParams:

@@ -511,3 +511,14 @@ def test_records_never_hold_the_key_or_a_secret(home: Path) -> None:
                 assert "hf_very_secret" not in text, path
         assert json.loads(next(home.glob("*/instance.json")).read_text())["state"] == "ready"
     assert directory.state_home() == home
+
+
+def test_a_handle_has_no_more_in_flight_than_it_is_told(home: Path) -> None:
+    with server(max_in_flight=2) as llm:
+        assert llm.client.async_client.sender.max_in_flight == 2
+        assert pickle.loads(pickle.dumps(llm)).client.async_client.sender.max_in_flight == 2
+        assert len(llm.generate(["x"] * 5, {"max_tokens": 2})) == 5
+    for wrong in (0, -1, 2.5, "2", True):
+        with pytest.raises(ConfigError, match="max_in_flight must be 1 or more") as caught:
+            ManagedVLLM("demo", max_in_flight=wrong)  # type: ignore[arg-type]
+        assert caught.value.field == "max_in_flight"

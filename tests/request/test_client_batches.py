@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from processes import HANG_S, eventually
-from scripted_server import ANSWER, QUICK, Act, Script, client_of, http, says
+from scripted_server import ANSWER, QUICK, Act, Script, client_of, hangs, http, says
 
 from managed_vllm import AsyncVLLMClient, RetryPolicy, VLLMClient
 from managed_vllm.errors import (
@@ -29,6 +29,7 @@ from managed_vllm.errors import (
     BadRequestError,
     ModelNotFoundError,
     RequestError,
+    RequestTimeoutError,
     ServerBusyError,
     ServerDiedError,
 )
@@ -75,6 +76,9 @@ class Echo(Script):
                     if found := re.match(rb"content-length: (\d+)", header, re.IGNORECASE):
                         size = int(found[1])
                 body = json.loads(file.read(size) or b"null")
+                if body is None:  # /health
+                    says({}, 503)(client)
+                    continue
                 self.requests.append(("", body))
                 self._prompts[threading.get_ident()] = body["prompt"]
                 self._act(client)
@@ -250,6 +254,41 @@ def test_a_progress_bar_that_fails_ends_the_call_and_not_the_client(echo: Echo, 
 
 
 # -- how many at once --------------------------------------------------------------------------------------------------
+
+
+class Counted(dict[str, Any]):
+    """A prompt that counts how often any of its kind was read."""
+
+    read = 0
+
+    def __getitem__(self, key: str) -> Any:
+        Counted.read += 1
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        Counted.read += 1
+        return super().get(key, default)
+
+
+def test_what_is_past_its_deadline_is_not_prepared(script: Callable[..., Script]) -> None:
+    with client_of(script(hangs), max_in_flight=4) as client:
+        prompts = [Counted(prompt=f"x{number}") for number in range(5000)]
+        results: list[Any] = client.generate(prompts, SHORT, timeout=0.5, return_exceptions=True)
+    assert {type(result) for result in results} == {RequestTimeoutError}
+    assert [result.index for result in results] == list(range(5000))
+    assert Counted.read < 100
+
+
+@pytest.mark.parametrize("timeout", ["5", True, float("nan"), [3], 1j])
+def test_a_timeout_that_is_no_number_of_seconds_is_an_error_by_type(echo: Echo, timeout: Any) -> None:
+    with client_of(echo) as client:
+        for method in (client.generate, client.tokenize):
+            with pytest.raises(BadRequestError, match="timeout is a number of seconds, not") as caught:
+                method("x", timeout=timeout)
+            assert caught.value.field == "timeout"
+        with pytest.raises(BadRequestError, match="request_timeout is a number of seconds"):
+            client.generate("x", request_timeout=timeout)
+        assert client.generate("x", SHORT, timeout=np.float64(60), request_timeout=float("inf"))
 
 
 def test_no_more_are_in_flight_than_allowed(echo: Echo) -> None:
@@ -432,7 +471,11 @@ ERRORS: dict[str, tuple[Act, type[RequestError], str]] = {
         ModelNotFoundError,
         "Valid aliases: x",
     ),
-    "unknown route": (says({"error": {"message": "Not Found"}}, 404), BadRequestError, "Not Found"),
+    "unknown route": (
+        says({"error": {"message": "Not Found"}}, 404),
+        BadRequestError,
+        "its model is for another task",
+    ),
     "FastAPI's own": (says({"detail": [{"msg": "field required"}]}, 422), BadRequestError, "field required"),
     "no JSON": (lambda client: client.sendall(http(b"<h1>no</h1>", 400)), BadRequestError, "<h1>no</h1>"),
     "not UTF-8": (lambda client: client.sendall(http(b"\xff\xfe", 400)), BadRequestError, "HTTP 400"),

@@ -33,6 +33,11 @@ def pixels(image: Image) -> bytes:
     return bytes(pillow.open(io.BytesIO(image.data)).convert("RGB").tobytes())
 
 
+def has_avif() -> bool:
+    pillow.init()
+    return "AVIF" in pillow.SAVE
+
+
 @pytest.fixture(autouse=True)
 def _empty_cache() -> None:
     images.cache.reset()
@@ -43,7 +48,12 @@ def _empty_cache() -> None:
 
 @pytest.mark.parametrize(
     ("form", "mime"),
-    [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("GIF", "image/gif"), ("WEBP", "image/webp"), ("BMP", "image/bmp")],
+    [
+        *[("PNG", "image/png"), ("JPEG", "image/jpeg"), ("GIF", "image/gif"), ("WEBP", "image/webp")],
+        *[("BMP", "image/bmp"), ("TIFF", "image/tiff"), ("ICO", "image/x-icon"), ("JPEG2000", "image/jp2")],
+        ("PPM", "image/x-portable-anymap"),
+        pytest.param("AVIF", "image/avif", marks=pytest.mark.skipif(not has_avif(), reason="this Pillow has no AVIF")),
+    ],
 )
 def test_the_bytes_of_an_image_file_are_recognized_and_not_copied(form: str, mime: str) -> None:
     data = file_of(picture(), form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from typing import Any
@@ -11,7 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from managed_vllm.request.fields import with_candidates_as_ids
-from managed_vllm.request.outputs import CompletionOutput, Logprob, RequestOutput
+from managed_vllm.request.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestOutput,
+)
+from managed_vllm.request.pending import RequestStats
 from managed_vllm.request.sampling import SamplingParams
 
 # -- vLLM's own way from an engine's logprobs to a route's answer ------------------------------------------------------
@@ -206,6 +214,18 @@ def test_as_a_dict_as_json_pickled_and_back_it_is_the_same() -> None:
 def test_another_dict_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="not the dict of a RequestOutput"):
         RequestOutput.from_dict(wrong)
+
+
+def test_outputs_are_hashable_by_their_ids() -> None:
+    stats = RequestStats("m", 1, 1, 0, 0.0, 0.0, None)
+    one = EmbeddingRequestOutput.of({"id": "a"}, EmbeddingOutput([1.0]), stats)
+    same = EmbeddingRequestOutput.of({"id": "a"}, EmbeddingOutput([1.0]), stats)
+    other = EmbeddingRequestOutput.of({"id": "b"}, EmbeddingOutput([1.0]), stats)
+    assert one == same
+    assert one != other
+    assert len({one, same, other}) == 2
+    output = RequestOutput(request_id="a", prompt=None, prompt_token_ids=[1], outputs=[])
+    assert {output: 1}[dataclasses.replace(output)] == 1
 
 
 def test_its_repr_is_short() -> None:

@@ -442,3 +442,10 @@ def test_real_structured_outputs_pass_vllms_check() -> None:
         sent = json.loads(json.dumps(StructuredOutputsParams.of(kind).to_request()))
         theirs = vllm.SamplingParams(structured_outputs=vllm.StructuredOutputsParams(**sent))
         xgrammar.validate_xgrammar_grammar(theirs)
+
+
+def test_a_clone_is_another_that_is_equal() -> None:
+    params = SamplingParams(temperature=0.5, stop=["x"], extra_args={"a": [1]})
+    clone = params.clone()
+    assert clone == params
+    assert clone is not params
