@@ -44,7 +44,7 @@ from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance import cleanup, names
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.folder_hold import FolderHold
-from managed_vllm.instance.leases import FIRST_LEASE_S, Leases
+from managed_vllm.instance.leases import FIRST_LEASE_S, Leases, Retention
 from managed_vllm.instance.spawn import FAILED, LISTENS
 from managed_vllm.masking import Secret, masked_words
 from managed_vllm.served_files import Files
@@ -222,6 +222,8 @@ class Supervisor:
         )
         self._ending = asyncio.Event()
         self._restart_requested = asyncio.Event()
+        self._predecessor = instance.read_record()
+        self._retention = Retention.from_record(self._predecessor)
         self._leases = Leases(
             instance,
             self._order,
@@ -230,9 +232,10 @@ class Supervisor:
             on_restart=self._restart,
             on_deaths=lambda epochs: self._restarts.forgive(epochs),
             listens_and_serves=lambda: (self._port, self._files),
+            retention=self._retention,
+            on_retention=self._write_record,
         )
         self._restarts = Restarts(order.policy.restart, chooses_port=order.address.port is None)
-        self._predecessor: dict[str, Any] | None = None
         self._starter = ServerStarter(self._order, instance, on_imports=self._show_imports)
         self._process: ServerProcess | None = None
         self._port: int | None = None
@@ -249,7 +252,6 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, f"signal {number.name}")
-        self._predecessor = self._instance.read_record()
         with contextlib.suppress(TypeError, ValueError):
             # A supervisor that was killed has left its record: its epochs are continued, so that none occurs twice.
             self._status = dataclasses.replace(self._status, epoch=int((self._predecessor or {}).get("epoch", 0)))
@@ -578,6 +580,7 @@ class Supervisor:
             "epoch": self._status.epoch,
             "server_pid": self._status.server_pid,
             **self._footprint.to_record(),
+            **self._retention.to_record(),
         }
         try:
             if self._hold.is_intact:  # else there is no folder, or it is another supervisor's

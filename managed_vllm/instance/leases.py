@@ -31,6 +31,7 @@ from managed_vllm.errors import ManagedVLLMError
 from managed_vllm.instance import channel, names
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.namespaces import network_namespace
+from managed_vllm.policies import seconds
 from managed_vllm.served_files import Files
 from managed_vllm.socket_paths import short_path
 from managed_vllm.status import ServerState, ServerStatus
@@ -55,6 +56,34 @@ class _User:
     since: float = dataclasses.field(default_factory=time.time)
 
 
+@dataclass
+class Retention:
+    """What users have asked for that outlives them. It is in the record, so that it outlives a killed supervisor, too.
+
+    `keep_alive_s` is the longest that any user has asked for, `names` are those by which users knew the server.
+    """
+
+    pinned: bool = False
+    keep_alive_s: float = 0.0
+    names: set[str] = dataclasses.field(default_factory=set)
+
+    def to_record(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"pinned": self.pinned, "keep_alive_s": self.keep_alive_s, "names": sorted(self.names)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any] | None) -> Retention:
+        """What a predecessor has left; nothing, where its record does not say it."""
+        found = record or {}
+        with contextlib.suppress(TypeError, ValueError):
+            return cls(
+                found.get("pinned") is True,
+                seconds("keep_alive_s", found.get("keep_alive_s", 0.0)),
+                {str(name) for name in found.get("names", ())},
+            )
+        return cls()
+
+
 class Leases:
     """Listens on the control socket, counts leases, answers requests; see the module's docstring."""
 
@@ -68,12 +97,15 @@ class Leases:
         on_restart: Callable[[], None],
         on_deaths: Callable[[Sequence[int]], list[int]] = list,
         listens_and_serves: Callable[[], tuple[int | None, Files | None]] = lambda: (None, None),
+        retention: Retention | None = None,
+        on_retention: Callable[[], None] = lambda: None,
     ) -> None:
         """`status` returns the server's present status; what concerns the users is filled in here.
 
         `on_end` is called with the reason when the server is to end, `on_restart` when a user asks for a restart.
         `on_deaths` is called with the epochs that ended under one request, and returns those that died.
         `listens_and_serves` tells the port on which the server listens, and which files it has read, as far as known.
+        `retention` is what a predecessor has left, and `on_retention` is called when it has changed.
         """
         self._instance = instance
         self._order = order
@@ -83,9 +115,8 @@ class Leases:
         self._on_deaths = on_deaths
         self._listens_and_serves = listens_and_serves
         self._users: set[_User] = set()
-        self._keep_alive_s = 0.0
-        self._pinned = False
-        self._names: set[str] = set()
+        self._retention = Retention() if retention is None else retention
+        self._on_retention = on_retention
         self._open = True
         self._failed_at: float | None = None
         self._end_timer: asyncio.TimerHandle | None = None
@@ -107,7 +138,7 @@ class Leases:
         if self._listener is not None:
             self._listener.close()
         await self._bind()
-        for name in self._names:
+        for name in self._retention.names:
             with contextlib.suppress(ManagedVLLMError):
                 names.take(self._instance.home, name, self._instance)
 
@@ -153,12 +184,12 @@ class Leases:
         return dataclasses.replace(
             self._status(),
             users=len(leases),
-            pinned=self._pinned,
+            pinned=self._retention.pinned,
             extra={
                 "id": self._instance.id,
                 "model": self._order.spec.served_model_name,
                 "users": [{"pid": user.pid, "what": user.what, "since": user.since} for user in leases],
-                "keep_alive_s": self._keep_alive_s,
+                "keep_alive_s": self._retention.keep_alive_s,
             },
         )
 
@@ -194,7 +225,8 @@ class Leases:
             case "status":
                 return {"ok": True, "status": self.status().to_dict()}
             case "pin" | "unpin" as op:
-                self._pinned = op == "pin"
+                self._retention.pinned = op == "pin"
+                self._on_retention()
                 self._users_changed()
                 return {"ok": True, "status": self.status().to_dict()}
             case "restart":
@@ -222,9 +254,7 @@ class Leases:
             return {"ok": False, "status": stopping.to_dict()}
         self._first_lease.set()
         user.has_lease, user.what = True, str(message.get("what", ""))[:200]
-        self._keep_alive_s = max(self._keep_alive_s, float(message.get("keep_alive_s", 0.0)))
-        if message.get("name"):
-            self._names.add(str(message["name"]))
+        self._retain(float(message.get("keep_alive_s", 0.0)), message.get("name"))
         log.debug("lease for pid %d", user.pid)
         self._users_changed()
         port, files = self._listens_and_serves()
@@ -237,17 +267,25 @@ class Leases:
             "files": files,
         }
 
+    def _retain(self, keep_alive_s: float, name: str | None) -> None:
+        before = self._retention.to_record()
+        self._retention.keep_alive_s = max(self._retention.keep_alive_s, keep_alive_s)
+        if name:
+            self._retention.names.add(str(name))
+        if self._retention.to_record() != before:
+            self._on_retention()
+
     @property
     def _is_wanted(self) -> bool:
         """Somebody uses or has pinned it, or has only just started it and is about to come."""
-        return self._pinned or not self._first_lease.is_set() or any(user.has_lease for user in self._users)
+        return self._retention.pinned or not self._first_lease.is_set() or any(user.has_lease for user in self._users)
 
     def _users_changed(self) -> None:
         if self._end_timer is not None:
             self._end_timer.cancel()
             self._end_timer = None
-        if not self._pinned and not any(user.has_lease for user in self._users):
-            self._end_in(self._keep_alive_s, "the last user is gone")
+        if not self._retention.pinned and not any(user.has_lease for user in self._users):
+            self._end_in(self._retention.keep_alive_s, "the last user is gone")
 
     def _end_in(self, seconds: float, reason: str) -> None:
         self._end_timer = asyncio.get_running_loop().call_later(seconds, self._on_end, reason)

@@ -448,6 +448,23 @@ def test_pin_keeps_the_server_without_users(home: Path) -> None:
         again.unpin()
 
 
+def test_a_pin_a_name_and_the_longest_keep_alive_outlive_a_supervisor_that_is_killed(home: Path) -> None:
+    with server(keep_alive=0, name="judge") as llm:
+        with server(keep_alive=HANG_S):
+            pass
+        llm.pin()
+        killed = llm.status().supervisor_pid
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        assert llm.generate("x")[0].outputs[0].text.startswith("echo x")
+        again = llm.status()
+        assert (again.pinned, again.extra["keep_alive_s"]) == (True, HANG_S)
+        assert again.supervisor_pid != killed
+    with ManagedVLLM(name="judge", keep_alive=0) as by_name:
+        assert by_name.status().server_pid == again.server_pid
+        by_name.stop_server()
+
+
 def test_supervisor_killed_its_server_falls_and_a_user_starts_the_next(home: Path) -> None:
     with server(order={"tree": True}) as llm:
         status = llm.status()
