@@ -39,6 +39,17 @@ def check(wanted: ServerSpec | None, address: Address, instance: Instance, reply
     return running
 
 
+def check_room(instance: Instance, reply: Mapping[str, Any]) -> None:
+    """Raises `SupervisorError` where a lease was refused because the supervisor has no descriptor left for one."""
+    if "full" in reply:
+        raise SupervisorError(
+            f"the server has {reply['full']} users, as many as its supervisor may open files for; raise that limit "
+            "(`ulimit -Hn`) where the server is started first, or share one handle among threads",
+            instance=instance.id,
+            log_path=str(instance.supervisor_log),
+        )
+
+
 def check_address(wanted: Address, running: Address, instance_id: str, *, port: int | None = None) -> None:
     """Raises `ConfigMismatchError` if an explicit address is not the running server's; `port` is where it listens.
 

@@ -15,6 +15,7 @@ from the first use of a handle to its `close`:
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -156,7 +157,12 @@ def _connected(instance: Instance, on_change: Callable[[ServerStatus], None]) ->
         raise
     except TimeoutError as error:
         raise SupervisorError("the supervisor does not accept connections", instance=instance.id) from error
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise SupervisorError(
+                f"no connection to the supervisor can be opened: {error.strerror}; raise the limit (`ulimit -n`)",
+                instance=instance.id,
+            ) from error
         return None
 
 
@@ -315,6 +321,7 @@ class Attachment:
             self._raise_if_closed()
             if channel is not None:
                 reply = self._ask_for_lease(channel, instance, deadline, began)
+                admission.check_room(instance, reply or {})
                 if reply is not None and reply["ok"]:
                     return channel, admission.check(self.options.spec, self.options.address, instance, reply)
                 self._wait_until_gone(channel, until)

@@ -348,8 +348,8 @@ def is_alive(instance: Instance) -> bool:
     # Not through filelock: it would create the file again in a folder that is being removed.
     try:
         descriptor = os.open(instance.folder / SUPERVISOR_LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)  # not known: what may live must not be removed
     try:
         # Shared: with an exclusive one, whoever looks at the same moment would take us for the supervisor.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -8,7 +8,8 @@ What must hold:
    longest that any user so far has asked for; then `on_end` is called.
 4. Once the end is decided no new lease is given: a user that asks waits until this server is gone, then starts another.
    Where that is a failure, it is told to everybody who had begun to ask before it.
-5. Users of other uids are refused.
+5. Users of other uids are refused, and those for whom this process has no descriptor left: never the server's.
+6. A user that reads nothing (a stopped process) costs a bounded amount of memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import json
 import logging
 import math
 import os
+import resource
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +47,15 @@ FIRST_LEASE_S = 5.0
 _PROGRESS_BACKLOG = 1 << 16
 """Unread bytes above which a user gets no progress any more, which would pile up here if its process is stopped."""
 
+_BACKLOG = 1 << 20
+"""Unread bytes above which a user gets nothing more until it has read them; then the newest status, and no other."""
+
+_LAST = (ServerState.FAILED, ServerState.STOPPING, ServerState.GONE)
+"""What a user must learn whether it reads or not: after these the connection ends."""
+
+_RESERVE = 256
+"""Descriptors of ours that no user gets: for the server's pipes, processes and log, and whoever only asks."""
+
 
 @dataclass(eq=False)
 class _User:
@@ -53,6 +65,7 @@ class _User:
     pid: int
     what: str = ""
     has_lease: bool = False
+    catching_up: asyncio.Task[None] | None = None
     since: float = dataclasses.field(default_factory=time.time)
 
 
@@ -82,6 +95,12 @@ class Retention:
                 {str(name) for name in found.get("names", ())},
             )
         return cls()
+
+
+def most_leases() -> int:
+    """How many users this process has descriptors for."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else max(1, soft - min(_RESERVE, soft // 2))
 
 
 class Leases:
@@ -156,11 +175,20 @@ class Leases:
         """Sends the status to every lease; if `droppable`, not to those that are behind with reading."""
         if self._failed_at is None and self._status().state is ServerState.FAILED:
             self._failed_at = time.monotonic()
-        line = channel.encode({"status": self.status().to_dict()})
-        for user in list(self._users):
-            behind = user.writer.transport.get_write_buffer_size() > _PROGRESS_BACKLOG
-            if user.has_lease and not (droppable and behind):
+        status = self.status()
+        line = channel.encode({"status": status.to_dict()})
+        for user in [one for one in self._users if one.has_lease]:
+            unread = user.writer.transport.get_write_buffer_size()
+            if unread <= (_PROGRESS_BACKLOG if droppable else _BACKLOG) or status.state in _LAST:
                 user.writer.write(line)
+            elif not droppable and user.catching_up is None:
+                user.catching_up = asyncio.create_task(self._catch_up(user))
+
+    async def _catch_up(self, user: _User) -> None:
+        with contextlib.suppress(ConnectionError):
+            await user.writer.drain()
+            user.writer.write(channel.encode({"status": self.status().to_dict()}))
+        user.catching_up = None
 
     def refuse_new(self) -> None:
         """Gives no new lease from now on, because the end is decided. Existing ones last until `close`."""
@@ -201,6 +229,10 @@ class Leases:
             log.warning("refused pid %d of uid %d", pid, uid)
             writer.close()
             return
+        if len(self._users) >= most_leases() + _RESERVE // 2:
+            log.warning("refused pid %d: no descriptor left", pid)
+            writer.close()
+            return
         user = _User(writer, pid)
         self._users.add(user)
         try:
@@ -213,6 +245,8 @@ class Leases:
             log.debug("user %d: %r", pid, error)  # it is gone or sent garbage: this connection is over either way
         finally:
             self._users.discard(user)
+            if user.catching_up is not None:
+                user.catching_up.cancel()
             writer.close()
             if user.has_lease:
                 log.debug("lease of pid %d given back, %d left", pid, sum(user.has_lease for user in self._users))
@@ -252,6 +286,8 @@ class Leases:
         if not self._open or (self._failed_at is not None and asked_at > self._failed_at):
             stopping = dataclasses.replace(self._status(), state=ServerState.STOPPING)
             return {"ok": False, "status": stopping.to_dict()}
+        if sum(one.has_lease for one in self._users) >= most_leases():
+            return {"ok": False, "full": most_leases()}
         self._first_lease.set()
         user.has_lease, user.what = True, str(message.get("what", ""))[:200]
         self._retain(float(message.get("keep_alive_s", 0.0)), message.get("name"))

@@ -14,7 +14,10 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import errno
 import functools
+import os
+import resource
 import socket
 import threading
 import urllib.request
@@ -23,6 +26,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp.client_exceptions import UnixClientConnectorError
 from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
@@ -43,6 +47,10 @@ _KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
 )
 """A host that has vanished is noticed after two minutes, however long a generation may be silent."""
+_RESERVED = 128
+"""Descriptors that are left to the program, of its soft limit; a quarter of that at most."""
+_ALWAYS = 4
+"""Connections of a pool that are made even with the last descriptors."""
 _PIECE_BYTES = 1 << 16
 _MAX_HEADER_BYTES = 1 << 16
 
@@ -105,9 +113,7 @@ class ConnectionPool:
         if connection.uds:
             connector = _UnixConnector(connection.uds, limit=0, keepalive_timeout=MAX_IDLE_S)
         else:
-            connector = _TCPConnector(
-                limit=0, keepalive_timeout=MAX_IDLE_S, ttl_dns_cache=60, socket_factory=_socket, family=socket.AF_UNSPEC
-            )
+            connector = _TCPConnector(limit=0, keepalive_timeout=MAX_IDLE_S, ttl_dns_cache=60, family=socket.AF_UNSPEC)
         headers = {"Accept": "*/*", "Content-Type": "application/json"}
         if connection.api_key:
             headers["Authorization"] = f"Bearer {connection.api_key.reveal()}"
@@ -208,7 +214,19 @@ class _CleanConnections:
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._acquired: set[Any]
         self._factory: Any = functools.partial(_ResponseHandler, loop=asyncio.get_running_loop())
+
+    def _leave_some(self, made: socket.socket) -> None:
+        """Raises `OSError` (EMFILE) where a new socket is one of the last that this process may have.
+
+        They are for the program around us, which opens files and starts processes meanwhile. The first few
+        connections are made all the same.
+        """
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        reserve = min(_RESERVED, soft // 4)
+        if soft != resource.RLIM_INFINITY and made.fileno() >= soft - reserve and len(self._acquired) > _ALWAYS:
+            raise OSError(errno.EMFILE, f"{os.strerror(errno.EMFILE)}; the last {reserve} are left to the program")
 
     async def _get(self, *args: Any) -> Any:
         while (connection := await super()._get(*args)) is not None:  # type: ignore[misc]
@@ -219,11 +237,28 @@ class _CleanConnections:
 
 
 class _TCPConnector(_CleanConnections, aiohttp.TCPConnector):
-    pass
+    def __init__(self, **options: Any) -> None:
+        super().__init__(socket_factory=self._make_socket, **options)
+
+    def _make_socket(self, address: Any) -> socket.socket:
+        made = _socket(address)
+        try:
+            self._leave_some(made)
+        except OSError:
+            made.close()
+            raise
+        return made
 
 
 class _UnixConnector(_CleanConnections, aiohttp.UnixConnector):
-    pass
+    async def _create_connection(self, *args: Any) -> Any:
+        with socket.socket(socket.AF_UNIX) as probe:  # has the number that the connection gets
+            try:
+                self._leave_some(probe)
+            except OSError as error:
+                raise UnixClientConnectorError(self.path, args[0].connection_key, error) from error
+        connected: Any = super()
+        return await connected._create_connection(*args)
 
 
 _closing: set[asyncio.Task[None]] = set()

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import resource
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,7 +19,8 @@ import pytest
 from lone_server import LIMIT_S, until
 
 from managed_vllm.config import Address, ServerSpec, SupervisorOrder
-from managed_vllm.instance import leases
+from managed_vllm.errors import SupervisorError
+from managed_vllm.instance import admission, leases
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.leases import Leases
@@ -285,3 +287,51 @@ def test_a_user_that_reads_nothing_is_spared_progress_but_not_what_counts(tmp_pa
             assert received < 500
 
     run(tmp_path, scenario)
+
+
+def test_a_user_that_reads_nothing_costs_a_bounded_amount_of_memory_and_then_learns_the_newest(tmp_path: Path) -> None:
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stopped, stopped.makefile("rb") as lines:
+            stopped.connect(str(supervisor.instance.socket_path))
+            stopped.sendall(b'{"op": "lease", "id": 1}\n')
+            await asyncio.to_thread(lines.readline)
+            for epoch in range(1000):
+                supervisor.status = ServerStatus(ServerState.RESTARTING, epoch=epoch, detail="x" * 10_000)
+                held.publish()
+                await asyncio.sleep(0)
+            [user] = held._users
+            assert user.writer.transport.get_write_buffer_size() < 2 << 20
+            received = 0
+            while json.loads(await asyncio.to_thread(lines.readline))["status"]["epoch"] != 999:
+                received += 1
+            assert received < 900
+
+    run(tmp_path, scenario)
+
+
+def test_a_user_for_whom_no_descriptor_is_left_is_refused_and_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "most_leases", lambda: 2)
+
+    async def scenario(supervisor: Supervisor, held: Leases) -> None:
+        first, second = await lease(supervisor), await lease(supervisor)
+        third = await connect(supervisor)
+        refused = await ask(third, "lease", keep_alive_s=0, what="a test")
+        assert (refused["ok"], refused["full"]) == (False, 2)
+        with pytest.raises(SupervisorError, match="has 2 users"):
+            admission.check_room(supervisor.instance, refused)
+        assert (await ask(third, "status"))["status"]["users"] == 2
+        second.close()
+        await until(lambda: held.status().users == 1, "given back")
+        assert (await ask(third, "lease", keep_alive_s=0, what="a test"))["ok"]
+        for channel in (first, third):
+            channel.close()
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(("soft", "most"), [(1024, 768), (256, 128), (20_000, 19_744), (1, 1)])
+def test_some_descriptors_are_for_the_server(monkeypatch: pytest.MonkeyPatch, soft: int, most: int) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
+    assert leases.most_leases() == most

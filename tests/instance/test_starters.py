@@ -70,6 +70,11 @@ def test_soft_limits_and_priority_of_the_starter_do_not_bind_the_server(home: Pa
         assert found[f"{role} status"]["Umask"].strip() == "0077"
 
 
+def test_a_user_with_more_than_a_thousand_open_files_starts_a_server(home: Path, tmp_path: Path) -> None:
+    many = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1500, resource.getrlimit(7)[1]))\n"
+    assert started(tmp_path, many + "files = [open('/dev/null') for _ in range(1100)]")["alive"]
+
+
 def test_signals_that_warn_a_whole_job_end_neither_supervisor_nor_server(home: Path) -> None:
     with ManagedVLLM("m", command=standin.command(), env=standin.orders(tree=True), keep_alive=INSTANT) as llm:
         status = llm.status()

@@ -358,6 +358,39 @@ def test_without_file_descriptors_fewer_are_in_flight() -> None:
     assert (ended.stdout, ended.stderr) == ("True\n", "")
 
 
+def test_the_program_around_the_client_can_open_files_however_many_requests_there_are() -> None:
+    source = """if True:
+        import os, resource, sys, threading
+        from managed_vllm import VLLMClient
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        over, failed = threading.Event(), []
+
+        def open_files():
+            while not over.wait(0.01):
+                try:
+                    for file in [open(os.devnull) for _ in range(40)]:
+                        file.close()
+                except OSError as error:
+                    failed.append(error)
+
+        program = threading.Thread(target=open_files)
+        program.start()
+        outputs = VLLMClient(sys.argv[1], "", "m").generate(["x"] * 600, {"max_tokens": 4})
+        over.set()
+        program.join()
+        print([one.outputs[0].text for one in outputs] == ["fine"] * 600, failed)
+    """
+
+    def slow(client: socket.socket) -> None:
+        time.sleep(0.2)
+        says(ANSWER)(client)
+
+    with serving(slow) as server:
+        words = [sys.executable, "-c", source, server.url]
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=HANG_S)
+    assert (ended.stdout, ended.stderr) == ("True []\n", "")
+
+
 def test_a_new_life_of_the_server_takes_in_as_many_as_the_first() -> None:
     alive, together = threading.Event(), threading.Event()
     all_of_them = threading.Barrier(60)
