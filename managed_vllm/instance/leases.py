@@ -103,6 +103,15 @@ def most_leases() -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else max(1, soft - min(_RESERVE, soft // 2))
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What the supervisor does when users ask for it."""
+
+    end: Callable[[str], None]
+    restart: Callable[[], None]
+    deaths: Callable[[Sequence[int]], list[int]]
+
+
 class Leases:
     """Listens on the control socket, counts leases, answers requests; see the module's docstring."""
 
@@ -129,9 +138,7 @@ class Leases:
         self._instance = instance
         self._order = order
         self._status = status
-        self._on_end = on_end
-        self._on_restart = on_restart
-        self._on_deaths = on_deaths
+        self._asked = _Asked(on_end, on_restart, on_deaths)
         self._listens_and_serves = listens_and_serves
         self._users: set[_User] = set()
         self._retention = Retention() if retention is None else retention
@@ -264,19 +271,19 @@ class Leases:
                 self._users_changed()
                 return {"ok": True, "status": self.status().to_dict()}
             case "restart":
-                self._on_restart()
+                self._asked.restart()
                 return {"ok": True, "epoch": self._status().epoch}
             case "give_way" if self._open and self._is_wanted:
                 return {"ok": False, "status": self.status().to_dict()}
             case "give_way":
-                self._on_end(f"pid {user.pid} wants its name for another server")
+                self._asked.end(f"pid {user.pid} wants its name for another server")
                 return {"ok": True}
             case "deaths":
-                return {"ok": True, "died": self._on_deaths([int(epoch) for epoch in message["epochs"]])}
+                return {"ok": True, "died": self._asked.deaths([int(epoch) for epoch in message["epochs"]])}
             case "stop" if message.get("unless_used") and any(user.has_lease for user in self._users):
                 return {"ok": False, "status": self.status().to_dict()}
             case "stop":
-                self._on_end(f"asked by pid {user.pid}")
+                self._asked.end(f"asked by pid {user.pid}")
                 return {"ok": True}
             case op:
                 return {"ok": False, "error": f"unknown request {op!r}"}
@@ -324,4 +331,4 @@ class Leases:
             self._end_in(self._retention.keep_alive_s, "the last user is gone")
 
     def _end_in(self, seconds: float, reason: str) -> None:
-        self._end_timer = asyncio.get_running_loop().call_later(seconds, self._on_end, reason)
+        self._end_timer = asyncio.get_running_loop().call_later(seconds, self._asked.end, reason)

@@ -19,7 +19,15 @@ from typing import Any, ClassVar, Self
 import msgspec
 
 from managed_vllm.request.pending import RequestStats
-from managed_vllm.request.responses import Choice, Logprobs, ParsedResponse, TokenLogprob, parse_dict
+from managed_vllm.request.responses import (
+    Choice,
+    GenerationResponse,
+    Logprobs,
+    ParsedResponse,
+    TokenLogprob,
+    is_cut,
+    parse_dict,
+)
 
 _ID = "token_id:"
 _SHOWN = 60
@@ -51,7 +59,8 @@ class CompletionOutput:
         token_ids: its token ids, as sampled.
         cumulative_logprob: the sum of the sampled tokens' logprobs; None if logprobs were not requested.
         logprobs: one dict per token, `{token id: Logprob}`: the sampled token, then the candidates, likeliest first.
-        finish_reason: "stop", "length", "tool_calls", "repetition" …
+        finish_reason: "stop", "length", "tool_calls", "repetition" … "length" also where tool calls were parsed from an
+            answer that has all the tokens it was allowed: the server says "tool_calls" then (`raw` has that).
         stop_reason: the stop string or token id that was hit; None for the end-of-sequence token.
         reasoning: what the server's reasoning parser took out of the text, in a chat.
         tool_calls: what the server's tool parser took out of it, as dicts of OpenAI's shape.
@@ -178,7 +187,10 @@ class RequestOutput:
             request_id=str(found.id or uuid.uuid4()),
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_token_ids=found.prompt_token_ids or first.prompt_token_ids or [],
-            outputs=[_completion(choice, logprobs or 0, chat=chat, ranked=ranked) for choice in choices],
+            outputs=[
+                _completion(_told_if_cut(choice, found, body), logprobs or 0, chat=chat, ranked=ranked)
+                for choice in choices
+            ],
             prompt_logprobs=_prompt_logprobs(found.prompt_logprobs or first.prompt_logprobs),
             metrics=found.metrics,
             num_cached_tokens=None if details is None else details.cached_tokens,
@@ -346,6 +358,15 @@ def _short(text: str) -> str:
 
 def _index(choice: Choice) -> int:
     return choice.index
+
+
+def _told_if_cut(choice: Choice, response: GenerationResponse, body: Mapping[str, Any]) -> Choice:
+    count = None if choice.token_ids is None else len(choice.token_ids)
+    if count is None and len(response.choices) == 1 and response.usage is not None:
+        count = response.usage.completion_tokens
+    if not is_cut(choice.finish_reason, choice.stop_reason, count, body):
+        return choice
+    return msgspec.structs.replace(choice, finish_reason="length")
 
 
 def _completion(choice: Choice, wanted: int, *, chat: bool, ranked: bool) -> CompletionOutput:

@@ -76,6 +76,7 @@ class Usage(msgspec.Struct, gc=False):
     """The part of it that is used."""
 
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens: int | None = None
 
 
 class GenerationResponse(msgspec.Struct, gc=False):
@@ -139,6 +140,20 @@ def parse(data: bytes) -> ParsedResponse:
 def parse_dict(raw: Mapping[str, Any]) -> ParsedResponse:
     """From dicts and lists. Raises as `parse`."""
     return ParsedResponse(msgspec.convert(raw, GenerationResponse, strict=True, str_keys=True), raw)
+
+
+def is_cut(
+    finish_reason: str | None, stop_reason: int | str | None, count: int | None, body: Mapping[str, Any]
+) -> bool:
+    """Whether an answer of `count` tokens ended at the limit of its request, though the server says "tool_calls".
+
+    vLLM (0.32) says that as soon as one call was parsed, whatever ended the turn; `vllm.LLM` says "length" then. A turn
+    that ends by itself with its very last token can't be told from a cut one.
+    """
+    limit = body.get("max_completion_tokens") or body.get("max_tokens")
+    if finish_reason not in ("tool_calls", "function_call") or stop_reason is not None or not isinstance(limit, int):
+        return False
+    return count is not None and count >= limit
 
 
 class EventDecoder:

@@ -26,7 +26,7 @@ import msgspec
 
 from managed_vllm.request.deaths import content_of
 from managed_vllm.request.pending import HTTPRequest
-from managed_vllm.request.responses import MALFORMED, ParsedResponse, parse, parse_dict
+from managed_vllm.request.responses import MALFORMED, ParsedResponse, is_cut, parse, parse_dict
 from managed_vllm.request.retry import ResponseLostError, ServerFaultError
 from managed_vllm.request.streamed import Extent, StreamedAnswer
 
@@ -251,10 +251,16 @@ class Generation:
             if choices:
                 self._received.add(chunk, choices[0], continued=self._asked_for == "rest")
                 self.complete = self._received.finish is not None
+                self._tell_if_cut()
             elif choices is None:
                 raise _error_in_stream(chunk, event)
         except MALFORMED as error:
             raise ServerFaultError(f"no part of an answer: {event[:200]!r}") from error
+
+    def _tell_if_cut(self) -> None:
+        received = self._received
+        if received.finish is not None and is_cut(*received.finish, len(received.ids), self._body):
+            received.finish = ("length", None)
 
     def take_json(self, data: bytes | None) -> None:
         """Takes a whole response; None: refused. Raises `ResponseLostError`, or a `ValueError` for another shape."""

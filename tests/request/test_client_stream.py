@@ -314,6 +314,19 @@ def test_leaving_an_asynchronous_stream_ends_it_on_the_server(script: Callable[.
     asyncio.run(main())
 
 
+def test_a_streamed_tool_call_that_was_cut_by_max_tokens_is_told(script: Callable[..., Script]) -> None:
+    call = {"index": 0, "id": "c", "function": {"name": "click", "arguments": "{}"}}
+    parts = [{"role": "assistant", "content": ""}, {"tool_calls": [call]}, {}]
+    ids: list[dict[str, Any]] = [{}, {"token_ids": [1, 2]}, {"token_ids": [3], "finish_reason": "tool_calls"}]
+    events = [
+        {"id": "1", "choices": [{"index": 0, "delta": delta, **more}]} for delta, more in zip(parts, ids, strict=True)
+    ]
+    for limit, reason in ((3, "length"), (4, "tool_calls")):
+        with client_of(script(streams(*events, b"[DONE]"))) as client:
+            *_, last = client.stream([{"role": "user", "content": "x"}], {"max_tokens": limit})
+        assert (last.outputs[0].finish_reason, len(last.outputs[0].tool_calls)) == (reason, 1)
+
+
 def test_a_stream_that_becomes_garbage_in_the_clients_own_loop_is_ended(script: Callable[..., Script]) -> None:
     """The garbage collector runs in whatever thread it likes."""
     from managed_vllm.request import portal

@@ -228,6 +228,28 @@ def test_outputs_are_hashable_by_their_ids() -> None:
     assert {output: 1}[dataclasses.replace(output)] == 1
 
 
+def of_tools(count: int, **more: Any) -> dict[str, Any]:
+    call = {"id": "c", "type": "function", "function": {"name": "click", "arguments": "{}"}}
+    choice = {"index": 0, "finish_reason": "tool_calls", "token_ids": [7] * count}
+    return {"id": "1", "choices": [{**choice, "message": {"content": None, "tool_calls": [call]}, **more}]}
+
+
+def test_a_tool_call_that_was_cut_by_max_tokens_is_told_from_a_whole_one() -> None:
+    def reason(answer: dict[str, Any], **body: Any) -> str | None:
+        output = RequestOutput.from_response(answer, body, chat=True).outputs[0]
+        assert output.tool_calls
+        return output.finish_reason
+
+    assert reason(of_tools(24), max_tokens=24) == "length"
+    assert reason(of_tools(24), max_completion_tokens=24) == "length"
+    assert reason(of_tools(23), max_tokens=24) == "tool_calls"
+    assert reason(of_tools(24)) == "tool_calls"
+    assert reason(of_tools(24, stop_reason=5), max_tokens=24) == "tool_calls"
+    without_ids = of_tools(0, token_ids=None)
+    assert reason({**without_ids, "usage": {"completion_tokens": 24}}, max_tokens=24) == "length"
+    assert reason(without_ids, max_tokens=24) == "tool_calls"
+
+
 def test_its_repr_is_short() -> None:
     assert len(repr(full())) < 300
     assert "1 prompt tokens" in repr(full())
