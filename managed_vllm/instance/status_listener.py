@@ -20,7 +20,8 @@ class StatusListener:
     """Calls a function for each new state or epoch, one after the other, in a thread of its own.
 
     Not in the thread that reads the channel: the function may use the handle, and so wait for news from that thread.
-    What the function raises is logged. The thread starts with the first call and ends with the listener.
+    What the function raises is logged, `SystemExit` included. The thread starts with the first call and ends with the
+    listener: in between it holds neither that nor the function, which may be a method of whoever owns the handle.
     """
 
     def __init__(self, function: Callable[[ServerStatus], None]) -> None:
@@ -42,14 +43,20 @@ class StatusListener:
         self._statuses.put(status)
         if not self._running:
             self._running = True
-            # It holds no reference to this object, and so ends with it.
-            arguments = self._statuses, self._function
+            arguments = self._statuses, weakref.ref(self)
             threading.Thread(target=_call_for_each, args=arguments, name="managed-vllm-status", daemon=True).start()
 
-
-def _call_for_each(statuses: _Statuses, function: Callable[[ServerStatus], None]) -> None:
-    while (status := statuses.get()) is not None:
+    def call(self, status: ServerStatus) -> None:
+        """Calls the function now."""
         try:
-            function(status)
-        except Exception:
+            self._function(status)
+        except BaseException:
             log.exception("on_status failed")
+
+
+def _call_for_each(statuses: _Statuses, reference: weakref.ref[StatusListener]) -> None:
+    while (status := statuses.get()) is not None:
+        listener = reference()
+        if listener is not None:
+            listener.call(status)
+        del listener, status

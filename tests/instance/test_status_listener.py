@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from pathlib import Path
 
 import pytest
-from processes import eventually
+import standin
+from processes import INSTANT, assert_nothing_left, eventually
 
+from managed_vllm import ManagedVLLM
 from managed_vllm.instance.status_listener import StatusListener
 from managed_vllm.status import ServerState, ServerStatus
 
@@ -35,6 +38,39 @@ def test_each_change_is_told_once_and_in_order(caplog: pytest.LogCaptureFixture)
     eventually(lambda: len(told) == 3, "told")
     assert told == [STARTING, READY, again]
     assert "the user's own fault" in caplog.text
+
+
+def test_a_function_that_wants_to_exit_is_called_again(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[ServerStatus] = []
+
+    def function(status: ServerStatus) -> None:
+        told.append(status)
+        raise SystemExit(1)
+
+    listener = StatusListener(function)
+    listener.put(STARTING)
+    listener.put(READY)
+    eventually(lambda: told == [STARTING, READY], "told")
+    assert "on_status failed" in caplog.text
+
+
+def test_a_handle_whose_owner_listens_by_a_method_gives_its_lease_back_with_its_owner(home: Path) -> None:
+    class Owner:
+        def __init__(self) -> None:
+            command, env = standin.command(), standin.orders()
+            self.told: list[ServerState] = []
+            self.llm = ManagedVLLM("m", command=command, env=env, keep_alive=INSTANT, on_status=self.listen)
+
+        def listen(self, status: ServerStatus) -> None:
+            self.told.append(status.state)
+
+    owner = Owner()
+    told = owner.told
+    owner.llm.start()
+    eventually(lambda: ServerState.READY in told, "told")
+    del owner
+    gc.collect()
+    assert_nothing_left(home)
 
 
 def test_its_thread_starts_with_the_first_call_and_ends_with_the_listener() -> None:
