@@ -7,8 +7,12 @@ a generated token proves that the server works.
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import re
+import wave
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
@@ -21,10 +25,15 @@ _GENERATE = (
     ("/score", {"text_1": "Hi", "text_2": "Hi"}),
     ("/classify", {"input": "Hi"}),
     ("/pooling", {"input": "Hi"}),
+    ("/v1/rerank", {"query": "Hi", "documents": ["Hi"]}),
 )
 """The smallest request for each kind of model, likely kinds first; a server without the route answers 404."""
 
+_TRANSCRIBE = "/v1/audio/transcriptions"
+"""For models that only hear: a form, with a second of silence as its file."""
+
 _ABSENT = frozenset({404, 405, 501})
+_GUARDED = frozenset({401, 403})
 
 _SIGNS_OF_LIFE = re.compile(
     r"^vllm:(?:num_requests_running|num_requests_waiting|kv_cache_usage_perc|generation_tokens|prompt_tokens"
@@ -65,31 +74,43 @@ class Probe:
     async def is_up(self, timeout_s: float = 5.0) -> Answer:
         """`GET /health`, without the key: another process may have taken the port before our server could.
 
-        A server that is not vLLM may lack the route: then `GET /v1/models`.
+        A server that is not vLLM may lack the route, or guard it: then `GET /v1/models`.
         """
         answer = await self._send("GET", f"{self._root}/health", None, timeout_s, key=False, new_connection=True)
-        if answer.status in _ABSENT and not self._is_vllm:
+        if answer.status in _ABSENT | _GUARDED and not self._is_vllm:
             return await self._send("GET", f"{self._base_url}/models", None, timeout_s)
         return answer
 
     async def serves_model(self, timeout_s: float = 10.0) -> Answer:
         """`GET /v1/models` lists the model."""
-        answer = await self._send("GET", f"{self._base_url}/models", None, timeout_s)
-        if answer.ok and f'"{self._model}"' not in answer.body:
+        answer = await self._send("GET", f"{self._base_url}/models", None, timeout_s, whole_body=True)
+        if answer.ok and not _mentions(answer.body, self._model):
             return Answer(False, answer.status, f"the server does not list {self._model!r}: {answer.body[:500]}")
         return answer
 
     async def generates(self, timeout_s: float) -> Answer:
-        """One token is really generated (for a pooling model: one short text is embedded or scored)."""
-        first: Answer | None = None
-        for route, body in _GENERATE:
-            answer = await self._send("POST", self._root + route, {"model": self._model, **body}, timeout_s)
+        """One token is really generated (for a pooling model: one short text is embedded or scored).
+
+        A server that has none of these routes, as one that makes images, is taken to work if it lists its model.
+        """
+        refused: list[Answer] = []
+        for route, body in (*_GENERATE, (_TRANSCRIBE, None)):
+            answer = await self._ask_for_a_token(route, body, timeout_s)
             if answer.ok or answer.status is None or answer.status >= 500:
                 return answer
-            first = first or answer
-            if answer.status not in _ABSENT and "does not support" not in answer.body:
+            refused.append(answer)
+            if self._is_vllm and answer.status not in _ABSENT and "does not support" not in answer.body:
                 return answer
-        return first or Answer(False)
+        if all(one.status in _ABSENT and self._model not in one.body for one in refused):
+            return Answer(True, refused[0].status, refused[0].body)
+        return next((one for one in refused if one.status not in _ABSENT), refused[0])
+
+    async def _ask_for_a_token(self, route: str, body: dict[str, Any] | None, timeout_s: float) -> Answer:
+        url = self._root + route
+        if body is not None:
+            return await self._send("POST", url, {"model": self._model, **body}, timeout_s)
+        form = {"data": {"model": self._model}, "files": {"file": ("silence.wav", _silence(), "audio/wav")}}
+        return await self._send("POST", url, None, timeout_s, form=form)
 
     async def signs_of_life(self, timeout_s: float = 5.0) -> str | None:
         """What `/metrics` says of the engine's progress, to compare with the last time; None if it says nothing."""
@@ -114,13 +135,15 @@ class Probe:
         key: bool = True,
         whole_body: bool = False,
         new_connection: bool = False,
+        form: dict[str, Any] | None = None,
     ) -> Answer:
         headers = dict(self._key) if key else {}
         if new_connection:
             headers["Connection"] = "close"  # a connection that is kept open says nothing about new ones
         try:
             async with asyncio.timeout(timeout_s):  # httpx bounds each read only: a body may drip for hours
-                response = await self._client.request(method, url, json=body, timeout=timeout_s, headers=headers)
+                content: dict[str, Any] = {"json": body} if form is None else form
+                response = await self._client.request(method, url, timeout=timeout_s, headers=headers, **content)
         except (httpx.TimeoutException, TimeoutError):
             return Answer(False, None, f"no answer to {method} {url} within {timeout_s:g} s")
         except httpx.ConnectError as error:
@@ -129,3 +152,29 @@ class Probe:
             return Answer(False, None, f"{type(error).__name__}: {error}")
         text = response.text
         return Answer(response.is_success, response.status_code, text if whole_body else text[:4000])
+
+
+def _mentions(body: str, name: str) -> bool:
+    """Whether a JSON text has the name as one of its values, however deep: lists of models have several shapes."""
+    try:
+        found: list[Any] = [json.loads(body)]
+    except (ValueError, RecursionError):
+        return False
+    while found:
+        value = found.pop()
+        if value == name:
+            return True
+        if isinstance(value, dict | list):
+            found.extend(value.values() if isinstance(value, dict) else value)
+    return False
+
+
+def _silence() -> bytes:
+    """A second of it, as 16 kHz WAV."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16_000)
+        sound.writeframes(bytes(2 * 16_000))
+    return file.getvalue()

@@ -117,7 +117,8 @@ class Script:
                 while (header := file.readline()) not in (b"\r\n", b""):
                     if found := re.match(rb"content-length: (\d+)", header, re.IGNORECASE):
                         size = int(found[1])
-                body = json.loads(file.read(size) or b"null")
+                raw = file.read(size)
+                body = {} if raw.startswith(b"--") else json.loads(raw or b"null")  # a form, or JSON
                 with self._lock:
                     self.requests.append((line.split()[1].decode(), body))
                     act = self._acts.pop(0) if len(self._acts) > 1 else self._acts[0]

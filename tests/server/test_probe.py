@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.server
 import socket
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from scripted_server import Act, Script, drips, hangs, http, says, sends
+from scripted_server import Act, Script, drips, hangs, says, sends
+from scripted_server import http as response
 
 from managed_vllm.masking import Secret
 from managed_vllm.server.probe import Answer, Probe
@@ -89,6 +93,82 @@ def test_a_token_is_asked_for_where_the_model_can_give_one(script: Callable[...,
     assert all(body["model"] == "m" for _, body in server.requests)
 
 
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "模型 mit Leerzeichen", "m"])
+@pytest.mark.parametrize("others", [0, 500])
+def test_a_model_is_found_in_any_list_whatever_its_name(script: Callable[..., Script], name: str, others: int) -> None:
+    listed = {
+        "object": "list",
+        "data": [{"id": f"another-{n}", "object": "model"} for n in range(others)] + [{"id": name}],
+    }
+
+    async def listed_by(server: Script) -> Answer:
+        probe = Probe(Connection(f"{server.url}/v1", Secret("the-key"), name))
+        try:
+            return await probe.serves_model(PLENTY_S)
+        finally:
+            await probe.close()
+
+    assert asyncio.run(listed_by(script(says(listed)))).ok
+    assert not asyncio.run(listed_by(script(says({"data": [{"id": f"{name}-2"}]})))).ok
+    assert not asyncio.run(listed_by(script(says("<html>")))).ok
+
+
+@contextlib.contextmanager
+def server_of_one_route(route: str) -> Iterator[tuple[str, list[bytes]]]:
+    """A server that has one route to generate by, and its URL and the bodies that came there."""
+    bodies: list[bytes] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == route:
+                bodies.append(body)
+            self.send_response(200 if self.path == route else 404)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1", bodies
+        server.shutdown()
+
+
+@pytest.mark.parametrize("route", ["/v1/audio/transcriptions", "/v1/rerank", "/v1/images/generations"])
+def test_a_server_that_hears_ranks_or_draws_is_ready_as_well(route: str) -> None:
+    async def main(url: str) -> Answer:
+        probe = Probe(Connection(url, Secret("the-key"), "m"), is_vllm=False)
+        try:
+            return await probe.generates(PLENTY_S)
+        finally:
+            await probe.close()
+
+    with server_of_one_route(route) as (url, bodies):
+        assert asyncio.run(main(url)).ok
+    assert len(bodies) == (0 if "images" in route else 1)  # an image would cost minutes
+    assert all(b"WAVE" in body for body in bodies if "audio" in route)
+
+
+def test_a_model_that_does_not_exist_is_no_missing_route(script: Callable[..., Script]) -> None:
+    server = script(says({"error": {"message": "The model `m` does not exist."}}, 404))
+    assert not ask(server, lambda probe: probe.generates(PLENTY_S)).ok
+
+
+def test_another_kind_of_server_may_take_chats_only(script: Callable[..., Script]) -> None:
+    server = script(says({"error": "give messages"}, 400), says({}))
+    assert ask(server, lambda probe: probe.generates(PLENTY_S), is_vllm=False).ok
+    refused = ask(script(says({}, 404), says({"error": "bad"}, 400)), lambda probe: probe.generates(PLENTY_S))
+    assert (refused.ok, refused.status) == (False, 400)
+
+
+def test_another_kind_of_server_may_guard_its_health(script: Callable[..., Script]) -> None:
+    server = script(says({}, 401), says(MODELS))
+    assert ask(server, lambda probe: probe.is_up(PLENTY_S), is_vllm=False).ok
+
+
 def test_an_error_of_the_server_is_the_answer_and_nothing_else_is_tried(script: Callable[..., Script]) -> None:
     server = script(says({"error": "boom"}, 500))
     answer = ask(server, lambda probe: probe.generates(PLENTY_S))
@@ -97,7 +177,7 @@ def test_an_error_of_the_server_is_the_answer_and_nothing_else_is_tried(script: 
 
 
 def test_signs_of_life_are_what_only_a_step_of_the_engine_changes(script: Callable[..., Script]) -> None:
-    server = script(sends(http(METRICS.encode(), kind="text/plain"), then_closes=False))
+    server = script(sends(response(METRICS.encode(), kind="text/plain"), then_closes=False))
     signs = ask(server, lambda probe: probe.signs_of_life(PLENTY_S))
     assert signs.splitlines() == [
         'vllm:num_requests_running{engine="0"} 1.0',
