@@ -2,7 +2,8 @@
 
 In this order:
 
-1. With `warm=False`, and for a `command=`, there is no image: servers are spawned.
+1. With `warm=False`, and for a `command=`, there is no image: servers are spawned. Where their program may be anything,
+   a keeper ends them if we are killed.
 2. The first start brings the image up and is forked from it, so it pays vLLM's imports once instead of three times.
    Later ones are forked at once.
 3. While the server serves, the image imports what the server has imported since its fork. A module after whose import
@@ -23,9 +24,11 @@ from collections.abc import Callable
 
 from managed_vllm.config import SupervisorOrder, vllm_folder
 from managed_vllm.errors import StateDirectoryError
+from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance import cleanup
 from managed_vllm.instance.directory import Instance
 from managed_vllm.server.image import ForkedServer, Image, ImageError, ImageRefusedError, preload
+from managed_vllm.server.keeper import Keeper
 from managed_vllm.server.launch import Launch
 from managed_vllm.server.process import ForkedChild, ServerProcess
 from managed_vllm.server.restarts import ENDED_FROM_OUTSIDE
@@ -66,6 +69,7 @@ class ServerStarter:
         self._on_imports = on_imports
         self._image: Image | None = None
         self._launch: Launch | None = None
+        self._keeper: Keeper | None = None
         self._learnt: list[str] = []
         self._left_out: set[str] = set()
         self._losses = 0
@@ -93,7 +97,7 @@ class ServerStarter:
         self.how = "forked" if forked else f"plain: {self._why_not}" if self._why_not else "plain"
         log.info("the server is started: %s", self.how)
         if forked is None:
-            return self._spawn(launch, on_line)
+            return self._spawn_kept(launch, on_line)
         return ServerProcess(
             ForkedChild(forked.pid),
             os.fdopen(forked.output, "rb", buffering=0),
@@ -124,6 +128,8 @@ class ServerStarter:
 
     async def end(self) -> None:
         """Ends the image, and what was just being forked from it. The server, if there is one, must have ended."""
+        if self._keeper is not None:
+            self._keeper.close()
         tending, self._tending = self._tending, None
         if tending is not None:
             tending.cancel()
@@ -131,6 +137,18 @@ class ServerStarter:
         if self._image is not None:
             self._end_image()
             await asyncio.to_thread(_end_marked, self._instance)
+
+    def _spawn_kept(self, launch: Launch, on_line: Callable[[str], None]) -> ServerProcess:
+        """Spawns a server, whose program may be anything; then a keeper ends it if we are killed."""
+        spec = self._order.spec
+        if spec.command is None and spec.python is None:
+            return self._spawn(launch, on_line)
+        if self._keeper is None:
+            self._keeper = Keeper({name: launch.environment[name] for name in (lifeline.MARKER, lifeline.SUPERVISOR)})
+        self._keeper.begin()
+        process = self._spawn(launch, on_line)
+        self._keeper.watch(process.pid)
+        return process
 
     def _spawn(self, launch: Launch, on_line: Callable[[str], None]) -> ServerProcess:
         program, path = launch.argv[0], launch.environment.get("PATH")
