@@ -59,6 +59,8 @@ class Address:
         host: object = self.host
         if host is not None and (not isinstance(host, str) or not re.fullmatch(r"[!-~]+", host)):
             raise ConfigError(f"host must be an address or a name, not {self.host!r}", field="host")
+        if isinstance(host, str) and host.startswith("[") and host.endswith("]"):
+            object.__setattr__(self, "host", host[1:-1])  # as in a URL
         if self.uds and (self.host or self.port):
             raise ConfigError("uds=True means no TCP at all; leave host and port out", field="uds")
         if self.api_key is not None:
@@ -417,6 +419,12 @@ def _checked_model(model: object) -> str:
     text = os.fspath(model) if isinstance(model, os.PathLike) else model
     if not isinstance(text, str) or not text:
         raise ConfigError(f"model must be a Hugging Face id, a local folder or 'demo', not {model!r}", field="model")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(
+            f"model={text!r} is no valid text: a server's answers could not name it; give the folder another name, or "
+            "set a UTF-8 locale",
+            field="model",
+        )
     if len(text) > _LONGEST_MODEL or "\0" in text:
         what = "a NUL character in it" if "\0" in text else f"{len(text)} characters"
         raise ConfigError(f"model has {what}: it is neither a Hugging Face id nor a path", field="model")

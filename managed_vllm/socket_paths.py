@@ -8,6 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+LONGEST_PATH = 100
+"""Bytes of a socket's path that every program can bind; the kernel's limit is 107."""
+
 _LONGEST_FOLDER = 40
 """Characters. Programs that make sockets in a temporary folder of ours (ZeroMQ, browsers) add some 60 of their own."""
 
@@ -21,7 +24,7 @@ def short_temporary_folder() -> str:
 @contextlib.contextmanager
 def short_path(path: Path) -> Iterator[str]:
     """A name for a Unix socket that fits into the kernel's 108 bytes, however long the path is."""
-    if len(os.fsencode(path)) <= 100:
+    if len(os.fsencode(path)) <= LONGEST_PATH:
         yield str(path)
         return
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -24,7 +24,7 @@ MARKER = "MANAGED_VLLM_INSTANCE"
 """Environment variable that marks every process of one server: the path of its instance folder."""
 
 SUPERVISOR = "MANAGED_VLLM_SUPERVISOR"
-"""Environment variable `pid:start_time` of the supervisor; the start time guards against a reused pid."""
+"""Environment variable `pid:start_time:pid_namespace` of the supervisor; the time guards against a reused pid."""
 
 ROOT = "MANAGED_VLLM_SERVER_ROOT"
 """Environment variable set by the server's first interpreter: its pid."""
@@ -81,6 +81,8 @@ def _orphaned() -> bool:
     Only the server's first interpreter may be the supervisor's own child. Where `ROOT` is not set (`python -I`), the
     caller is that one.
     """
+    if _is_elsewhere():
+        return False
     parent = os.getppid()
     supervisor = os.environ.get(SUPERVISOR, "").partition(":")[0]
     return parent == 1 or (str(parent) == supervisor and os.environ.get(ROOT, str(os.getpid())) != str(os.getpid()))
@@ -97,7 +99,24 @@ def start_time(pid: int) -> str | None:
 
 
 def _supervisor_lives() -> bool:
-    pid, _, started = os.environ.get(SUPERVISOR, "").partition(":")
-    if not pid.isdigit():
-        return True  # a server that nobody supervises by these rules
-    return start_time(int(pid)) == started
+    pid, _, rest = os.environ.get(SUPERVISOR, "").partition(":")
+    if not pid.isdigit() or _is_elsewhere():
+        return True  # a server that nobody supervises by these rules, or that can't see its supervisor
+    return start_time(int(pid)) == rest.partition(":")[0]
+
+
+def pid_namespace() -> str:
+    """Which pid namespace this process is in; empty where the system does not say."""
+    try:
+        return str(os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:
+        return ""
+
+
+def _is_elsewhere() -> bool:
+    """True in a pid namespace that is not the supervisor's (`unshare -p`, `apptainer --pid`): pids say nothing there.
+
+    The kernel's signal at the parent's death comes there, too.
+    """
+    supervisors = os.environ.get(SUPERVISOR, "").split(":")
+    return len(supervisors) > 2 and supervisors[2] not in ("", pid_namespace())

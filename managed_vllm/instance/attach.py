@@ -290,6 +290,7 @@ class Attachment:
 
     def _take_lease(self, deadline: float | None) -> Channel:
         home = directory.state_home()
+        directory.check_locks(home)
         instance = self.known.instance if self.known else find(self.options, home)
         spec = self.options.spec or (self.known.order.spec if self.known else None)
         name = None if spec is None else self.options.name

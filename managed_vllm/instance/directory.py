@@ -111,6 +111,14 @@ def restore_token(home: Path, token: str) -> str:
         return path.read_text()
 
 
+def check_locks(home: Path) -> None:
+    """Raises `StateDirectoryError` where the file system of the state directory has no locks (some network ones)."""
+    token_of(home)
+    path = home / _TOKEN
+    with state_errors(path), open(path, "r+b") as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
 def check_private(folder: Path) -> None:
     """Raises `StateDirectoryError` unless `folder` is a real directory, owned by us, closed to everybody else."""
     status = folder.lstat()
@@ -353,8 +361,10 @@ def is_alive(instance: Instance) -> bool:
     try:
         # Shared: with an exclusive one, whoever looks at the same moment would take us for the supervisor.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:  # a file system without locks, on which no supervisor has one
+        return False
     finally:
         os.close(descriptor)
     return False

@@ -21,6 +21,7 @@ from typing import Any
 
 from managed_vllm.in_server import managed_vllm_arguments
 from managed_vllm.instance.directory import tail
+from managed_vllm.server.pidfd import pidfd_open
 
 _MESSAGE_LIMIT = 1 << 20
 
@@ -107,7 +108,13 @@ class Image:
             theirs.close()
             os.close(log_descriptor)
         self._loop = asyncio.get_running_loop()
-        self._pidfd = os.pidfd_open(self.pid)
+        try:
+            self._pidfd = pidfd_open(self.pid)
+        except OSError:
+            self._popen.kill()
+            self._popen.wait()
+            self._control.close()
+            raise
         self._loop.add_reader(self._pidfd, self._has_ended)
 
     @property

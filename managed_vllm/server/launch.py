@@ -18,6 +18,7 @@ from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance import directory
 from managed_vllm.instance.directory import Instance
 from managed_vllm.masking import Secret, reveal
+from managed_vllm.socket_paths import LONGEST_PATH
 from managed_vllm.status import Connection, is_loopback
 
 log = logging.getLogger(__name__)
@@ -41,9 +42,9 @@ def prepare(order: SupervisorOrder, instance: Instance, *, scratch: Path, last_p
     `order.address.api_key` must be set: the server is never without one.
     """
     spec, address = order.spec, order.address
-    uds = str(instance.uds_path) if address.uds else None
+    uds = str(_uds_path(instance, scratch)) if address.uds else None
     if uds is not None:
-        instance.uds_path.unlink(missing_ok=True)  # vLLM leaves it behind, and then can't bind it (0.32)
+        Path(uds).unlink(missing_ok=True)  # vLLM leaves it behind, and then can't bind it (0.32)
     port = None if uds is not None else _choose_port(address, last_port)
     return Launch(
         argv=order.argv(host=address.host or _LOOPBACK, port=port, uds=uds),
@@ -56,6 +57,12 @@ def prepare(order: SupervisorOrder, instance: Instance, *, scratch: Path, last_p
         ),
         port=port,
     )
+
+
+def _uds_path(instance: Instance, scratch: Path) -> Path:
+    """In the instance's folder, or in the server's temporary one if the kernel does not take so long a path."""
+    path = instance.uds_path
+    return path if len(os.fsencode(path)) <= LONGEST_PATH else scratch / path.name
 
 
 def _environment(order: SupervisorOrder, instance: Instance, scratch: Path) -> dict[str, str]:
@@ -77,7 +84,7 @@ def _environment(order: SupervisorOrder, instance: Instance, scratch: Path) -> d
         # vLLM's setproctitle would wipe the environment, and our marker with it.
         "SPT_NOENV": "1",
         lifeline.MARKER: instance.marker,
-        lifeline.SUPERVISOR: f"{os.getpid()}:{lifeline.start_time(os.getpid())}",
+        lifeline.SUPERVISOR: f"{os.getpid()}:{lifeline.start_time(os.getpid())}:{lifeline.pid_namespace()}",
     }
 
 

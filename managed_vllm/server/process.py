@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ import psutil
 from managed_vllm.instance import cleanup
 from managed_vllm.instance.directory import Instance
 from managed_vllm.server.output import ServerOutput
+from managed_vllm.server.pidfd import pidfd_open
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +185,7 @@ class ServerProcess:
             self.pids_ever.add(process.pid)
             self._descendants[process] = None
             with contextlib.suppress(OSError):
-                descriptor = os.pidfd_open(process.pid)
+                descriptor = pidfd_open(process.pid)
                 self._descendants[process] = descriptor
                 self._loop.add_reader(descriptor, self._descendant_ended, process)
 
@@ -207,11 +209,7 @@ class ServerProcess:
         None if the listener can't be seen: it belongs to another user, or lives in another network namespace.
         """
         ours = {self.pid, *(process.pid for process in self._list_descendants())}
-        listeners = set()
-        with contextlib.suppress(psutil.Error):
-            for entry in psutil.net_connections(kind="tcp"):
-                if entry.status == psutil.CONN_LISTEN and entry.laddr and entry.laddr.port == port and entry.pid:
-                    listeners.add(entry.pid)
+        listeners = _listeners(port)
         if listeners & ours:
             return True
         return False if listeners else None
@@ -277,6 +275,25 @@ class ServerProcess:
         """Every process with the instance's marker that is the server's."""
         found = await asyncio.to_thread(cleanup.marked_processes, self._instance, self._marker)
         return {process for process in found if process.pid != self._spared()}
+
+
+def _listeners(port: int) -> set[int]:
+    """The pids of the processes that are seen to listen on a TCP port."""
+    with contextlib.suppress(psutil.Error, OSError, RuntimeError, ValueError):  # no such table, or none that is known
+        return {
+            entry.pid
+            for entry in psutil.net_connections(kind="tcp")
+            if entry.status == psutil.CONN_LISTEN and entry.laddr and entry.laddr.port == port and entry.pid
+        }
+    return set()
+
+
+def listeners_can_be_seen() -> bool:
+    """Whether this system tells who listens on which port: gVisor's `/proc/net/tcp` may be empty or not there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        probe.listen()
+        return os.getpid() in _listeners(probe.getsockname()[1])
 
 
 def _name(process: psutil.Process) -> str:

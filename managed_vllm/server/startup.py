@@ -19,7 +19,7 @@ from managed_vllm.policies import SupervisionPolicy
 from managed_vllm.server import diagnosis
 from managed_vllm.server.hangs import StoppedProcesses
 from managed_vllm.server.probe import Probe
-from managed_vllm.server.process import ServerProcess
+from managed_vllm.server.process import ServerProcess, listeners_can_be_seen
 from managed_vllm.server.startup_log import StartupLog
 from managed_vllm.status import Diagnosis, Progress, Stage
 
@@ -107,7 +107,9 @@ class StartupWatch:
         if self._port is None:
             return True
         owns = await asyncio.to_thread(self._process.owns_port, self._port)
-        return owns is True or (owns is None and self._may_listen_elsewhere)
+        if owns is None:
+            return self._may_listen_elsewhere or not await asyncio.to_thread(listeners_can_be_seen)
+        return owns
 
     async def _list_and_generate(self) -> Diagnosis | None:
         for question in (self._probe.serves_model, self._probe.generates):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import random
@@ -14,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -313,3 +316,20 @@ def test_caches_that_are_read_as_code_are_ours_alone(
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert directory.cache_folder("torchinductor") == home / "cache" / "torchinductor"
     shutil.rmtree(home / "cache")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_an_error_that_says_so(
+    home: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StateDirectoryError, match="has no file locks"):
+        ManagedVLLM("m", command=standin.command(), name="judge").start()
+    instance = Instance(home, "m-0123456789")
+    instance.create()
+    (instance.folder / directory.SUPERVISOR_LOCK).touch()
+    assert not directory.is_alive(instance)
+    instance.remove_folder()

@@ -92,7 +92,8 @@ def test_a_unix_socket_means_no_port_and_no_stale_file(instance: Instance) -> No
 def test_the_environment_marks_every_process_and_names_the_supervisor(instance: Instance) -> None:
     environment = prepare(instance, order()).environment
     assert environment[lifeline.MARKER] == instance.marker
-    assert environment[lifeline.SUPERVISOR] == f"{os.getpid()}:{lifeline.start_time(os.getpid())}"
+    ours = os.getpid(), lifeline.start_time(os.getpid()), lifeline.pid_namespace()
+    assert environment[lifeline.SUPERVISOR] == ":".join(map(str, ours))
     assert environment["TMPDIR"] == "/scratch"
     assert environment["VLLM_API_KEY"] == "key"
 
