@@ -106,6 +106,11 @@ class AsyncVLLMClient(AsyncRequestMethods):
         """Requests in flight now, in all event loops."""
         return self.sender.in_flight
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, for good. A handle makes a new one then."""
+        return self.sender.closed
+
     def close(self) -> None:
         """Ends what is in flight with `ServerDiedError`; nothing is sent again. From any thread, also twice."""
         self.sender.close()

@@ -389,11 +389,11 @@ class _Clients:
         self._settings = settings
         self._async_client: AsyncVLLMClient | None = None
         self._client: VLLMClient | None = None
-        self._openai: dict[str, tuple[Connection, Any]] = {}
+        self._openai: dict[str, tuple[Connection, object, Any]] = {}
 
     @property
     def async_client(self) -> AsyncVLLMClient:
-        if self._async_client is None:
+        if self._async_client is None or self._async_client.closed:  # those that we hand out may be closed
             from managed_vllm.client import AsyncVLLMClient
 
             attachment = self._attachment
@@ -410,7 +410,7 @@ class _Clients:
 
     @property
     def client(self) -> VLLMClient:
-        if self._client is None:
+        if self._client is None or self._client.async_client.closed:
             from managed_vllm.client import VLLMClient
 
             self._client = VLLMClient.of(self.async_client)
@@ -418,13 +418,13 @@ class _Clients:
 
     def openai(self, kind: str, connection: Connection) -> Any:
         """The SDK's client of that class (`OpenAI`, `AsyncOpenAI`), made anew where the connection has changed."""
-        kept = self._openai.get(kind)
-        if kept is not None and kept[0] == connection:
-            return kept[1]
+        kept, sender = self._openai.get(kind), self.async_client.sender
+        if kept is not None and kept[:2] == (connection, sender) and not kept[2].is_closed():
+            return kept[2]
         from managed_vllm.request import openai_sdk
 
-        client = openai_sdk.make_client(kind, connection, self.async_client.sender)
-        self._openai[kind] = (connection, client)
+        client = openai_sdk.make_client(kind, connection, sender)
+        self._openai[kind] = (connection, sender, client)
         return client
 
     def forget_openai(self) -> None:
@@ -434,7 +434,7 @@ class _Clients:
     def close(self) -> None:
         if self._async_client is not None:
             self._async_client.close()
-        for _, client in self._openai.values():
+        for *_, client in self._openai.values():
             if not hasattr(client, "__aenter__"):  # the other kind is closed by its event loop
                 with contextlib.suppress(Exception):
                     client.close()

@@ -51,14 +51,16 @@ STRUCTURED = (
 """Public fields of vLLM's `StructuredOutputsParams` (0.32)."""
 
 NOTES = {
-    "extra_args": "`vllm_xargs`: texts, numbers, lists of them; `kv_transfer_params` and `ec_transfer_params` in it "
+    "extra_args": "`vllm_xargs`: texts, numbers, flags, lists of them; `kv_transfer_params` and `ec_transfer_params` in it "
     "become the fields of that name",
     "logprob_token_ids": "`logprob_token_ids`, with `logprobs`, which the routes want with it",
     "logprobs": "`logprobs`; in a chat `logprobs` and `top_logprobs`, which counts the sampled token",
-    "max_tokens": "`max_tokens`; None: 16 in `generate`, up to the model's length in `chat`",
+    "max_tokens": "`max_tokens`; None: up to the model's length, for which `generate` asks `/tokenize` first",
     "mm_processor_kwargs": "request field; the server must be started with `--trust-request-mm-kwargs`",
     "n": "`n`; 1 if greedy, as in vLLM",
-    "stop": "`stop`; vLLM's server takes four at most (`VLLM_MAX_STOP_STRINGS`)",
+    "stop": "`stop`; a server not of ours takes four at most (`VLLM_MAX_STOP_STRINGS`)",
+    "detokenize": "done here: False takes the texts out",
+    "logit_bias": "`logit_bias`; beyond ±100, ±inf included, the routes take ±100",
     "stream_interval": "`stream_interval`; means something only where a generation is streamed for resuming",
     "structured_outputs": "`structured_outputs`, see below; a pydantic model class is its `json`",
     "tokenization_kwargs": "`add_special_tokens`, `truncate_prompt_tokens` and `truncation_side` of it",
@@ -91,7 +93,9 @@ def parameters() -> str:
     for name, reason in sampling.REFUSED.items():
         here = "refused"
         if name in sampling.IN_PROCESS:
-            here = "without effect in a `vllm.SamplingParams`, else refused"
+            here = (
+                "without effect" if name == "output_kind" else "without effect in a `vllm.SamplingParams`, else refused"
+            )
         rows.append((f"`{name}`", here, reason))
     if missing := set(SAMPLING) - set(taken) - set(sampling.REFUSED):
         raise ValueError(f"what becomes of {sorted(missing)} of vllm.SamplingParams?")

@@ -11,7 +11,7 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from managed_vllm import forks
@@ -104,18 +104,19 @@ async def _chat(
 ) -> RequestOutput:
     limits, params = rules.limits, rules.params
     if temperature is not None:
-        params = replace(params, temperature=temperature)
+        params = params.with_({"temperature": temperature})
     bounds = [limits.max_response_tokens, params.max_tokens]
     if limits.max_episode_tokens is not None:
         bounds.append(limits.max_episode_tokens - tokens_so_far)
     most = min((bound for bound in bounds if bound is not None), default=None)
     if most is not None:
-        params = replace(params, max_tokens=most)
+        params = params.with_({"max_tokens": most})
     seconds = [each for each in (limits.generate_timeout_s, deadline.left_s()) if each is not None]
     fields = dict(rules.agent.request)
     if not rules.exact:
         # Another server than vLLM may refuse fields that it does not know.
-        fields["extra_body"] = {"return_token_ids": None, **(fields.get("extra_body") or {})}
+        not_asked = dict.fromkeys({"top_k", "min_p", "repetition_penalty"} - params.given)
+        fields["extra_body"] = {"return_token_ids": None, **not_asked, **(fields.get("extra_body") or {})}
         fields["resume"] = False
     outputs = await rules.client.chat(messages, params, timeout=min(seconds, default=None), **fields)
     return outputs[0]

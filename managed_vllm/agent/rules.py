@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from managed_vllm.agent.format import AgentFormat, ui_tars
@@ -69,19 +69,17 @@ class Rules:
         exact = more.get("exact", True)
         agent = agent or ui_tars()
         params = SamplingParams.of(sampling_params)
-        params = replace(
-            params, **{name: value for name, value in agent.sampling.items() if getattr(params, name) is None}
-        )
-        if params.n not in (None, 1):
+        params = params.with_({n: value for n, value in agent.sampling.items() if n not in params.given})
+        if params.n != 1:
             raise BadRequestError("an episode has one answer a turn; for n rollouts a task use the scheduler's n=")
         limits = limits or Limits()
-        if params.max_tokens is None and limits.max_response_tokens is None:
-            params = replace(params, max_tokens=DEFAULT_MAX_TOKENS)
+        if params.max_tokens is None or "max_tokens" not in params.given:
+            params = params.with_({"max_tokens": limits.max_response_tokens or DEFAULT_MAX_TOKENS})
         if params.logprobs is None and exact:
-            params = replace(params, logprobs=0)  # of the sampled token alone
-        if params.skip_special_tokens is None and exact:
+            params = params.with_({"logprobs": 0})  # of the sampled token alone
+        if "skip_special_tokens" not in params.given and exact:
             # Else a token such as <|box_start|> is gone from the history, and the next prompt is not what was sampled.
-            params = replace(params, skip_special_tokens=False)
+            params = params.with_({"skip_special_tokens": False})
         return cls(client_of(llm), model_of(llm, agent), images, params, limits, agent, **more)
 
 

@@ -95,7 +95,6 @@ class GenerationFields(TypedDict, total=False):
     session_id: str | None
     cache_salt: str | None
     """Only requests with the same salt share a prefix cache."""
-    echo: bool | None
     add_special_tokens: bool | None
     response_format: Mapping[str, Any] | None
     return_token_ids: bool | None

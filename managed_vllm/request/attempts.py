@@ -130,6 +130,11 @@ class Sender:
         """Requests that are in flight now, in all event loops."""
         return sum(state.limiter.in_flight for _, state in self._states.items())
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, for good."""
+        return self._closed
+
     def close(self) -> None:
         """Ends what is in flight with `ServerDiedError`; nothing is sent again. From any thread."""
         self._closed = True

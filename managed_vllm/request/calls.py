@@ -11,8 +11,8 @@ from typing import Any
 from managed_vllm.errors import BadRequestError, ModelNotFoundError, RequestError, UnsupportedParameterError
 from managed_vllm.request.attempts import Sender
 from managed_vllm.request.fields import CallFields
-from managed_vllm.request.outputs import RequestOutput
-from managed_vllm.request.pending import RequestStats
+from managed_vllm.request.outputs import RequestOutput, without_texts
+from managed_vllm.request.pending import JSONRequest, RequestStats
 from managed_vllm.request.prompts import conversation_fields, fields_with_images, prompt_fields
 from managed_vllm.request.responses import MALFORMED, ParsedResponse
 from managed_vllm.request.resume import Generation, is_long, obstacle
@@ -43,13 +43,14 @@ class Call:
         self._sampling_params = sampling_params
         self._fields = fields
         self._extra_body = extra_body
-        self._routes: dict[bool, tuple[CallFields, list[SamplingParams], list[dict[str, Any]]]] = {}
+        self._parses_tools = True  # until the server says that it doesn't
+        self._routes: dict[bool, tuple[CallFields, list[SamplingParams | None], list[dict[str, Any]]]] = {}
 
     def check(self, *, chat: bool) -> None:
         """Raises `BadRequestError` or `UnsupportedParameterError` for wrong parameters, before anything is sent."""
         self._route(chat=chat)
 
-    def _route(self, *, chat: bool) -> tuple[CallFields, list[SamplingParams], list[dict[str, Any]]]:
+    def _route(self, *, chat: bool) -> tuple[CallFields, list[SamplingParams | None], list[dict[str, Any]]]:
         """For one route: the fields, the sampling parameters, and bodies without a prompt; one for all, or one each."""
         found = self._routes.get(chat)
         if found is not None:
@@ -59,10 +60,10 @@ class Call:
         if isinstance(given, list | tuple):
             if len(given) != self._count:
                 raise BadRequestError(f"{self._count} prompts but {len(given)} sampling parameters")
-            params = [SamplingParams.of(one, chat=chat) for one in given]
+            params = [_params(one) for one in given]
         else:
-            params = [SamplingParams.of(given, chat=chat)]
-        rests = [fields.with_params(one.to_request(chat=chat)) for one in params]
+            params = [_params(given)]
+        rests = [fields.with_params(one) for one in params]
         for rest in rests:
             if rest.get("stream") or rest.get("stream_options"):
                 raise BadRequestError(
@@ -73,11 +74,36 @@ class Call:
 
     def _body(self, index: int, asked: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
         fields, _, rests = self._route(chat=chat)
-        return fields.body(asked, rests[index if len(rests) > 1 else 0], index)
+        body = fields.body(asked, rests[index if len(rests) > 1 else 0], index)
+        if not self._parses_tools and body.get("tools") and "tool_choice" not in body:
+            body["tool_choice"] = "none"
+        return body
+
+    def _params(self, index: int, *, chat: bool) -> SamplingParams | None:
+        _, params, _ = self._route(chat=chat)
+        return params[index if len(params) > 1 else 0]
 
     def _wanted_logprobs(self, index: int, *, chat: bool) -> int | None:
-        _, params, _ = self._route(chat=chat)
-        return params[index if len(params) > 1 else 0].logprobs
+        params = self._params(index, chat=chat)
+        return None if params is None else params.logprobs
+
+    async def _bounded(self, body: dict[str, Any], deadline: float | None, *, chat: bool) -> dict[str, Any]:
+        """The body with a number for "up to the model's length", which /v1/completions takes for 16 tokens."""
+        if chat or "max_tokens" in body:
+            return body
+        prompt = body["prompt"]
+        asked = {"prompt": prompt if isinstance(prompt, str) else ""}
+        if "add_special_tokens" in body:
+            asked["add_special_tokens"] = body["add_special_tokens"]
+        request = JSONRequest("/tokenize", asked, "count", "max_model_len")
+        await self._sender.send(request, deadline)
+        found = request.answer()
+        with checked_shape(found):
+            used = int(found["count"]) if isinstance(prompt, str) else len(prompt)
+            kept = body.get("truncate_prompt_tokens")
+            if kept is not None and kept >= 0:
+                used = min(used, kept)
+            return {**body, "max_tokens": max(1, int(found["max_model_len"]) - used)}
 
     # -- whole answers -------------------------------------------------------------------------------------------------
 
@@ -95,8 +121,8 @@ class Call:
         asked, images = prompt_fields(prompt)
         if images is None:
             return await self._generate(index, asked, deadline, resume, timeout_s, chat=False)
-        text = asked["prompt"]
-        asked = await fields_with_images(text, images)
+        text = asked.pop("prompt")
+        asked = {**asked, **await fields_with_images(text, images)}
         return replace(await self._generate(index, asked, deadline, resume, timeout_s, chat=True), prompt=text)
 
     async def _generate(
@@ -109,19 +135,26 @@ class Call:
         *,
         chat: bool,
     ) -> RequestOutput:
-        body = self._body(index, asked, chat=chat)
-        try:
-            return await self._send(index, body, deadline, resume, timeout_s, chat=chat)
-        except BadRequestError as error:
+        body = await self._bounded(self._body(index, asked, chat=chat), deadline, chat=chat)
+        before = 0
+        while True:
+            try:
+                return await self._send(index, body, deadline, resume, timeout_s, chat=chat, before=before)
+            except BadRequestError as error:
+                body, before = self._otherwise(index, body, error, chat=chat), before + 1
+
+    def _otherwise(self, index: int, body: dict[str, Any], error: BadRequestError, *, chat: bool) -> dict[str, Any]:
+        """The body that asks for the same in another way; raises the error where there is none."""
+        wanted = self._wanted_logprobs(index, chat=chat)
+        if chat and wanted and body.get("top_logprobs") == wanted + 1 and "logprobs" in error.message:
             # For a chat one candidate more is requested, which may be one too many (`--max-logprobs`).
-            wanted = self._wanted_logprobs(index, chat=chat)
-            if error.status == 404 and not isinstance(error, ModelNotFoundError):
-                raise _wrong_task(error, chat=chat) from error
-            fewer = chat and wanted and body.get("top_logprobs") == wanted + 1 and "logprobs" in error.message
-            if not fewer:
-                raise
-        body = {**body, "top_logprobs": wanted}
-        return await self._send(index, body, deadline, resume, timeout_s, chat=chat, before=1)
+            return {**body, "top_logprobs": wanted}
+        if _NO_TOOL_PARSER in error.message and "tool_choice" not in body:
+            self._parses_tools = False
+            return {**body, "tool_choice": "none"}
+        if error.status == 404 and not isinstance(error, ModelNotFoundError):
+            raise _wrong_task(error, chat=chat) from error
+        raise explained(error, body)
 
     async def _send(
         self,
@@ -151,28 +184,35 @@ class Call:
     ) -> RequestOutput:
         with checked_shape(response):
             wanted = self._wanted_logprobs(index, chat=chat)
-            return RequestOutput.from_response(response, body, stats, chat=chat, logprobs=wanted, before=before)
+            output = RequestOutput.from_response(response, body, stats, chat=chat, logprobs=wanted, before=before)
+        params = self._params(index, chat=chat)
+        return output if params is None or params.detokenize else without_texts(output)
 
     # -- streams -------------------------------------------------------------------------------------------------------
 
     async def stream(self, prompt: Any, deadline: float | None, *, chat: bool) -> AsyncGenerator[RequestOutput, None]:
         """The parts of one answer."""
-        asked: Mapping[str, Any]
         if chat:
             asked = await conversation_fields(prompt)
         else:
             asked, images = prompt_fields(prompt)
             if images is not None:
-                asked, chat = await fields_with_images(asked["prompt"], images), True
-        body = self._body(0, asked, chat=chat)
-        for name, harmless in (("n", 1), ("echo", False)):
-            if body.get(name) not in (None, harmless):
-                raise UnsupportedParameterError(f"{name}= does not go with stream(); llm.openai streams it", field=name)
-        route, body_sent = _route_of(chat=chat), {"stream_interval": 1, **body}
-        generation = Generation(route, body_sent, stream=True, obstacle=obstacle(body))
-        async with contextlib.aclosing(self._parts(generation, deadline)) as parts:
-            async for part, stats in parts:
-                yield self._output(0, part, body, stats, chat=chat)
+                text = asked.pop("prompt")
+                asked, chat = {**asked, **await fields_with_images(text, images)}, True
+        body = await self._bounded(self._body(0, asked, chat=chat), deadline, chat=chat)
+        if body.get("n") not in (None, 1):
+            raise UnsupportedParameterError("n= does not go with stream(); llm.openai streams it", field="n")
+        while True:
+            generation = Generation(
+                _route_of(chat=chat), {"stream_interval": 1, **body}, stream=True, obstacle=obstacle(body)
+            )
+            try:
+                async with contextlib.aclosing(self._parts(generation, deadline)) as parts:
+                    async for part, stats in parts:
+                        yield self._output(0, part, body, stats, chat=chat)
+                return
+            except BadRequestError as error:  # before the first part
+                body = self._otherwise(0, body, error, chat=chat)
 
     async def _parts(
         self, generation: Generation, deadline: float | None
@@ -207,6 +247,31 @@ def _wrong_task(error: BadRequestError, *, chat: bool) -> BadRequestError:
     """vLLM has the routes of its model's task only: 404 for the others (0.32)."""
     message = f"the server has no /v1{_route_of(chat=chat)}: its model is for another task than generating; "
     return BadRequestError(message + error.message, status=404)
+
+
+_NO_TOOL_PARSER = "tool choice requires --enable-auto-tool-choice"
+"""vLLM 0.32: `tools` without `tool_choice` means "auto", and a server without a parser refuses that. `vllm.LLM` has the
+tools in the prompt and parses nothing, which is `tool_choice="none"`."""
+_OPTIONS = (
+    (_NO_TOOL_PARSER, "tool_choice", "enable_auto_tool_choice=True and tool_call_parser="),
+    ("--trust-request-chat-template", "chat_template", "trust_request_chat_template=True"),
+    ("--trust-request-mm-kwargs", "mm_processor_kwargs", "trust_request_mm_kwargs=True"),
+)
+"""What a server refuses unless it was started with an option: what it says, of which argument, and the option."""
+
+
+def explained(error: BadRequestError, body: Mapping[str, Any]) -> BadRequestError:
+    """The error with our argument that the server refuses, where that is known."""
+    for said, name, option in _OPTIONS:
+        if error.field is None and said in error.message and body.get(name) is not None:
+            message = f"{name}= needs a server that was started with {option}: {error.message}"
+            return BadRequestError(message, field=name, index=error.index, status=error.status)
+    return error
+
+
+def _params(given: Any) -> SamplingParams | None:
+    """None stays None: the server's own defaults."""
+    return None if given is None else SamplingParams.of(given)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from typing import Any
 
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
 from managed_vllm.request.arguments import ChatFields, CompletionFields, GenerationFields, OfflineFields, names_of
-from managed_vllm.request.sampling import nearest
+from managed_vllm.request.arrays import without_numpy
+from managed_vllm.request.sampling import DEFAULT_MAX_TOKENS, SamplingParams, nearest
 
 BOTH_ROUTES = names_of(GenerationFields)
 """Fields of both routes that are passed on."""
@@ -25,6 +26,7 @@ TOKENIZATION = frozenset({"add_special_tokens", "truncate_prompt_tokens", "trunc
 REFUSED: Mapping[str, str] = {
     "stream": "chat() and generate() return whole answers; stream() streams",
     "stream_options": "chat() and generate() return whole answers; stream() streams",
+    "echo": "outputs have the prompt, its token ids and, with prompt_logprobs=, its logprobs",
     "messages": "it is the first argument of chat()",
     "prompt": "it is the first argument of generate()",
     "prompt_embeds": "prompts are texts or token ids",
@@ -57,6 +59,7 @@ _OTHER_NAMES: Mapping[str, str] = {
 """Fields that vLLM has removed or renamed; it would ignore them in silence."""
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "stream": (False,),
+    "echo": (False,),
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "return_token_offsets": (False,),
@@ -86,7 +89,7 @@ def checked(fields: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
             raise UnsupportedParameterError("return_token_ids can't be switched off: outputs have them", field=name)
         if name in names:
             if value is not None:
-                found[name] = value
+                found[name] = without_numpy(value)
             continue
         if (name in REFUSED or name in OF_VLLM_LLM) and (value is None or value in _HARMLESS.get(name, ())):
             continue
@@ -159,12 +162,23 @@ class CallFields:
                 raise BadRequestError(f"{count} prompts but {len(priority)} of priority=", field="priority")
             self._priorities = self._fields.pop("priority")
 
-    def with_params(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """All fields of a request but its prompt. Raises `BadRequestError` for a keyword that is also in `params`."""
-        for name in sorted(self._fields.keys() & params.keys()):
-            if self._fields[name] != params[name]:
+    def with_params(self, params: SamplingParams | None) -> dict[str, Any]:
+        """All fields of a request but its prompt: keywords go before the defaults of sampling parameters.
+
+        Raises `BadRequestError` for a keyword that is also given in them.
+        """
+        chat = self._chat
+        given = {} if params is None else params.to_request(chat=chat, only_given=True)
+        for name in sorted(self._fields.keys() & given.keys()):
+            if self._fields[name] != given[name]:
                 raise BadRequestError(f"{name} is given twice: as a keyword and in the sampling parameters", field=name)
-        return with_candidates_as_ids({**self._fields, **params, **self._extra}, chat=self._chat)
+        defaults = {"max_tokens": DEFAULT_MAX_TOKENS} if params is None else params.to_request(chat=chat)
+        if self._fields.get("max_completion_tokens") is not None and "max_tokens" not in given:
+            defaults.pop("max_tokens", None)
+        request = {**defaults, **self._fields, **given}
+        taken_out = {name for name, value in self._extra.items() if value is None and name in request}
+        request = {name: value for name, value in {**request, **self._extra}.items() if name not in taken_out}
+        return with_candidates_as_ids(request, chat=chat)
 
     def body(self, asked: Mapping[str, Any], rest: Mapping[str, Any], index: int) -> dict[str, Any]:
         """The body of one request: its prompt (`asked`), and the `rest` from `with_params`."""

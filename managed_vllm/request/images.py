@@ -259,6 +259,7 @@ def _of_array(array: Any) -> Image:
 
 def _of_pillow(picture: Any) -> Image:
     try:
+        picture = _upright(picture)
         if picture.mode not in ("RGB", "RGBA", "L") or "transparency" in picture.info:
             picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
         width, height = picture.size
@@ -276,6 +277,23 @@ def _of_pillow(picture: Any) -> Image:
     except (OSError, ValueError, SyntaxError) as error:  # damaged or closed; SyntaxError is Pillow's for a broken PNG
         raise BadRequestError(f"the PIL image can't be read: {error}") from error
     return cache.put(key, Image(file.getvalue(), "image/png", uuid))
+
+
+def _upright(picture: Any) -> Any:
+    """As it is meant to be seen, by its EXIF orientation, which does not survive the encoding; as `vllm.LLM` has it."""
+    try:
+        turned = picture.getexif().get(_ORIENTATION, 1) != 1
+        if turned:
+            from PIL import ImageOps
+
+            picture = ImageOps.exif_transpose(picture)
+    except Exception:  # of a damaged tag, which turns nothing in vLLM either
+        return picture
+    return picture
+
+
+_ORIENTATION = 0x0112
+"""The EXIF tag that says how a picture is to be turned."""
 
 
 class ImageCache:

@@ -7,11 +7,13 @@ texts, other parts, other keys and their order stay as they are, and the caller'
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from managed_vllm.errors import BadRequestError
+from managed_vllm.request.arrays import without_numpy
 from managed_vllm.request.images import Image, ImagePart
 
 _KEYS: Mapping[str, tuple[str, ...]] = {
@@ -45,20 +47,41 @@ def conversation(messages: Any) -> list[dict[str, Any]]:
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
+def is_message(given: Any) -> bool:
+    """Whether it is one message: a mapping, or an object of the OpenAI SDK's."""
+    return isinstance(given, Mapping) or hasattr(given, "model_dump")
+
+
 def _message(message: Any, place: str) -> dict[str, Any]:
+    if hasattr(message, "model_dump"):  # pydantic's: what the OpenAI SDK returns
+        message = message.model_dump(exclude_none=True)
     if not isinstance(message, Mapping):
         raise _wrong(place, f"is a mapping with role and content, not {_what(message)}")
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise _wrong(place, f"has no role, such as 'user' ({_what(role)})" if "role" in message else "has no role")
     found = dict(message)
-    content = message.get("content")
+    if found.get("tool_calls"):
+        found["tool_calls"] = [_tool_call(call) for call in found["tool_calls"]]
+    content = without_numpy(message.get("content"))
+    if content is None and "content" in message and role != "assistant":
+        found["content"] = []  # as `vllm.LLM` takes it; the route takes None of assistants only
     if content is None or isinstance(content, str):
         return found
     if not isinstance(content, list | tuple):
         raise _wrong(f"{place}.content", f"is a text or a list of parts, not {_what(content)}; put an image in a list")
     found["content"] = [_part(part, f"{place}.content[{index}]") for index, part in enumerate(content)]
     return found
+
+
+def _tool_call(call: Any) -> Any:
+    """With its arguments as text: chat templates take dicts, so scripts keep them; the route takes JSON."""
+    if hasattr(call, "model_dump"):
+        call = call.model_dump(exclude_none=True)
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), Mapping):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
 def _part(part: Any, place: str) -> Any:

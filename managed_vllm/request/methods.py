@@ -62,12 +62,14 @@ class RequestMethods(PoolingMethods, EngineMethods):
             messages: one conversation, or a list of them. Images may be PIL images, bytes, paths, data: or http(s)
                 URLs, in parts of the type `image_url`, `image` or `image_pil`.
             sampling_params: `SamplingParams`, a dict or a `vllm.SamplingParams`; one for all, or a list with one each.
+                What they leave out has vLLM's default, `max_tokens=16` too. None: the model's own generation config,
+                and 16 tokens.
             use_tqdm: whether to show a progress bar, or a function that makes one in place of `tqdm.auto.tqdm`. What
                 `vllm.LLM` takes by position behind it is taken so, too.
             timeout: seconds for the whole call. None: no limit, so the call ends only with an answer or an error.
             request_timeout: seconds for each request, from the moment when it may be sent (`max_in_flight`).
             resume: whether tokens are kept when their server is lost, so that only the rest is generated again. None:
-                where possible, if `max_tokens` is not given or at least 1,024 (`request.resume.RESUME_FROM`). True: a
+                where possible, if `max_tokens` is None or at least 1,024 (`request.resume.RESUME_FROM`). True: a
                 `BadRequestError` says why where it is not possible. False: never.
             return_exceptions: put the error of a failed request in its place in the list. Otherwise the first error is
                 raised once all requests are done, with the outcome of each in its `results`.
@@ -77,10 +79,10 @@ class RequestMethods(PoolingMethods, EngineMethods):
                 vLLM would ignore it.
 
         A generation can't be resumed, and starts over after a loss, with several answers (`n`), images, tools,
-        structured outputs, stop strings, `bad_words`, presence or frequency penalty, prompt logprobs, `echo`, a `seed`
+        structured outputs, stop strings, `bad_words`, presence or frequency penalty, prompt logprobs, a `seed`
         unless the temperature is 0, a field that this library doesn't know, or a server that parses reasoning or tool
         calls. With temperature 0 a resumed answer equals an uninterrupted one, as far as the server itself gives equal
-        answers to equal requests; after the cut the `decoded_token` of logprobs is missing. Without `max_tokens`, a
+        answers to equal requests; after the cut the `decoded_token` of logprobs is missing. With `max_tokens=None`, a
         limit from the model's generation config (`max_new_tokens`) starts over after a loss.
 
         Cancelling or interrupting the call closes its connections; vLLM then stops generating.
@@ -219,7 +221,7 @@ class RequestMethods(PoolingMethods, EngineMethods):
             extra_body: as for `chat`.
             **fields: as for `chat` or `generate`.
 
-        Raises what `chat` raises, and `UnsupportedParameterError` for `n` above 1 and `echo`.
+        Raises what `chat` raises, and `UnsupportedParameterError` for `n` above 1.
         """
         return portal.iterate(
             self.async_client.stream(prompt, sampling_params, timeout=timeout, extra_body=extra_body, **fields)

@@ -1,6 +1,7 @@
 """The OpenAI SDK's clients on our connections, for `llm.openai` and `llm.async_openai`.
 
-A request goes to where the server is now, whatever address the SDK's client was made with. A request that could not be
+A request goes to where the server is now, though the SDK's client was made with the address of a while ago; one for
+another address (`with_options(base_url=…)`) goes there, by the SDK's own connections. A request that could not be
 sent, or whose connection broke before a response began, waits for the server to come back and is sent again, as often
 as the client's `RetryPolicy` allows. What breaks later is left to the SDK's `max_retries`. The SDK's `timeout=` limits
 the wait for the beginning of the response, and each wait within it.
@@ -33,7 +34,8 @@ def make_client(kind: str, connection: Connection, sender: Sender) -> Any:
     sdk = importlib.import_module("openai")
     http_client = getattr(sdk, "DefaultHttpxClient" if kind == "OpenAI" else "DefaultAsyncHttpxClient")
     httpx = importlib.import_module(http_client.__mro__[1].__module__.partition(".")[0])
-    transport = _transport(httpx, sender) if kind == "OpenAI" else _async_transport(httpx, sender)
+    ours = httpx.URL(connection.base_url)
+    transport = _transport(httpx, sender, ours) if kind == "OpenAI" else _async_transport(httpx, sender, ours)
     return getattr(sdk, kind)(
         base_url=connection.base_url,
         api_key=connection.api_key.reveal() or "none",
@@ -42,7 +44,12 @@ def make_client(kind: str, connection: Connection, sender: Sender) -> Any:
     )
 
 
-def _async_transport(httpx: ModuleType, sender: Sender) -> Any:
+def _elsewhere(url: Any, ours: Any) -> bool:
+    """Whether it is the address of another server."""
+    return (url.scheme, url.host, url.port) != (ours.scheme, ours.host, ours.port)
+
+
+def _async_transport(httpx: ModuleType, sender: Sender, ours: Any) -> Any:
     """An `httpx.AsyncBaseTransport`."""
 
     class Stream(httpx.AsyncByteStream):  # type: ignore[name-defined,misc]
@@ -57,14 +64,24 @@ def _async_transport(httpx: ModuleType, sender: Sender) -> Any:
             self._body.close()
 
     class Transport(httpx.AsyncBaseTransport):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            self._others: Any = None
+
         async def handle_async_request(self, request: Any) -> Any:
+            if _elsewhere(request.url, ours):
+                self._others = self._others or httpx.AsyncHTTPTransport()
+                return await self._others.handle_async_request(request)
             body = await _send(httpx, sender, request, await request.aread())
             return httpx.Response(body.status, headers=body.headers, stream=Stream(body), request=request)
+
+        async def aclose(self) -> None:
+            if self._others is not None:
+                await self._others.aclose()
 
     return Transport()
 
 
-def _transport(httpx: ModuleType, sender: Sender) -> Any:
+def _transport(httpx: ModuleType, sender: Sender, ours: Any) -> Any:
     """An `httpx.BaseTransport`, which works in the portal's event loop."""
 
     class Stream(httpx.SyncByteStream):  # type: ignore[name-defined,misc]
@@ -83,10 +100,20 @@ def _transport(httpx: ModuleType, sender: Sender) -> Any:
             portal.clean_up(self._loop, close)
 
     class Transport(httpx.BaseTransport):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            self._others: Any = None
+
         def handle_request(self, request: Any) -> Any:
+            if _elsewhere(request.url, ours):
+                self._others = self._others or httpx.HTTPTransport()
+                return self._others.handle_request(request)
             content = request.read()
             body = portal.run(lambda: _send(httpx, sender, request, content))
             return httpx.Response(body.status, headers=body.headers, stream=Stream(body), request=request)
+
+        def close(self) -> None:
+            if self._others is not None:
+                self._others.close()
 
     return Transport()
 

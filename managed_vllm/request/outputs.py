@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 import msgspec
@@ -237,6 +237,24 @@ class RequestOutput:
             f"RequestOutput(request_id={self.request_id!r}, {prompt}{len(self.prompt_token_ids)} prompt tokens, "
             f"outputs={self.outputs!r})"
         )
+
+
+def without_texts(output: RequestOutput) -> RequestOutput:
+    """As with `detokenize=False`: no text of the answers, nor of their candidates."""
+    return replace(
+        output,
+        outputs=[
+            replace(
+                one,
+                text="",
+                logprobs=one.logprobs
+                and [
+                    {token: Logprob(each.logprob, each.rank) for token, each in place.items()} for place in one.logprobs
+                ],
+            )
+            for one in output.outputs
+        ],
+    )
 
 
 @dataclass(frozen=True, repr=False)

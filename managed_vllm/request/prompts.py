@@ -10,7 +10,8 @@ from typing import Any
 
 from managed_vllm import forks
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
-from managed_vllm.request.messages import conversation
+from managed_vllm.request.arrays import token_ids, without_numpy
+from managed_vllm.request.messages import conversation, is_message
 
 _UNCHANGED = "{{ messages[0]['content'] }}"
 """A chat template for a prompt that is text already, with the placeholders of its images in it."""
@@ -23,14 +24,15 @@ def as_conversations(messages: Any) -> tuple[Sequence[Any], bool]:
             "chat() takes a list of messages such as {'role': 'user', 'content': …}, or a list of such lists",
             field="messages",
         )
+    messages = without_numpy(messages)
     messages = messages if isinstance(messages, Sequence) else list(messages)
-    single = bool(messages) and isinstance(messages[0], Mapping)
+    single = bool(messages) and is_message(messages[0])
     return ([messages] if single else messages), single
 
 
 def as_prompts(prompts: Any) -> tuple[Sequence[Any], bool]:
     """The prompts that `generate` is given, and whether it was a single one, not a list of them."""
-    prompts = _without_numpy(prompts)
+    prompts = without_numpy(prompts)
     if isinstance(prompts, str | Mapping):
         return [prompts], True
     if isinstance(prompts, bytes) or not hasattr(prompts, "__iter__"):
@@ -38,7 +40,7 @@ def as_prompts(prompts: Any) -> tuple[Sequence[Any], bool]:
             f"a prompt is a text, a list of token ids or a dict, not {type(prompts).__name__}", field="prompt"
         )
     each = prompts if isinstance(prompts, Sequence) else list(prompts)
-    if len(each) and isinstance(each[0], int):
+    if len(each) and hasattr(each[0], "__index__"):
         return [each], True
     return each, False
 
@@ -85,49 +87,62 @@ async def score_input(given: Any, name: str) -> Any:
 
 def prompt_fields(prompt: Any) -> tuple[dict[str, Any], list[Any] | None]:
     """The request field of one prompt, and its images, if it has any."""
-    prompt = _without_numpy(prompt)
-    images: list[Any] | None = None
+    prompt = without_numpy(prompt)
+    fields: dict[str, Any] = {}
     if isinstance(prompt, Mapping):
-        images = _images(prompt)
-        text, tokens = prompt.get("prompt"), _without_numpy(prompt.get("prompt_token_ids"))
+        images, fields = _images(prompt), _fields_of(prompt)
+        text, tokens = prompt.get("prompt"), without_numpy(prompt.get("prompt_token_ids"))
         if images:
             if not isinstance(text, str):
                 raise UnsupportedParameterError(
                     "no route takes token ids and images; give the prompt as text", field="prompt_token_ids"
                 )
-            return {"prompt": text}, images
+            return {**fields, "prompt": text}, images
+        if "mm_processor_kwargs" in fields:
+            del fields["mm_processor_kwargs"]  # for images, and there are none
         prompt = text if tokens is None else tokens
     if isinstance(prompt, str):
-        return {"prompt": prompt}, None
-    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and all(type(token) is int for token in prompt):
-        return {"prompt": prompt if isinstance(prompt, list) else list(prompt)}, None
+        return {**fields, "prompt": prompt}, None
+    if (ids := token_ids(prompt)) is not None:
+        return {**fields, "prompt": ids}, None
     raise BadRequestError(
         f"a prompt is a text, a list of token ids, or a dict with one of them, not {prompt!r:.80}", field="prompt"
     )
 
 
+_FIELDS = frozenset({"cache_salt", "mm_processor_kwargs"})
+"""What a prompt may have that is a field of its request."""
+_KEYS = _FIELDS | {"prompt", "prompt_token_ids", "multi_modal_data", "multi_modal_uuids"}
+
+
+def _fields_of(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    for name in sorted(prompt.keys() - _KEYS):
+        if prompt[name] is not None:
+            raise UnsupportedParameterError(f"a prompt's {name!r} can't be passed on", field=name)
+    return {name: prompt[name] for name in _FIELDS & prompt.keys() if prompt[name]}
+
+
 def _images(prompt: Mapping[str, Any]) -> list[Any] | None:
-    unknown = sorted(prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data"})
-    if unknown:
-        raise UnsupportedParameterError(f"a prompt's {unknown[0]!r} can't be passed on", field=unknown[0])
+    """The images of a prompt; with an id of their own (`multi_modal_uuids`) as parts of a message."""
     media = prompt.get("multi_modal_data") or {}
     if other := sorted(media.keys() - {"image"}):
         raise UnsupportedParameterError(f"generate() passes on images; {other[0]!r} works in chat()", field=other[0])
-    found = media.get("image")
+    found, uuids = media.get("image"), (prompt.get("multi_modal_uuids") or {}).get("image")
     if found is None:
         return None
-    return list(found) if isinstance(found, list | tuple) else [found]
-
-
-def _without_numpy(value: Any) -> Any:
-    """An array of numpy's, or a tensor of torch's, as a list."""
-    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "dtype") else value
+    images = list(found) if isinstance(found, list | tuple) else [found]
+    ids = list(uuids) if isinstance(uuids, list | tuple) else [uuids] * len(images)
+    if len(ids) != len(images):
+        raise BadRequestError(f"{len(images)} images but {len(ids)} multi_modal_uuids", field="multi_modal_uuids")
+    parts = zip(images, ids, strict=True)
+    return [{"type": "image", "image": one, **({} if its is None else {"uuid": its})} for one, its in parts]
 
 
 async def conversation_fields(messages: Any) -> dict[str, Any]:
     """The request field of one conversation. Pictures are read and encoded in threads."""
-    if isinstance(messages, list | tuple) and not any(
-        isinstance(message, Mapping) and isinstance(message.get("content"), list | tuple) for message in messages
+    messages = without_numpy(messages)
+    if isinstance(messages, list | tuple) and all(
+        isinstance(message, Mapping) and isinstance(message.get("content"), str | None) for message in messages
     ):
         return {"messages": conversation(messages)}
     loop = asyncio.get_running_loop()
@@ -136,9 +151,8 @@ async def conversation_fields(messages: Any) -> dict[str, Any]:
 
 async def fields_with_images(text: str, images: list[Any]) -> dict[str, Any]:
     """The request fields of one prompt with images, for the chat route."""
-    content = [{"type": "text", "text": text}, *({"type": "image", "image": image} for image in images)]
-    asked = await conversation_fields([{"role": "user", "content": content}])
-    return {**asked, "chat_template": _UNCHANGED, "add_special_tokens": True, "max_tokens": 16}
+    asked = await conversation_fields([{"role": "user", "content": [{"type": "text", "text": text}, *images]}])
+    return {**asked, "chat_template": _UNCHANGED, "add_special_tokens": True}
 
 
 @functools.cache

@@ -1,16 +1,19 @@
-"""Sampling parameters with vLLM's names, and the request fields that they become.
+"""Sampling parameters with vLLM's names and defaults, and the request fields that they become.
 
 Mistakes fail where they are written, by vLLM's own rules (0.32): a wrong value raises `BadRequestError`, a name that
 can't be passed on to a server `UnsupportedParameterError` with the reason, a misspelt one the same with the nearest
 names. Both have the name as `field`. A `vllm.SamplingParams` or a dict is taken as well. vLLM silently ignores unknown
 request fields (0.32, every endpoint); we don't.
 
-Everywhere, None means: not sent. Then the server's default counts, from the model's generation_config or vLLM itself.
+What is left out has the default of `vllm.SamplingParams`, and is sent where the server would take something else, from
+the model's generation_config. Only a request without sampling parameters has the server's own defaults, and 16
+tokens, as in `vllm.LLM`.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import json as json_module
 import math
 import operator
@@ -22,7 +25,6 @@ from typing import Any
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
 
 REFUSED: Mapping[str, str] = {
-    "detokenize": "the routes always return the text; leave it out, the token ids come anyway",
     "flat_logprobs": "it is a container within vLLM's process; logprobs come as a list of dicts",
     "prompt_logprob_token_ids": "no OpenAI-compatible route takes it; prompt_logprobs=-1 has every token's",
     "prompt_logprob_start": "no OpenAI-compatible route takes it; cut prompt_logprobs of the output instead",
@@ -43,6 +45,16 @@ In a `vllm.SamplingParams`, those that only concern vLLM's own process are ignor
 """
 
 IN_PROCESS = frozenset({"output_kind", "skip_clone", "output_text_buffer_length"})
+_HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "flat_logprobs": (False,),
+    "skip_clone": (False,),
+    "output_text_buffer_length": (0,),
+    "use_beam_search": (False,),
+    "best_of": (1,),
+}
+"""Values of refused names that ask for nothing. So does None, and any `output_kind`, which `vllm.LLM` overwrites."""
+DEFAULT_MAX_TOKENS = 16
+"""Of a request that says nothing of it, as in `vllm.LLM`."""
 _INT64 = 2**63
 _MAX_LOGPROBS = 20
 """vLLM's default of `--max-logprobs`."""
@@ -140,13 +152,14 @@ class StructuredOutputsParams:
         return {name: value for name, value in request.items() if value is not None}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class SamplingParams:
-    """How to sample. None means: the server's own default (from its generation_config, or vLLM's).
+    """How to sample. What is left out has the default of `vllm.SamplingParams`, not that of the model.
 
-    The fields are those of `vllm.SamplingParams` (0.32) that the OpenAI-compatible routes take, and two for truncating
-    the prompt; docs/parameters.md lists them, and says why others are refused. Values are kept in plain types:
-    sequences become tuples, numpy's numbers become Python's.
+    The fields are those of `vllm.SamplingParams` (0.32) that a server can be asked for, and two for truncating the
+    prompt; docs/parameters.md lists them, and says why others are refused. Values are kept in plain types: sequences
+    become tuples, numpy's numbers become Python's. Fields may be assigned to, and are checked then, too; a call reads
+    them when it begins.
 
     Args:
         n: answers per prompt; 1 if greedy.
@@ -155,51 +168,53 @@ class SamplingParams:
         presence_penalty, frequency_penalty: in [-2, 2]. repetition_penalty: above 0; 1 is none.
         watermarking: whether the engine's watermark is applied, if it has one.
         seed: 64 bits, signed.
-        stop: a text, or texts, that end the answer (vLLM takes at most four, `VLLM_MAX_STOP_STRINGS`).
+        stop: a text, or texts, that end the answer (a server not of ours takes four, `VLLM_MAX_STOP_STRINGS`).
         stop_token_ids: token ids that end it. bad_words: texts that must not be generated.
         ignore_eos: continue after the end-of-sequence token.
-        max_tokens: the most tokens. None: 16 in `generate`, up to the model's length in `chat`. min_tokens: the fewest.
+        max_tokens: the most tokens; None: up to the model's length. min_tokens: the fewest.
         logprobs: the number of likeliest candidates per token, beside the sampled one; 0: none; -1: all.
         prompt_logprobs: the same for the prompt's tokens.
         logprob_token_ids: exactly these candidates (at most 128), in place of the likeliest.
+        detokenize: False: outputs have no text.
         skip_special_tokens, spaces_between_special_tokens, include_stop_str_in_output: how tokens become text.
         truncate_prompt_tokens: how many tokens of the prompt are kept; -1: as many as the model takes.
         truncation_side: "left" keeps the last ones, "right" the first ones.
-        logit_bias: {token id: a number in [-100, 100] that is added to its logit}.
+        logit_bias: {token id: a number that is added to its logit}; the routes take it for ±100 where it is more.
         allowed_token_ids: the only ones that can be sampled.
         structured_outputs: `StructuredOutputsParams`, a dict such as `{"regex": …}`, or a pydantic model class.
         thinking_token_budget: tokens for reasoning; -1: no limit.
         repetition_detection: a dict with `max_pattern_size`, `min_pattern_size`, `min_count`; ends repetitive answers.
-        extra_args: for plugins of the server: texts, numbers or lists of them (the request field `vllm_xargs`);
-            `kv_transfer_params` and `ec_transfer_params` in it become the request fields of that name.
+        extra_args: for plugins of the server: texts, numbers, True or False, or lists of them (the request field
+            `vllm_xargs`); `kv_transfer_params` and `ec_transfer_params` in it become the request fields of that name.
         stream_interval: tokens per event, if a generation is streamed for resuming.
         routed_experts_prompt_start: tokens of the prompt without routing data, if the server returns such data.
 
     Raises `BadRequestError` for a wrong value, `UnsupportedParameterError` for a wrong name.
     """
 
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     watermarking: bool | None = None
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
-    ignore_eos: bool | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
+    min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logprob_token_ids: Sequence[int] | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
     truncation_side: str | None = None
     logit_bias: Mapping[int, float] | None = None
@@ -209,68 +224,99 @@ class SamplingParams:
     repetition_detection: Mapping[str, int] | None = None
     extra_args: Mapping[str, Any] | None = None
     stream_interval: int | None = None
-    routed_experts_prompt_start: int | None = None
+    routed_experts_prompt_start: int = 0
 
     def __new__(cls, **given: Any) -> SamplingParams:
         """Refuses names that are misspelt, or can't be passed on."""
         if not given.keys() <= _NAMES:
-            _check_names(given, sorted(_NAMES), REFUSED, "there is no sampling parameter")
-        return super().__new__(cls)
+            asked = [name for name, value in given.items() if not _is_harmless(name, value)]
+            _check_names(asked, sorted(_NAMES), REFUSED, "there is no sampling parameter")
+        named = (name for name, value in given.items() if name in _NAMES)
+        made = super().__new__(cls)
+        made.__dict__["_given"] = frozenset(n for n in named if given[n] is not None or n == "max_tokens")
+        return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _NAMES:
+            _check_names((name,), sorted(_NAMES), REFUSED, "there is no sampling parameter")
+        default, before = _DEFAULTS[name], self.__dict__.get(name)
+        if value is None and name != "max_tokens":
+            value = default
+        self.__dict__[name] = value if value is default or value is None else _CHECKS[name](name, value)
+        if "_complete" in self.__dict__:
+            try:
+                self._check_together()
+            except BadRequestError:
+                self.__dict__[name] = before
+                raise
+            self.__dict__["_given"] |= {name}
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and name in _CHECKS:
-                object.__setattr__(self, name, _CHECKS[name](name, value))
-        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+        self._check_together()
+        self.__dict__["_complete"] = True
+
+    def _check_together(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _bad("min_tokens", f"must be at most max_tokens={self.max_tokens}, not {self.min_tokens}")
-        if self.temperature is not None and self.temperature < _GREEDY_BELOW and (self.n or 1) > 1:
+        if self.temperature < _GREEDY_BELOW and self.n > 1:
             raise _bad("n", f"must be 1 with temperature=0, where all answers are the same, not {self.n}")
+        if self.stop and not self.detokenize:
+            raise _bad("stop", "can't be with detokenize=False: stop strings are looked for in the text")
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The names that were given, or assigned to; the others have their defaults."""
+        found: frozenset[str] = self.__dict__["_given"]
+        return found
+
+    def with_(self, changes: Mapping[str, Any]) -> SamplingParams:
+        """A copy with these fields changed. (For `dataclasses.replace` all fields are given ones.)"""
+        return type(self)(**{**{name: self.__dict__[name] for name in self.given}, **changes})
 
     def clone(self) -> SamplingParams:
         """A copy, as `vllm.SamplingParams.clone` makes it."""
         return copy.deepcopy(self)
 
     @classmethod
-    def of(cls, value: Any, *, chat: bool = True) -> SamplingParams:
-        """From None, a `SamplingParams`, a dict or a `vllm.SamplingParams`.
-
-        A `vllm.SamplingParams` means what it says, defaults included: its temperature of 1 and its `top_p` of 1 are
-        sent, even if the model's generation_config differs. Its `max_tokens=None`, no limit, only works in a chat.
+    def of(cls, value: Any) -> SamplingParams:
+        """From None, a `SamplingParams`, a dict or a `vllm.SamplingParams`; a copy.
 
         Raises `UnsupportedParameterError` for what can't be passed on.
         """
         if value is None:
             return cls()
         if isinstance(value, cls):
-            return value
+            return copy.copy(value)
         if isinstance(value, Mapping):
             return cls(**value)
         if type(value).__name__ == "SamplingParams" and hasattr(value, "__struct_fields__"):
-            if value.max_tokens is None and not chat:
-                raise UnsupportedParameterError(
-                    "max_tokens=None can't be passed on to /v1/completions, which takes it for 16; give a number",
-                    field="max_tokens",
-                )
             return cls(**_set_in_vllm(value))
         raise UnsupportedParameterError(
             f"sampling parameters must be a SamplingParams or a dict, not {type(value).__name__}"
         )
 
-    def to_request(self, *, chat: bool) -> dict[str, Any]:
+    def to_request(self, *, chat: bool, only_given: bool = False) -> dict[str, Any]:
         """The request fields for `/v1/chat/completions` (`chat`) or `/v1/completions`.
+
+        What the server would take from the model's generation_config is always there, unless `only_given`.
 
         A chat's `top_logprobs` counts the sampled token as one of the candidates (vLLM 0.32), so one more is requested,
         up to the 20 that a server allows by default.
         """
-        request = {name: value for name, value in vars(self).items() if value is not None}
+        names = self.given if only_given else self.given.union(_OF_GENERATION_CONFIG)
+        request = {
+            name: value
+            for name in _DEFAULTS
+            if name in names and name != "detokenize" and (value := self.__dict__[name]) is not None
+        }
         if "logprob_token_ids" in request:
             request.setdefault("logprobs", 0)  # the routes want it there, and ignore its value then
         if chat and "logprobs" in request:
             asked = request["logprobs"]
             request["top_logprobs"] = asked + 1 if 0 < asked < _MAX_LOGPROBS else asked
             request["logprobs"] = True
-        if "logit_bias" in request:
-            request["logit_bias"] = {str(token): bias for token, bias in request["logit_bias"].items()}
+        if "logit_bias" in request:  # which the routes cut to that themselves; JSON has no infinity
+            request["logit_bias"] = {str(token): min(100, max(-100, b)) for token, b in request["logit_bias"].items()}
         if "structured_outputs" in request:
             request["structured_outputs"] = request["structured_outputs"].to_request()
         if "extra_args" in request:
@@ -289,7 +335,27 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
 
 
-_NAMES = frozenset(field.name for field in fields(SamplingParams))
+_DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(SamplingParams)}
+_NAMES = frozenset(_DEFAULTS)
+
+
+def _without_the_harmless(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(self: SamplingParams, **given: Any) -> None:
+        init(self, **{name: value for name, value in given.items() if name in _NAMES})  # `__new__` has looked
+
+    return __init__
+
+
+SamplingParams.__init__ = _without_the_harmless(SamplingParams.__init__)  # type: ignore[method-assign]
+
+
+def _is_harmless(name: str, value: Any) -> bool:
+    """Whether a refused parameter asks for nothing with this value."""
+    if name not in REFUSED:
+        return False
+    off = _HARMLESS.get(name, ())
+    return value is None or name == "output_kind" or any(type(value) is type(one) and value == one for one in off)
 
 
 def _check_names(given: Iterable[str], known: Sequence[str], refused: Mapping[str, str], what: str) -> None:
@@ -329,8 +395,8 @@ def _integer(least: int, most: int = _INT64 - 1) -> Callable[[str, Any], int]:
 
 
 def _count(name: str, value: Any) -> int:
-    """A number of candidates; vLLM takes True for 1."""
-    return 1 if value is True else _integer(-1)(name, value)
+    """A number of candidates; vLLM takes True for 1, and False for 0."""
+    return int(value) if isinstance(value, bool) else _integer(-1)(name, value)
 
 
 def _real(name: str, value: Any) -> float:
@@ -360,10 +426,10 @@ def _number(least: float, most: float, *, above: bool = False) -> Callable[[str,
     return check
 
 
-def _flag(name: str, value: Any) -> bool | None:
-    if value is None or isinstance(value, bool):
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
         return value
-    if type(value).__name__ in ("bool", "bool_"):  # numpy's
+    if type(value).__name__ in ("bool", "bool_") or (type(value) is int and value in (0, 1)):  # numpy's, and as in vLLM
         return bool(value)
     raise _bad(name, f"must be True or False, not {value!r:.80}")
 
@@ -418,10 +484,7 @@ def _logit_bias(name: str, value: Any) -> dict[int, float]:
             raise _bad(name, f"has the key {token!r:.80}, which is no token id") from None
         if isinstance(token, bool) or number < 0:
             raise _bad(name, f"has the key {token!r:.80}, which is no token id")
-        bias = _real(name, bias)
-        if not -100 <= bias <= 100:  # vLLM's routes cut it to that without a word
-            raise _bad(name, f"of token {number} must be in [-100, 100], not {bias}")
-        found[number] = bias
+        found[number] = bias if type(bias) is float and math.isinf(bias) else _real(name, bias)
     return found
 
 
@@ -462,7 +525,7 @@ def _extra_args(name: str, value: Any) -> dict[str, Any]:
         if key in _TRANSFER and isinstance(one, Mapping):
             continue
         for part in one if isinstance(one, list | tuple) else (one,):
-            if not isinstance(key, str) or isinstance(part, bool) or not isinstance(part, str | int | float):
+            if not isinstance(key, str) or not isinstance(part, str | int | float):
                 raise _bad(name, f"{key!r:.80} must be a text, a number or a list of these: nothing else is taken")
             if isinstance(part, int) and not -_INT64 <= part < 2 * _INT64:
                 raise _bad(name, f"{key!r:.80} has an integer of more than 64 bits")
@@ -509,6 +572,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "logprobs": _count,
     "prompt_logprobs": _count,
     "logprob_token_ids": _few_token_ids,
+    "detokenize": _flag,
     "skip_special_tokens": _flag,
     "spaces_between_special_tokens": _flag,
     "include_stop_str_in_output": _flag,

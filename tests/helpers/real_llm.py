@@ -6,7 +6,8 @@
 "how": how}`, a request `{"chat": bool, "prompt": text, token ids or messages, "params": {sampling parameters}}`. `how`
 is "one" (one after the other), "batch" (one `generate` and one `chat`, each with all of its requests) or "backwards"
 (the same in the reverse order, `chat` first: the batches of the steps are composed otherwise). The runs are made in
-their order, with one engine. `ANSWERS` becomes `{name: [output, …]}`, in the order of the requests; see `plain`.
+their order, with one engine, and then the `calls` (see `made`). `ANSWERS` becomes `{name: [output, …]}`, in the order
+of the requests; see `plain`.
 """
 
 from __future__ import annotations
@@ -116,12 +117,46 @@ def run(llm: Any, requests: Sequence[Mapping[str, Any]], how: str) -> list[dict[
     return [plain(found[index]) for index in range(len(requests))]
 
 
+def made(llm: Any, setup: str, calls: Sequence[str], names: Mapping[str, Any]) -> list[Any]:
+    """What each call, as the source of an expression on `llm`, returns or raises; `setup` is run before them."""
+    from functools import partial
+
+    scope = {"llm": llm, "greedy": partial(names["SamplingParams"], temperature=0), **names}
+    exec(setup, scope)
+    found = []
+    for call in calls:
+        try:
+            found.append(shown(eval(f"llm.{call}", scope)))
+        except Exception as error:
+            found.append({"raises": [kind.__name__ for kind in type(error).__mro__], "says": str(error)})
+    return found
+
+
+def shown(value: Any) -> Any:
+    """What a call returns, for JSON."""
+    if isinstance(value, list):
+        return [shown(one) for one in value]
+    kind = type(value).__name__
+    if kind == "RequestOutput":
+        found = plain(value)
+        del found["types"]
+        return found
+    if kind == "BeamSearchOutput":
+        return [[list(one.tokens), round(one.cum_logprob, 3), one.text] for one in value.sequences]
+    if kind == "SamplingParams":
+        return {name: getattr(value, name) for name in ("temperature", "top_p", "top_k", "min_p", "max_tokens", "n")}
+    return value
+
+
 def main(order: Path, answers: Path) -> None:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import BeamSearchParams
 
     wanted = json.loads(order.read_text())
     llm = LLM(**wanted["engine"])
-    found = {name: run(llm, one["requests"], one["how"]) for name, one in wanted["runs"].items()}
+    found: dict[str, Any] = {name: run(llm, one["requests"], one["how"]) for name, one in wanted["runs"].items()}
+    names = {"SamplingParams": SamplingParams, "BeamSearchParams": BeamSearchParams}
+    found["calls"] = made(llm, wanted["setup"], wanted["calls"], names)
     answers.write_text(json.dumps(found))
 
 

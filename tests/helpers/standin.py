@@ -35,8 +35,8 @@ A file named `<number>-<kind>` in the folder `faults` is claimed by the next gen
     slow                                   the answer 2 s later
 
 What is generated follows a rule, so that any answer can be checked: `continuation(prompt_ids(prompt), max_tokens)`;
-see `standin_engine`. Without `max_tokens` the text says "echo <prompt> from <pid>" instead. `command()` gives the words
-for `ManagedVLLM(command=…)`.
+see `standin_engine`. Without `max_tokens`, or with the client's default of 16, the text says "echo <prompt> from <pid>"
+instead. `command()` gives the words for `ManagedVLLM(command=…)`.
 """
 
 from __future__ import annotations
@@ -155,6 +155,9 @@ class _Gone(Exception):
     """The client has hung up."""
 
 
+_DEFAULT_MAX_TOKENS = 16
+
+
 class _Asked:
     """A generation request, read and checked."""
 
@@ -181,6 +184,8 @@ class _Asked:
             said = str(prompt)
         if any(not 0 <= number < VOCABULARY for number in self.ids):
             raise _Refused(f"Token id {max(self.ids)} is out of vocabulary")
+        if limit == _DEFAULT_MAX_TOKENS and not isinstance(body.get("prompt"), list):  # else it may be the rest of one
+            limit = None
         self.echo = None if limit is not None and not echo else f"echo {said} from {os.getpid()}".split(" ")
         self.n_tokens = len(self.echo) if self.echo else int(limit or 0)
         self.finish_reason = "stop" if self.echo else "length"

@@ -14,18 +14,20 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import real_llm
 from processes import own_state
 
-from managed_vllm import ManagedVLLM, demo
+from managed_vllm import BeamSearchParams, ManagedVLLM, SamplingParams, demo
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -96,6 +98,8 @@ class Answers:
     first: list[dict[str, Any]]
     second: list[dict[str, Any]]
     theirs_alone: list[dict[str, Any]]
+    their_calls: list[Any]
+    our_calls: list[Any]
     ours: list[dict[str, Any]]
     ours_alone: list[dict[str, Any]]
     chat_prompt: str | None
@@ -114,7 +118,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     }
     engine = {"model": str(demo.weights_path()), **ENGINE}
     order, answered = folder / "order.json", folder / "answers.json"
-    order.write_text(json.dumps({"engine": engine, "runs": runs}))
+    calls = [call for call, _ in page_calls()]
+    order.write_text(json.dumps({"engine": engine, "runs": runs, "setup": page_setup(), "calls": calls}))
     words = [sys.executable, real_llm.__file__, str(order), str(answered)]
     # The engine in the script's own process: one import of vLLM less.
     environment = {**os.environ, **demo.environment_defaults(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -127,8 +132,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
             one_by_one = [ask(llm, [one], chat=one["chat"])[0] for one in alone(asked)]
             *_, last = alone(asked)
             prompt = llm.chat(last["prompt"], {"max_tokens": 1}, return_prompt_text=True)[0].prompt
+            names = {"SamplingParams": SamplingParams, "BeamSearchParams": BeamSearchParams}
+            called = json.loads(json.dumps(real_llm.made(llm, page_setup(), calls, names)))
             together = ask(llm, asked[:EACH], chat=False) + ask(llm, asked[EACH:], chat=True)
-    return Answers(theirs["first"], theirs["second"], theirs["alone"], together, one_by_one, prompt)
+    return Answers(
+        theirs["first"], theirs["second"], theirs["alone"], theirs["calls"], called, together, one_by_one, prompt
+    )
 
 
 def ask(llm: ManagedVLLM, asked: Sequence[Mapping[str, Any]], *, chat: bool) -> list[dict[str, Any]]:
@@ -238,6 +247,48 @@ def test_the_answers_are_worth_comparing(answers: Answers) -> None:
     for output in changed:
         output["outputs"][-1]["token_ids"][-1] += 1
     assert len(differing(answers.ours, changed)) == 2 * EACH
+
+
+# -- the table of docs/client.md ---------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "client.md"
+
+
+def page_section() -> str:
+    return PAGE.read_text("utf-8").partition("### The same call, both sides")[2].partition("\n## ")[0]
+
+
+def page_setup() -> str:
+    return page_section().partition("```python\n")[2].partition("```")[0]
+
+
+def page_calls() -> list[tuple[str, str]]:
+    """Each call of the table, and what stands beside it."""
+    return re.findall(r"^\| `(.+?)` \| (.+) \|$", page_section(), re.MULTILINE)
+
+
+def test_the_table_has_calls() -> None:
+    assert len(page_calls()) > 20
+
+
+@pytest.mark.parametrize(("index", "call", "here"), [(i, *row) for i, row in enumerate(page_calls())])
+def test_the_same_call_on_both_sides(answers: Answers, index: int, call: str, here: str) -> None:
+    theirs, ours = answers.their_calls[index], answers.our_calls[index]
+    if match := re.match(r"`(\w+Error)`", here):
+        assert match[1] in ours["raises"]
+        return
+    if isinstance(theirs, dict) and "raises" in theirs:
+        assert isinstance(ours, dict), ours
+        assert "ManagedVLLMError" in ours.get("raises", ()), (theirs, ours)
+        return
+    assert not (isinstance(ours, dict) and "raises" in ours), ours
+    if not (isinstance(theirs, list) and theirs and "outputs" in theirs[0]):
+        assert ours == theirs
+        return
+    for one, other in zip(theirs, ours, strict=True):
+        assert differences(one, other) == []
+        ranks = [place[2] for output in other["outputs"] for each in output["logprobs"] or () for place in each]
+        assert (None in ranks) == here.startswith("`rank` is None")
 
 
 NOT_TOLD = {

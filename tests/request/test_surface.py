@@ -19,7 +19,7 @@ from managed_vllm.request.surface import NOT_HERE
 
 URL = "http://127.0.0.1:1"
 MESSAGES = [{"role": "user", "content": "hi"}]
-CARDS = {"data": [{"id": "m", "root": "m", "max_model_len": 64}]}
+CHAT = {"choices": [{"index": 0, "message": {"content": "x"}, "token_ids": [7], "finish_reason": "stop"}]}
 
 
 def each_kind() -> list[Any]:
@@ -199,7 +199,7 @@ def test_default_sampling_params_of_files_that_are_elsewhere_say_so(script: Call
 
 
 def test_chat_takes_by_position_what_vllm_llm_does(script: Callable[..., Script]) -> None:
-    server = script(says({"choices": [{"index": 0, "message": {"content": "x"}, "token_ids": [7]}]}))
+    server = script(says(CHAT))
     with client_of(server) as client:
         client.chat(MESSAGES, {"max_tokens": 4}, False, None, 3, "{{ x }}", "auto", False, True)
         with pytest.raises(BadRequestError, match="was chat_template before"):
