@@ -51,7 +51,7 @@ STRUCTURED = (
 """Public fields of vLLM's `StructuredOutputsParams` (0.32)."""
 
 NOTES = {
-    "extra_args": "`vllm_xargs`: texts, numbers, flags, lists of them; `kv_transfer_params` and `ec_transfer_params` in it "
+    "extra_args": "`vllm_xargs`: texts, numbers, flags, lists of them; `kv_transfer_params`, `ec_transfer_params` in it "
     "become the fields of that name",
     "logprob_token_ids": "`logprob_token_ids`, with `logprobs`, which the routes want with it",
     "logprobs": "`logprobs`; in a chat `logprobs` and `top_logprobs`, which counts the sampled token",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import numbers
 from typing import Any
 
 
@@ -19,7 +19,7 @@ def token_ids(values: Any) -> list[int] | None:
         return None
     found = []
     for token in values:
-        if isinstance(token, bool | str | bytes) or not hasattr(token, "__index__"):
+        if isinstance(token, bool) or not isinstance(token, numbers.Integral):
             return None
-        found.append(operator.index(token))
+        found.append(int(token))
     return found

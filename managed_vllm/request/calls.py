@@ -200,8 +200,9 @@ class Call:
                 text = asked.pop("prompt")
                 asked, chat = {**asked, **await fields_with_images(text, images)}, True
         body = await self._bounded(self._body(0, asked, chat=chat), deadline, chat=chat)
-        if body.get("n") not in (None, 1):
-            raise UnsupportedParameterError("n= does not go with stream(); llm.openai streams it", field="n")
+        for name, harmless in (("n", 1), ("echo", False)):
+            if body.get(name) not in (None, harmless):
+                raise UnsupportedParameterError(f"{name}= does not go with stream(); llm.openai streams it", field=name)
         while True:
             generation = Generation(
                 _route_of(chat=chat), {"stream_interval": 1, **body}, stream=True, obstacle=obstacle(body)

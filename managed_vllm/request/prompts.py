@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import numbers
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -40,7 +41,7 @@ def as_prompts(prompts: Any) -> tuple[Sequence[Any], bool]:
             f"a prompt is a text, a list of token ids or a dict, not {type(prompts).__name__}", field="prompt"
         )
     each = prompts if isinstance(prompts, Sequence) else list(prompts)
-    if len(each) and hasattr(each[0], "__index__"):
+    if len(each) and isinstance(each[0], numbers.Integral):
         return [each], True
     return each, False
 

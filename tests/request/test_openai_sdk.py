@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import openai
 import pytest
 import standin
 from processes import HANG_S, INSTANT, eventually
+from scripted_server import Script, says
 
 from managed_vllm import ManagedVLLM, RestartPolicy
 
@@ -52,6 +54,45 @@ def test_the_asynchronous_handle_has_hundreds_in_flight(home: Path) -> None:
 
         assert asyncio.run(ask()) == [expected] * 300
         assert asyncio.run(ask()) == [expected] * 300  # another event loop
+
+
+def test_what_a_handle_hands_out_may_be_closed(home: Path) -> None:
+    with server() as llm:
+        with llm.openai as sync:
+            assert sync.models.list().data
+        assert whole(llm, max_tokens=5)
+        with llm.client as client:
+            expected = client.generate("x", {"max_tokens": 5})[0].outputs[0].text
+        assert whole(llm, max_tokens=5)
+        assert llm.generate("x", {"max_tokens": 5})[0].outputs[0].text == expected
+
+        async def ask() -> list[Any]:
+            async with llm.async_client as client:
+                one = await client.generate("x", {"max_tokens": 5})
+            async with llm.async_openai as sdk:
+                await sdk.models.list()
+            return [one, await llm.async_client.generate("x", {"max_tokens": 5}), await llm.async_openai.models.list()]
+
+        first, second, models = asyncio.run(ask())
+        assert first[0].outputs[0].text == second[0].outputs[0].text == expected
+        assert models.data
+        llm.async_client.close()
+        assert llm.generate("x", {"max_tokens": 5})[0].outputs[0].text == expected
+
+
+def test_a_client_with_another_address_goes_there(home: Path, script: Callable[..., Script]) -> None:
+    other = script(says({"object": "list", "data": [{"id": "elsewhere", "object": "model"}]}))
+    with server() as llm:
+        there = llm.openai.with_options(base_url=f"{other.url}/v1", api_key="its own")
+        assert [model.id for model in there.models.list().data] == ["elsewhere"]
+        assert [model.id for model in llm.openai.models.list().data] == [llm.model]
+
+        async def ask() -> list[str]:
+            there = llm.async_openai.with_options(base_url=f"{other.url}/v1", api_key="its own")
+            return [model.id for model in (await there.models.list()).data]
+
+        assert asyncio.run(ask()) == ["elsewhere"]
+    assert [path for path, _ in other.requests] == ["/v1/models"] * 2
 
 
 def test_a_handle_follows_a_restart(home: Path) -> None:
