@@ -51,8 +51,8 @@ STRUCTURED = (
 """Public fields of vLLM's `StructuredOutputsParams` (0.32)."""
 
 NOTES = {
-    "extra_args": "`vllm_xargs`: texts, numbers, flags, lists of them; `kv_transfer_params` and `ec_transfer_params`, if "
-    "there, become the fields of that name",
+    "extra_args": "`vllm_xargs`: texts, numbers, flags, lists of them; `kv_transfer_params` and `ec_transfer_params` "
+    "in it become the fields of that name",
     "logprob_token_ids": "`logprob_token_ids`, with `logprobs`, which the routes want with it",
     "logprobs": "`logprobs`; in a chat `logprobs` and `top_logprobs`, which counts the sampled token",
     "max_tokens": "`max_tokens`; None: up to the model's length, for which `generate` asks `/tokenize` first",
