@@ -435,10 +435,5 @@ def set_in_engine_args(engine_args: Any) -> dict[str, Any]:
     """What differs from the defaults in a `vllm.EngineArgs`, by name; `model` in any case. `ConfigError` for others."""
     if not is_dataclass(engine_args) or isinstance(engine_args, type):
         raise ConfigError(f"engine_args must be a vllm.EngineArgs, not {type(engine_args).__name__}")
-    default = type(engine_args)()
-    names = [field.name for field in fields(engine_args)]
-    return {
-        name: getattr(engine_args, name)
-        for name in names
-        if name == "model" or getattr(engine_args, name) != getattr(default, name)
-    }
+    given = {field.name: getattr(engine_args, field.name) for field in fields(engine_args)}
+    return {**engine_arguments.differing(given, type(engine_args)()), "model": given["model"]}

@@ -10,12 +10,15 @@ seconds), so that a wrong name dies here and not half a minute later.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
+import enum
 import functools
 import json
 import numbers
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -200,11 +203,12 @@ _SOURCES = (
 def canonical(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Engine arguments by canonical name with JSON values; paths are absolute.
 
-    `no_x=True` is `x=False`, `{"x.y": 1}` is `{"x": {"y": 1}}`, "512" is 512, and a list of one is its item. Raises
-    `ConfigError` for an argument with a keyword of its own and for a value that can't be written as a flag.
+    `no_x=True` is `x=False`, `{"x.y": 1}` is `{"x": {"y": 1}}`, "512" is 512, and a list of one is its item. All the
+    fields of a `vllm.EngineArgs` (`vars(parser.parse_args())` in vLLM's examples) are those that differ from its
+    defaults. Raises `ConfigError` for an argument with a keyword of its own, and for a value that is no flag's.
     """
     try:
-        return _canonical(arguments)
+        return _canonical(_without_vllms_own(arguments))
     except RecursionError:
         raise ConfigError("an engine argument holds itself, or is nested too deep") from None
 
@@ -226,6 +230,48 @@ def _canonical(arguments: Mapping[str, Any]) -> dict[str, Any]:
         else:
             result[key] = _scalar_or_list(key, plain)
     return {key: _with_paths(key, value) for key, value in sorted(result.items())}
+
+
+def _without_vllms_own(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same without objects of vLLM's classes: of those that are no defaults of its own the fields are taken."""
+    engine_args = getattr(sys.modules.get("vllm"), "EngineArgs", None)
+    if engine_args is None or not any(_is_vllms(value) for value in arguments.values()):
+        return arguments
+    return {
+        name: _fields_of(value) if _is_vllms(value) else value
+        for name, value in differing(arguments, engine_args()).items()
+    }
+
+
+def differing(values: Mapping[str, Any], defaults: object) -> dict[str, Any]:
+    """Those of the values that are not what `defaults` has under their names; the empty text is the same as None."""
+
+    def spelt(value: Any) -> Any:
+        return None if value == "" else value
+
+    return {
+        name: value
+        for name, value in values.items()
+        if not hasattr(defaults, name) or spelt(value) != spelt(getattr(defaults, name))
+    }
+
+
+def _is_vllms(value: object) -> bool:
+    return type(value).__module__.partition(".")[0] == "vllm"
+
+
+def _fields_of(value: Any) -> Any:
+    """Of one of vLLM's config objects the fields that differ from its class's defaults; of an enum its value."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    default = type(value)()
+    return {
+        field.name: _fields_of(its) if _is_vllms(its) else its
+        for field in dataclasses.fields(value)
+        if field.init and (its := getattr(value, field.name)) != getattr(default, field.name)
+    }
 
 
 def _canonical_name(name: str) -> str:

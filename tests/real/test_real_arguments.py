@@ -50,6 +50,38 @@ print(json.dumps({"actions": actions, "parsed": [parsed(words) for words in aske
 """
 
 
+EXAMPLES = """
+from vllm import EngineArgs
+from vllm.config import StructuredOutputsConfig
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from managed_vllm import ManagedVLLM
+
+parser = FlexibleArgumentParser()
+EngineArgs.add_cli_args(parser)
+parser.set_defaults(model="demo")
+
+def asked(given):
+    return given._settings.attach.spec
+
+plain = asked(ManagedVLLM("demo"))
+assert asked(ManagedVLLM(**vars(parser.parse_args([])))) == plain
+assert asked(ManagedVLLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args([])))) == plain
+short = asked(ManagedVLLM(**vars(parser.parse_args(["--max-model-len", "256", "--runner", "pooling"]))))
+assert short == asked(ManagedVLLM("demo", max_model_len=256, runner="pooling"))
+compact = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
+assert asked(ManagedVLLM("demo", structured_outputs_config=compact)) == asked(
+    ManagedVLLM("demo", structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True})
+)
+print("the same")
+"""
+
+
+def test_all_arguments_of_vllms_parser_ask_for_what_differs_from_its_defaults() -> None:
+    """`LLM(**vars(args))`, as vLLM's own examples have it, and `from_engine_args`."""
+    run = subprocess.run([sys.executable, "-c", EXAMPLES], capture_output=True, text=True, timeout=300)
+    assert run.stdout.endswith("the same\n"), run.stderr[-3000:]
+
+
 def ask_vllm(*asked: list[str]) -> dict[str, Any]:
     """vLLM's table of flags, and what its parser makes of each list of words (None: refused)."""
     found = subprocess.run(
