@@ -2,6 +2,7 @@
 # make test   set up, then lint, the fast tests, two at a time, and those against the real vLLM: all of them are run,
 #             and at the end it says which failed
 # make soak   what takes hours: 500 chaos runs with the stand-in, 20 with the real vLLM, every matrix in full
+# make test-vllm VLLM=0.33.0   what compares with vLLM's own code, and needs neither GPU nor server, against that version
 # make setup  only set up; MANAGED_VLLM_SETUP=gpu|cpu|none chooses the server, otherwise what the machine has decides
 # make lint   ruff, mypy and the documentation
 # make docs   only the documentation: site/, built without the network; a warning is an error
@@ -10,10 +11,11 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
+AGAINST_VLLM := tests/request tests/server/test_diagnosis.py tests/project/test_docs.py
 # The variable silences an advertisement of mkdocs-material.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-.PHONY: setup demo test test-fast test-real soak lint docs format clean
+.PHONY: setup demo test test-fast test-real test-vllm soak lint docs format clean
 .NOTPARALLEL:
 
 setup:
@@ -30,6 +32,10 @@ test-fast: setup
 
 test-real: setup
 	$(BIN)/python -m pytest -m "real or gpu" $(PYTEST_ARGS)
+
+test-vllm: setup
+	test -d build/vllm-$(VLLM) || $(BIN)/python -m pip install -q --no-deps --target build/vllm-$(VLLM) vllm==$(VLLM)
+	PYTHONPATH=build/vllm-$(VLLM) $(BIN)/python -m pytest -m real -k "not page and not generation" $(AGAINST_VLLM) $(PYTEST_ARGS)
 
 soak: setup
 	$(BIN)/python tests/chaos/run.py --runs 500 --jobs 2

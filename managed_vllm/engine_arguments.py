@@ -191,6 +191,7 @@ _NAMES_OR_PATHS = frozenset(
 
 _SOURCES = (
     "engine/arg_utils.py",
+    "entrypoints/common/cli_args.py",  # 0.33
     "entrypoints/launchers/cli_args.py",
     "entrypoints/openai/cli_args.py",
     "entrypoints/cli/serve.py",

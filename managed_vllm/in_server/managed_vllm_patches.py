@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import inspect
 import os
 import pickle
@@ -65,10 +66,19 @@ def do_beforehand() -> None:
     """
     with contextlib.suppress(Exception):
         parsers = importlib.import_module("vllm.utils.argparse_utils")
-        arguments = importlib.import_module("vllm.entrypoints.launchers.cli_args")
+        arguments = importlib.import_module(_parser_module())
         arguments.make_arg_parser(parsers.FlexibleArgumentParser())
     if _is_cpu():
         _register_kernels_once()
+
+
+def _parser_module() -> str:
+    """Where vLLM 0.33 has its arguments, or 0.32."""
+    moved_to = "vllm.entrypoints.common.cli_args"
+    with contextlib.suppress(ModuleNotFoundError):
+        if importlib.util.find_spec(moved_to) is not None:
+            return moved_to
+    return "vllm.entrypoints.launchers.cli_args"
 
 
 def _is_cpu() -> bool:

@@ -1,8 +1,8 @@
 """The types of the methods' arguments: prompts, conversations, sampling parameters, and the fields of each route.
 
-The fields are vLLM 0.32's: `chat(…, **fields: Unpack[ChatFields])`. A type checker knows each name, an editor offers
-it, and `names_fields` makes `help()` show it. `request.fields` takes its tables of names from here, so there is one
-list of them. For each, None means: not sent, so the server's default counts.
+The fields are those of vLLM 0.32 and 0.33: `chat(…, **fields: Unpack[ChatFields])`. A type checker knows each name, an
+editor offers it, and `names_fields` makes `help()` show it. `request.fields` takes its tables of names from here, so
+there is one list of them. For each, None means: not sent, so the server's default counts.
 
 Imports nothing but the standard library: `ManagedVLLM` needs it, and has to be imported within milliseconds.
 """
@@ -137,6 +137,8 @@ class GenerationFields(TypedDict, total=False):
     repetition_detection: Mapping[str, int] | None
     stream_interval: int | None
     routed_experts_prompt_start: int | None
+    return_weight_versions: bool | None
+    """vLLM 0.33 and later."""
 
 
 class CompletionFields(GenerationFields, OfflineFields, total=False):

@@ -61,8 +61,9 @@ class AsyncRequestMethods(AsyncPoolingMethods, AsyncEngineMethods):
         conversations, single = as_conversations(messages)
         named_fields = by_name("chat", CHAT_POSITIONAL, further, fields)
         call = Call(self.sender, len(conversations), sampling_params, named_fields, extra_body)
-        call.check(chat=True)
         deadline, limit_s = deadline_of(timeout), checked_timeout("request_timeout", request_timeout)
+        await call.look_up(chat=True, deadline=deadline)
+        call.check(chat=True)
 
         def one(index: int) -> Awaitable[RequestOutput]:
             conversation = conversations[index]
@@ -91,8 +92,9 @@ class AsyncRequestMethods(AsyncPoolingMethods, AsyncEngineMethods):
         each, single = as_prompts(prompts_of(prompts, prompt_token_ids))
         named_fields = by_name("generate", GENERATE_POSITIONAL, further, fields)
         call = Call(self.sender, len(each), sampling_params, named_fields, extra_body)
-        call.check(chat=False)
         deadline, limit_s = deadline_of(timeout), checked_timeout("request_timeout", request_timeout)
+        await call.look_up(chat=False, deadline=deadline)
+        call.check(chat=False)
 
         def one(index: int) -> Awaitable[RequestOutput]:
             return call.complete_prompt(index, each[index], deadline, resume=resume, timeout_s=limit_s)
@@ -146,7 +148,9 @@ class AsyncRequestMethods(AsyncPoolingMethods, AsyncEngineMethods):
         """
         chat = isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
         call = Call(self.sender, 1, sampling_params, fields, extra_body)
-        async with contextlib.aclosing(call.stream(prompt, deadline_of(timeout), chat=chat)) as outputs:
+        deadline = deadline_of(timeout)
+        await call.look_up(chat=chat, deadline=deadline)
+        async with contextlib.aclosing(call.stream(prompt, deadline, chat=chat)) as outputs:
             with named(None, self._instance):
                 async for output in outputs:
                     yield output

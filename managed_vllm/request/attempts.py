@@ -28,6 +28,7 @@ from managed_vllm.request.connections import ConnectionPool, Transport
 from managed_vllm.request.deaths import Deaths, body_of, content_of
 from managed_vllm.request.endpoints import Endpoint, Endpoints, Find, Lookups, Ready
 from managed_vllm.request.event_loops import PerLoop
+from managed_vllm.request.fields import fields_in
 from managed_vllm.request.http_errors import (
     error_for_status,
     may_be_json,
@@ -36,7 +37,7 @@ from managed_vllm.request.http_errors import (
     retry_after_s,
     unexpected_error,
 )
-from managed_vllm.request.pending import HTTPRequest, PendingRequest, RequestStats
+from managed_vllm.request.pending import HTTPRequest, JSONRequest, PendingRequest, RequestStats
 from managed_vllm.request.responses import MALFORMED, EventDecoder
 from managed_vllm.request.retry import ResponseLostError, Retries, ServerFaultError
 from managed_vllm.request.server_images import ServerImages, is_miss
@@ -111,6 +112,7 @@ class Sender:
         self.retry = retry
         self._deaths = Deaths(retry.max_deaths)
         self._report = report
+        self._openapi: Mapping[str, Any] | None = None
         self.max_in_flight = max_in_flight
         self._endpoints = Endpoints(find, ready)
         self._transport = Transport()
@@ -183,6 +185,22 @@ class Sender:
             if not request.complete or request.broken_off:
                 raise  # otherwise it was over while the end of a stream was read
         return attempts.stats()
+
+    async def route_fields(self, *, chat: bool, deadline: float | None) -> frozenset[str]:
+        """The request fields of a route, as the server says in /openapi.json; none where it does not say. Kept."""
+        if self._openapi is None:
+            request = JSONRequest("/openapi.json", None, "paths", "components")
+            try:
+                await self.send(request, deadline)
+            except RequestTimeoutError:
+                raise
+            except RequestError:
+                self._openapi = {}
+            else:
+                self._openapi = request.answer()
+        with contextlib.suppress(*MALFORMED):
+            return fields_in(self._openapi, chat=chat)
+        return frozenset()
 
     async def open(
         self, method: str, path: str, headers: list[tuple[str, str]], body: bytes | None, deadline: float | None

@@ -10,7 +10,7 @@ from typing import Any
 
 from managed_vllm.errors import BadRequestError, ModelNotFoundError, RequestError, UnsupportedParameterError
 from managed_vllm.request.attempts import Sender
-from managed_vllm.request.fields import CallFields
+from managed_vllm.request.fields import CallFields, to_look_up
 from managed_vllm.request.outputs import RequestOutput, without_texts
 from managed_vllm.request.pending import JSONRequest, RequestStats
 from managed_vllm.request.prompts import conversation_fields, fields_with_images, prompt_fields
@@ -44,7 +44,16 @@ class Call:
         self._fields = fields
         self._extra_body = extra_body
         self._parses_tools = True  # until the server says that it doesn't
+        self._chat = True
+        self._looked_up: Mapping[str, bool] = {}
         self._routes: dict[bool, tuple[CallFields, list[SamplingParams | None], list[dict[str, Any]]]] = {}
+
+    async def look_up(self, *, chat: bool, deadline: float | None) -> None:
+        """Asks the server for the fields that only it can tell about; mostly there are none."""
+        names = to_look_up(self._fields, chat=chat)
+        if names:
+            there = await self._sender.route_fields(chat=chat, deadline=deadline)
+            self._chat, self._looked_up = chat, {name: name in there for name in names}
 
     def check(self, *, chat: bool) -> None:
         """Raises `BadRequestError` or `UnsupportedParameterError` for wrong parameters, before anything is sent."""
@@ -55,7 +64,8 @@ class Call:
         found = self._routes.get(chat)
         if found is not None:
             return found
-        fields = CallFields(self._fields, self._extra_body, self._count, chat=chat)
+        looked_up = self._looked_up if chat == self._chat else {}
+        fields = CallFields(self._fields, self._extra_body, self._count, chat=chat, looked_up=looked_up)
         given = self._sampling_params
         if isinstance(given, list | tuple):
             if len(given) != self._count:

@@ -1,13 +1,15 @@
 """Which request fields each of vLLM's two routes knows, so that no other is sent by mistake: vLLM ignores it silently.
 
-The names are those of vLLM 0.32's `CompletionRequest` and `ChatCompletionRequest` (`request.arguments`);
-tests/request/test_sampling.py compares them with the installed vllm's. `extra_body={…}` bypasses the tables: for
-another version, another server, a plugin.
+The names are those of the `CompletionRequest` and `ChatCompletionRequest` of vLLM 0.32 and 0.33 (`request.arguments`);
+tests/request/test_sampling.py compares them with the installed vllm's. A name that is newer, or in no table and like
+none there, is looked up in the server's own /openapi.json (`to_look_up`). `extra_body={…}` bypasses all of it: for
+another server, a plugin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
@@ -22,6 +24,9 @@ CHAT_ONLY = names_of(ChatFields) - BOTH_ROUTES - _OFFLINE
 COMPLETIONS_ONLY = names_of(CompletionFields) - BOTH_ROUTES - _OFFLINE
 TOKENIZATION = frozenset({"add_special_tokens", "truncate_prompt_tokens", "truncation_side"})
 """What the routes take of `tokenization_kwargs=`."""
+
+NEWER: Mapping[str, str] = {"return_weight_versions": "0.33"}
+"""Fields that not every vLLM from 0.32 on has, and since which version. A server is asked before one is sent to it."""
 
 REFUSED: Mapping[str, str] = {
     "stream": "chat() and generate() return whole answers; stream() streams",
@@ -73,8 +78,31 @@ def known(*, chat: bool) -> frozenset[str]:
     return BOTH_ROUTES | (CHAT_ONLY if chat else COMPLETIONS_ONLY)
 
 
-def checked(fields: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
+def to_look_up(fields: Mapping[str, Any], *, chat: bool) -> frozenset[str]:
+    """The names that only the server can tell about: newer ones, and those that are like no name in the tables."""
+    names = known(chat=chat)
+    refused = REFUSED.keys() | OF_VLLM_LLM.keys() | _OTHER_NAMES.keys() | known(chat=not chat) | _OFFLINE
+    return frozenset(
+        name
+        for name, value in fields.items()
+        if value is not None and (name in NEWER if name in names else name not in refused and not nearest(name, names))
+    )
+
+
+def fields_in(openapi: Mapping[str, Any], *, chat: bool) -> frozenset[str]:
+    """The names of a route's request fields in a server's /openapi.json; none where that does not tell them."""
+    route = openapi["paths"]["/v1/chat/completions" if chat else "/v1/completions"]
+    schema = route["post"]["requestBody"]["content"]["application/json"]["schema"]
+    name = schema["$ref"].rpartition("/")[2]
+    return frozenset(openapi["components"]["schemas"][name]["properties"])
+
+
+def checked(
+    fields: Mapping[str, Any], *, chat: bool, looked_up: Mapping[str, bool] = MappingProxyType({})
+) -> dict[str, Any]:
     """The keyword arguments of `chat` or `generate` that go into the request body.
+
+    `looked_up` says for names of `to_look_up` whether the server has them.
 
     Raises `UnsupportedParameterError` for a name that the route does not know, or that this client does not pass on.
     """
@@ -87,10 +115,13 @@ def checked(fields: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
     for name, value in fields.items():
         if name == "return_token_ids" and value is False:
             raise UnsupportedParameterError("return_token_ids can't be switched off: outputs have them", field=name)
-        if name in names:
+        if looked_up.get(name, name in names):
             if value is not None:
                 found[name] = without_numpy(value)
             continue
+        if name in names:
+            since = f"vLLM {NEWER[name]} and later have it, the server does not"
+            raise UnsupportedParameterError(f"{name}= can't be passed on: {since}", field=name)
         if (name in REFUSED or name in OF_VLLM_LLM) and (value is None or value in _HARMLESS.get(name, ())):
             continue
         raise UnsupportedParameterError(f"{name}= can't be passed on: {_why(name, chat=chat)}", field=name)
@@ -139,7 +170,7 @@ def _why(name: str, *, chat: bool) -> str:
         return OF_VLLM_LLM[name]
     if name in _OTHER_NAMES:
         return f"vLLM ignores it; use {_OTHER_NAMES[name]}"
-    hint = nearest(name, known(chat=chat)) or " in vLLM 0.32"
+    hint = nearest(name, known(chat=chat)) or " in vLLM 0.32 and 0.33, nor has the server"
     return f"the route has no such field{hint}; extra_body={{{name!r}: …}} sends it unchecked"
 
 
@@ -150,10 +181,16 @@ class CallFields:
     """
 
     def __init__(
-        self, fields: Mapping[str, Any], extra_body: Mapping[str, Any] | None, count: int, *, chat: bool
+        self,
+        fields: Mapping[str, Any],
+        extra_body: Mapping[str, Any] | None,
+        count: int,
+        *,
+        chat: bool,
+        looked_up: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
         self._chat = chat
-        self._fields = checked(fields, chat=chat)
+        self._fields = checked(fields, chat=chat, looked_up=looked_up)
         self._extra = dict(extra_body or {})
         self._priorities = None
         priority = self._fields.get("priority")  # as in vllm.LLM one for all, or one each

@@ -1,8 +1,9 @@
 """The table of failures: what vLLM says when it can't start or dies, and what each means.
 
-A new version of vLLM, or a new way to fail, is a new row. Every row names its source in vLLM 0.32.0, relative to the
-`vllm` package; "T" marks those recorded in tests/data/startup_logs. Rows are tried in order; the first that matches
-decides. How the text that they are matched against is found: `managed_vllm.server.failed_log`.
+A new version of vLLM, or a new way to fail, is a new row; rows of older versions stay. Every row names its source in
+vLLM 0.32.0, unless it names another version, relative to the `vllm` package; "T" marks those recorded in
+tests/data/startup_logs. Rows are tried in order; the first that matches decides. How the text that they are matched
+against is found: `managed_vllm.server.failed_log`.
 """
 
 from __future__ import annotations
@@ -341,7 +342,7 @@ RULES: tuple[Rule, ...] = (
     ),
     # -- memory --
     Rule(
-        # v1/core/kv_cache_utils.py:1031 (T)
+        # v1/core/kv_cache_utils.py:1031 (T); 0.33: kv_cache_planning.py:77
         r"To serve at least one request with the model's max seq len \((?P<max_model_len>\d+)\), "
         r"\((?P<needed_gib>[\d.]+) GiB KV cache is needed, which is larger than the available KV cache memory "
         r"\((?P<available_gib>[\d.]+) GiB\)[\s\S]*?estimated maximum model length is (?P<estimated_max_model_len>\d+)",
@@ -413,6 +414,15 @@ RULES: tuple[Rule, ...] = (
         "{requested_gib} GiB of KV cache are asked for, {free_gib} of {total_gib} GiB memory are free",
         "lower VLLM_CPU_KVCACHE_SPACE (GiB) or kv_cache_memory_bytes, or end other processes",
         permanent=_more_than_there_is,
+    ),
+    Rule(
+        # v1/worker/cpu_worker.py:227 (0.33, which has the next row no more)
+        r"The worker already uses (?P<used_gib>[\d.]+) GiB \(model weights and runtime\), more than the "
+        r"(?P<requested_gib>[\d.]+) GiB of CPU memory reserved for it on node (?P<node>\S+), leaving none",
+        Cause.HOST_MEMORY,
+        "the model and the runtime take {used_gib} GiB, {requested_gib} GiB are reserved for them and the KV cache",
+        "raise gpu_memory_utilization (on CPU: of the machine's memory), set VLLM_CPU_KVCACHE_SPACE (GiB), or use a "
+        "smaller model",
     ),
     Rule(
         # v1/worker/cpu_worker.py:83
