@@ -154,10 +154,11 @@ Warm = bool | Literal["auto"]
 class SupervisionPolicy:
     """How long the supervisor waits for its server, and when it starts it again. All durations in seconds.
 
-    `startup_silence_s` bounds the time without any progress in vLLM's log, `startup_timeout_s` the whole start: a
-    40-minute load that moves is fine, a stuck one is found. `first_request_timeout_s` bounds the one-token request that
-    proves readiness; it may compile kernels. `stop_grace_s` is the time between SIGTERM and SIGKILL, and
-    `gpu_release_timeout_s` bounds the wait until the driver has given an ended server's GPU memory back; both may be 0.
+    `startup_silence_s` bounds the time in which nothing is new in the log and no process of the server uses a CPU,
+    reads or writes; `startup_timeout_s` the whole start: a 40-minute load that moves is fine, a stuck one is found.
+    `first_request_timeout_s` bounds the one-token request that proves readiness; it may compile kernels. `stop_grace_s`
+    is the time between SIGTERM and SIGKILL, and `gpu_release_timeout_s` bounds the wait until the driver has given an
+    ended server's GPU memory back; both may be 0.
 
     `warm` says whether the server is forked from an image, a process that has vLLM's imports done: `"auto"` where that
     is safe, and else launched plainly; True: a start that can't be forked fails; False: never.

@@ -4,7 +4,8 @@ The exit of the API server is not detected here: the kernel reports it to the su
 order:
 
 1. The engine is dead: the kernel reports the end of EngineCore or a Worker, or `/health` answers 503, twice in a row.
-   It is asked every two seconds, and at once when the kernel reports the end of another of the server's processes.
+   (Of a server that is not vLLM, 503 says that it is busy, or loads something, and nothing more.) It is asked every two
+   seconds, and at once when the kernel reports the end of another of the server's processes.
 2. A process is stopped (state T), or the port refuses connections, for `stopped_s`.
 3. The API server gives no answer to anything for `stall_s + answer_s`.
 4. The engine's metrics do not change for `stall_s`; then one token is requested. The engine hangs if the token does
@@ -49,18 +50,22 @@ class StoppedProcesses:
     def __init__(self, process: ServerProcess, policy: HangPolicy) -> None:
         self._process = process
         self._policy = policy
-        self._since: dict[psutil.Process, float] = {}
+        self._since: dict[psutil.Process, tuple[float, object]] = {}
 
     def skip(self, seconds: float) -> None:
         """Leaves out of account that this much time has passed."""
-        self._since = {process: since + seconds for process, since in self._since.items()}
+        self._since = {process: (since + seconds, ran) for process, (since, ran) in self._since.items()}
 
     def check(self) -> Diagnosis | None:
-        """A diagnosis once a process has been stopped for `stopped_s`."""
+        """A diagnosis once a process has been stopped for `stopped_s` without a break: it has not run since."""
         now = time.monotonic()
         stopped = [process for process in self._process.processes() if _state(process) == psutil.STATUS_STOPPED]
-        self._since = {process: self._since.get(process, now) for process in stopped}
-        for process, since in self._since.items():
+        before, self._since = self._since, {}
+        for process in stopped:
+            ran = _has_run(process)
+            known = before.get(process)
+            self._since[process] = known if known is not None and known[1] == ran else (now, ran)
+        for process, (since, _) in self._since.items():
             if now - since >= self._policy.stopped_s:
                 detail = f"pid {process.pid} for {now - since:.0f} s"
                 return diagnosis.unwell(Cause.PROCESS_STOPPED, detail)
@@ -153,12 +158,17 @@ class HangWatch:
 
     async def _if_dead(self, health: Answer) -> Diagnosis | None:
         """The reason, if `/health` says that the engine is dead."""
-        if health.status != 503:
+        if health.status != 503 or not await self._speaks_as_vllm():
             return None
         found = await asyncio.to_thread(diagnosis.diagnose, list(self._process.output.lines), returncode=None)
         if found.cause is not Cause.UNKNOWN:
             return found
         return diagnosis.unwell(Cause.ENGINE_BROKEN, "HTTP 503 on /health: the engine is dead")
+
+    async def _speaks_as_vllm(self) -> bool:
+        if not self._probe.is_vllm and self._signs is None:
+            await self._read_metrics()
+        return self._probe.is_vllm or self._signs is not None
 
     async def _check(self) -> Diagnosis | None:
         await self._process.record_descendants()
@@ -212,7 +222,8 @@ class HangWatch:
 
     async def _judge(self, answer: Answer) -> Diagnosis | None:
         """What the request for one token has shown."""
-        answered = answer.ok or (answer.status is not None and answer.status < 500)
+        refused_for_now = answer.status == 503 and not await self._speaks_as_vllm()
+        answered = answer.ok or refused_for_now or (answer.status is not None and answer.status < 500)
         await self._read_metrics()
         # A change just after we asked may be no more than our own request entering the queue.
         moved = self._moved_at > self._asked_at + min(2.0, self._policy.answer_s / 2)
@@ -243,6 +254,16 @@ class HangWatch:
         if request is not None:
             request.cancel()
             await asyncio.gather(request, return_exceptions=True)
+
+
+def _has_run(process: psutil.Process) -> object:
+    """Something that changes whenever the process has run: it is put off the CPU again each time."""
+    try:
+        return process.num_ctx_switches()
+    except NotImplementedError:  # gVisor
+        return None
+    except psutil.Error:
+        return None
 
 
 def _state(process: psutil.Process) -> str | None:

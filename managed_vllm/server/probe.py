@@ -59,7 +59,7 @@ class Probe:
 
     def __init__(self, connection: Connection, *, is_vllm: bool = True) -> None:
         """`is_vllm` is False for a server of some other kind, which may lack `/health`."""
-        self._is_vllm = is_vllm
+        self.is_vllm = is_vllm
         self._key = {"Authorization": f"Bearer {connection.api_key.reveal()}"}
         self._model = connection.model
         self._root = connection.base_url.removesuffix("/v1")
@@ -77,7 +77,7 @@ class Probe:
         A server that is not vLLM may lack the route, or guard it: then `GET /v1/models`.
         """
         answer = await self._send("GET", f"{self._root}/health", None, timeout_s, key=False, new_connection=True)
-        if answer.status in _ABSENT | _GUARDED and not self._is_vllm:
+        if answer.status in _ABSENT | _GUARDED and not self.is_vllm:
             return await self._send("GET", f"{self._base_url}/models", None, timeout_s)
         return answer
 
@@ -99,7 +99,7 @@ class Probe:
             if answer.ok or answer.status is None or answer.status >= 500:
                 return answer
             refused.append(answer)
-            if self._is_vllm and answer.status not in _ABSENT and "does not support" not in answer.body:
+            if self.is_vllm and answer.status not in _ABSENT and "does not support" not in answer.body:
                 return answer
         if all(one.status in _ABSENT and self._model not in one.body for one in refused):
             return Answer(True, refused[0].status, refused[0].body)

@@ -2,7 +2,8 @@
 
 The exit of the server is not detected here: the kernel reports it to the supervisor. What is detected, in this order:
 
-1. The whole start takes longer than `startup_timeout_s`, or nothing new is in the log for `startup_silence_s`.
+1. The whole start takes longer than `startup_timeout_s`; or for `startup_silence_s` nothing new is in the log, and no
+   process of the server does anything: a download may be silent.
 2. A process is stopped (state T) for `stopped_s`.
 3. `/health` answers, on a port that is really our server's. Then it must list its model and generate one token, in
    `first_request_timeout_s`; no silence counts meanwhile. Only that proves that it works.
@@ -17,6 +18,7 @@ from collections.abc import Callable
 
 from managed_vllm.policies import SupervisionPolicy
 from managed_vllm.server import diagnosis
+from managed_vllm.server.activity import Activity
 from managed_vllm.server.hangs import StoppedProcesses
 from managed_vllm.server.probe import Probe
 from managed_vllm.server.process import ServerProcess, listeners_can_be_seen
@@ -55,6 +57,7 @@ class StartupWatch:
         self._may_listen_elsewhere = may_listen_elsewhere
         self._on_progress = on_progress
         self._stopped = StoppedProcesses(process, policy.hang)
+        self._activity = Activity(process)
         self._moved_at = self._checked_at = time.monotonic()
         self._began_at = self._moved_at if began_at is None else began_at
         self._progress = startup_log.progress
@@ -94,6 +97,8 @@ class StartupWatch:
             return None
         self._checked_at = time.monotonic()
         await self._process.record_descendants()
+        if self._activity.moved():
+            self._moved_at = time.monotonic()
         return self._stopped.check()
 
     async def _ask_if_up(self) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import re
 from pathlib import Path
 
 import psutil
 from lone_server import answered, launched, run, spawned, until
+from scripted_server import Script, http, sends
 
+from managed_vllm.masking import Secret
 from managed_vllm.policies import HangPolicy
 from managed_vllm.server.hangs import HangWatch, StoppedProcesses
 from managed_vllm.server.probe import Probe
-from managed_vllm.status import Cause, Diagnosis
+from managed_vllm.status import Cause, Connection, Diagnosis
 
 SLOW = HangPolicy(stall_s=3600, answer_s=3600, stopped_s=3600)
 """Whatever is found under this policy was not found by waiting."""
@@ -50,6 +53,46 @@ def test_a_stopped_process_is_reported_after_its_time_and_one_that_goes_on_is_no
             assert at_once.check() is None
 
     run(scenario)
+
+
+def test_several_short_stops_are_not_added_up(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with spawned(tmp_path, ["sleep", "60"]) as process:
+            stopped = StoppedProcesses(process, HangPolicy(stopped_s=1e-9))
+            sleeper = psutil.Process(process.pid)
+            for _ in range(3):
+                sleeper.suspend()
+                await until(lambda: sleeper.status() == psutil.STATUS_STOPPED, "it is stopped")
+                assert stopped.check() is None
+                sleeper.resume()
+                await until(lambda: sleeper.status() == psutil.STATUS_SLEEPING, "it goes on")
+
+    run(scenario)
+
+
+def test_503_of_a_server_that_is_not_vllm_is_no_death(tmp_path: Path) -> None:
+    busy = Script(*[sends(http(b'{"status": "no slot available"}', 503, headers="Connection: close\r\n"))] * 1000)
+
+    async def scenario() -> None:
+        policy = HangPolicy(stall_s=0.1, answer_s=30, stopped_s=math.inf)
+        async with spawned(tmp_path, ["sleep", "60"]) as process:
+            probe = Probe(Connection(f"{busy.url}/v1", Secret("k"), "m"), is_vllm=False)
+            watching = asyncio.create_task(HangWatch(probe, process, policy).until_unwell())
+
+            def asked_for_tokens() -> bool:
+                return sum(path == "/v1/completions" for path, _ in busy.requests) > 3
+
+            await until(lambda: asked_for_tokens() or watching.done(), "it was asked again and again")
+            assert not watching.done(), watching.result()
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            await probe.close()
+            probe = Probe(Connection(f"{busy.url}/v1", Secret("k"), "m"))
+            assert (await HangWatch(probe, process, policy).until_unwell()).cause is Cause.ENGINE_BROKEN
+            await probe.close()
+
+    with contextlib.closing(busy):
+        run(scenario)
 
 
 def test_time_in_which_we_did_not_run_is_left_out(tmp_path: Path) -> None:

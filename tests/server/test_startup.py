@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from lone_server import launched, run, spawned, until
+import pytest
+from lone_server import answered, launched, run, spawned, until
 from scripted_server import Script, hangs, says
 
 from managed_vllm.masking import Secret
 from managed_vllm.policies import HangPolicy, SupervisionPolicy
+from managed_vllm.server import startup
+from managed_vllm.server.activity import Activity
 from managed_vllm.server.probe import Probe
+from managed_vllm.server.process import ServerProcess
 from managed_vllm.server.startup import StartupWatch
 from managed_vllm.server.startup_log import StartupLog
 from managed_vllm.status import Cause, Connection, Progress, Stage
@@ -79,6 +83,63 @@ def test_a_start_that_moves_is_not_silent_but_bounded(tmp_path: Path) -> None:
             await probe.close()
             assert found is not None
             assert found.cause is Cause.STARTUP_TIMEOUT
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "with open('out', 'wb', 0) as file:\n    while True: file.write(bytes(8192)); time.sleep(0.1)",
+        "while True: sum(range(10**5))",
+        "while True: subprocess.run([sys.executable, '-S', '-c', 'sum(range(10**7))'])",
+    ],
+    ids=["bytes", "CPU", "CPU of short-lived children"],
+)
+def test_whatever_a_process_does_is_seen(tmp_path: Path, work: str) -> None:
+    async def scenario() -> None:
+        async with spawned(tmp_path, [sys.executable, "-c", f"import subprocess, sys, time\n{work}"]) as process:
+            activity = Activity(process)
+            activity.moved()
+            for _ in range(3):
+                await answered(lambda: _looked(process, activity))
+
+    run(scenario)
+
+
+def test_a_start_that_works_without_a_word_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "_CHECK_S", 0.1)
+
+    async def scenario() -> None:
+        policy = dataclasses.replace(PATIENT, startup_silence_s=2.0, startup_timeout_s=4.0)
+        async with spawned(tmp_path, [sys.executable, "-c", "while True: sum(range(10**5))"]) as process:
+            probe = Probe(Connection("http://127.0.0.1:1/v1", Secret(""), "m"))
+            watch = StartupWatch(
+                probe, process, StartupLog(), policy, port=1, may_listen_elsewhere=False, on_progress=lambda _: None
+            )
+            found = await watch.until_ready()
+            await probe.close()
+            assert found is not None
+            assert found.cause is Cause.STARTUP_TIMEOUT
+
+    run(scenario)
+
+
+async def _looked(process: ServerProcess, activity: Activity) -> bool:
+    await process.record_descendants()
+    return activity.moved()
+
+
+def test_a_process_that_only_waits_does_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        code = "import time\nprint('up', flush=True)\nwhile True: time.sleep(0.1)"
+        lines: list[str] = []
+        async with spawned(tmp_path, [sys.executable, "-c", code], on_line=lines.append) as process:
+            await until(lambda: lines, "it waits")
+            activity = Activity(process)
+            activity.moved()
+            await asyncio.sleep(1.0)
+            assert not activity.moved()
 
     run(scenario)
 
