@@ -431,6 +431,11 @@ def _checked_model(model: object) -> str:
     return text
 
 
+def set_in_arguments(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Engine arguments; all those of vLLM's own parser without its defaults."""
+    return engine_arguments.without_vllms_own(arguments)
+
+
 def set_in_engine_args(engine_args: Any) -> dict[str, Any]:
     """What differs from the defaults in a `vllm.EngineArgs`, by name; `model` in any case. `ConfigError` for others."""
     if not is_dataclass(engine_args) or isinstance(engine_args, type):

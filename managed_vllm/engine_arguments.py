@@ -209,7 +209,7 @@ def canonical(arguments: Mapping[str, Any]) -> dict[str, Any]:
     defaults. Raises `ConfigError` for an argument with a keyword of its own, and for a value that is no flag's.
     """
     try:
-        return _canonical(_without_vllms_own(arguments))
+        return _canonical(without_vllms_own(arguments))
     except RecursionError:
         raise ConfigError("an engine argument holds itself, or is nested too deep") from None
 
@@ -233,7 +233,7 @@ def _canonical(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _with_paths(key, value) for key, value in sorted(result.items())}
 
 
-def _without_vllms_own(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_vllms_own(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     """The same without objects of vLLM's classes: of those that are no defaults of its own the fields are taken."""
     engine_args = getattr(sys.modules.get("vllm"), "EngineArgs", None)
     if engine_args is None or not any(_is_vllms(value) for value in arguments.values()):

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from managed_vllm import forks
-from managed_vllm.config import Address, ServerSpec, set_in_engine_args
+from managed_vllm.config import Address, ServerSpec, set_in_arguments, set_in_engine_args
 from managed_vllm.errors import ConfigError
 from managed_vllm.instance import directory, external, names
 from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer, report_deaths
@@ -129,7 +129,9 @@ class ManagedVLLM(RequestMethods):
             where = {"name": name, "host": host, "port": port, "uds": uds or None}
             how = {"env": env or None, "python": python, "command": command, "warm": warm or None}
             kept = {"restart": restart, "hang": hang}
-            external.check_applicable({**engine_args, **where, **how, **kept}, explicit=bool(base_url))
+            external.check_applicable(
+                {**set_in_arguments(engine_args), **where, **how, **kept}, explicit=bool(base_url)
+            )
         elif model is not None:
             spec = ServerSpec.of(model, engine_args=engine_args, env=env, python=python, command=command)
         elif engine_args or command or python or env:

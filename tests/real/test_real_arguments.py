@@ -75,6 +75,8 @@ compact = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=Tru
 assert asked(ManagedVLLM("demo", structured_outputs_config=compact)) == asked(
     ManagedVLLM("demo", structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True})
 )
+elsewhere = ManagedVLLM(base_url="http://127.0.0.1:1", **vars(parser.parse_args([])))
+assert elsewhere._settings.attach.spec is None
 print("the same")
 """
 
