@@ -178,7 +178,7 @@ def of_images(tmp_path: Path, warm: bool) -> list[Any]:
     picture = pytest.importorskip("PIL.Image").linear_gradient("L").convert("RGB")
     asked = [{"role": "user", "content": [picture, {"type": "text", "text": "What is there?"}]}]
     with ManagedVLLM(str(tmp_path / "vlm"), keep_alive=0, warm=warm, gpu_memory_utilization=0.1, **small) as llm:
-        output = llm.chat(asked, temperature=0, max_tokens=16, logprobs=5)[0].outputs[0]
+        output = llm.chat(asked, {"temperature": 0, "max_tokens": 16, "logprobs": 5})[0].outputs[0]
         steps = output.logprobs or []
         return [output.token_ids, [sorted((number, one.logprob) for number, one in step.items()) for step in steps]]
 
