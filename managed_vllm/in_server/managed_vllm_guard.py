@@ -4,6 +4,9 @@ vLLM's own key guards only the prefixes /v1, /v2, /inference and /cohere; `/invo
 every dev-mode route is open (vLLM 0.32, `serve/middleware/authenticate.py`; vllm#58144). The server is started with
 `--middleware managed_vllm_guard.KeyGuard`. The key comes from `VLLM_API_KEY`; without one everything is refused.
 
+A browser's preflight (`OPTIONS`, which never carries a key) goes straight to vLLM's own CORS middleware, which answers
+it without any route, where the server was asked for CORS (`--allowed-origins`); else it is refused, too.
+
 It also keeps the supervisor's looks at `/health` and `/metrics`, one every few seconds, out of the server's access log.
 """
 
@@ -23,6 +26,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_MOST_LAYERS = 100
 _REFUSAL = b'{"error": {"message": "this server wants its API key", "type": "Unauthorized", "code": 401}}'
 
 
@@ -31,6 +35,7 @@ class KeyGuard:
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self._cors = _cors_of(app)
         key = os.environ.get("VLLM_API_KEY", "")
         self._expected = _digest(key.encode()) if key else None
         logging.getLogger("uvicorn.access").addFilter(_is_news)
@@ -38,6 +43,8 @@ class KeyGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self._is_open(scope) or self._has_key(scope):
             await self._app(scope, receive, send)
+        elif self._cors is not None and _is_preflight(scope):
+            await self._cors(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -56,6 +63,25 @@ class KeyGuard:
                 scheme, _, token = value.partition(b" ")
                 return scheme.lower() == b"bearer" and hmac.compare_digest(_digest(token.strip()), self._expected)
         return False
+
+
+def _cors_of(app: App | None) -> App | None:
+    """vLLM's CORS middleware, if it allows any origin. (0.32 adds it in any case: `serve/middleware/register.py`.)"""
+    for _ in range(_MOST_LAYERS):
+        if app is None:
+            break
+        if type(app).__name__ == "CORSMiddleware":
+            allows = getattr(app, "allow_origins", ()) or getattr(app, "allow_origin_regex", None)
+            return app if allows else None
+        app = getattr(app, "app", None)
+    return None
+
+
+def _is_preflight(scope: Scope) -> bool:
+    """As the CORS middleware tells them (starlette, `middleware/cors.py`): these it answers itself, always."""
+    if scope["type"] != "http" or scope["method"] != "OPTIONS":
+        return False
+    return {b"origin", b"access-control-request-method"} <= {name.lower() for name, _ in scope["headers"]}
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -1,0 +1,82 @@
+"""The guard in the server, on the ASGI stack that vLLM builds: what gets past it without the key."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from managed_vllm.in_server.managed_vllm_guard import KeyGuard
+
+applications = pytest.importorskip("starlette.applications", reason="it comes with vLLM")
+cors = pytest.importorskip("starlette.middleware.cors")
+routing = pytest.importorskip("starlette.routing")
+responses = pytest.importorskip("starlette.responses")
+
+PREFLIGHT = {"Origin": "https://here", "Access-Control-Request-Method": "POST"}
+reached: list[str] = []
+
+
+def stack(*origins: str) -> Any:
+    """Routes behind CORS behind the guard, as vLLM adds them: CORS always, allowing nobody by default."""
+
+    async def route(request: Any) -> Any:
+        reached.append(request.method)
+        return responses.PlainTextResponse("generated")
+
+    app = applications.Starlette(routes=[routing.Route("/v1/x", route, methods=["POST", "OPTIONS"])])
+    app.add_middleware(cors.CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(KeyGuard)
+    return app
+
+
+def ask(app: Any, method: str, headers: dict[str, str]) -> tuple[int, dict[str, str]]:
+    said: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": method, "path": "/v1/x", "root_path": "", "query_string": b"", "headers": raw}
+    asyncio.run(app({**scope, "http_version": "1.1", "scheme": "http"}, receive, send))
+    return said[0]["status"], {name.decode(): value.decode() for name, value in said[0]["headers"]}
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    reached.clear()
+
+
+def test_a_preflight_passes_where_the_server_was_asked_for_cors() -> None:
+    for origins in (["*"], ["https://here"]):
+        status, headers = ask(stack(*origins), "OPTIONS", PREFLIGHT)
+        assert status == 200
+        assert headers["access-control-allow-origin"] in ("*", "https://here")
+    assert ask(stack("https://elsewhere"), "OPTIONS", PREFLIGHT)[0] == 400  # vLLM's own answer
+    assert reached == []
+
+
+def test_a_preflight_is_refused_where_nobody_asked_for_cors() -> None:
+    assert ask(stack(), "OPTIONS", PREFLIGHT)[0] == 401
+    assert reached == []
+
+
+@pytest.mark.parametrize("origins", [[], ["*"]])
+def test_nothing_else_reaches_a_route_without_the_key(origins: list[str]) -> None:
+    app = stack(*origins)
+    lone = {"Access-Control-Request-Method": "POST"}
+    for method, headers in (
+        ("OPTIONS", {}),
+        ("OPTIONS", lone),
+        ("POST", PREFLIGHT),
+        ("POST", {"Origin": "https://here"}),
+    ):
+        assert ask(app, method, headers)[0] == 401
+    assert reached == []
+    assert ask(app, "POST", {"Authorization": "Bearer secret"})[0] == 200
+    assert reached == ["POST"]
