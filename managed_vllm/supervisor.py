@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from managed_vllm import served_files
-from managed_vllm.config import ServerSpec, SupervisorOrder
+from managed_vllm.config import PROTOCOL, ServerSpec, SupervisorOrder
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance import cleanup, names
 from managed_vllm.instance.directory import Instance
@@ -573,6 +573,7 @@ class Supervisor:
 
     def _write_record(self) -> None:
         record = {
+            "protocol": PROTOCOL,
             "spec": self._order.spec.masked().to_dict(),
             "pid": os.getpid(),
             "pid_start_time": lifeline.start_time(os.getpid()),

@@ -19,6 +19,7 @@ import filelock
 
 from managed_vllm.errors import ConfigError, NoServerError, SupervisorError
 from managed_vllm.instance import cleanup, directory, external
+from managed_vllm.instance.admission import is_of_another_version
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.names import drop_names, named
@@ -169,7 +170,11 @@ def to_json(instance: Instance, names: Sequence[str], seen: ServerStatus | None,
 def _unanswered(instance: Instance, has_record: bool) -> tuple[str, str]:
     """State and detail of an instance whose supervisor does not answer."""
     if directory.is_alive(instance):
-        return ("unresponsive", "its supervisor does not answer") if has_record else ("starting", "")
+        if not has_record:
+            return "starting", ""
+        other = is_of_another_version(instance.read_record() or {})
+        what = "it was started by another version of managed_vllm" if other else "its supervisor does not answer"
+        return "unresponsive", what
     with contextlib.suppress(OSError):
         if not has_record and time.time() - instance.folder.stat().st_mtime < _JUST_MADE_S:
             return "starting", ""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from managed_vllm import served_files
-from managed_vllm.config import Address, ServerSpec, SupervisorOrder
+from managed_vllm.config import PROTOCOL, Address, ServerSpec, SupervisorOrder
 from managed_vllm.errors import ConfigMismatchError, OtherNetworkError, SupervisorError
 from managed_vllm.instance import directory
 from managed_vllm.instance.directory import Instance
@@ -23,6 +23,7 @@ def check(wanted: ServerSpec | None, address: Address, instance: Instance, reply
 
     Raises `ConfigMismatchError`, `OtherNetworkError` or `SupervisorError` where that is not what is wanted.
     """
+    check_protocol(reply, instance)
     running = _order_of(reply, instance)
     check_network(running.address, reply.get("network"), instance)
     if wanted is not None and wanted.identity != running.spec.identity:
@@ -99,15 +100,30 @@ def check_files(spec: ServerSpec, served: served_files.Files | None, instance_id
         )
 
 
+def is_of_another_version(said: Mapping[str, Any]) -> bool:
+    """Whether a record, or a supervisor's reply, is of a version whose protocol is not ours."""
+    return bool(said.get("protocol", PROTOCOL) != PROTOCOL)
+
+
+def check_protocol(said: Mapping[str, Any], instance: Instance) -> None:
+    """Raises `SupervisorError` where a record or a reply is of another version's supervisor."""
+    if is_of_another_version(said):
+        raise _another_version(instance)
+
+
+def _another_version(instance: Instance) -> SupervisorError:
+    return SupervisorError(
+        "the server was started by another version of managed_vllm; use that one, or end the server: "
+        f"managed-vllm down {instance.id}",
+        instance=instance.id,
+    )
+
+
 def _order_of(reply: Mapping[str, Any], instance: Instance) -> SupervisorOrder:
     try:
         return SupervisorOrder.from_dict(reply["order"])
     except (KeyError, TypeError) as error:
-        raise SupervisorError(
-            "the server was started by another version of managed_vllm; use that one, or end the server: "
-            f"managed-vllm down {instance.id}",
-            instance=instance.id,
-        ) from error
+        raise _another_version(instance) from error
 
 
 def differences(spec: ServerSpec | None, record: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from managed_vllm import forks, green_threads
-from managed_vllm.config import Address, ServerSpec, SupervisorOrder
+from managed_vllm.config import PROTOCOL, Address, ServerSpec, SupervisorOrder
 from managed_vllm.errors import (
     ConfigError,
     ManagedVLLMError,
@@ -325,6 +325,8 @@ class Attachment:
                 admission.check_room(instance, reply or {})
                 if reply is not None and reply["ok"]:
                     return channel, admission.check(self.options.spec, self.options.address, instance, reply)
+                # One that we can't understand looks like one that has hung up.
+                admission.check_protocol(reply or instance.read_record() or {}, instance)
                 self._wait_until_gone(channel, until)
             elif (order := self._order()) is not None:
                 killed += self._start(instance, order, until)
@@ -387,6 +389,7 @@ class Attachment:
                 what=_command_line(),
                 name=self.options.name,
                 asking_for_s=time.monotonic() - began,
+                protocol=PROTOCOL,
             )
         except ConnectionError:
             return None

@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from managed_vllm.config import SupervisorOrder
+from managed_vllm.config import PROTOCOL, SupervisorOrder
 from managed_vllm.errors import ManagedVLLMError
 from managed_vllm.instance import channel, names
 from managed_vllm.instance.directory import Instance
@@ -289,6 +289,8 @@ class Leases:
                 return {"ok": False, "error": f"unknown request {op!r}"}
 
     def _give_lease(self, user: _User, message: Mapping[str, Any]) -> dict[str, Any]:
+        if message.get("protocol", PROTOCOL) != PROTOCOL:
+            return {"ok": False, "protocol": PROTOCOL}
         asked_at = time.monotonic() - float(message.get("asking_for_s", math.inf))
         if not self._open or (self._failed_at is not None and asked_at > self._failed_at):
             stopping = dataclasses.replace(self._status(), state=ServerState.STOPPING)
@@ -303,6 +305,7 @@ class Leases:
         port, files = self._listens_and_serves()
         return {
             "ok": True,
+            "protocol": PROTOCOL,
             "order": self._order.to_dict(),
             "status": self.status().to_dict(),
             "network": network_namespace(),

@@ -17,6 +17,7 @@ from managed_vllm import ManagedVLLM, ServerState
 from managed_vllm.errors import EngineDiedError, SupervisorError
 from managed_vllm.instance import attach
 
+ROOT = Path(__file__).resolve().parents[2]
 STOPPING = f"""
 import sys; sys.path[:0] = [{str(Path(standin.__file__).parent)!r}]
 import os, signal, standin
@@ -60,6 +61,27 @@ def test_a_starter_that_is_stopped_before_it_spawns_is_named(home: Path, monkeyp
         server().start()
     os.kill(starter.pid, signal.SIGCONT)
     assert int(starter.communicate()[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["pass", "status.ServerStatus.to_dict = lambda self: {'state': 'dreaming'}"],
+    ids=["another number", "unreadable"],
+)
+def test_a_supervisor_of_another_version_is_said_at_once(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if any('managed_vllm.supervisor' in word for word in sys.orig_argv):\n"
+        "    from managed_vllm import config, status\n"
+        f"    config.PROTOCOL = 99\n    {change}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setattr(attach, "_SUPERVISOR_PATIENCE_S", 3600.0)
+    for handle in (server(), ManagedVLLM(keep_alive=0)):  # the one that starts it, and one that finds it
+        with pytest.raises(SupervisorError, match="another version of managed_vllm"):
+            handle.start()
 
 
 def test_whoever_tries_again_after_a_failed_start_gets_a_start_of_its_own(home: Path, tmp_path: Path) -> None:
