@@ -22,6 +22,7 @@ import socket
 import threading
 import urllib.request
 import weakref
+from collections.abc import AsyncGenerator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -128,6 +129,9 @@ class ConnectionPool:
             max_field_size=_MAX_HEADER_BYTES,
         )
         _pools.add(self)
+        self._end_of_loop = _closing_with_the_loop(self._session)
+        with contextlib.suppress(StopIteration):
+            self._end_of_loop.__anext__().send(None)  # as far as its `yield`: from here on the loop knows of it
 
     @property
     def closed(self) -> bool:
@@ -194,6 +198,17 @@ class ConnectionPool:
             found = None if transport is None else transport.get_extra_info("socket")
             if isinstance(copied := getattr(found, "_sock", None), socket.socket):  # asyncio's wrapper of it
                 copied.close()
+
+
+async def _closing_with_the_loop(session: aiohttp.ClientSession) -> AsyncGenerator[None, None]:
+    """Closes a session when its event loop ends, or nothing refers to this generator any more.
+
+    Whoever ends a loop as `asyncio.run` does closes the asynchronous generators that were begun in it.
+    """
+    try:
+        yield
+    finally:
+        await session.close()
 
 
 class _ResponseHandler(ResponseHandler):
