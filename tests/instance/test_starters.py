@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import resource
@@ -95,3 +96,22 @@ def test_a_stop_from_the_terminal_stops_no_supervisor(home: Path) -> None:
         os.kill(pid, signal.SIGTSTP)
         assert llm.status().supervisor_pid == pid
         eventually(lambda: psutil.Process(pid).status() != psutil.STATUS_STOPPED, "runs")
+
+
+def test_a_supervisor_that_is_told_to_stop_leaves_requests_in_flight_the_grace_that_was_asked_for(
+    home: Path, tmp_path: Path
+) -> None:
+    """A batch system's SIGTERM. The stand-in goes on answering, as vLLM does with `shutdown_timeout`."""
+    env = standin.orders(ignore_sigterm=True, faults=str(tmp_path))
+    handle = ManagedVLLM("m", command=standin.command(), env=env, keep_alive=0, stop_grace=HANG_S)
+    with handle as llm, concurrent.futures.ThreadPoolExecutor() as pool:
+        status = llm.status()
+        assert status.supervisor_pid is not None
+        assert status.server_pid is not None
+        (tmp_path / "1-slow").touch()
+        answer = pool.submit(llm.generate, "x", {"max_tokens": 4})
+        eventually(lambda: (tmp_path / "1-slow.claimed").exists(), "the server is at it")
+        os.kill(status.supervisor_pid, signal.SIGTERM)
+        eventually(lambda: "stopping" in next(home.glob("*/events.jsonl")).read_text(), "the supervisor has heard it")
+        assert answer.result()[0].epoch == 1
+        os.kill(status.server_pid, signal.SIGKILL)
