@@ -245,16 +245,19 @@ def without_vllms_own(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def differing(values: Mapping[str, Any], defaults: object) -> dict[str, Any]:
-    """Those of the values that are not what `defaults` has under their names; the empty text is the same as None."""
-
-    def spelt(value: Any) -> Any:
-        return None if value == "" else value
-
+    """Those of the values that are not what `defaults` has under their names."""
     return {
         name: value
         for name, value in values.items()
-        if not hasattr(defaults, name) or spelt(value) != spelt(getattr(defaults, name))
+        if not hasattr(defaults, name) or not _is_same(value, getattr(defaults, name))
     }
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    """Whether it is the default; the empty text for None is, and a dict of all fields (`dataclasses.asdict`)."""
+    if isinstance(value, Mapping) and dataclasses.is_dataclass(default) and not isinstance(default, type):
+        return bool(value == dataclasses.asdict(default))
+    return bool((None if value == "" else value) == (None if default == "" else default))
 
 
 def _is_vllms(value: object) -> bool:

@@ -48,7 +48,8 @@ class StreamingTaskScheduler:
             coroutine function. What takes long belongs there, or into `reset`.
         n: rollouts a task.
         max_concurrency: environments, and so episodes, at once.
-        sampling_params: for each answer. A run without a seed: with one, all rollouts of a task would be the same.
+        sampling_params: for each answer; what they leave out has vLLM's default (no top_p, no top_k), not that of the
+            model's generation_config. A run without a seed: with one, all rollouts of a task would be the same.
         limits: of each episode.
         agent: how the model is spoken to and understood; None: UI-TARS (`format.ui_tars()`).
         retry: what is tried again.

@@ -37,7 +37,7 @@ REFUSED: Mapping[str, str] = {
     "guided_decoding": "it is called structured_outputs",
     "max_completion_tokens": "here it is called max_tokens; as a keyword of chat() it works too",
     "top_logprobs": "here it is called logprobs: the number of candidates",
-    "use_beam_search": "beam search is no sampling; vllm.LLM has a method of its own for it",
+    "use_beam_search": "beam search is no sampling; beam_search() does it",
 }
 """Names that users of vLLM know, but that no request field has, with the reason.
 

@@ -54,6 +54,7 @@ print(json.dumps({"actions": actions, "parsed": [parsed(words) for words in aske
 
 
 EXAMPLES = """
+from dataclasses import asdict
 from vllm import EngineArgs
 from vllm.config import StructuredOutputsConfig
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -70,6 +71,8 @@ plain = asked(ManagedVLLM("demo"))
 assert asked(ManagedVLLM(**vars(parser.parse_args([])))) == plain
 assert asked(ManagedVLLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args([])))) == plain
 short = asked(ManagedVLLM(**vars(parser.parse_args(["--max-model-len", "256", "--runner", "pooling"]))))
+assert asked(ManagedVLLM(**asdict(EngineArgs("demo")))) == plain
+assert asked(ManagedVLLM(**asdict(EngineArgs("demo", max_model_len=256, runner="pooling")))) == short
 assert short == asked(ManagedVLLM("demo", max_model_len=256, runner="pooling"))
 compact = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
 assert asked(ManagedVLLM("demo", structured_outputs_config=compact)) == asked(
