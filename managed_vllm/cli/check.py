@@ -56,7 +56,9 @@ def _target(given: argparse.Namespace) -> tuple[str, str | None, str | None]:
     own = given_key(given)
     url = given.url or external.url_from_environment()
     if url:
-        return normalized_url(url), reveal(external.key_for(url, own)), external.model_for(url, given.model or None)
+        # A person who types the URL sees what is in the shell. A program's base_url= gets no key that may be another's.
+        key = external.key_for(url, own, unowned=True)
+        return normalized_url(url), reveal(key), external.model_for(url, given.model or None, unowned=True)
     try:
         instance = running.the_only_one(directory.state_home())
     except NoServerError as error:

@@ -28,22 +28,24 @@ def url_from_environment() -> str | None:
     return os.environ.get(URL_VARIABLE) or None
 
 
-def model_for(base_url: str, given: str | None) -> str | None:
-    """The model to ask for: the one given, else `VLLM_MODEL_NAME` if the server is that of `VLLM_SERVER_URL`."""
-    return given if given is not None else _from_environment(MODEL_VARIABLE, base_url)
+def model_for(base_url: str, given: str | None, *, unowned: bool = False) -> str | None:
+    """The model to ask for: the one given, else `VLLM_MODEL_NAME` if the server is that of `VLLM_SERVER_URL`.
+
+    `unowned`: also where that variable is not set, so that nothing says whose model it is.
+    """
+    return given if given is not None else _from_environment(MODEL_VARIABLE, base_url, unowned)
 
 
-def key_for(base_url: str, given: str | None) -> Secret | None:
-    """The key to send: the one given, else `VLLM_API_KEY` if the server is that of `VLLM_SERVER_URL`."""
-    key = given or _from_environment(KEY_VARIABLE, base_url)
+def key_for(base_url: str, given: str | None, *, unowned: bool = False) -> Secret | None:
+    """The key to send: as `model_for`, with `VLLM_API_KEY`."""
+    key = given or _from_environment(KEY_VARIABLE, base_url, unowned)
     return checked_api_key(key) if key else None
 
 
-def _from_environment(variable: str, base_url: str) -> str | None:
+def _from_environment(variable: str, base_url: str, unowned: bool) -> str | None:
     theirs = url_from_environment()
-    if theirs is None or normalized_url(theirs) != normalized_url(base_url):
-        return None
-    return os.environ.get(variable) or None
+    is_its = unowned if theirs is None else normalized_url(theirs) == normalized_url(base_url)
+    return (os.environ.get(variable) or None) if is_its else None
 
 
 def check_applicable(arguments: Mapping[str, Any], *, explicit: bool) -> None:
