@@ -161,11 +161,21 @@ class ConnectionPool:
         )
 
     def close(self) -> None:
-        """Ends every connection at once. To be called within its event loop."""
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(self.aclose())
+        """Ends every connection at once. To be called within its event loop.
+
+        Which may end before the task begins: so the transports are closed here, and a session that stays is abandoned.
+        """
+        if (connector := self._session.connector) is not None:
+            for handler in _handlers(connector, in_flight=True):
+                handler.close()
+        task = asyncio.get_running_loop().create_task(self.aclose())
         _closing.add(task)
-        task.add_done_callback(_closing.discard)
+        task.add_done_callback(self._close_done)
+
+    def _close_done(self, task: asyncio.Task[None]) -> None:
+        _closing.discard(task)
+        if not self._session.closed:
+            self.abandon()
 
     async def aclose(self) -> None:
         """As `close`; they are closed when it returns."""
@@ -173,15 +183,19 @@ class ConnectionPool:
             await self._session.close()
 
     def abandon(self) -> None:
-        """Forgets the connections without using the event loop, which is closed or ends with the interpreter.
+        """Closes the connections without using the event loop, which is closed or ends with the interpreter.
 
-        Their sockets are closed when they are collected. aiohttp 3.14 has no public way for that.
+        aiohttp 3.14 has no public way for that. What is in flight in a loop that still runs is left to it.
         """
         connector: Any = self._session.connector
         self._session.detach()
-        if connector is not None:
-            connector._closed = True
-            connector._conns.clear()
+        if connector is None:
+            return
+        handlers = _handlers(connector, in_flight=connector._loop.is_closed())
+        connector._closed = True
+        connector._conns.clear()
+        for handler in handlers:
+            _close_socket(handler)
 
     def after_fork(self) -> None:
         """In a forked child: closes its copies of the sockets, without using the loop, whose epoll the parent shares.
@@ -191,13 +205,26 @@ class ConnectionPool:
         connector: Any = self._session.connector
         if connector is None:
             return
-        handlers = [*connector._acquired, *(one for idle in connector._conns.values() for one, _ in idle)]
+        handlers = _handlers(connector, in_flight=True)
         self.abandon()
         for handler in handlers:
-            transport = getattr(handler, "transport", None)
-            found = None if transport is None else transport.get_extra_info("socket")
-            if isinstance(copied := getattr(found, "_sock", None), socket.socket):  # asyncio's wrapper of it
-                copied.close()
+            _close_socket(handler)
+
+
+def _handlers(connector: Any, *, in_flight: bool) -> list[Any]:
+    """The protocols of a connector's connections: the idle ones, and those `in_flight`."""
+    idle = [one for idle in connector._conns.values() for one, _ in idle]
+    return [*connector._acquired, *idle] if in_flight else idle
+
+
+def _close_socket(handler: Any) -> None:
+    """Closes a connection whose loop can't: asyncio would warn of its transport when that is collected."""
+    transport: Any = getattr(handler, "transport", None)
+    found = None if transport is None else transport.get_extra_info("socket")
+    if isinstance(own := getattr(found, "_sock", None), socket.socket):  # asyncio's wrapper of it
+        own.close()
+    if getattr(transport, "_sock", None) is not None:
+        transport._sock = None
 
 
 async def _closing_with_the_loop(session: aiohttp.ClientSession) -> AsyncGenerator[None, None]:
