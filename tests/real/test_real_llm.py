@@ -29,7 +29,7 @@ from processes import own_state
 
 from managed_vllm import BeamSearchParams, ManagedVLLM, SamplingParams, demo
 
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 EACH = 100
 """Requests for `generate`, and as many for `chat`."""
@@ -123,7 +123,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     words = [sys.executable, real_llm.__file__, str(order), str(answered)]
     # The engine in the script's own process: one import of vLLM less.
     environment = {**os.environ, **demo.environment_defaults(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     theirs = json.loads(answered.read_text())
 
