@@ -52,10 +52,10 @@ log = logging.getLogger("managed_vllm")
 ATTACH_VARIABLE = "MANAGED_VLLM_ATTACH"
 """The id of the instance to which a bare handle of a child process attaches."""
 
-_SUPERVISOR_PATIENCE_S = 60.0
+SUPERVISOR_PATIENCE_S = 60.0
 _KILLED_SUPERVISORS = 5
 _ANSWER_S = 10.0
-_STOPPED_S = 5.0
+STOPPED_S = 5.0
 """Seconds that a starter may be stopped without anybody being told."""
 _ELECTED_S = 0.01
 """Seconds between two looks at what another process has begun."""
@@ -314,7 +314,7 @@ class Attachment:
     def _lease(self, instance: Instance, deadline: float | None) -> tuple[Channel, SupervisorOrder]:
         """A lease from the instance's supervisor, and its order. Starts the supervisor if none is running."""
         began = time.monotonic()
-        patience = began + _SUPERVISOR_PATIENCE_S
+        patience = began + SUPERVISOR_PATIENCE_S
         until = patience if deadline is None else min(patience, deadline)
         killed = 0
         while not self._closed:
@@ -340,13 +340,13 @@ class Attachment:
                 time.sleep(_ELECTED_S)  # it does not listen yet, or not any more
             else:
                 raise NoServerError(f"the server {instance.id} is not running any more; give model= to start one")
-            if time.monotonic() > began + _STOPPED_S:
+            if time.monotonic() > began + STOPPED_S:
                 raise_if_starter_is_stopped(instance)
             if time.monotonic() > until:
                 if until != patience:
                     raise TimeoutError
                 raise SupervisorError(
-                    f"the supervisor neither answers nor ends within {_SUPERVISOR_PATIENCE_S:g} s; "
+                    f"the supervisor neither answers nor ends within {SUPERVISOR_PATIENCE_S:g} s; "
                     f"its pid is {(instance.read_record() or {}).get('pid')}, its log {instance.supervisor_log}",
                     instance=instance.id,
                 )

@@ -228,6 +228,11 @@ class Leases:
             },
         )
 
+    @property
+    def unsent_bytes(self) -> int:
+        """What waits for users that do not read."""
+        return sum(user.writer.transport.get_write_buffer_size() for user in self._users)
+
     # -- for the users -------------------------------------------------------------------------------------------------
 
     async def _serve_user(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -32,7 +32,7 @@ from managed_vllm.instance.lock_holders import stopped_holder
 Differences = Callable[[Mapping[str, Any]], dict[str, tuple[Any, Any]]]
 """From the record of a live instance: how it differs from what is asked for."""
 
-_LOCK_S = 10.0
+LOCK_S = 10.0
 _TRIES = 1000
 _GONE_S = 60.0
 """Seconds in which a server that gives way must be gone: `stop_grace` and the release of GPU memory fit in."""
@@ -201,9 +201,9 @@ def _acquired(home: Path) -> contextlib.AbstractContextManager[object]:
         with contextlib.suppress(FileNotFoundError):
             folder.mkdir(mode=0o700, exist_ok=True)
             try:
-                return _lock(home, _LOCK_S).acquire()
+                return _lock(home, LOCK_S).acquire()
             except filelock.Timeout:
                 break
     holder = stopped_holder(folder / ".lock")
     what = f"pid {holder}, which is stopped: continue it (fg, kill -CONT) or end it" if holder else "a process"
-    raise StateDirectoryError(f"{folder / '.lock'} has been held for {_LOCK_S:g} s by {what}", path=str(folder))
+    raise StateDirectoryError(f"{folder / '.lock'} has been held for {LOCK_S:g} s by {what}", path=str(folder))

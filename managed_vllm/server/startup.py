@@ -26,7 +26,7 @@ from managed_vllm.server.startup_log import StartupLog
 from managed_vllm.status import Diagnosis, Progress, Stage
 
 _POLL_S = 0.05
-_CHECK_S = 1.0
+CHECK_S = 1.0
 
 
 class StartupWatch:
@@ -93,7 +93,7 @@ class StartupWatch:
         return None
 
     async def _check_processes(self) -> Diagnosis | None:
-        if time.monotonic() - self._checked_at <= _CHECK_S:
+        if time.monotonic() - self._checked_at <= CHECK_S:
             return None
         self._checked_at = time.monotonic()
         await self._process.record_descendants()
@@ -135,4 +135,4 @@ class StartupWatch:
         if self._first_request is None:
             await asyncio.sleep(_POLL_S)
         else:
-            await asyncio.wait({self._first_request}, timeout=_CHECK_S)
+            await asyncio.wait({self._first_request}, timeout=CHECK_S)

@@ -610,7 +610,7 @@ def test_sigterm_to_the_keeper_ends_all_in_order() -> None:
 
 @pytest.mark.slow
 def test_a_keeper_that_is_stopped_is_killed_with_all_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("managed_vllm.agent.environments.process_environment._KEEPER_S", 1.0)
+    monkeypatch.setattr("managed_vllm.agent.environments.process_environment.KEEPER_S", 1.0)
 
     async def test() -> None:
         async with environment(limits=QUICK) as env:

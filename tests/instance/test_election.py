@@ -55,7 +55,7 @@ def test_a_starter_that_is_stopped_when_it_has_spawned_holds_up_nobody(home: Pat
 
 
 def test_a_starter_that_is_stopped_before_it_spawns_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attach, "_STOPPED_S", 0.0)
+    monkeypatch.setattr(attach, "STOPPED_S", 0.0)
     starter = stopped(STOPPING.replace("NAME", "start_supervisor").replace("BEFORE", "True"))
     with pytest.raises(SupervisorError, match=rf"pid {starter.pid} is about to start the server, but is stopped"):
         server().start()
@@ -78,7 +78,7 @@ def test_a_supervisor_of_another_version_is_said_at_once(
         f"    config.PROTOCOL = 99\n    {change}\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    monkeypatch.setattr(attach, "_SUPERVISOR_PATIENCE_S", 3600.0)
+    monkeypatch.setattr(attach, "SUPERVISOR_PATIENCE_S", 3600.0)
     for handle in (server(), ManagedVLLM(keep_alive=0)):  # the one that starts it, and one that finds it
         with pytest.raises(SupervisorError, match="another version of managed_vllm"):
             handle.start()

@@ -134,7 +134,7 @@ def test_whoever_attaches_to_what_is_just_coming_up_waits_for_it(
 
 
 def test_a_lock_that_is_never_given_back_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(names, "_LOCK_S", 0.1)
+    monkeypatch.setattr(names, "LOCK_S", 0.1)
     directory.state_home()
     (home / "names").mkdir(mode=0o700)
     with filelock.FileLock(home / "names" / ".lock"), pytest.raises(StateDirectoryError, match="has been held"):

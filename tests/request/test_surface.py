@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import standin
+from processes import INSTANT
 from scripted_server import ANSWER, Script, client_of, says
 
 from managed_vllm import AsyncVLLMClient, ManagedVLLM, VLLMClient
@@ -251,11 +253,12 @@ class EngineArgs:
     seed: int = 0
 
 
-def test_a_handle_from_engine_args_has_what_differs_from_the_defaults() -> None:
-    made = ManagedVLLM.from_engine_args(EngineArgs("demo", max_model_len=256), keep_alive=0)
-    spec = made._settings.attach.spec
-    assert spec is not None
-    assert spec.engine_args["max_model_len"] == 256
-    assert spec == ManagedVLLM("demo", max_model_len=256)._settings.attach.spec
+def test_a_handle_from_engine_args_has_what_differs_from_the_defaults(home: Path) -> None:
+    more: dict[str, Any] = {"command": standin.command(), "keep_alive": INSTANT}
+    with (
+        ManagedVLLM("m", max_model_len=256, **more) as plain,
+        ManagedVLLM.from_engine_args(EngineArgs("m", max_model_len=256), **more) as made,
+    ):
+        assert (made.id, made.started_it) == (plain.id, False)
     with pytest.raises(ConfigError, match=r"vllm\.EngineArgs"):
         ManagedVLLM.from_engine_args({"model": "demo"})

@@ -108,7 +108,7 @@ def test_whatever_a_process_does_is_seen(tmp_path: Path, work: str) -> None:
 
 
 def test_a_start_that_works_without_a_word_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup, "_CHECK_S", 0.1)
+    monkeypatch.setattr(startup, "CHECK_S", 0.1)
 
     async def scenario() -> None:
         policy = dataclasses.replace(PATIENT, startup_silence_s=2.0, startup_timeout_s=4.0)

@@ -70,7 +70,7 @@ _EXIT_S = 2.0
 _LAST_S = 1.0
 """From the end of the connection to that of the process, which closes it a little before: for its own exit code."""
 
-_KEEPER_S = 15.0
+KEEPER_S = 15.0
 """In which the keeper has killed everything; it gives up after 10."""
 
 _LOOK_MS = 1000
@@ -329,7 +329,7 @@ class ProcessEnvironment:
 
     async def _gone(self, kept: _Kept) -> Ending:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._grace_s + _KEEPER_S + 10.0):
+            async with asyncio.timeout(self._grace_s + KEEPER_S + 10.0):
                 return await kept.wait()
         return Ending("killed", output="(something hangs in the kernel, and can't be killed)")
 
@@ -385,7 +385,7 @@ class _Kept:
                 report += chunk
             elif self.told and told_at is None:
                 told_at = time.monotonic()
-            elif told_at is not None and time.monotonic() - told_at > grace_s + _KEEPER_S:
+            elif told_at is not None and time.monotonic() - told_at > grace_s + KEEPER_S:
                 _kill_tree(pid)  # it was stopped, say
 
     def _keep(
