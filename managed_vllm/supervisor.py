@@ -305,7 +305,7 @@ class Supervisor:
         While we hold `supervisor.lock`, `start.lock` is never kept for longer than it takes to see that we do.
         """
         await self._footprint.remove()
-        if not self._hold.is_intact:
+        if not self._hold.regain():
             return
         # Names before the folder: a name must never stand for a folder of somebody else's.
         await asyncio.to_thread(names.drop_names, self._instance.home, self._instance.id)

@@ -76,6 +76,12 @@ class FolderHold:
                 with contextlib.suppress(OSError):
                     os.utime(path, follow_symlinks=False)
 
+    def regain(self) -> bool:
+        """Whether the folder is ours, or one that was made since for our server to run in: then it is ours again."""
+        with contextlib.suppress(StateDirectoryError):
+            return self.is_intact or (self._instance.folder.exists() and self.renew())
+        return False
+
     def renew(self) -> bool:
         """Makes the folder anew and takes its lock. False: another supervisor has it. Raises `StateDirectoryError`."""
         home = self._instance.home

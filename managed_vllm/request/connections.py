@@ -191,11 +191,14 @@ class ConnectionPool:
         self._session.detach()
         if connector is None:
             return
-        handlers = _handlers(connector, in_flight=connector._loop.is_closed())
+        loop_is_closed = connector._loop.is_closed()
+        handlers = _handlers(connector, in_flight=loop_is_closed)
         connector._closed = True
         connector._conns.clear()
         for handler in handlers:
-            _close_socket(handler)
+            # One that its loop is about to close would make that fail.
+            if loop_is_closed or handler.transport is None or not handler.transport.is_closing():
+                _close_socket(handler)
 
     def after_fork(self) -> None:
         """In a forked child: closes its copies of the sockets, without using the loop, whose epoll the parent shares.

@@ -402,7 +402,7 @@ def test_a_command_that_does_not_exist_is_a_launch_error(home: Path) -> None:
 def test_an_unknown_engine_argument_dies_before_a_process_is_started(home: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean max_model_len"), ManagedVLLM("demo", max_modellen=5):
         pass
-    assert not home.exists() or list(home.iterdir()) == []
+    assert left_of(home) == []
 
 
 def test_wait_false_returns_at_once_and_the_first_use_waits(home: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import standin
-from processes import INSTANT, eventually, is_live, tree_below
+from processes import INSTANT, assert_nothing_left, eventually, is_live, tree_below
 
 from managed_vllm import ManagedVLLM
 from managed_vllm.instance import directory, names
@@ -92,3 +92,4 @@ def test_a_server_that_crashes_where_its_folder_was_just_removed_is_started_in_a
         status = llm.wait_ready(60, after_epoch=1)
         assert Path(psutil.Process(status.server_pid).cwd()) == Instance(home, llm.id).folder
         assert llm.generate("hi")
+    assert_nothing_left(home)  # whether the supervisor has looked by now, or not
