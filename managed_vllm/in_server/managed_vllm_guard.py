@@ -7,11 +7,16 @@ every dev-mode route is open (vLLM 0.32, `serve/middleware/authenticate.py`; vll
 A browser's preflight (`OPTIONS`, which never carries a key) goes straight to vLLM's own CORS middleware, which answers
 it without any route, where the server was asked for CORS (`--allowed-origins`); else it is refused, too.
 
+The key may come as the password of HTTP Basic authentication, too, under any user name: trainers and tools that know no
+key take it in their URL, `http://managed:KEY@127.0.0.1:PORT` (TRL's `VLLMClient`, which is given a base URL only).
+
 It also keeps the supervisor's looks at `/health` and `/metrics`, one every few seconds, out of the server's access log.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import logging
@@ -31,7 +36,10 @@ _REFUSAL = b'{"error": {"message": "this server wants its API key", "type": "Una
 
 
 class KeyGuard:
-    """Passes a request on only if it carries `Authorization: Bearer <key>`; else HTTP 401, or WebSocket close 1008."""
+    """Passes a request on only if it carries `Authorization: Bearer <key>`; else HTTP 401, or WebSocket close 1008.
+
+    A key that came by Basic authentication is passed on as a bearer's, for vLLM's own check behind.
+    """
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -41,6 +49,8 @@ class KeyGuard:
         logging.getLogger("uvicorn.access").addFilter(_is_news)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            scope = {**scope, "headers": [_as_bearer(name, value) for name, value in scope["headers"]]}
         if scope["type"] == "lifespan" or self._is_open(scope) or self._has_key(scope):
             await self._app(scope, receive, send)
         elif self._cors is not None and _is_preflight(scope):
@@ -63,6 +73,18 @@ class KeyGuard:
                 scheme, _, token = value.partition(b" ")
                 return scheme.lower() == b"bearer" and hmac.compare_digest(_digest(token.strip()), self._expected)
         return False
+
+
+def _as_bearer(name: bytes, value: bytes) -> tuple[bytes, bytes]:
+    """A header; one of Basic authentication becomes that of a bearer of the password."""
+    scheme, _, token = value.partition(b" ")
+    if name.lower() != b"authorization" or scheme.lower() != b"basic":
+        return name, value
+    try:
+        password = base64.b64decode(token.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
+        return name, value
+    return name, b"Bearer " + password
 
 
 def _cors_of(app: App | None) -> App | None:

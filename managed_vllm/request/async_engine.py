@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from managed_vllm.errors import UnsupportedParameterError
+from managed_vllm.errors import BadRequestError, UnsupportedMethodError, UnsupportedParameterError
 from managed_vllm.request.arguments import BeamParams, Prompt
 from managed_vllm.request.async_requests import AsyncRequests, deadline_of
 from managed_vllm.request.batches import named
 from managed_vllm.request.beam_search import BeamSearchOutput, BeamSearchParams
 from managed_vllm.request.calls import checked_shape
+from managed_vllm.request.pending import TextRequest
 from managed_vllm.request.pooling_params import refuse_lora
 from managed_vllm.request.prompts import as_prompts, prompt_fields
 from managed_vllm.request.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from managed_vllm.request.server_metrics import ServerMetrics
 
 _DEV_MODE = "ManagedVLLM(…, env={'VLLM_SERVER_DEV_MODE': '1'})"
 _PROFILER = "ManagedVLLM(…, profiler_config={'profiler': 'torch', 'torch_profiler_dir': …})"
@@ -79,6 +83,18 @@ class AsyncEngineMethods(AsyncRequests):
     async def reset_mm_cache(self, /) -> None:
         """Empties the cache of prepared images. See `EngineMethods.reset_mm_cache`."""
         await self._command("reset_mm_cache", "/reset_mm_cache", _DEV_MODE)
+
+    async def metrics(self, /) -> ServerMetrics:
+        """What the server does, and has done in this epoch. See `EngineMethods.metrics`."""
+        from managed_vllm.request import server_metrics
+
+        request = TextRequest("/metrics")
+        try:
+            with named(None, self._instance):
+                stats = await self.sender.send(request, None)
+            return server_metrics.parse(request.text, epoch=stats.epoch)
+        except (BadRequestError, ValueError) as error:
+            raise UnsupportedMethodError(f"metrics(): the server has no /metrics: {error}", method="metrics") from error
 
     async def start_profile(
         self,

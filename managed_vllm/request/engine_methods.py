@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from managed_vllm.request.async_engine import AsyncEngineMethods
     from managed_vllm.request.beam_search import BeamSearchOutput
     from managed_vllm.request.sampling import SamplingParams
+    from managed_vllm.request.server_metrics import ServerMetrics
 
 
 class EngineMethods(WithoutTheRest):
@@ -87,6 +88,14 @@ class EngineMethods(WithoutTheRest):
     def reset_mm_cache(self, /) -> None:
         """Empties the cache of prepared images, for all users of the server. Raises as `reset_prefix_cache`."""
         portal.run(lambda: self.async_client.reset_mm_cache())
+
+    def metrics(self, /) -> ServerMetrics:
+        """What the server does, and has done in this epoch: requests, caches, tokens, latencies; of all its users.
+
+        `after.since(before)` of two of them has the rates between them. Raises `UnsupportedMethodError` for a server
+        that has no `/metrics`.
+        """
+        return portal.run(lambda: self.async_client.metrics())
 
     def start_profile(
         self,

@@ -120,6 +120,21 @@ class JSONRequest:
         return self._answer
 
 
+class TextRequest(JSONRequest):
+    """A GET whose response is text."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, None)
+
+    def take_json(self, data: bytes | None) -> None:
+        self._answer = {"text": (data or b"").decode(errors="replace")}
+
+    @property
+    def text(self) -> str:
+        """The response."""
+        return str(self.answer()["text"])
+
+
 class CommandRequest(JSONRequest):
     """A command to the server, whose response may be empty."""
 

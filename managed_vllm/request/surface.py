@@ -28,7 +28,8 @@ NOT_HERE: Mapping[str, str] = {
     "enqueue": _QUEUE,
     "enqueue_chat": _QUEUE,
     "wait_for_completion": _QUEUE,
-    "get_metrics": "they are those of all users: GET /metrics of the server (text for Prometheus), with its key",
+    "get_metrics": "metrics() has them as one typed snapshot, of all users; GET /metrics of the server, with its key, "
+    "has the text for Prometheus",
     "get_world_size": "it is tensor_parallel_size × pipeline_parallel_size × data_parallel_size, as the server was "
     "asked for; status() has its processes",
     "release_kv_cache_memory": _SLEEP,

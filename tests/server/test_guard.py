@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from typing import Any
 
 import pytest
@@ -80,3 +81,31 @@ def test_nothing_else_reaches_a_route_without_the_key(origins: list[str]) -> Non
     assert reached == []
     assert ask(app, "POST", {"Authorization": "Bearer secret"})[0] == 200
     assert reached == ["POST"]
+
+
+def basic(text: bytes) -> str:
+    return f"Basic {base64.b64encode(text).decode()}"
+
+
+def test_the_key_may_be_the_password_of_basic_authentication_and_goes_on_as_a_bearers() -> None:
+    """As a URL that holds it gives it: http://managed:secret@127.0.0.1:8000."""
+    behind: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        behind.append(dict(scope["headers"])[b"authorization"])
+        await responses.PlainTextResponse("generated")(scope, receive, send)
+
+    for given in (b"managed:secret", b":secret"):
+        assert ask(KeyGuard(app), "POST", {"Authorization": basic(given)})[0] == 200
+    assert behind == [b"Bearer secret"] * 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [basic(b"secret"), basic(b"secret:"), basic(b"managed:secret2"), basic(b"managed:a:secret"), basic(b""), "Basic ",
+     "Basic secret", "Basic c2VjcmV0", "Basic \u00fc", "secret"],
+)  # fmt: skip
+def test_no_other_password_is_the_key(given: str) -> None:
+    app = stack()
+    assert ask(app, "POST", {"Authorization": given})[0] == 401
+    assert reached == []
