@@ -134,6 +134,20 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print one object")
     check.add_argument("--timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for each request (30)")
 
+    doctor = command(
+        "doctor",
+        "managed_vllm.cli.doctor:doctor",
+        "look for what keeps servers from starting on this machine",
+        "managed-vllm doctor",
+        "managed-vllm doctor --fix            # removes what dead servers have left",
+        "managed-vllm doctor --python /opt/vllm/bin/python --json",
+        more=" Exit code 1 if something must be\nmended before a server can start.",
+    )
+    doctor.add_argument("--python", metavar="PATH", help="the interpreter that runs vLLM (default: this one)")
+    doctor.add_argument("--fix", action="store_true", help="take care of what is ours alone: strays, what they left")
+    doctor.add_argument("--offline", action="store_true", help="don't ask for the model hub")
+    doctor.add_argument("--json", action="store_true", help="print a list of objects")
+
     rollout = command(
         "rollout",
         "managed_vllm.cli.rollout:rollout",

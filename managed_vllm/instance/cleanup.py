@@ -94,6 +94,11 @@ def make_scratch() -> Path:
     return Path(tempfile.mkdtemp(prefix="mvllm-", dir=short_temporary_folder()))
 
 
+def scratch_folders() -> list[Path]:
+    """All of this user's that are there, whether in use or not."""
+    return [folder for folder in sorted(Path(short_temporary_folder()).glob("mvllm-*")) if _is_scratch(folder)]
+
+
 def remove_scratch(folder: Path) -> None:
     """Removes a folder made by `make_scratch`, and nothing else: the path comes from a record."""
     if _is_scratch(folder):

@@ -31,6 +31,37 @@ class GpuMemory:
     used: Mapping[int, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Device:
+    """One GPU; memory in bytes."""
+
+    index: int
+    name: str
+    driver: str
+    total: int
+    used: int
+
+
+def devices() -> list[Device] | None:
+    """All GPUs of the machine; None without NVML or GPU."""
+    with _nvml() as nvml:
+        if nvml is None:
+            return None
+        driver = _text(nvml.nvmlSystemGetDriverVersion())
+        found = []
+        for index in _indices(nvml, None):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            total = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+            found.append(Device(index, _text(nvml.nvmlDeviceGetName(handle)), driver, total, _used(nvml, index)))
+        return found
+
+
+def holders_text(indices: Iterable[int]) -> str:
+    """Which processes hold memory of these GPUs, and how much."""
+    with _nvml() as nvml:
+        return "" if nvml is None else _holders_text(nvml, indices)
+
+
 def used_memory(devices: str | None) -> GpuMemory | None:
     """The memory in use on the devices that `CUDA_VISIBLE_DEVICES` names (None: all); None without NVML or GPU."""
     with _nvml() as nvml:
@@ -95,6 +126,11 @@ def _nvml() -> Any:
     finally:
         with contextlib.suppress(Exception):
             pynvml.nvmlShutdown()
+
+
+def _text(value: str | bytes) -> str:
+    """Older versions of the module give bytes."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _indices(nvml: Any, devices: str | None) -> list[int]:

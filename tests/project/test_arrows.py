@@ -35,9 +35,21 @@ ALLOWED: dict[str, set[str]] = {
     "client": VALUES | {"request"},
     "session": VALUES | {"instance", "client", "request", "config"},
     "supervisor": VALUES | {"server", "instance", "config", "served_files", "in_server"},
+    "doctor": VALUES | {"config", "variables", "instance", "server", "in_server"},
     "agent": VALUES | {"client", "request", "demo"},
     "cli": VALUES
-    | {"session", "agent", "instance", "client", "request", "config", "engine_arguments", "demo", "in_server"},
+    | {
+        "session",
+        "agent",
+        "instance",
+        "client",
+        "request",
+        "config",
+        "engine_arguments",
+        "demo",
+        "in_server",
+        "doctor",
+    },
     "pytest_plugin": VALUES | {"session", "instance", "config", "engine_arguments"},
 }
 UPWARD: set[tuple[str, str]] = set()
@@ -52,6 +64,8 @@ DOORS = {
     ("instance", "in_server"): {"in_server.managed_vllm_lifeline"},
     ("supervisor", "in_server"): {"in_server.managed_vllm_lifeline"},
     ("server", "in_server"): {"in_server.managed_vllm_arguments", "in_server.managed_vllm_lifeline"},
+    ("doctor", "in_server"): {"in_server.managed_vllm_lifeline"},
+    ("doctor", "server"): {"server.diagnosis", "server.gpu_memory"},
     ("cli", "in_server"): {"in_server.managed_vllm_lifeline"},
 }
 """Where an arrow leads to these modules only: values, and facts about processes."""
