@@ -129,6 +129,8 @@ def test_a_server_is_started_shared_restarted_and_gone(folder: Path, name: str) 
         pytest.skip("needs root, to be somebody else")
     if machine.before and subprocess.run([*machine.before, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip(f"can't be had here: {' '.join(machine.before)}")
+    if machine.shell.startswith("ip ") and shutil.which("ip") is None:
+        pytest.skip("needs `ip` (iproute2), for the loopback of a network of its own")
     report = folder / "report.json"
     variables = environment(machine, folder)
     python = next((python for python in PYTHONS if can_run(machine, python, variables)), None)
