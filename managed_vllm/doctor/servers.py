@@ -98,25 +98,11 @@ def _kill(process: psutil.Process) -> str:
 
 def scratch_folders() -> Iterator[Finding]:
     """Temporary folders of servers that nobody uses: their state directory was removed, and the supervisor killed."""
-    used = _folders_in_use()
-    for folder in cleanup.scratch_folders():
+    for folder in cleanup.unused_scratch_folders():
         with contextlib.suppress(OSError):
-            if str(folder) not in used and time.time() - folder.stat().st_mtime > _YOUNG_S:
+            if time.time() - folder.stat().st_mtime > _YOUNG_S:
                 remedy = f"managed-vllm doctor --fix, or rm -r {folder}"
                 yield warning("scratch folders", f"{folder} is left of a server", remedy, _remover(folder))
-
-
-def _folders_in_use() -> set[str]:
-    """Of spawned servers by their environment; of forked ones, whose environment is their image's, by the records."""
-    used = {str((instance.read_record() or {}).get("scratch")) for instance in _instances()}
-    for process in psutil.process_iter():
-        with contextlib.suppress(OSError):
-            environ = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-            used |= {os.fsdecode(each[len(b"TMPDIR=") :]) for each in environ if each.startswith(b"TMPDIR=")}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]:
-            used |= {str(Path(path).parent) for path in line.split(maxsplit=7)[7:]}
-    return used
 
 
 def _remover(folder: Path) -> functools.partial[str]:

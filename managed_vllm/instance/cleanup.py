@@ -9,6 +9,7 @@ owner.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -94,9 +95,33 @@ def make_scratch() -> Path:
     return Path(tempfile.mkdtemp(prefix="mvllm-", dir=short_temporary_folder()))
 
 
-def scratch_folders() -> list[Path]:
-    """All of this user's that are there, whether in use or not."""
-    return [folder for folder in sorted(Path(short_temporary_folder()).glob("mvllm-*")) if _is_scratch(folder)]
+def hold_scratch(folder: Path) -> int:
+    """Marks the folder as in use, for whoever looks from any namespace, until the descriptor is closed or we end."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return descriptor
+
+
+def unused_scratch_folders() -> list[Path]:
+    """Those of this user that no supervisor holds: the record that named them was removed."""
+    found = sorted(Path(short_temporary_folder()).glob("mvllm-*"))
+    return [folder for folder in found if _is_scratch(folder) and not _is_held(folder)]
+
+
+def _is_held(folder: Path) -> bool:
+    """True as well where that can't be told."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def remove_scratch(folder: Path) -> None:

@@ -84,14 +84,14 @@ class AsyncEngineMethods(AsyncRequests):
         """Empties the cache of prepared images. See `EngineMethods.reset_mm_cache`."""
         await self._command("reset_mm_cache", "/reset_mm_cache", _DEV_MODE)
 
-    async def metrics(self, /) -> ServerMetrics:
+    async def metrics(self, /, *, timeout: float | None = 30.0) -> ServerMetrics:
         """What the server does, and has done in this epoch. See `EngineMethods.metrics`."""
         from managed_vllm.request import server_metrics
 
         request = TextRequest("/metrics")
         try:
             with named(None, self._instance):
-                stats = await self.sender.send(request, None)
+                stats = await self.sender.send(request, deadline_of(timeout))
             return server_metrics.parse(request.text, epoch=stats.epoch)
         except (BadRequestError, ValueError) as error:
             raise UnsupportedMethodError(f"metrics(): the server has no /metrics: {error}", method="metrics") from error

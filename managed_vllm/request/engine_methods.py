@@ -89,13 +89,14 @@ class EngineMethods(WithoutTheRest):
         """Empties the cache of prepared images, for all users of the server. Raises as `reset_prefix_cache`."""
         portal.run(lambda: self.async_client.reset_mm_cache())
 
-    def metrics(self, /) -> ServerMetrics:
+    def metrics(self, /, *, timeout: float | None = 30.0) -> ServerMetrics:
         """What the server does, and has done in this epoch: requests, caches, tokens, latencies; of all its users.
 
-        `after.since(before)` of two of them has the rates between them. Raises `UnsupportedMethodError` for a server
+        `after.since(before)` of two of them has the rates between them. `timeout` is in seconds, for a server that is
+        just being restarted, too (`RequestTimeoutError`). Raises `UnsupportedMethodError` for a server
         that has no `/metrics`.
         """
-        return portal.run(lambda: self.async_client.metrics())
+        return portal.run(lambda: self.async_client.metrics(timeout=timeout))
 
     def start_profile(
         self,

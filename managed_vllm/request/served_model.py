@@ -60,7 +60,7 @@ def _generation_config(root: str) -> dict[str, Any]:
             hub = importlib.import_module("huggingface_hub")
             path = hub.hf_hub_download(root, "generation_config.json")
         except Exception as error:
-            if type(error).__name__ == "RemoteEntryNotFoundError" or type(error).__name__ == "EntryNotFoundError":
+            if type(error).__name__ in ("RemoteEntryNotFoundError", "EntryNotFoundError"):
                 return {}
             raise UnsupportedMethodError(
                 f"get_default_sampling_params(): the server's model is {root}, whose generation_config.json can't be "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Footprint:
         self._shared_memory: set[str] = set()
         self.scratch: Path | None = None
         """The servers' temporary folder, once `prepare` has made it."""
+        self._held: int | None = None
 
     def to_record(self) -> dict[str, Any]:
         """What a successor needs to remove it: `cleanup.remove_recorded`."""
@@ -46,12 +48,19 @@ class Footprint:
             self._gpu_at_first = await asyncio.to_thread(gpu_memory.used_memory, self._cuda_devices)
         if self.scratch is None:
             self.scratch = cleanup.make_scratch()
+            self._hold(self.scratch)
         return self.scratch
+
+    def _hold(self, scratch: Path) -> None:
+        held, self._held = self._held, cleanup.hold_scratch(scratch)
+        if held is not None:
+            os.close(held)
 
     def renew(self) -> None:
         """Makes the scratch folder again if somebody has removed it."""
         if self.scratch is not None:
             self.scratch.mkdir(mode=0o700, exist_ok=True)
+            self._hold(self.scratch)
 
     async def look(self, process: ServerProcess) -> bool:
         """Notes which shared memory the server has by now; True if some of it is new."""
