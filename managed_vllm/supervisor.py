@@ -36,8 +36,6 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
-
 from managed_vllm import served_files
 from managed_vllm.config import PROTOCOL, ServerSpec, SupervisorOrder
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
@@ -311,11 +309,8 @@ class Supervisor:
         await asyncio.to_thread(names.drop_names, self._instance.home, self._instance.id)
         with contextlib.suppress(OSError):
             self._instance.socket_path.unlink()
-        start_lock = self._instance.start_lock()
-        with contextlib.suppress(filelock.Timeout, OSError):
-            await asyncio.to_thread(start_lock.acquire, timeout=2.0, poll_interval=0.01)
-            cleanup.remove_instance(self._instance)
-            start_lock.release()
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(cleanup.remove_own_instance, self._instance)
 
     async def _serve(self) -> None:
         """Starts the server, and starts it again as long as the policy says so. Returns once it has failed."""

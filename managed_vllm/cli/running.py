@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from managed_vllm.errors import ConfigError, NoServerError, SupervisorError
 from managed_vllm.instance import cleanup, directory, external
 from managed_vllm.instance.admission import is_of_another_version
@@ -360,7 +358,7 @@ def _kill_supervisor(instance: Instance) -> None:
 def _clear(instance: Instance) -> int:
     """Removes what a dead instance has left: processes, names, its folder."""
     try:
-        with instance.start_lock().acquire(timeout=10.0):
+        with instance.start_lock(10.0):
             if directory.is_alive(instance):
                 print(f"error: somebody has just started {instance.id} again", file=sys.stderr)
                 return 1
@@ -373,7 +371,7 @@ def _clear(instance: Instance) -> int:
             cleanup.remove_instance(instance)
     except FileNotFoundError:
         pass  # the folder went in the meantime
-    except filelock.Timeout:
+    except TimeoutError:
         print(f"error: somebody is just starting {instance.id}", file=sys.stderr)
         return 1
     print(f"{instance.id} was dead; what it left is removed.")

@@ -237,3 +237,9 @@ def remove_instance(instance: Instance) -> None:
     if record is not None:
         remove_recorded(record)
     instance.remove_folder()
+
+
+def remove_own_instance(instance: Instance, timeout_s: float = 2.0) -> None:
+    """`remove_instance` for a supervisor that leaves. Raises `TimeoutError` if somebody is about to start one there."""
+    with instance.start_lock(timeout_s):
+        remove_instance(instance)

@@ -7,7 +7,7 @@ What must hold:
 3. A live instance is one whose supervisor holds `supervisor.lock` *and* answers on `control.sock`; neither a record nor
    a pid in it proves anything (pids are reused).
 4. A folder is removed only by the holder of its `start.lock`; a process that waited for the lock of a folder that is
-   gone finds out (filelock ≥ 3.20 checks for unlinked files) and starts over.
+   gone finds out and starts over.
 5. Other things may lie in the directory, for a user may name any as `MANAGED_VLLM_HOME`. An instance is a folder that
    is named as one *and* holds our lock or record; in it, only files that we know are removed.
 6. All processes of a user on this machine find the same directory, whatever their environment: a shell, cron, ssh, a
@@ -31,8 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from managed_vllm import forks
 from managed_vllm.errors import StateDirectoryError
 
@@ -42,6 +40,7 @@ _CREATE_TRIES = 1000
 _LOCK_TRIES = 10
 _RECORD_FIELDS = ("id", "spec", "pid", "state", "epoch")
 SUPERVISOR_LOCK = "supervisor.lock"
+START_LOCK = "start.lock"
 _ID = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?-[0-9a-f]{10}")
 _TOKEN = ".token"
 
@@ -189,7 +188,7 @@ class Instance:
         return (
             _ID.fullmatch(self.id) is not None
             and is_own_directory(self.folder)
-            and any((self.folder / name).is_file() for name in ("supervisor.lock", "start.lock", "instance.json"))
+            and any((self.folder / name).is_file() for name in (SUPERVISOR_LOCK, START_LOCK, "instance.json"))
         )
 
     def create(self) -> None:
@@ -202,9 +201,25 @@ class Instance:
                     return check_private(self.folder)
             check_private(self.folder)
 
-    def start_lock(self) -> filelock.BaseFileLock:
-        """Held while a user checks for a supervisor and spawns one: for a moment, never for the start of vLLM."""
-        return filelock.FileLock(self.folder / "start.lock", mode=0o600, thread_local=False)
+    @contextlib.contextmanager
+    def start_lock(self, timeout_s: float) -> Iterator[None]:
+        """Held while a user checks for a supervisor and spawns one: for a moment, never for the start of vLLM.
+
+        Raises `TimeoutError` if somebody else has it for `timeout_s` seconds, `FileNotFoundError` without the folder.
+        """
+        # Not through filelock: where the folder has just been removed, it would make it again, open to everybody.
+        deadline = time.monotonic() + timeout_s
+        while (descriptor := _locked_file(self.folder / START_LOCK)) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.folder / START_LOCK} is held")
+            time.sleep(0.01)
+        _taken.add(descriptor)
+        try:
+            yield
+        finally:
+            if descriptor in _taken:  # not in a child that was forked meanwhile
+                _taken.discard(descriptor)
+                os.close(descriptor)
 
     def take_supervisor_lock(self) -> int | None:
         """Takes `supervisor.lock` and returns its descriptor; None if a supervisor holds it.
@@ -313,8 +328,8 @@ def _is_ours(name: str) -> bool:
         "server.log.1",
         "image.log",
         "supervisor.log",
-        "start.lock",
-        "supervisor.lock",
+        START_LOCK,
+        SUPERVISOR_LOCK,
     )
 
 
@@ -328,6 +343,22 @@ def _lock(descriptor: int) -> bool:
         else:
             return True
     return False
+
+
+def _locked_file(path: Path) -> int | None:
+    """Opens and locks a file; None if somebody else has the lock, or has just removed the file."""
+    descriptor = above_standard(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), path.lstat()):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 _taken: set[int] = set()
@@ -353,7 +384,6 @@ def instances(home: Path) -> list[Instance]:
 
 def is_alive(instance: Instance) -> bool:
     """True if a supervisor holds the instance's lock at this moment."""
-    # Not through filelock: it would create the file again in a folder that is being removed.
     try:
         descriptor = os.open(instance.folder / SUPERVISOR_LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:

@@ -13,8 +13,6 @@ import errno
 import time
 from collections.abc import Callable
 
-import filelock
-
 from managed_vllm.config import SupervisorOrder
 from managed_vllm.errors import StateDirectoryError, SupervisorError
 from managed_vllm.instance import directory
@@ -41,7 +39,7 @@ def elect(instance: Instance, order: SupervisorOrder, deadline: float, wanted: C
     try:
         instance.create()
         # Not for long: whoever has the lock may be stopped, while the supervisor that it has spawned comes up.
-        with instance.start_lock().acquire(timeout=min(_LOOK_S, left_s(deadline)), poll_interval=0.01):
+        with instance.start_lock(min(_LOOK_S, left_s(deadline))):
             if directory.is_alive(instance):
                 return Election.LEFT_TO_OTHERS
             coming_up = spawn.start_supervisor(instance, order)
@@ -54,7 +52,7 @@ def elect(instance: Instance, order: SupervisorOrder, deadline: float, wanted: C
         return Election.STARTED if listens else Election.KILLED
     except (StateDirectoryError, SupervisorError):
         raise
-    except filelock.Timeout:
+    except TimeoutError:
         return Election.LEFT_TO_OTHERS
     except OSError as error:
         if error.errno != errno.ENOENT:
@@ -66,10 +64,7 @@ def elect(instance: Instance, order: SupervisorOrder, deadline: float, wanted: C
 
 def _remove_if_empty(instance: Instance) -> None:
     """Removes a folder in which no supervisor came up or said anything: the start was given up, or it was killed."""
-    with (
-        contextlib.suppress(OSError, filelock.Timeout),
-        instance.start_lock().acquire(timeout=_LOOK_S, poll_interval=0.01),
-    ):
+    with contextlib.suppress(OSError), instance.start_lock(_LOOK_S):
         said = instance.read_record() is not None or directory.tail(instance.supervisor_log, 1)
         if not said and not directory.is_alive(instance):
             instance.remove_folder()

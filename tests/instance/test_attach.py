@@ -254,7 +254,7 @@ def test_close_ends_the_wait_for_an_election_of_others(home: Path) -> None:
     instance = find(wanted, home)
     instance.create()
     attachment = Attachment(wanted)
-    with instance.start_lock(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with instance.start_lock(30), concurrent.futures.ThreadPoolExecutor(1) as pool:
         attaching = pool.submit(attachment.attach)
         eventually(lambda: attaching.running() and not directory.is_alive(instance), "waiting for the lock")
         attachment.close()

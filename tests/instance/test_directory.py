@@ -110,6 +110,45 @@ def test_a_stale_socket_and_stale_locks_are_no_server(home: Path) -> None:
         assert llm.generate("hi")
 
 
+def test_the_start_lock_never_makes_a_folder_that_was_removed(home: Path) -> None:
+    directory.state_home()
+    instance = instance_of(home)
+    with pytest.raises(FileNotFoundError), instance.start_lock(30):
+        pass
+    assert not instance.folder.exists()
+    instance.create()
+    with instance.start_lock(30):
+        with pytest.raises(TimeoutError), instance.start_lock(0.05):
+            pass
+        (instance.folder / "start.lock").unlink()
+        with instance.start_lock(30):  # the one that we hold is nobody's any more
+            pass
+    instance.remove_folder()
+    assert not instance.folder.exists()
+
+
+def test_a_folder_that_comes_and_goes_stays_closed_to_others(home: Path) -> None:
+    directory.state_home()
+    instance = instance_of(home)
+    over = threading.Event()
+
+    def remove() -> None:
+        while not over.is_set():
+            with contextlib.suppress(OSError), instance.start_lock(30):
+                instance.remove_folder()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        removing = pool.submit(remove)
+        try:
+            for _ in range(500):
+                instance.create()  # raises if it finds the folder open to others
+                with contextlib.suppress(FileNotFoundError), instance.start_lock(30):
+                    assert not instance.folder.stat().st_mode & 0o077
+        finally:
+            over.set()
+        removing.result(30)
+
+
 def test_a_reused_pid_is_neither_attached_to_nor_touched(home: Path) -> None:
     directory.state_home()
     instance = instance_of(home)

@@ -328,8 +328,11 @@ def test_a_starter_killed_in_the_middle_leads_to_no_second_supervisor(home: Path
             instance = directory.instances(home)[0]
             supervisors = [
                 process
-                for process in psutil.process_iter(["cmdline"])
-                if instance.id in (process.info["cmdline"] or []) and "managed_vllm.supervisor" in str(process.info)
+                for process in psutil.process_iter(["cmdline", "environ"])
+                if instance.id in (process.info["cmdline"] or [])
+                and "managed_vllm.supervisor" in str(process.info["cmdline"])
+                # Tests that run beside this one have servers of this key, too, each in a state directory of its own.
+                and (process.info["environ"] or {}).get("MANAGED_VLLM_HOME") == str(home)
             ]
-            assert len(supervisors) == 1
+            assert [process.pid for process in supervisors] == [llm.status().supervisor_pid]
         assert_nothing_left(home)
