@@ -12,6 +12,10 @@
         SupervisorError
         OtherNetworkError (ConnectionError)
         ServerStoppedError
+        EngineControlError
+          EngineUnsupportedError
+          EngineTimeoutError (TimeoutError)
+          EngineLostError (ConnectionError)
         StartupError
           ModelUnavailableError
           BrokenModelError
@@ -174,6 +178,30 @@ class OtherNetworkError(ServerError, ConnectionError):
 
 class ServerStoppedError(ServerError):
     """The server was stopped (`managed-vllm down --force`, a signal to its supervisor) while this user held it."""
+
+
+class EngineControlError(ServerError):
+    """A call of `llm.engine` failed, and the engine is as it was before.
+
+    `call` is the method's name, `status` the HTTP status that the server answered with, None where there is none.
+    """
+
+    def __init__(self, message: str, *, call: str, status: int | None = None, instance: str | None = None) -> None:
+        super().__init__(message, instance=instance)
+        self.call = call
+        self.status = status
+
+
+class EngineUnsupportedError(EngineControlError):
+    """The server can't do that. The message says why, and what it would have to be started with."""
+
+
+class EngineTimeoutError(EngineControlError, TimeoutError):
+    """The call was not done within its time."""
+
+
+class EngineLostError(EngineControlError, ConnectionError):
+    """The server or its supervisor ended in the middle of the call, or within `with llm.engine.paused()`."""
 
 
 class StartupError(ServerError):

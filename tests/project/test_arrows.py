@@ -10,11 +10,12 @@ import arrows
 # -- arrows ------------------------------------------------------------------------------------------------------------
 
 VALUES = {"masking", "status", "errors", "policies", "forks", "urls", "paths", "socket_paths"}
-VALUES |= {"standard_error", "green_threads"}
+VALUES |= {"standard_error", "green_threads", "engine_state"}
 """What every room may use: values, exceptions, and small functions without any state but the fork hooks."""
 ALLOWED: dict[str, set[str]] = {
     "masking": set(),
-    "status": {"masking"},
+    "engine_state": set(),
+    "status": {"engine_state", "masking"},
     "errors": {"status"},
     "policies": {"errors", "status"},
     "forks": set(),

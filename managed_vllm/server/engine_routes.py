@@ -1,0 +1,229 @@
+"""The routes by which a vLLM server's engine is controlled: pause, sleep, weights, adapters, caches.
+
+What a server offers is read from its /openapi.json, once, and not concluded from its version. Where it does not show
+that (`--disable-fastapi-docs`), a 404 says it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from managed_vllm.engine_state import PauseMode
+from managed_vllm.errors import EngineControlError, EngineLostError, EngineTimeoutError, EngineUnsupportedError
+from managed_vllm.masking import Secret
+from managed_vllm.status import Connection
+
+_DEV_MODE = "a vLLM with that route, and not with env={'VLLM_SERVER_DEV_MODE': '0'}; a command= server with =1"
+_LORA = (
+    "enable_lora=True, one API server, and not env={'VLLM_ALLOW_RUNTIME_LORA_UPDATING': '0'}; a command= server with =1"
+)
+_ABSENT = frozenset({404, 405, 501})
+_NO_ROUTE = frozenset({"not found", "method not allowed", "not implemented", "no such route", ""})
+"""What servers say where there is no route; of a thing that is missing behind one they say more."""
+
+Query = Iterable[tuple[str, str]]
+
+
+class EngineRoutes:
+    """Controls one server's engine by HTTP. Every call ends within `timeout_s` seconds.
+
+    Raises `EngineUnsupportedError` where the server lacks the route, `EngineTimeoutError`, `EngineLostError` where it
+    gives no answer because it is gone, and `EngineControlError` with the server's own words where it refuses.
+    """
+
+    def __init__(self, connection: Connection, key: Secret) -> None:
+        """`key` is the one that the server wants for these routes."""
+        self._headers = {"Authorization": f"Bearer {key.reveal()}"}
+        self._root = connection.base_url.removesuffix("/v1")
+        transport = httpx.AsyncHTTPTransport(uds=connection.uds, verify=False)  # as in `probe`
+        self._client = httpx.AsyncClient(trust_env=False, transport=transport)
+        self._paths: frozenset[str] | None = None
+        self._looked = False
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    # -- what it can do ------------------------------------------------------------------------------------------------
+
+    async def offers(self, path: str) -> bool | None:
+        """Whether the server has a route; None: it does not tell. Has no bound of its own."""
+        if not self._looked:
+            self._paths = await self._offered()
+            self._looked = True
+        return None if self._paths is None else path in self._paths
+
+    async def _offered(self) -> frozenset[str] | None:
+        try:
+            return frozenset((await self._send("offers", "GET", "/openapi.json"))["paths"])
+        except EngineLostError:
+            raise
+        except (EngineControlError, KeyError, TypeError):
+            return None
+
+    # -- scheduling ----------------------------------------------------------------------------------------------------
+
+    async def pause(self, mode: PauseMode, *, timeout_s: float) -> None:
+        """Pauses; with "wait" it returns once nothing is in flight. Nothing of the caches is dropped."""
+        await self._command("pause", "/pause", [("mode", mode), ("clear_cache", "false")], timeout_s=timeout_s)
+
+    async def resume(self, *, timeout_s: float) -> None:
+        await self._command("resume", "/resume", timeout_s=timeout_s)
+
+    async def is_paused(self, *, timeout_s: float) -> bool:
+        return bool((await self._look("is_paused", "/is_paused", timeout_s=timeout_s)).get("is_paused"))
+
+    async def sleep(self, level: int, *, mode: PauseMode = "keep", timeout_s: float) -> None:
+        """Puts the engine to sleep; what is in flight goes on after `wake`, or as `mode` says."""
+        await self._command("sleep", "/sleep", [("level", str(level)), ("mode", mode)], timeout_s=timeout_s)
+
+    async def wake(self, tags: Sequence[str] | None = None, *, timeout_s: float) -> None:
+        """Wakes it; with `tags` ("weights", "kv_cache") only that part."""
+        asked = [("tags", tag) for tag in tags or ()]
+        await self._command("wake", "/wake_up", asked, timeout_s=timeout_s)
+
+    async def is_sleeping(self, *, timeout_s: float) -> bool:
+        """Also true of an engine that is only paused (vLLM 0.32)."""
+        return bool((await self._look("is_sleeping", "/is_sleeping", timeout_s=timeout_s)).get("is_sleeping"))
+
+    # -- caches --------------------------------------------------------------------------------------------------------
+
+    async def reset_prefix_cache(self, *, running: bool = False, timeout_s: float) -> bool:
+        """Empties it; with `running` the requests in flight are computed anew from their tokens. Whether it did."""
+        asked = [("reset_running_requests", str(running).lower())]
+        answer = await self._command("reset_prefix_cache", "/reset_prefix_cache", asked, timeout_s=timeout_s)
+        return answer.get("success") is not False
+
+    async def reset_mm_cache(self, *, timeout_s: float) -> None:
+        await self._command("reset_mm_cache", "/reset_mm_cache", timeout_s=timeout_s)
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    async def reload_weights(self, path: str | None = None, *, timeout_s: float) -> None:
+        """Loads the weights of another checkpoint folder in place; None: those it was started with."""
+        kwargs = {} if path is None else {"weights_path": path}
+        body = {"method": "reload_weights", "kwargs": kwargs}
+        await self._command("update_weights", "/collective_rpc", body=body, timeout_s=timeout_s)
+
+    async def weight_checksums(self, *, timeout_s: float) -> dict[str, str]:
+        """A checksum of each of the server's weights, by name."""
+        body = {"action": "checksum"}
+        found = (await self._command("weights", "/weight_checker", body=body, timeout_s=timeout_s)).get("checksums")
+        if not isinstance(found, Mapping):
+            raise EngineControlError("/weight_checker gave no checksums", call="weights")
+        return {str(name): str(value) for name, value in found.items()}
+
+    async def weight_version(self, *, timeout_s: float) -> str:
+        """What the server calls its weights."""
+        return str((await self._look("weights", "/weight_info", timeout_s=timeout_s)).get("weight_version") or "")
+
+    async def set_weight_version(self, version: str, *, timeout_s: float) -> None:
+        body = {"new_version": version}
+        await self._command("update_weights", "/update_weight_version", body=body, timeout_s=timeout_s)
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    async def load_lora(self, name: str, path: str, *, replace: bool = False, timeout_s: float) -> None:
+        """Loads an adapter; with `replace` in place of the one of that name, whose cache entries stay valid for it."""
+        body = {"lora_name": name, "lora_path": path, "load_inplace": replace}
+        await self._command("load_lora", "/v1/load_lora_adapter", body=body, timeout_s=timeout_s, needs=_LORA)
+
+    async def unload_lora(self, name: str, *, timeout_s: float) -> None:
+        body = {"lora_name": name}
+        await self._command("unload_lora", "/v1/unload_lora_adapter", body=body, timeout_s=timeout_s, needs=_LORA)
+
+    async def models(self, *, timeout_s: float) -> dict[str, str | None]:
+        """The names that are served, adapters included, and the folder of each."""
+        found = await self._look("models", "/v1/models", timeout_s=timeout_s)
+        return {str(one["id"]): one.get("root") for one in found.get("data", ())}
+
+    # -- HTTP ----------------------------------------------------------------------------------------------------------
+
+    async def _look(self, call: str, path: str, *, timeout_s: float) -> dict[str, Any]:
+        return await self._ask(call, "GET", path, timeout_s=timeout_s)
+
+    async def _command(
+        self,
+        call: str,
+        path: str,
+        query: Query = (),
+        *,
+        body: Mapping[str, Any] | None = None,
+        timeout_s: float,
+        needs: str = _DEV_MODE,
+    ) -> dict[str, Any]:
+        return await self._ask(call, "POST", path, query, body, timeout_s=timeout_s, needs=needs)
+
+    async def _ask(
+        self,
+        call: str,
+        method: str,
+        path: str,
+        query: Query = (),
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float,
+        needs: str = _DEV_MODE,
+    ) -> dict[str, Any]:
+        """The answer's object. `needs` says what the server would have to be started with to have the route."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                if await self.offers(path) is False:
+                    raise _unsupported(call, path, needs)
+                return await self._send(call, method, path, query, body, needs=needs)
+        except EngineControlError:
+            raise
+        except TimeoutError:
+            raise EngineTimeoutError(f"{path}: no answer within {timeout_s:.3g} s", call=call) from None
+
+    async def _send(
+        self,
+        call: str,
+        method: str,
+        path: str,
+        query: Query = (),
+        body: Mapping[str, Any] | None = None,
+        *,
+        needs: str = _DEV_MODE,
+    ) -> dict[str, Any]:
+        """One request, without a bound of its own."""
+        try:
+            response = await self._client.request(
+                method, self._root + path, params=list(query), json=body, headers=self._headers, timeout=None
+            )
+        except httpx.HTTPError as error:
+            raise EngineLostError(f"{path}: {type(error).__name__} {error}".rstrip(), call=call) from error
+        if response.is_success:
+            return _object_in(response.text)
+        status, said = response.status_code, _message_in(response.text)
+        if status in _ABSENT and said.lower() in _NO_ROUTE:
+            raise _unsupported(call, path, needs, status)
+        raise EngineControlError(f"{path}: HTTP {status}: {said[:500]}", call=call, status=status)
+
+
+def _unsupported(call: str, path: str, needs: str, status: int | None = None) -> EngineUnsupportedError:
+    return EngineUnsupportedError(
+        f"{call}: the server has no route {path}; it would take {needs}", call=call, status=status
+    )
+
+
+def _object_in(text: str) -> dict[str, Any]:
+    """An answer's JSON object; empty for an answer of another kind: some of these routes answer with nothing."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _message_in(text: str) -> str:
+    """The message in an error's body, of whichever of vLLM's shapes."""
+    found = _object_in(text)
+    error = found.get("error", found.get("detail", found or text))
+    if isinstance(error, Mapping):
+        error = error.get("message", error)
+    return str(error).strip()
