@@ -16,6 +16,7 @@
           EngineUnsupportedError
           EngineTimeoutError (TimeoutError)
           EngineLostError (ConnectionError)
+          CheckpointError (ValueError)
         StartupError
           ModelUnavailableError
           BrokenModelError
@@ -56,7 +57,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from managed_vllm.status import Cause, Diagnosis
+from managed_vllm.status import Cause, CheckpointFault, Diagnosis
 
 
 class ManagedVLLMError(Exception):
@@ -202,6 +203,21 @@ class EngineTimeoutError(EngineControlError, TimeoutError):
 
 class EngineLostError(EngineControlError, ConnectionError):
     """The server or its supervisor ended in the middle of the call, or within `with llm.engine.paused()`."""
+
+
+class CheckpointError(EngineControlError, ValueError):
+    """A checkpoint (`path`) can't take the place of the weights that are served; nothing of it was loaded.
+
+    `faults` has all that speaks against it: `CheckpointFault`s, each with `text` and `remedy`.
+    """
+
+    def __init__(self, path: str, faults: tuple[CheckpointFault, ...], *, instance: str | None = None) -> None:
+        lines = [f"the checkpoint {path} can't be loaded into this server"]
+        for fault in faults:
+            lines += [f"  - {fault.text}", *([f"    remedy: {fault.remedy}"] if fault.remedy else [])]
+        super().__init__("\n".join(lines), call="update_weights", instance=instance)
+        self.path = path
+        self.faults = faults
 
 
 class StartupError(ServerError):

@@ -218,6 +218,14 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
+class CheckpointFault:
+    """One thing that speaks against loading a checkpoint: what was seen, and what to do about it."""
+
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
 class Connection:
     """How to reach a server that is ready. `base_url` ends in `/v1`; with `uds`, HTTP goes over that socket path.
 

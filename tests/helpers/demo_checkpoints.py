@@ -1,0 +1,53 @@
+"""Checkpoints made from the embedded model's, good and bad, without torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from managed_vllm import demo
+
+Stored = tuple[str, list[int], bytes]
+"""A tensor: its dtype, shape and data."""
+
+
+def tensors_of(path: Path) -> dict[str, Stored]:
+    """All tensors of a safetensors file."""
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    header.pop("__metadata__", None)
+    found = {}
+    for name, one in header.items():
+        first, last = one["data_offsets"]
+        found[name] = (one["dtype"], one["shape"], data[begin + first : begin + last])
+    return found
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
+    header, place = {}, 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + len(data)]}
+        place += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for *_, data in tensors.values()))
+
+
+def rewritten(folder: Path, change: Callable[[str, str, list[int], bytes], Stored]) -> None:
+    """The folder's tensors as `change` returns them, given name, dtype, shape and data."""
+    path = folder / "model.safetensors"
+    write_safetensors(path, {name: change(name, *stored) for name, stored in tensors_of(path).items()})
+
+
+def edit_json(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def copy_of_demo(folder: Path) -> Path:
+    """A copy of the embedded model's checkpoint."""
+    shutil.copytree(demo.weights_path(), folder)
+    return folder
