@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from managed_vllm import forks
-from managed_vllm.config import Address, ServerSpec, set_in_arguments, set_in_engine_args
+from managed_vllm import forks, training
+from managed_vllm.config import Address, ServerSpec, installed_vllm, set_in_arguments, set_in_engine_args, vllm_folder
 from managed_vllm.errors import ConfigError
 from managed_vllm.instance import directory, external, names
 from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer, report_deaths
@@ -30,7 +30,7 @@ from managed_vllm.policies import MAX_IN_FLIGHT, HangPolicy, RestartPolicy, Retr
 from managed_vllm.request.event_loops import in_thread
 from managed_vllm.request.methods import RequestMethods
 from managed_vllm.status import Connection, ServerStatus
-from managed_vllm.urls import checked_api_key
+from managed_vllm.urls import checked_api_key, url_with_key
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
@@ -82,6 +82,8 @@ class ManagedVLLM(RequestMethods):
             and is back sooner after a crash. `"auto"`: where that is safe, else it is launched plainly, as always with
             `command=`; True: a start that can't be forked fails; False: never. None: what `MANAGED_VLLM_WARM` says
             (`auto`, `on`, `off`), else "auto".
+        for_training: a server that a trainer drives by vLLM's own routes: development mode, `processed_logprobs`, any
+            number of logprobs, weight transfer by NCCL where there are GPUs; what you give yourself stays as it is.
         on_status: called with the new `ServerStatus` at each change of state (ready, restarting, failed, …): one call
             after the other, in a thread of its own, so that it may use this handle. What it raises is logged.
         **engine_args: vLLM's engine arguments by their names in `vllm.LLM` (`tensor_parallel_size=2`, …).
@@ -117,6 +119,7 @@ class ManagedVLLM(RequestMethods):
         max_in_flight: int | None = None,
         hang: HangPolicy | None = None,
         warm: bool | Literal["auto"] | None = None,
+        for_training: bool = False,
         on_status: Callable[[ServerStatus], None] | None = None,
         **engine_args: Any,
     ) -> None:
@@ -128,14 +131,20 @@ class ManagedVLLM(RequestMethods):
         if url is not None:
             where = {"name": name, "host": host, "port": port, "uds": uds or None}
             how = {"env": env or None, "python": python, "command": command, "warm": warm or None}
+            how["for_training"] = for_training or None
             kept = {"restart": restart, "hang": hang}
             external.check_applicable(
                 {**set_in_arguments(engine_args), **where, **how, **kept}, explicit=bool(base_url)
             )
         elif model is not None:
+            if for_training:
+                vllm, folder = installed_vllm(python), vllm_folder(python)
+                engine_args, env = training.with_preset(engine_args, env, vllm=vllm, folder=folder)
             spec = ServerSpec.of(model, engine_args=engine_args, env=env, python=python, command=command)
-        elif engine_args or command or python or env:
-            raise ConfigError("engine arguments, env=, python= and command= need a model=", field="model")
+        elif engine_args or command or python or env or for_training:
+            raise ConfigError(
+                "engine arguments, env=, python=, command= and for_training= need a model=", field="model"
+            )
         options = AttachOptions(
             model=asked if url is None else external.model_for(url, asked),
             name=name,
@@ -270,6 +279,15 @@ class ManagedVLLM(RequestMethods):
     def api_key(self) -> str:
         """The key that every route but `/health` and `/ping` wants; empty for an external server without one."""
         return str(self._attachment.connection()[0].api_key.reveal())
+
+    @property
+    def url_with_key(self) -> str:
+        """The server's URL, without `/v1`, with the key in it: `http://managed:KEY@127.0.0.1:PORT`.
+
+        For trainers and tools that take a URL and know of no key. Whoever sees it may use the server. Raises
+        `ConfigError` for a server on a Unix socket, which no URL reaches.
+        """
+        return url_with_key(self._attachment.connection()[0])
 
     @property
     def model(self) -> str:

