@@ -33,7 +33,13 @@ PROTOCOL = 2
 
 DEFAULT_HOST = "127.0.0.1"
 
-_SERVER_DEFAULTS = {"enable_prompt_tokens_details": True, "trust_request_chat_template": True}
+_SERVER_DEFAULTS = {
+    "enable_prompt_tokens_details": True,
+    "trust_request_chat_template": True,
+    # The development mode, which we switch on for the routes that control the engine, would log a traceback for each
+    # request that is refused.
+    "log_error_stack": False,
+}
 """Arguments of each vLLM that we start and that knows them, unless the user gives them.
 
 A server of ours is guarded by a key, so that whoever may send requests may send templates as well.

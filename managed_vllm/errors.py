@@ -310,6 +310,7 @@ _ERROR_OF: dict[Cause, type[StartupError]] = {
     Cause.API_SERVER_HUNG: EngineDiedError,
     Cause.PROCESS_STOPPED: EngineDiedError,
     Cause.ENGINE_BROKEN: EngineDiedError,
+    Cause.ENGINE_STATE: BrokenModelError,
     Cause.STARTUP_TIMEOUT: StartupTimeoutError,
     Cause.STARTUP_SILENCE: StartupTimeoutError,
     Cause.UNKNOWN: EngineDiedError,

@@ -24,6 +24,7 @@ from managed_vllm.config import Address, ServerSpec, installed_vllm, set_in_argu
 from managed_vllm.errors import ConfigError
 from managed_vllm.instance import directory, external, names
 from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer, report_deaths
+from managed_vllm.instance.engine_control import AsyncEngineControl, EngineControl
 from managed_vllm.instance.status_listener import StatusListener
 from managed_vllm.masking import without_passwords
 from managed_vllm.policies import MAX_IN_FLIGHT, HangPolicy, RestartPolicy, RetryPolicy, SupervisionPolicy, seconds
@@ -320,6 +321,16 @@ class ManagedVLLM(RequestMethods):
         connection, _ = self._attachment.connection()
         with self._lock:
             return self._clients.openai(kind, connection)
+
+    @property
+    def engine(self) -> EngineControl:
+        """The control of the server's engine, for all its users: sleep, pause, LoRA adapters, weights."""
+        return EngineControl(lambda: self._attachment)
+
+    @property
+    def async_engine(self) -> AsyncEngineControl:
+        """The same for asyncio: `await llm.async_engine.pause()`."""
+        return AsyncEngineControl(self.engine, in_thread)
 
     # -- the server ----------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What is known about a server, as values: its state, stage, connection, and why it is not running.
 
 These cross every border of the package: the control channel, errors, the command line. This module imports
-nothing of ours but `managed_vllm.masking`, and nothing beyond the standard library.
+nothing of ours but other values, and nothing beyond the standard library.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from managed_vllm.engine_state import EngineState
 from managed_vllm.masking import Secret, reveal, without_passwords
 
 
@@ -159,6 +160,8 @@ class Cause(enum.StrEnum):
     """One of its processes was stopped by a signal (SIGSTOP) and not continued."""
     ENGINE_BROKEN = "engine_broken"
     """It answers, but each request with a server error (after a failed weight update, for example)."""
+    ENGINE_STATE = "engine_state"
+    """It was started again, and what users had made of its engine (adapters, weights) can't be put back."""
     # it took too long
     STARTUP_TIMEOUT = "startup_timeout"
     """Not ready within the limit."""
@@ -247,7 +250,7 @@ class ServerStatus:
     """Everything known about a server at one moment. Times are seconds since the epoch (Unix time).
 
     `launch` says how this epoch was started: `"forked"` from the warm image, whose pid is `image_pid`, `"plain"`, or
-    `"plain: "` and the reason why it could not be forked.
+    `"plain: "` and the reason why it could not be forked. `engine` is what users have made of the engine.
     """
 
     state: ServerState
@@ -266,12 +269,14 @@ class ServerStatus:
     server_pid: int | None = None
     supervisor_pid: int | None = None
     image_pid: int | None = None
+    engine: EngineState = field(default_factory=EngineState)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, with the key inside `connection`: only for the channel, never for a file."""
         data: dict[str, Any] = reveal(asdict(self))
         data["diagnosis"] = self.diagnosis.to_dict() if self.diagnosis else None
+        data["engine"] = self.engine.to_dict()
         return data
 
     @classmethod
@@ -284,6 +289,8 @@ class ServerStatus:
             known["connection"] = Connection(**{**given, "api_key": Secret(given["api_key"])})
         if known.get("diagnosis"):
             known["diagnosis"] = Diagnosis.from_dict(known["diagnosis"])
+        if "engine" in known:
+            known["engine"] = EngineState.from_dict(known["engine"])
         return cls(**known)
 
 

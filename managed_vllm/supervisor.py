@@ -47,6 +47,7 @@ from managed_vllm.instance.spawn import FAILED, LISTENS
 from managed_vllm.masking import Secret, masked_words
 from managed_vllm.served_files import Files
 from managed_vllm.server import diagnosis, launch, stacks
+from managed_vllm.server.engine import Engine
 from managed_vllm.server.footprint import Footprint
 from managed_vllm.server.process import ServerProcess
 from managed_vllm.server.restarts import GiveUp, Restarts
@@ -221,16 +222,24 @@ class Supervisor:
         self._ending = asyncio.Event()
         self._restart_requested = asyncio.Event()
         self._predecessor = instance.read_record()
-        self._retention = Retention.from_record(self._predecessor)
+        self._engine = Engine(
+            self._predecessor,
+            sleeps=bool(order.spec.engine_args.get("enable_sleep_mode")) or order.spec.command is not None,
+            on_change=self._engine_changed,
+            on_restart=self._restart,
+        )
         self._leases = Leases(
             instance,
             self._order,
-            status=lambda: dataclasses.replace(self._status, image_pid=self._starter.image_pid),
+            status=lambda: dataclasses.replace(
+                self._status, image_pid=self._starter.image_pid, engine=self._engine.state
+            ),
             on_end=self._end,
             on_restart=self._restart,
             on_deaths=lambda epochs: self._restarts.forgive(epochs),
             listens_and_serves=lambda: (self._port, self._files),
-            retention=self._retention,
+            engine=self._engine,
+            retention=Retention.from_record(self._predecessor),
             on_retention=self._write_record,
         )
         self._restarts = Restarts(order.policy.restart, chooses_port=order.address.port is None)
@@ -382,8 +391,12 @@ class Supervisor:
         try:
             ended = await self._until_settled(process, startup.until_ready(), _STARTING_LOOK_S)
             if ended is None:
+                restoring = self._engine.restore(launched.connection, launched.control_key)
+                ended = await self._until_settled(process, restoring, _STARTING_LOOK_S)
+            if ended is None:
                 ended = await self._ready(launched, process, probe)
         finally:
+            self._engine.leave()
             await probe.close()
         if isinstance(ended, Diagnosis) and ended.cause in _STUCK_SOMEWHERE and process.returncode is None:
             self._leave_ready(ended)
@@ -409,7 +422,7 @@ class Supervisor:
         )
         self._starter.server_is_ready()
         await process.record_descendants()
-        watch = HangWatch(probe, process, self._order.policy.hang)
+        watch = HangWatch(probe, process, self._order.policy.hang, lambda: self._engine.may_stand_still)
         ended = await self._until_settled(process, watch.until_unwell(), _READY_LOOK_S)
         assert ended is not None  # a watch over a server that works does not return
         return ended
@@ -557,6 +570,10 @@ class Supervisor:
             events.write(json.dumps(event) + "\n")
         self._leases.publish()
 
+    def _engine_changed(self) -> None:
+        self._write_record()
+        self._leases.publish()
+
     def _show_imports(self, modules: int) -> None:
         self._show_progress(Progress(Stage.IMPORTING, f"{modules} modules"))
 
@@ -576,7 +593,8 @@ class Supervisor:
             "epoch": self._status.epoch,
             "server_pid": self._status.server_pid,
             **self._footprint.to_record(),
-            **self._retention.to_record(),
+            **self._leases.retention.to_record(),
+            **self._engine.to_record(),
         }
         try:
             if self._hold.is_intact:  # else there is no folder, or it is another supervisor's

@@ -17,7 +17,7 @@ from typing import Any
 
 from managed_vllm import paths
 from managed_vllm.errors import ConfigError
-from managed_vllm.in_server import managed_vllm_arguments
+from managed_vllm.in_server import managed_vllm_arguments, managed_vllm_guard
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.masking import reveal
 
@@ -63,6 +63,7 @@ _OURS = {
 
 _NOT_INHERITED = frozenset(
     {lifeline.MARKER, lifeline.SUPERVISOR, lifeline.ROOT, managed_vllm_arguments.VARIABLE, "PYTHONHOME", "VLLM_API_KEY"}
+    | {managed_vllm_guard.CONTROL_KEY, managed_vllm_guard.CONTROLLED}
 )
 """Variables that belong to one process or server: a starter may itself run inside of another server."""
 

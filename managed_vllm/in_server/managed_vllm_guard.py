@@ -10,6 +10,11 @@ it without any route, where the server was asked for CORS (`--allowed-origins`);
 The key may come as the password of HTTP Basic authentication, too, under any user name: trainers and tools that know no
 key take it in their URL, `http://managed:KEY@127.0.0.1:PORT` (TRL's `VLLMClient`, which is given a base URL only).
 
+Routes that change the engine for all its users (pause, sleep, weights, adapters, calls of its workers) want the
+supervisor's own key, `MANAGED_VLLM_CONTROL_KEY`, where the supervisor and not the user has switched them on
+(`MANAGED_VLLM_CONTROLLED`, the variables that it has set): so whatever changes the engine goes through the supervisor,
+which remembers it. That key opens everything.
+
 It also keeps the supervisor's looks at `/health` and `/metrics`, one every few seconds, out of the server's access log.
 """
 
@@ -26,12 +31,42 @@ from typing import Any
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
 
+CONTROL_KEY = "MANAGED_VLLM_CONTROL_KEY"
+CONTROLLED = "MANAGED_VLLM_CONTROLLED"
+DEV_MODE = "VLLM_SERVER_DEV_MODE"
+LORA_UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+
+_HARMLESS = frozenset(
+    {"/is_paused", "/is_sleeping", "/weight_info", "/get_world_size"}
+    | {"/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"}
+)
+"""Routes of the dev mode that only look, or empty a cache: the ordinary key is enough for them."""
+
+_CONTROL_PATHS = {
+    DEV_MODE: frozenset(
+        {"/sleep", "/wake_up", "/release_kv_cache_memory", "/pause", "/resume", "/abort_requests", "/collective_rpc"}
+        | {"/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/start_weight_update"}
+        | {"/start_draft_weight_update", "/update_weights", "/finish_weight_update", "/update_weight_version"}
+        | {"/weight_checker", "/server_info"}
+    ),
+    LORA_UPDATING: frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters"}),
+}
+"""Which routes each variable switches on (vLLM 0.32), by exact path; `/adapters` has paths below it, too."""
+
+_DEV_MODULES = (".serve.dev.", ".entrypoints.rl.")
+"""Parts of the names of vLLM's modules with such routes: for those that a later version adds."""
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _MOST_LAYERS = 100
+_NOT_FOR_USERS = (
+    b'{"error": {"message": "this route changes the engine for all users of the server: use llm.engine or '
+    b"`managed-vllm engine`, or start the server with env={'VLLM_SERVER_DEV_MODE': '1'}\", "
+    b'"type": "Forbidden", "code": 403}}'
+)
 _REFUSAL = b'{"error": {"message": "this server wants its API key", "type": "Unauthorized", "code": 401}}'
 
 
@@ -46,33 +81,83 @@ class KeyGuard:
         self._cors = _cors_of(app)
         key = os.environ.get("VLLM_API_KEY", "")
         self._expected = _digest(key.encode()) if key else None
+        control_key = os.environ.get(CONTROL_KEY, "")
+        self._control = _digest(control_key.encode()) if key and control_key else None
+        self._dev_paths: frozenset[str] | None = None
+        self._bearer = b"Bearer " + key.encode()
+        self._controlled = frozenset(os.environ.get(CONTROLLED, "").split()) if control_key else frozenset()
         logging.getLogger("uvicorn.access").addFilter(_is_news)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
             scope = {**scope, "headers": [_as_bearer(name, value) for name, value in scope["headers"]]}
-        if scope["type"] == "lifespan" or self._is_open(scope) or self._has_key(scope):
+        if scope["type"] == "lifespan" or self._is_open(scope):
             await self._app(scope, receive, send)
+        elif self._has_key(scope, self._control):
+            headers = [(name, self._bearer if _is_authorization(name) else value) for name, value in scope["headers"]]
+            await self._app({**scope, "headers": headers}, receive, send)
+        elif self._has_key(scope, self._expected):
+            if self._is_controlled(scope):
+                await _refuse(send, 403, _NOT_FOR_USERS)
+            else:
+                await self._app(scope, receive, send)
         elif self._cors is not None and _is_preflight(scope):
             await self._cors(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
-            await send({"type": "http.response.start", "status": 401, "headers": headers})
-            await send({"type": "http.response.body", "body": _REFUSAL})
+            await _refuse(send, 401, _REFUSAL)
+
+    def _is_controlled(self, scope: Scope) -> bool:
+        if scope["type"] != "http" or not self._controlled:
+            return False
+        path = _path_of(scope)
+        for variable in self._controlled:
+            if path in _CONTROL_PATHS.get(variable, ()):
+                return True
+        if LORA_UPDATING in self._controlled and path.startswith("/adapters/"):
+            return True
+        return DEV_MODE in self._controlled and path not in _HARMLESS and path in self._dev_routes(scope)
+
+    def _dev_routes(self, scope: Scope) -> frozenset[str]:
+        """The paths of vLLM's development routes, by where their code is."""
+        if self._dev_paths is None:
+            routes = getattr(scope.get("app"), "routes", ())
+            self._dev_paths = frozenset(
+                str(getattr(route, "path", ""))
+                for route in routes
+                if any(part in getattr(getattr(route, "endpoint", None), "__module__", "") for part in _DEV_MODULES)
+            )
+        return self._dev_paths
 
     def _is_open(self, scope: Scope) -> bool:
-        return scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_PATHS
+        return scope["type"] == "http" and _path_of(scope) in OPEN_PATHS
 
-    def _has_key(self, scope: Scope) -> bool:
-        if self._expected is None:
+    def _has_key(self, scope: Scope, expected: bytes | None) -> bool:
+        if expected is None:
             return False
         for name, value in scope["headers"]:
-            if name.lower() == b"authorization":
+            if _is_authorization(name):
                 scheme, _, token = value.partition(b" ")
-                return scheme.lower() == b"bearer" and hmac.compare_digest(_digest(token.strip()), self._expected)
+                return scheme.lower() == b"bearer" and hmac.compare_digest(_digest(token.strip()), expected)
         return False
+
+
+async def _refuse(send: Send, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"application/json")]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _path_of(scope: Scope) -> str:
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path
+
+
+def _is_authorization(name: bytes) -> bool:
+    return name.lower() == b"authorization"
 
 
 def _as_bearer(name: bytes, value: bytes) -> tuple[bytes, bytes]:

@@ -25,9 +25,9 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from managed_vllm.config import PROTOCOL, SupervisorOrder
 from managed_vllm.errors import ManagedVLLMError
@@ -52,6 +52,9 @@ _BACKLOG = 1 << 20
 
 _LAST = (ServerState.FAILED, ServerState.STOPPING, ServerState.GONE)
 """What a user must learn whether it reads or not: after these the connection ends."""
+
+_MOST_CALLS = 1000
+"""Calls of the engine that wait at once, of all users."""
 
 _RESERVE = 256
 """Descriptors of ours that no user gets: for the server's pipes, processes and log, and whoever only asks."""
@@ -103,6 +106,16 @@ def most_leases() -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else max(1, soft - min(_RESERVE, soft // 2))
 
 
+class EngineCalls(Protocol):
+    """What does the users' calls of `llm.engine`."""
+
+    async def answer(self, user: Hashable, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply to a call, by the call's own deadline."""
+
+    def user_gone(self, user: Hashable) -> None:
+        """A user's connection has ended, and with it what it held."""
+
+
 @dataclass(frozen=True)
 class _Asked:
     """What the supervisor does when users ask for it."""
@@ -110,6 +123,7 @@ class _Asked:
     end: Callable[[str], None]
     restart: Callable[[], None]
     deaths: Callable[[Sequence[int]], list[int]]
+    engine: EngineCalls | None
 
 
 class Leases:
@@ -125,6 +139,7 @@ class Leases:
         on_restart: Callable[[], None],
         on_deaths: Callable[[Sequence[int]], list[int]] = list,
         listens_and_serves: Callable[[], tuple[int | None, Files | None]] = lambda: (None, None),
+        engine: EngineCalls | None = None,
         retention: Retention | None = None,
         on_retention: Callable[[], None] = lambda: None,
     ) -> None:
@@ -133,15 +148,17 @@ class Leases:
         `on_end` is called with the reason when the server is to end, `on_restart` when a user asks for a restart.
         `on_deaths` is called with the epochs that ended under one request, and returns those that died.
         `listens_and_serves` tells the port on which the server listens, and which files it has read, as far as known.
+        `engine` does what users call for; such a call may take a while, and holds nobody up.
         `retention` is what a predecessor has left, and `on_retention` is called when it has changed.
         """
         self._instance = instance
         self._order = order
         self._status = status
-        self._asked = _Asked(on_end, on_restart, on_deaths)
+        self._asked = _Asked(on_end, on_restart, on_deaths, engine)
         self._listens_and_serves = listens_and_serves
         self._users: set[_User] = set()
-        self._retention = Retention() if retention is None else retention
+        self._calls: set[asyncio.Task[None]] = set()
+        self.retention = Retention() if retention is None else retention
         self._on_retention = on_retention
         self._open = True
         self._failed_at: float | None = None
@@ -164,7 +181,7 @@ class Leases:
         if self._listener is not None:
             self._listener.close()
         await self._bind()
-        for name in self._retention.names:
+        for name in self.retention.names:
             with contextlib.suppress(ManagedVLLMError):
                 names.take(self._instance.home, name, self._instance)
 
@@ -210,6 +227,8 @@ class Leases:
         """Closes the listening socket and every connection: all users learn that the supervisor is gone."""
         if self._listener is not None:
             self._listener.close()
+        for call in self._calls:
+            call.cancel()
         for user in list(self._users):
             user.writer.close()
 
@@ -219,12 +238,12 @@ class Leases:
         return dataclasses.replace(
             self._status(),
             users=len(leases),
-            pinned=self._retention.pinned,
+            pinned=self.retention.pinned,
             extra={
                 "id": self._instance.id,
                 "model": self._order.spec.served_model_name,
                 "users": [{"pid": user.pid, "what": user.what, "since": user.since} for user in leases],
-                "keep_alive_s": self._retention.keep_alive_s,
+                "keep_alive_s": self.retention.keep_alive_s,
             },
         )
 
@@ -250,6 +269,9 @@ class Leases:
         try:
             while line := await reader.readline():
                 message = json.loads(line)
+                if message["op"] == "engine":
+                    self._begin_call(user, message)
+                    continue
                 reply = self._answer(user, message)
                 writer.write(channel.encode({"id": message.get("id"), **reply}))
                 await writer.drain()
@@ -260,9 +282,28 @@ class Leases:
             if user.catching_up is not None:
                 user.catching_up.cancel()
             writer.close()
+            if self._asked.engine is not None:
+                self._asked.engine.user_gone(user)
             if user.has_lease:
                 log.debug("lease of pid %d given back, %d left", pid, sum(user.has_lease for user in self._users))
                 self._users_changed()
+
+    def _begin_call(self, user: _User, message: Mapping[str, Any]) -> None:
+        """A call of the engine goes on beside all else, and to its end if its user goes: half an update is none."""
+        task = asyncio.create_task(self._call_engine(user, message))
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+
+    async def _call_engine(self, user: _User, message: Mapping[str, Any]) -> None:
+        engine = self._asked.engine
+        if engine is None or len(self._calls) > _MOST_CALLS:
+            reply = {"ok": False, "error": "the supervisor takes no more calls of the engine", "kind": "refused"}
+        else:
+            reply = await engine.answer(user, message)
+            if user not in self._users:
+                engine.user_gone(user)  # it may hold something only since now
+        if not user.writer.is_closing():
+            user.writer.write(channel.encode({"id": message.get("id"), **reply}))
 
     def _answer(self, user: _User, message: Mapping[str, Any]) -> dict[str, Any]:
         match message["op"]:
@@ -271,7 +312,7 @@ class Leases:
             case "status":
                 return {"ok": True, "status": self.status().to_dict()}
             case "pin" | "unpin" as op:
-                self._retention.pinned = op == "pin"
+                self.retention.pinned = op == "pin"
                 self._on_retention()
                 self._users_changed()
                 return {"ok": True, "status": self.status().to_dict()}
@@ -319,24 +360,24 @@ class Leases:
         }
 
     def _retain(self, keep_alive_s: float, name: str | None) -> None:
-        before = self._retention.to_record()
-        self._retention.keep_alive_s = max(self._retention.keep_alive_s, keep_alive_s)
+        before = self.retention.to_record()
+        self.retention.keep_alive_s = max(self.retention.keep_alive_s, keep_alive_s)
         if name:
-            self._retention.names.add(str(name))
-        if self._retention.to_record() != before:
+            self.retention.names.add(str(name))
+        if self.retention.to_record() != before:
             self._on_retention()
 
     @property
     def _is_wanted(self) -> bool:
         """Somebody uses or has pinned it, or has only just started it and is about to come."""
-        return self._retention.pinned or not self._first_lease.is_set() or any(user.has_lease for user in self._users)
+        return self.retention.pinned or not self._first_lease.is_set() or any(user.has_lease for user in self._users)
 
     def _users_changed(self) -> None:
         if self._end_timer is not None:
             self._end_timer.cancel()
             self._end_timer = None
-        if not self._retention.pinned and not any(user.has_lease for user in self._users):
-            self._end_in(self._retention.keep_alive_s, "the last user is gone")
+        if not self.retention.pinned and not any(user.has_lease for user in self._users):
+            self._end_in(self.retention.keep_alive_s, "the last user is gone")
 
     def _end_in(self, seconds: float, reason: str) -> None:
         self._end_timer = asyncio.get_running_loop().call_later(seconds, self._asked.end, reason)

@@ -268,6 +268,18 @@ def not_forked(why_not: str) -> Diagnosis:
     )
 
 
+def engine_not_restored(why: str, *, permanent: bool) -> Diagnosis:
+    """For a server that was started again, and whose engine can't be made what it was before."""
+    return Diagnosis(
+        Cause.ENGINE_STATE,
+        "the server was started again, but its engine can't be put back into the state it was in",
+        why,
+        "see to it that the folders of its adapters and weights are there; the next start begins without these, with "
+        "the model as it was given",
+        permanent=permanent,
+    )
+
+
 def supervisor_failed(error: BaseException) -> Diagnosis:
     """For a fault of our own: the supervisor could not go on."""
     return Diagnosis(

@@ -1,7 +1,8 @@
 """The routes by which a vLLM server's engine is controlled: pause, sleep, weights, adapters, caches.
 
-What a server offers is read from its /openapi.json, once, and not concluded from its version. Where it does not show
-that (`--disable-fastapi-docs`), a 404 says it.
+What a server can do is found out by asking it, and not concluded from its version: where a route is missing it says
+404, and to a method that a route does not have 405. (Its /openapi.json would tell all at once, but vLLM 0.32 makes that
+when it is first asked for, which takes a second in which no stream goes on.)
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ _DEV_MODE = "a vLLM with that route, and not with env={'VLLM_SERVER_DEV_MODE': '
 _LORA = (
     "enable_lora=True, one API server, and not env={'VLLM_ALLOW_RUNTIME_LORA_UPDATING': '0'}; a command= server with =1"
 )
-_ABSENT = frozenset({404, 405, 501})
-_NO_ROUTE = frozenset({"not found", "method not allowed", "not implemented", "no such route", ""})
+_NO_ROUTE = frozenset({"not found", "no such route", "", "{}"})
 """What servers say where there is no route; of a thing that is missing behind one they say more."""
 
 Query = Iterable[tuple[str, str]]
@@ -42,28 +42,22 @@ class EngineRoutes:
         self._root = connection.base_url.removesuffix("/v1")
         transport = httpx.AsyncHTTPTransport(uds=connection.uds, verify=False)  # as in `probe`
         self._client = httpx.AsyncClient(trust_env=False, transport=transport)
-        self._paths: frozenset[str] | None = None
-        self._looked = False
 
     async def close(self) -> None:
         await self._client.aclose()
 
     # -- what it can do ------------------------------------------------------------------------------------------------
 
-    async def offers(self, path: str) -> bool | None:
-        """Whether the server has a route; None: it does not tell. Has no bound of its own."""
-        if not self._looked:
-            self._paths = await self._offered()
-            self._looked = True
-        return None if self._paths is None else path in self._paths
-
-    async def _offered(self) -> frozenset[str] | None:
+    async def offers(self, path: str, *, timeout_s: float = 10.0) -> bool:
+        """Whether the server has a route. Nothing is done by asking."""
         try:
-            return frozenset((await self._send("offers", "GET", "/openapi.json"))["paths"])
-        except EngineLostError:
-            raise
-        except (EngineControlError, KeyError, TypeError):
-            return None
+            async with asyncio.timeout(timeout_s):
+                response = await self._client.options(self._root + path, headers=self._headers, timeout=None)
+        except TimeoutError:
+            raise EngineTimeoutError(f"{path}: no answer within {timeout_s:.3g} s", call="offers") from None
+        except httpx.HTTPError as error:
+            raise EngineLostError(f"{path}: {type(error).__name__} {error}".rstrip(), call="offers") from error
+        return response.status_code != 404
 
     # -- scheduling ----------------------------------------------------------------------------------------------------
 
@@ -81,10 +75,10 @@ class EngineRoutes:
         """Puts the engine to sleep; what is in flight goes on after `wake`, or as `mode` says."""
         await self._command("sleep", "/sleep", [("level", str(level)), ("mode", mode)], timeout_s=timeout_s)
 
-    async def wake(self, tags: Sequence[str] | None = None, *, timeout_s: float) -> None:
-        """Wakes it; with `tags` ("weights", "kv_cache") only that part."""
-        asked = [("tags", tag) for tag in tags or ()]
-        await self._command("wake", "/wake_up", asked, timeout_s=timeout_s)
+    async def wake(self, tags: Sequence[str] = (), *, timeout_s: float) -> bool:
+        """Wakes it; with `tags` ("weights", "kv_cache") only that part. Whether all of it is awake now."""
+        answer = await self._command("wake", "/wake_up", [("tags", tag) for tag in tags], timeout_s=timeout_s)
+        return str(answer.get("status", "sleeping" if tags else "awake")) == "awake"
 
     async def is_sleeping(self, *, timeout_s: float) -> bool:
         """Also true of an engine that is only paused (vLLM 0.32)."""
@@ -136,10 +130,10 @@ class EngineRoutes:
         body = {"lora_name": name}
         await self._command("unload_lora", "/v1/unload_lora_adapter", body=body, timeout_s=timeout_s, needs=_LORA)
 
-    async def models(self, *, timeout_s: float) -> dict[str, str | None]:
-        """The names that are served, adapters included, and the folder of each."""
-        found = await self._look("models", "/v1/models", timeout_s=timeout_s)
-        return {str(one["id"]): one.get("root") for one in found.get("data", ())}
+    async def loras(self, *, timeout_s: float) -> dict[str, str]:
+        """The adapters that are served, those of the server's command line included: name to folder."""
+        found = await self._look("loras", "/v1/models", timeout_s=timeout_s)
+        return {str(one["id"]): str(one.get("root")) for one in found.get("data", ()) if one.get("parent")}
 
     # -- HTTP ----------------------------------------------------------------------------------------------------------
 
@@ -172,8 +166,6 @@ class EngineRoutes:
         """The answer's object. `needs` says what the server would have to be started with to have the route."""
         try:
             async with asyncio.timeout(timeout_s):
-                if await self.offers(path) is False:
-                    raise _unsupported(call, path, needs)
                 return await self._send(call, method, path, query, body, needs=needs)
         except EngineControlError:
             raise
@@ -200,12 +192,12 @@ class EngineRoutes:
         if response.is_success:
             return _object_in(response.text)
         status, said = response.status_code, _message_in(response.text)
-        if status in _ABSENT and said.lower() in _NO_ROUTE:
+        if status in (405, 501) or (status == 404 and said.lower() in _NO_ROUTE):
             raise _unsupported(call, path, needs, status)
         raise EngineControlError(f"{path}: HTTP {status}: {said[:500]}", call=call, status=status)
 
 
-def _unsupported(call: str, path: str, needs: str, status: int | None = None) -> EngineUnsupportedError:
+def _unsupported(call: str, path: str, needs: str, status: int) -> EngineUnsupportedError:
     return EngineUnsupportedError(
         f"{call}: the server has no route {path}; it would take {needs}", call=call, status=status
     )

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import psutil
 
@@ -72,18 +74,39 @@ class StoppedProcesses:
         return None
 
 
+@dataclass(frozen=True)
+class _Pace:
+    """Seconds between two looks at the server and at its metrics, and for how long these stand still unasked."""
+
+    check_s: float
+    metrics_s: float
+    quiet_s: float
+
+    @classmethod
+    def of(cls, policy: HangPolicy) -> _Pace:
+        shortest = min(policy.stall_s, policy.answer_s, policy.stopped_s)
+        check_s = min(_CHECK_S, max(0.05, shortest / 4))
+        metrics_s = min(_METRICS_S, max(check_s, policy.stall_s / 4))
+        # A change is seen up to one reading late, and the request follows up to one check later: `stall_s` must hold.
+        return cls(check_s, metrics_s, max(policy.stall_s - metrics_s - check_s, policy.stall_s / 4))
+
+
 class HangWatch:
     """Watches one server that is ready; see the module's docstring."""
 
-    def __init__(self, probe: Probe, process: ServerProcess, policy: HangPolicy) -> None:
+    def __init__(
+        self,
+        probe: Probe,
+        process: ServerProcess,
+        policy: HangPolicy,
+        may_stand_still: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`may_stand_still` says whether the engine is paused or asleep by our own doing."""
         self._probe = probe
         self._process = process
         self._policy = policy
-        shortest = min(policy.stall_s, policy.answer_s, policy.stopped_s)
-        self._check_s = min(_CHECK_S, max(0.05, shortest / 4))
-        self._metrics_s = min(_METRICS_S, max(self._check_s, policy.stall_s / 4))
-        # A change is seen up to one reading late, and the request follows up to one check later: `stall_s` must hold.
-        self._quiet_s = max(policy.stall_s - self._metrics_s - self._check_s, policy.stall_s / 4)
+        self._may_stand_still = may_stand_still
+        self._pace = _Pace.of(policy)
         self._stopped = StoppedProcesses(process, policy)
         self._answered_at = self._moved_at = self._metrics_at = self._asked_at = time.monotonic()
         self._refused_since: float | None = None
@@ -104,13 +127,13 @@ class HangWatch:
 
     async def _wait_for_next_check(self) -> bool:
         """Waits until the next check is due; True if it comes early because a process of the server has ended."""
-        planned = time.monotonic() + self._check_s
+        planned = time.monotonic() + self._pace.check_s
         ended = self._process.child_ended
         ending = asyncio.create_task(ended.wait())
         try:
             await asyncio.wait(
                 {ending, *({self._token_request} if self._token_request else ())},
-                timeout=self._check_s,
+                timeout=self._pace.check_s,
                 return_when=asyncio.FIRST_COMPLETED,
             )
         finally:
@@ -174,7 +197,7 @@ class HangWatch:
         await self._process.record_descendants()
         if found := self._stopped.check():
             return found
-        health = await self._probe.is_up(max(1.0, self._check_s))
+        health = await self._probe.is_up(max(1.0, self._pace.check_s))
         now = time.monotonic()
         if health.status == 503:
             # One such answer is too little to kill a server for.
@@ -182,7 +205,7 @@ class HangWatch:
             if found := await self._if_dead(await self._probe.is_up(1.0)):
                 return found
         if health.status is not None:
-            if now - self._answered_at > max(self._policy.answer_s / 4, 3 * self._check_s, 2.0):
+            if now - self._answered_at > max(self._policy.answer_s / 4, 3 * self._pace.check_s, 2.0):
                 # The API server was blocked and never passed our request on to the engine: send another one.
                 await self._cancel_token_request()
             self._answered_at = now
@@ -190,29 +213,34 @@ class HangWatch:
         if self._refused_since is not None and now - self._refused_since >= self._policy.stopped_s:
             return diagnosis.unwell(Cause.API_SERVER_HUNG, f"nothing listens any more ({health.body})")
         unanswered = now - self._answered_at
-        if unanswered >= self._policy.stall_s + self._policy.answer_s - self._check_s:
+        if unanswered >= self._policy.stall_s + self._policy.answer_s - self._pace.check_s:
             return diagnosis.unwell(Cause.API_SERVER_HUNG, f"no answer to any request for {unanswered:.0f} s")
         if health.status is None:
             return None  # the API server is slow or hung: of the engine nothing can be learnt through it
         return await self._check_engine()
 
     async def _check_engine(self) -> Diagnosis | None:
+        if self._may_stand_still():
+            await self._cancel_token_request()
+            self._failures.clear()
+            self._moved_at = time.monotonic()
+            return None
         request = self._token_request
         if request is not None and request.done():
             self._token_request = None
             return await self._judge(request.result())
         now = time.monotonic()
-        if now - self._metrics_at >= self._metrics_s:
+        if now - self._metrics_at >= self._pace.metrics_s:
             self._metrics_at = now
             await self._read_metrics()
-        if self._token_request is None and now - self._moved_at >= self._quiet_s:
+        if self._token_request is None and now - self._moved_at >= self._pace.quiet_s:
             self._asked_at = now
             self._token_request = asyncio.create_task(self._probe.generates(min(self._policy.answer_s, 86_400.0)))
         return None
 
     async def _read_metrics(self) -> None:
         """Notes whether the engine has moved since the last reading. If it has, it has recovered from what failed."""
-        signs = await self._probe.signs_of_life(max(2.0, self._check_s))
+        signs = await self._probe.signs_of_life(max(2.0, self._pace.check_s))
         moved = signs is not None and signs != self._signs
         if signs is not None:
             self._signs = signs

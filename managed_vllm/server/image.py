@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from managed_vllm.in_server import managed_vllm_arguments
+from managed_vllm.in_server import managed_vllm_arguments, managed_vllm_guard
 from managed_vllm.instance.directory import tail
 from managed_vllm.server.pidfd import pidfd_open
 
@@ -31,8 +31,8 @@ _SILENCE_S = 120.0
 _FORK_S = 30.0
 """Seconds in which an image that has nothing else to do must have forked."""
 
-_OF_THE_SERVER = frozenset({"VLLM_API_KEY", managed_vllm_arguments.VARIABLE})
-"""Secrets that the image does not need: the key, and those in the server's arguments."""
+_OF_THE_SERVER = frozenset({"VLLM_API_KEY", managed_vllm_guard.CONTROL_KEY, managed_vllm_arguments.VARIABLE})
+"""Secrets that the image does not need: the keys, and those in the server's arguments."""
 
 
 class ImageError(Exception):

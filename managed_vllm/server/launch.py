@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from managed_vllm import variables
-from managed_vllm.config import Address, SupervisorOrder
+from managed_vllm.config import Address, ServerSpec, SupervisorOrder
+from managed_vllm.in_server import managed_vllm_guard
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance import directory
 from managed_vllm.instance.directory import Instance
@@ -28,12 +30,16 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Launch:
-    """All that it takes to start the server and to reach it. `port` is None for a server on a Unix socket."""
+    """All that it takes to start the server and to reach it. `port` is None for a server on a Unix socket.
+
+    `control_key` is the key for the routes that change the engine for everybody.
+    """
 
     argv: list[str]
     environment: Mapping[str, str]
     connection: Connection
     port: int | None
+    control_key: Secret
 
 
 def prepare(order: SupervisorOrder, instance: Instance, *, scratch: Path, last_port: int | None) -> Launch:
@@ -46,9 +52,11 @@ def prepare(order: SupervisorOrder, instance: Instance, *, scratch: Path, last_p
     if uds is not None:
         Path(uds).unlink(missing_ok=True)  # vLLM leaves it behind, and then can't bind it (0.32)
     port = None if uds is not None else _choose_port(address, last_port)
+    environment = _environment(order, instance, scratch)
+    controls = _controls(spec, environment)
     return Launch(
         argv=order.argv(host=address.host or _LOOPBACK, port=port, uds=uds),
-        environment=_environment(order, instance, scratch),
+        environment={**environment, **controls},
         connection=Connection(
             base_url="http://localhost/v1" if uds is not None else f"http://{_reachable(address)}:{port}/v1",
             api_key=address.api_key or Secret(""),
@@ -56,6 +64,7 @@ def prepare(order: SupervisorOrder, instance: Instance, *, scratch: Path, last_p
             uds=uds,
         ),
         port=port,
+        control_key=Secret(controls.get(managed_vllm_guard.CONTROL_KEY) or reveal(address.api_key) or ""),
     )
 
 
@@ -86,6 +95,35 @@ def _environment(order: SupervisorOrder, instance: Instance, scratch: Path) -> d
         lifeline.MARKER: instance.marker,
         lifeline.SUPERVISOR: f"{os.getpid()}:{lifeline.start_time(os.getpid())}:{lifeline.pid_namespace()}",
     }
+
+
+def _controls(spec: ServerSpec, environment: Mapping[str, str]) -> dict[str, str]:
+    """What switches the routes that control the engine on, and has the guard keep them to us.
+
+    A user that has switched them on itself has them with the ordinary key, as vLLM itself would have it. A command= may
+    start anything, without our guard: nothing is switched on there.
+    """
+    if spec.command is not None:
+        return {}
+    wanted = {managed_vllm_guard.DEV_MODE: "1"}
+    if spec.engine_args.get("enable_lora") and not _has_several_api_servers(spec):
+        wanted[managed_vllm_guard.LORA_UPDATING] = "1"
+    ours = {name: value for name, value in wanted.items() if name not in environment}
+    if _is_on(environment.get(managed_vllm_guard.DEV_MODE)):
+        return ours
+    guarded = {managed_vllm_guard.CONTROLLED: " ".join(sorted(ours))}
+    return {**ours, **guarded, managed_vllm_guard.CONTROL_KEY: secrets.token_urlsafe(32)}
+
+
+def _is_on(value: str | None) -> bool:
+    """As vLLM reads its variables."""
+    return (value or "0").strip().lower() in ("1", "true")
+
+
+def _has_several_api_servers(spec: ServerSpec) -> bool:
+    """vLLM refuses to start several ones with adapters that are loaded at run time (0.32: entrypoints/cli/serve.py)."""
+    asked = [spec.engine_args.get(name) for name in ("api_server_count", "data_parallel_size")]
+    return any(str(value) not in ("None", "1") for value in asked)
 
 
 # -- the address -------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ class ServerStarter:
             shared_memory=shared_memory,
             on_line=on_line,
             spared=lambda: self.image_pid,
-            secrets=self._order.secrets(),
+            secrets=self._order.secrets() | {launch.control_key.reveal()},
         )
 
     def server_is_ready(self) -> None:
@@ -160,7 +160,7 @@ class ServerStarter:
                     cwd=self._instance.folder,
                     instance=self._instance,
                     on_line=on_line,
-                    secrets=self._order.secrets(),
+                    secrets=self._order.secrets() | {launch.control_key.reveal()},
                 )
             except FileNotFoundError:
                 if not more_tries or shutil.which(program, path=path) is None:

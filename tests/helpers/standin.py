@@ -17,6 +17,7 @@ orders of the environment variable STANDIN, a JSON object:
     once         a path: the first start makes it; where it exists, vLLM's command line is refused, with exit code 2
     chatter      a line with {n}, counted up, that it goes on saying for ever; it never listens
     paused       true: /is_paused says so                          echo       true: it echoes, also with `max_tokens`
+    control      {"hangs": "/pause"}: that route of engine control never answers; {"without": true}: it has none
     shm          true: the Worker maps a segment /dev/shm/psm_…; a path: it is noted there
     poison       a text: a request with that in it ends the server
     map          the server maps these files for as long as it runs
@@ -59,6 +60,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from standin_control import Control
 from standin_engine import (
     VOCABULARY,
     Engine,
@@ -226,7 +228,7 @@ class Handler(BaseHTTPRequestHandler):
     model = "stand-in"
     key = ""
     token_s = 0.0
-    paused = False
+    control = Control()
     poison = b""
     echo = False
     faults = Faults(None, None)
@@ -257,13 +259,16 @@ class Handler(BaseHTTPRequestHandler):
         if not self._authorized():
             return None
         if self.path == "/v1/models":
-            return self._reply(200, {"object": "list", "data": [{"id": self.model, "object": "model"}]})
-        if self.path == "/is_paused" and self.paused:
-            print("GET /is_paused", flush=True)
-            return self._reply(200, {"is_paused": True})
+            return self._reply(200, {"object": "list", "data": self.control.models(self.model)})
+        if answer := self.control.answer(self.path, {}):
+            return self._reply(*answer)
         if self.path == "/metrics":
             return self._send(200, self._metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
         return self._error(404, "no such route")
+
+    def do_OPTIONS(self) -> None:
+        if self._authorized():
+            self._reply(405 if self.control.has(self.path) else 404, {"detail": "no such method, or no such route"})
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}"
@@ -275,12 +280,13 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(raw)
             return self._reply(200, {"tokens": prompt_ids(asked.get("prompt") or asked["messages"])})
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
-            return self._error(404, "no such route")
+            answer = self.control.answer(self.path, json.loads(raw))
+            return self._reply(*answer) if answer else self._error(404, "no such route")
         try:
             if self.poison and self.poison in raw:
                 os._exit(0)
             body = json.loads(raw)
-            if body.get("model") != self.model:
+            if not self.control.serves(body.get("model"), self.model):
                 raise _Refused(f"The model `{body.get('model')}` does not exist.", 404)
             asked = _Asked(body, chat=self.path == "/v1/chat/completions", echo=self.echo)
         except _Refused as refused:
@@ -345,6 +351,9 @@ class Handler(BaseHTTPRequestHandler):
         taken = 0
         try:
             for found in source:
+                while not self.control.may_run():
+                    if self._client_is_gone():
+                        raise _Gone
                 if limit is not None and taken + len(found) >= limit:
                     if limit > taken:
                         yield found[: limit - taken]
@@ -589,7 +598,7 @@ def main() -> None:
     Handler.key = os.environ.get("VLLM_API_KEY", "")
     Handler.token_s = order.get("token_s", 0)
     Handler.echo = bool(order.get("echo"))
-    Handler.paused = bool(order.get("paused"))
+    Handler.control = Control(paused=bool(order.get("paused")), **order.get("control", {}))
     Handler.poison = str(order.get("poison", "")).encode()
     Handler.faults = Faults(order.get("faults"), order.get("crash_at"))
     if "exit_after" in order:

@@ -32,7 +32,7 @@ def stack(*origins: str) -> Any:
     return app
 
 
-def ask(app: Any, method: str, headers: dict[str, str]) -> tuple[int, dict[str, str]]:
+def ask(app: Any, method: str, headers: dict[str, str], path: str = "/v1/x") -> tuple[int, dict[str, str]]:
     said: list[Any] = []
 
     async def receive() -> dict[str, Any]:
@@ -42,7 +42,7 @@ def ask(app: Any, method: str, headers: dict[str, str]) -> tuple[int, dict[str, 
         said.append(message)
 
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "method": method, "path": "/v1/x", "root_path": "", "query_string": b"", "headers": raw}
+    scope = {"type": "http", "method": method, "path": path, "root_path": "", "query_string": b"", "headers": raw}
     asyncio.run(app({**scope, "http_version": "1.1", "scheme": "http"}, receive, send))
     return said[0]["status"], {name.decode(): value.decode() for name, value in said[0]["headers"]}
 
@@ -109,3 +109,55 @@ def test_no_other_password_is_the_key(given: str) -> None:
     app = stack()
     assert ask(app, "POST", {"Authorization": given})[0] == 401
     assert reached == []
+
+
+# -- what only the supervisor may ask for ------------------------------------------------------------------------------
+
+
+def dev_stack() -> Any:
+    """A server whose development routes the supervisor has switched on, with one that we know nothing of."""
+
+    async def route(request: Any) -> Any:
+        reached.append(f"{request.url.path} {request.headers['authorization']}")
+        return responses.PlainTextResponse("done")
+
+    async def of_a_later_vllm(request: Any) -> Any:
+        return await route(request)
+
+    of_a_later_vllm.__module__ = "vllm.entrypoints.serve.dev.later.api_router"
+    paths = ["/pause", "/v1/load_lora_adapter", "/adapters/x", "/reset_prefix_cache", "/v1/x"]
+    routes = [routing.Route(path, route, methods=["POST"]) for path in paths]
+    app = applications.Starlette(routes=[*routes, routing.Route("/later", of_a_later_vllm, methods=["POST"])])
+    app.add_middleware(KeyGuard)
+    return app
+
+
+@pytest.mark.parametrize(
+    ("controlled", "refused"),
+    [
+        ("VLLM_ALLOW_RUNTIME_LORA_UPDATING VLLM_SERVER_DEV_MODE", {"/pause", "/later", "/v1/load_lora_adapter"}),
+        ("VLLM_SERVER_DEV_MODE", {"/pause", "/later"}),
+        ("", set()),
+    ],
+)
+def test_what_changes_the_engine_wants_the_supervisors_key_where_the_supervisor_switched_it_on(
+    monkeypatch: pytest.MonkeyPatch, controlled: str, refused: set[str]
+) -> None:
+    monkeypatch.setenv("MANAGED_VLLM_CONTROL_KEY", "control")
+    monkeypatch.setenv("MANAGED_VLLM_CONTROLLED", controlled)
+    app = dev_stack()
+    for path in ("/pause", "/later", "/v1/load_lora_adapter", "/reset_prefix_cache", "/v1/x"):
+        assert ask(app, "POST", {"Authorization": "Bearer secret"}, path)[0] == (403 if path in refused else 200)
+        assert ask(app, "POST", {}, path)[0] == 401
+        assert ask(app, "POST", {"Authorization": "Bearer control"}, path)[0] == 200
+        assert reached[-1] == f"{path} Bearer secret"  # vLLM's own check behind knows no other key
+    lora = "LORA" in controlled
+    assert ask(app, "POST", {"Authorization": "Bearer secret"}, "/adapters/x")[0] == (403 if lora else 200)
+
+
+def test_without_a_key_of_the_supervisors_all_is_as_vllm_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MANAGED_VLLM_CONTROL_KEY", raising=False)
+    app = dev_stack()
+    assert ask(app, "POST", {"Authorization": "Bearer secret"}, "/pause")[0] == 200
+    for no_key in ("", "control"):
+        assert ask(app, "POST", {"Authorization": f"Bearer {no_key}"}, "/pause")[0] == 401

@@ -128,3 +128,47 @@ def test_the_users_variables_win_but_not_over_what_guards_the_server(
 def test_a_launch_is_a_value(instance: Instance) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         prepare(instance, order()).port = 1  # type: ignore[misc]
+
+
+# -- control of the engine ---------------------------------------------------------------------------------------------
+
+
+def of_vllm(instance: Instance, *, env: dict[str, str] | None = None, **engine_args: Any) -> Launch:
+    spec = ServerSpec.of("m", engine_args=engine_args, env=env)
+    asked = SupervisorOrder(spec=spec, address=Address(api_key=Secret("key")), policy=SupervisionPolicy())
+    return prepare(instance, asked)
+
+
+def test_the_routes_that_control_the_engine_are_on_and_the_guard_keeps_them_to_us(instance: Instance) -> None:
+    launched = of_vllm(instance, enable_lora=True)
+    environment = launched.environment
+    assert environment["VLLM_SERVER_DEV_MODE"] == environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert environment["MANAGED_VLLM_CONTROL_KEY"] == launched.control_key.reveal() != "key"
+    assert environment["MANAGED_VLLM_CONTROLLED"] == "VLLM_ALLOW_RUNTIME_LORA_UPDATING VLLM_SERVER_DEV_MODE"
+    assert of_vllm(instance).control_key != launched.control_key
+
+
+def test_adapters_at_run_time_are_for_servers_that_can_have_them(instance: Instance) -> None:
+    """vLLM refuses to start several API servers with them (0.32: entrypoints/cli/serve.py)."""
+    without = (
+        of_vllm(instance),
+        of_vllm(instance, enable_lora=True, data_parallel_size=2),
+        of_vllm(instance, enable_lora=True, api_server_count=2),
+    )
+    assert [one for one in without if "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in one.environment] == []
+
+
+def test_whoever_switches_the_routes_on_has_them_with_the_ordinary_key(instance: Instance) -> None:
+    mine = of_vllm(instance, env={"VLLM_SERVER_DEV_MODE": "1"}, enable_lora=True)
+    assert mine.control_key == Secret("key")
+    assert "MANAGED_VLLM_CONTROL_KEY" not in mine.environment
+    lora = of_vllm(instance, env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, enable_lora=True)
+    assert lora.environment["MANAGED_VLLM_CONTROLLED"] == "VLLM_SERVER_DEV_MODE"
+    off = of_vllm(instance, env={"VLLM_SERVER_DEV_MODE": "0"})
+    assert off.environment["VLLM_SERVER_DEV_MODE"] == "0"
+
+
+def test_nothing_is_switched_on_in_a_program_that_may_have_no_guard(instance: Instance) -> None:
+    launched = prepare(instance, order())
+    assert launched.control_key == Secret("key")
+    assert {"VLLM_SERVER_DEV_MODE", "MANAGED_VLLM_CONTROL_KEY"}.isdisjoint(launched.environment)

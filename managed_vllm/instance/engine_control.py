@@ -1,0 +1,354 @@
+"""`llm.engine`: the control of a server's engine, as its users have it; by the supervisor, which remembers it.
+
+`EngineControl` waits, `AsyncEngineControl` has the same methods for asyncio. What both ask is a call on the control
+channel (`managed_vllm.server.engine` is the other end), bounded in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from managed_vllm import paths
+from managed_vllm.engine_state import PAUSE_MODES, SLEEP_LEVELS, EngineState, PauseMode
+from managed_vllm.errors import (
+    ConfigError,
+    EngineControlError,
+    EngineLostError,
+    EngineTimeoutError,
+    EngineUnsupportedError,
+    error_for,
+)
+from managed_vllm.instance.attach import Attachment
+from managed_vllm.instance.channel import Channel
+from managed_vllm.policies import seconds
+from managed_vllm.status import ServerState
+
+T = TypeVar("T")
+
+CALL_S = 60.0
+"""Default time limit of a call, in seconds; the loading of weights has a longer one."""
+_ANSWER_S = 5.0
+"""Seconds beyond a call's limit in which the supervisor must have said that it is over."""
+_ERRORS: Mapping[str, type[EngineControlError]] = {
+    kind.__name__: kind for kind in (EngineUnsupportedError, EngineTimeoutError, EngineLostError)
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights a server has.
+
+    Args:
+        path: the checkpoint folder they were loaded from; None: those that the server was started with.
+        version: what they are called; empty: nobody has named them.
+        checksum: one over all of them; None: the server does not tell.
+    """
+
+    path: str | None
+    version: str
+    checksum: str | None
+
+
+class EngineControl:
+    """Controls the engine of a handle's server, **for all its users**.
+
+    Every method ends within `timeout` seconds, the wait for a server that is just being started included. They raise:
+
+    EngineUnsupportedError: the server can't do that; the message says what it would have to be started with.
+    EngineTimeoutError: the time was up. What had begun is undone.
+    EngineLostError: the server or the supervisor ended meanwhile. After a restart the engine is as it was before.
+    EngineControlError: the server refuses, in its own words.
+    StartupError, ServerStoppedError: there is no server any more. ConfigError: it is an external one.
+    """
+
+    def __init__(self, attachment: Callable[[], Attachment]) -> None:
+        """`attachment` is asked for each call: a handle that was closed has a new one."""
+        self._attachment = attachment
+
+    # -- pause ---------------------------------------------------------------------------------------------------------
+
+    def pause(self, mode: PauseMode = "keep", *, timeout: float = CALL_S) -> None:
+        """Pauses the engine until `resume`. New requests wait, within their own time limits.
+
+        What is in flight goes on after `resume` ("keep"), is finished first ("wait": that is what takes time), or ends
+        at once with the tokens so far and the finish_reason "abort" ("abort").
+        """
+        self._call("pause", timeout, mode=_checked_mode(mode))
+
+    def resume(self, *, timeout: float = CALL_S) -> None:
+        """Ends a `pause`. What others hold by `paused()` they hold on."""
+        self._call("resume", timeout)
+
+    def is_paused(self, *, timeout: float = CALL_S) -> bool:
+        """Whether it is paused, by whomever."""
+        return bool(self._call("is_paused", timeout)["is_paused"])
+
+    @contextlib.contextmanager
+    def paused(self, mode: PauseMode = "keep", *, timeout: float = CALL_S) -> Iterator[None]:
+        """A pause for as long as the block lasts, and not longer than this process lives.
+
+        Raises `EngineLostError` at its end if the supervisor was killed meanwhile, so that the pause did not hold.
+        """
+        with self._held("pause", "resume", timeout, mode=_checked_mode(mode)):
+            yield
+
+    # -- sleep ---------------------------------------------------------------------------------------------------------
+
+    def sleep(self, level: int = 1, *, mode: PauseMode = "keep", timeout: float = CALL_S) -> None:
+        """Puts the engine to sleep until `wake`: its GPU memory is free for others. New requests wait.
+
+        Level 1 keeps the weights in the host's memory, 2 discards them: load others before requests go on. Both need
+        `enable_sleep_mode=True`, which vLLM has on GPUs only. Level 0 only pauses. `mode` is as for `pause`; the KV
+        cache is dropped, so that what is kept is computed anew.
+        """
+        self._call("sleep", timeout, level=_checked_level(level), mode=_checked_mode(mode))
+
+    def wake(self, tags: Sequence[str] | None = None, *, timeout: float = CALL_S) -> None:
+        """Wakes the engine. With `tags` (`["weights"]`, `["kv_cache"]`) that part only; it serves once all is awake."""
+        self._call("wake", timeout, tags=None if tags is None else [str(tag) for tag in tags])
+
+    def is_sleeping(self, *, timeout: float = CALL_S) -> bool:
+        """Whether it sleeps, at whatever level."""
+        return bool(self._call("is_sleeping", timeout)["is_sleeping"])
+
+    @contextlib.contextmanager
+    def asleep(self, level: int = 1, *, mode: PauseMode = "keep", timeout: float = CALL_S) -> Iterator[None]:
+        """Sleep for as long as the block lasts, around a training step, say; see `sleep`, and `paused` for its end."""
+        asked = {"level": _checked_level(level), "mode": _checked_mode(mode)}
+        with self._held("sleep", "wake", timeout, **asked):
+            yield
+
+    # -- caches --------------------------------------------------------------------------------------------------------
+
+    def reset_prefix_cache(self, *, running: bool = False, timeout: float = CALL_S) -> bool:
+        """Empties the prefix cache; whether it did. It does not while requests run, unless `running` has them computed
+        anew from their tokens."""
+        return bool(self._call("reset_prefix_cache", timeout, running=running)["success"])
+
+    def reset_mm_cache(self, *, timeout: float = CALL_S) -> None:
+        """Empties the cache of prepared images."""
+        self._call("reset_mm_cache", timeout)
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def load_lora(
+        self, name: str, path: str | os.PathLike[str], *, replace: bool = False, timeout: float = CALL_S
+    ) -> None:
+        """Loads a LoRA adapter under a name, by which requests ask for it (`model=name`). It is there after restarts.
+
+        Args:
+            name: its name. The same name with the same path again does nothing.
+            path: its folder, with adapter_config.json and the weights, as the server sees it.
+            replace: in place of the adapter of that name, also where the files at the same path have changed.
+            timeout: seconds.
+
+        The server must have been started with `enable_lora=True` (and `max_lora_rank=`, where theirs is above 16).
+        """
+        given: object = name
+        if not isinstance(given, str) or not given:
+            raise ConfigError(f"an adapter's name is text, not {name!r}", field="name")
+        self._call("load_lora", timeout, name=name, path=paths.absolute(path), replace=replace)
+
+    def unload_lora(self, name: str, *, timeout: float = CALL_S) -> None:
+        """Takes an adapter away. Requests that name it get `ModelNotFoundError` from then on."""
+        self._call("unload_lora", timeout, name=str(name))
+
+    def loras(self, *, timeout: float = CALL_S) -> dict[str, str]:
+        """The adapters that are served, those of `lora_modules=` included: name to folder."""
+        return {str(name): str(path) for name, path in self._call("loras", timeout)["loras"].items()}
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    def weights(self, *, timeout: float = CALL_S) -> Weights:
+        """Which weights are served."""
+        found = self._call("weights", timeout)
+        return Weights(found["path"], found["version"], found["checksum"])
+
+    def state(self) -> EngineState:
+        """What users have made of the engine, as the supervisor knows it; the same as `status().engine`."""
+        return self._attachment().status().engine
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def _call(self, call: str, timeout: float, /, **arguments: Any) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds("timeout", timeout)
+        return _ask(self._ready(call, deadline, timeout), call, deadline, arguments)
+
+    def _ready(self, name: str, deadline: float, timeout: float) -> Channel:
+        attachment = self._attachment()
+        try:
+            channel = attachment.attach(deadline)
+            if channel is None:
+                raise ConfigError("the engine of an external server can't be controlled from here", field="base_url")
+            attachment.wait_ready(max(0.0, deadline - time.monotonic()))
+        except EngineControlError:
+            raise
+        except TimeoutError as error:
+            raise EngineTimeoutError(f"{name}: the server was not ready within {timeout:g} s", call=name) from error
+        now = attachment.attach(deadline)  # it may have become another one while we waited
+        return channel if now is None else now
+
+    @contextlib.contextmanager
+    def _held(self, begin: str, end: str, timeout: float, **arguments: Any) -> Iterator[None]:
+        """What ends with the block, or with this process's connection to the supervisor."""
+        deadline = time.monotonic() + seconds("timeout", timeout)
+        channel = self._ready(begin, deadline, timeout)
+        _ask(channel, begin, deadline, {**arguments, "held": True})
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(EngineControlError):
+                _ask(channel, end, time.monotonic() + timeout, {"held": True})
+            raise
+        _ask(channel, end, time.monotonic() + timeout, {"held": True})
+
+
+def _ask(channel: Channel, name: str, deadline: float, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """One call, on the very connection to which what it holds is tied."""
+    left = max(0.0, deadline - time.monotonic())
+    try:
+        reply = channel.request(
+            "engine", timeout_s=left + _ANSWER_S, call=name, arguments=dict(arguments), budget_s=left
+        )
+    except ConnectionError as error:
+        status = channel.status
+        if status is not None and status.state is ServerState.FAILED and status.diagnosis is not None:
+            raise error_for(status.diagnosis, instance=None, log_path=status.log_path) from error
+        raise EngineLostError(f"{name}: the supervisor ended, or this handle was closed", call=name) from error
+    except TimeoutError as error:
+        raise EngineTimeoutError(f"{name}: the supervisor does not answer", call=name) from error
+    if reply.get("ok"):
+        found: dict[str, Any] = reply["result"]
+        return found
+    kind = _ERRORS.get(str(reply.get("kind")), EngineControlError)
+    raise kind(str(reply.get("error")), call=str(reply.get("call", name)), status=reply.get("http_status"))
+
+
+def _checked_mode(mode: object) -> PauseMode:
+    if mode not in PAUSE_MODES:
+        raise ConfigError(f"mode must be one of {', '.join(PAUSE_MODES)}, not {mode!r}", field="mode")
+    return mode
+
+
+def _checked_level(level: object) -> int:
+    if isinstance(level, bool) or level not in SLEEP_LEVELS:
+        raise ConfigError(f"level must be 0, 1 or 2, not {level!r}", field="level")
+    return int(level)
+
+
+# -- asyncio -----------------------------------------------------------------------------------------------------------
+
+InThread = Callable[[Callable[[], Any], str], Future[Any]]
+"""Runs a function in a thread of its own, which has that name."""
+
+
+class AsyncEngineControl:
+    """`EngineControl` for asyncio: the same methods, to be awaited, and `async with`. Each waits in a thread.
+
+    A call that is cancelled goes on in the supervisor, to its end; a block that is cancelled while it is entered is
+    left again.
+    """
+
+    def __init__(self, control: EngineControl, in_thread: InThread) -> None:
+        self._control = control
+        self._in_thread = in_thread
+
+    async def pause(self, mode: PauseMode = "keep", *, timeout: float = CALL_S) -> None:
+        """See `EngineControl.pause`."""
+        await self._run(lambda: self._control.pause(mode, timeout=timeout))
+
+    async def resume(self, *, timeout: float = CALL_S) -> None:
+        """See `EngineControl.resume`."""
+        await self._run(lambda: self._control.resume(timeout=timeout))
+
+    async def is_paused(self, *, timeout: float = CALL_S) -> bool:
+        """See `EngineControl.is_paused`."""
+        return await self._run(lambda: self._control.is_paused(timeout=timeout))
+
+    @contextlib.asynccontextmanager
+    async def paused(self, mode: PauseMode = "keep", *, timeout: float = CALL_S) -> AsyncIterator[None]:
+        """See `EngineControl.paused`."""
+        async with self._entered(self._control.paused(mode, timeout=timeout)):
+            yield
+
+    async def sleep(self, level: int = 1, *, mode: PauseMode = "keep", timeout: float = CALL_S) -> None:
+        """See `EngineControl.sleep`."""
+        await self._run(lambda: self._control.sleep(level, mode=mode, timeout=timeout))
+
+    async def wake(self, tags: Sequence[str] | None = None, *, timeout: float = CALL_S) -> None:
+        """See `EngineControl.wake`."""
+        await self._run(lambda: self._control.wake(tags, timeout=timeout))
+
+    async def is_sleeping(self, *, timeout: float = CALL_S) -> bool:
+        """See `EngineControl.is_sleeping`."""
+        return await self._run(lambda: self._control.is_sleeping(timeout=timeout))
+
+    @contextlib.asynccontextmanager
+    async def asleep(self, level: int = 1, *, mode: PauseMode = "keep", timeout: float = CALL_S) -> AsyncIterator[None]:
+        """See `EngineControl.asleep`."""
+        async with self._entered(self._control.asleep(level, mode=mode, timeout=timeout)):
+            yield
+
+    async def reset_prefix_cache(self, *, running: bool = False, timeout: float = CALL_S) -> bool:
+        """See `EngineControl.reset_prefix_cache`."""
+        return await self._run(lambda: self._control.reset_prefix_cache(running=running, timeout=timeout))
+
+    async def reset_mm_cache(self, *, timeout: float = CALL_S) -> None:
+        """See `EngineControl.reset_mm_cache`."""
+        await self._run(lambda: self._control.reset_mm_cache(timeout=timeout))
+
+    async def load_lora(
+        self, name: str, path: str | os.PathLike[str], *, replace: bool = False, timeout: float = CALL_S
+    ) -> None:
+        """See `EngineControl.load_lora`."""
+        await self._run(lambda: self._control.load_lora(name, path, replace=replace, timeout=timeout))
+
+    async def unload_lora(self, name: str, *, timeout: float = CALL_S) -> None:
+        """See `EngineControl.unload_lora`."""
+        await self._run(lambda: self._control.unload_lora(name, timeout=timeout))
+
+    async def loras(self, *, timeout: float = CALL_S) -> dict[str, str]:
+        """See `EngineControl.loras`."""
+        return await self._run(lambda: self._control.loras(timeout=timeout))
+
+    async def weights(self, *, timeout: float = CALL_S) -> Weights:
+        """See `EngineControl.weights`."""
+        return await self._run(lambda: self._control.weights(timeout=timeout))
+
+    async def state(self) -> EngineState:
+        """See `EngineControl.state`."""
+        return await self._run(self._control.state)
+
+    async def _run(self, function: Callable[[], T]) -> T:
+        found: T = await asyncio.wrap_future(self._in_thread(function, "managed-vllm-engine"))
+        return found
+
+    @contextlib.asynccontextmanager
+    async def _entered(self, block: contextlib.AbstractContextManager[None]) -> AsyncIterator[None]:
+        entering = self._in_thread(block.__enter__, "managed-vllm-engine")
+        try:
+            await asyncio.shield(asyncio.wrap_future(entering))
+        except asyncio.CancelledError:
+            # The thread can't be cancelled: what it will have begun is ended by the next one.
+            entering.add_done_callback(lambda done: done.exception() or self._leave(block, done.exception()))
+            raise
+        try:
+            yield
+        except BaseException as error:
+            await asyncio.shield(asyncio.wrap_future(self._leave(block, error)))
+            raise
+        await asyncio.shield(asyncio.wrap_future(self._leave(block)))
+
+    def _leave(self, block: contextlib.AbstractContextManager[None], error: BaseException | None = None) -> Future[Any]:
+        def leave() -> None:
+            with contextlib.suppress(EngineControlError) if error is not None else contextlib.nullcontext():
+                block.__exit__(None, None, None)
+
+        return self._in_thread(leave, "managed-vllm-engine")

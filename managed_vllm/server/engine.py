@@ -1,0 +1,425 @@
+"""The supervisor's control of its server's engine: does what users ask for, one call at a time, and remembers it.
+
+What must hold:
+
+1. The state is what every user sees in the status, and what is in the record. It changes only once the server has done
+   what it stands for.
+2. A server that was started again is not ready before its engine is in that state again. Where that can't be, it has
+   failed: it never serves other weights than before in silence.
+3. A pause or sleep that a user holds (`with llm.engine.paused()`) ends with that user's connection, however it dies.
+   One that was asked for outright stays until somebody ends it.
+4. Every call ends by its deadline: also where the server hangs, dies, or is just being started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from managed_vllm.engine_state import PAUSE_MODES, SLEEP_LEVELS, EngineState, PauseMode
+from managed_vllm.errors import EngineControlError, EngineLostError, EngineTimeoutError, EngineUnsupportedError
+from managed_vllm.masking import Secret
+from managed_vllm.server import diagnosis
+from managed_vllm.server.engine_routes import EngineRoutes
+from managed_vllm.status import Connection, Diagnosis, ServerState
+
+log = logging.getLogger("managed_vllm.supervisor")
+
+_LONGEST_S = 86_400.0
+_RESTORE_S = 600.0
+"""Seconds for each step that puts the engine back; reading a large checkpoint is one."""
+_RELEASE_S = 30.0
+_DEATH_S = 10.0
+"""Seconds in which the end of a server is reported that broke a connection of ours."""
+_ERRORS = {kind.__name__: kind for kind in (EngineUnsupportedError, EngineTimeoutError, EngineLostError)}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a user: its connection, what it asks for, and until when (monotonic clock)."""
+
+    name: str
+    user: Hashable
+    arguments: Mapping[str, Any]
+    deadline: float
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    @property
+    def is_held(self) -> bool:
+        """Whether what it asks for is to end with the user's connection."""
+        return self.arguments.get("held") is True
+
+    def refused(self, why: str) -> EngineControlError:
+        return EngineControlError(f"{self.name}: {why}", call=self.name)
+
+
+@dataclass(frozen=True)
+class _Hold:
+    """A pause or a sleep that ends with its user's connection."""
+
+    user: Hashable
+    kind: str
+    value: Any
+
+
+class Engine:
+    """Controls the engines of one supervisor's servers, life after life; see the module's docstring."""
+
+    def __init__(
+        self,
+        predecessor: Mapping[str, Any] | None,
+        *,
+        sleeps: bool,
+        on_change: Callable[[], None],
+        on_restart: Callable[[], None],
+    ) -> None:
+        """`predecessor` is the record of a supervisor that was killed. `sleeps`: the server has vLLM's sleep mode.
+
+        `on_change` is called when the state has changed, `on_restart` when the server must be started again.
+        """
+        self.state = EngineState()
+        self._unreadable = ""
+        if predecessor is not None and predecessor.get("state") != ServerState.FAILED and "engine" in predecessor:
+            try:
+                self.state = EngineState.from_dict(predecessor["engine"])
+            except ValueError as error:
+                self._unreadable = str(error)
+        self._sleeps = sleeps
+        self._on_change = on_change
+        self.restart = on_restart
+        self._asked: dict[str, Any] = {"pause": self.state.paused, "sleep": self.state.sleep_level}
+        self._holds: list[_Hold] = []
+        self._turn = asyncio.Lock()
+        self._serving = asyncio.Event()
+        self._routes: EngineRoutes | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._calls: dict[str, Callable[[Call], Awaitable[dict[str, Any]]]] = {
+            "pause": self._pause,
+            "resume": self._resume,
+            "is_paused": self._is_paused,
+            "sleep": self._sleep,
+            "wake": self._wake,
+            "is_sleeping": self._is_sleeping,
+            "reset_prefix_cache": self._reset_prefix_cache,
+            "reset_mm_cache": self._reset_mm_cache,
+            "load_lora": self._load_lora,
+            "unload_lora": self._unload_lora,
+            "loras": self._loras,
+            "weights": self._weights,
+        }
+
+    # -- for the supervisor --------------------------------------------------------------------------------------------
+
+    def to_record(self) -> dict[str, Any]:
+        """What a successor puts back: all but what users hold, whose connections end with us."""
+        lasting = replace(self.state, paused=self._asked["pause"], sleep_level=self._asked["sleep"])
+        return {"engine": lasting.to_dict()}
+
+    @property
+    def may_stand_still(self) -> bool:
+        """Whether nothing need move in it: it is paused, sleeps, or does what a user has called for."""
+        return self._turn.locked() or not self.state.serves
+
+    async def restore(self, connection: Connection, key: Secret) -> Diagnosis | None:
+        """Puts the engine of a server that has just come up into the state; the reason where that can't be."""
+        if self._unreadable:
+            return diagnosis.engine_not_restored(self._unreadable, permanent=True)
+        routes = EngineRoutes(connection, key)
+        try:
+            async with self._turn:
+                await self._put_back(routes)
+        except (EngineLostError, EngineTimeoutError) as error:
+            await routes.close()
+            await asyncio.sleep(_DEATH_S)  # the reason of its end says more, and is reported meanwhile
+            return diagnosis.engine_not_restored(error.message, permanent=False)
+        except BaseException as error:
+            await routes.close()
+            if isinstance(error, EngineControlError):
+                return diagnosis.engine_not_restored(error.message, permanent=True)
+            raise
+        self._routes = routes
+        self._serving.set()
+        return None
+
+    def leave(self) -> None:
+        """The server is about to end, or has ended: calls wait for the next one. One under way ends with it."""
+        self._serving.clear()
+        routes, self._routes = self._routes, None
+        if routes is not None:
+            self._in_background(self._close(routes))
+
+    async def _close(self, routes: EngineRoutes) -> None:
+        async with self._turn:
+            await routes.close()
+
+    async def _put_back(self, routes: EngineRoutes) -> None:
+        state = self.state
+        if state.weights is not None:
+            await routes.reload_weights(state.weights, timeout_s=_RESTORE_S)
+            await routes.reset_prefix_cache(running=True, timeout_s=_RESTORE_S)
+            if state.weight_checksum is not None:
+                found = checksum_of(await routes.weight_checksums(timeout_s=_RESTORE_S))
+                if found != state.weight_checksum:
+                    raise EngineControlError(f"{state.weights} holds other weights than before", call="weights")
+        if state.weight_version:
+            await routes.set_weight_version(state.weight_version, timeout_s=_RESTORE_S)
+        for name, path in state.loras.items():
+            await routes.load_lora(name, path, timeout_s=_RESTORE_S)
+        if state.sleep_level is not None:
+            await routes.sleep(state.sleep_level, timeout_s=_RESTORE_S)
+        elif state.paused is not None:
+            await routes.pause("keep", timeout_s=_RESTORE_S)
+        if state != EngineState():
+            log.info("the engine is as it was before: %s", json.dumps(state.to_dict()))
+
+    # -- for the users -------------------------------------------------------------------------------------------------
+
+    async def answer(self, user: Hashable, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply to a user's call, which is there by the call's deadline."""
+        limit_s = min(max(0.0, float(message.get("budget_s", 0.0))), _LONGEST_S)
+        arguments = message.get("arguments")
+        call = Call(
+            str(message.get("call")),
+            user,
+            arguments if isinstance(arguments, Mapping) else {},
+            time.monotonic() + limit_s,
+        )
+        try:
+            return {"ok": True, "result": await self._do(call)}
+        except EngineControlError as error:
+            kind = next((name for name, kind in _ERRORS.items() if isinstance(error, kind)), "EngineControlError")
+            return {"ok": False, "error": error.message, "kind": kind, "call": error.call, "http_status": error.status}
+
+    def user_gone(self, user: Hashable) -> None:
+        """A user's connection has ended: what it held is released."""
+        held = [hold for hold in self._holds if hold.user == user]
+        self._holds = [hold for hold in self._holds if hold.user != user]
+        if held:
+            log.info("a user that held the engine (%s) is gone", ", ".join(sorted({hold.kind for hold in held})))
+            self._release_soon()
+
+    async def _do(self, call: Call) -> dict[str, Any]:
+        do = self._calls.get(call.name)
+        if do is None:
+            raise EngineUnsupportedError(f"this supervisor knows no call {call.name!r}", call=call.name)
+        try:
+            async with asyncio.timeout(call.left_s):
+                await self._until_serving()
+        except TimeoutError:
+            raise EngineTimeoutError(
+                f"{call.name}: its time was up before the server could be asked", call=call.name
+            ) from None
+        try:
+            return await do(call)
+        finally:
+            self._turn.release()
+
+    async def _until_serving(self) -> None:
+        """Returns with the turn taken, while the server is there."""
+        while True:
+            await self._serving.wait()
+            await self._turn.acquire()
+            if self._serving.is_set():
+                return
+            self._turn.release()
+
+    def routes_for(self, call: Call) -> EngineRoutes:
+        """The server's routes. Raises `EngineLostError` where it has ended since the call began."""
+        if self._routes is None:
+            raise EngineLostError(f"{call.name}: the server ended", call=call.name)
+        return self._routes
+
+    def become(self, state: EngineState) -> None:
+        """The engine is in this state now: recorded, and told to the users."""
+        self.state = state
+        self._on_change()
+
+    # -- pause ---------------------------------------------------------------------------------------------------------
+
+    def _wanted(self, kind: str) -> Any:
+        """What is asked for outright, or else is held by the user that came first; None: neither."""
+        held = next((hold.value for hold in self._holds if hold.kind == kind), None)
+        return held if self._asked[kind] is None else self._asked[kind]
+
+    def _note(self, call: Call, kind: str, value: Any) -> None:
+        if call.is_held:
+            self._holds.append(_Hold(call.user, kind, value))
+        else:
+            self._asked[kind] = value
+
+    def _forget(self, call: Call, kind: str) -> None:
+        if not call.is_held:
+            self._asked[kind] = None
+            return
+        mine = next((hold for hold in self._holds if (hold.user, hold.kind) == (call.user, kind)), None)
+        if mine is None:
+            raise EngineLostError(f"{call.name}: this supervisor knows of no {kind} that you hold", call=call.name)
+        self._holds.remove(mine)
+
+    async def _pause(self, call: Call) -> dict[str, Any]:
+        mode: PauseMode = call.arguments.get("mode", "keep")
+        if mode not in PAUSE_MODES:
+            raise call.refused(f"the mode is one of {', '.join(PAUSE_MODES)}, not {mode!r}")
+        if mode == "wait" and self.state.paused == "keep":
+            raise call.refused("it is paused with 'keep': what is in flight would never end; resume it first")
+        if self.state.sleep_level is None:  # else it is paused once it wakes
+            async with self._undone_if_it_fails():
+                await self.routes_for(call).pause(mode, timeout_s=call.left_s)
+        self._note(call, "pause", mode)
+        self.become(replace(self.state, paused=self._wanted("pause")))
+        return {}
+
+    async def _resume(self, call: Call) -> dict[str, Any]:
+        self._forget(call, "pause")
+        await self._release(call)
+        return {"paused": self.state.paused}
+
+    async def _is_paused(self, call: Call) -> dict[str, Any]:
+        return {"is_paused": self.state.paused is not None}
+
+    # -- sleep ---------------------------------------------------------------------------------------------------------
+
+    async def _sleep(self, call: Call) -> dict[str, Any]:
+        level, mode = call.arguments.get("level", 1), call.arguments.get("mode", "keep")
+        if level not in SLEEP_LEVELS or isinstance(level, bool) or mode not in PAUSE_MODES:
+            raise call.refused(f"level is 0, 1 or 2 and mode one of {', '.join(PAUSE_MODES)}, not {level!r}, {mode!r}")
+        if level > 0 and not self._sleeps:
+            raise EngineUnsupportedError(
+                f"sleep({level}): the server was started without enable_sleep_mode=True, which vLLM has on GPUs only; "
+                "sleep(0) and pause() give no memory back, but work everywhere",
+                call=call.name,
+            )
+        async with self._undone_if_it_fails():
+            await self.routes_for(call).sleep(level, mode=mode, timeout_s=call.left_s)
+        self._note(call, "sleep", level)
+        self.become(replace(self.state, sleep_level=level))
+        return {}
+
+    async def _wake(self, call: Call) -> dict[str, Any]:
+        tags = [str(tag) for tag in call.arguments.get("tags") or ()]
+        if tags and not await self.routes_for(call).wake(tags, timeout_s=call.left_s):
+            return {"sleep_level": self.state.sleep_level}  # until the rest is awake, too
+        self._forget(call, "sleep")
+        await self._release(call)
+        return {"sleep_level": self.state.sleep_level}
+
+    async def _is_sleeping(self, call: Call) -> dict[str, Any]:
+        return {"is_sleeping": self.state.sleep_level is not None}
+
+    # -- waking and resuming -------------------------------------------------------------------------------------------
+
+    async def _release(self, call: Call) -> None:
+        """Lets the engine be as little paused and asleep as is wanted now; where that fails, goes on trying."""
+        try:
+            await self._settle(self.routes_for(call), call.left_s)
+        except EngineTimeoutError:
+            self._release_soon()
+            raise
+
+    async def _settle(self, routes: EngineRoutes, timeout_s: float) -> None:
+        """`/resume` would have a sleeping engine work, and `/wake_up` resumes a paused one (vLLM 0.32)."""
+        level, paused = self._wanted("sleep"), self._wanted("pause")
+        if level is None and self.state.sleep_level is not None:
+            await routes.wake(timeout_s=timeout_s)
+            if paused is not None:
+                await routes.pause("keep", timeout_s=timeout_s)
+        elif level is None and paused is None:
+            await routes.resume(timeout_s=timeout_s)
+        self.become(replace(self.state, sleep_level=level, paused=paused))
+
+    @contextlib.asynccontextmanager
+    async def _undone_if_it_fails(self) -> AsyncIterator[None]:
+        """The engine may have stopped all the same, where the answer did not come or was an error."""
+        try:
+            yield
+        except EngineUnsupportedError:
+            raise
+        except EngineControlError:
+            self._release_soon()
+            raise
+
+    def _release_soon(self) -> None:
+        self._in_background(self._release_for_certain())
+
+    def _in_background(self, what: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(what)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _release_for_certain(self) -> None:
+        """Tries until it has worked, or the server ends: the next one is not made to pause."""
+        while True:
+            await self._until_serving()
+            try:
+                if self._routes is not None:
+                    await self._settle(self._routes, _RELEASE_S)
+                return
+            except EngineTimeoutError:
+                log.warning("the engine does not resume; trying again")
+            except EngineControlError as error:
+                log.warning("the engine did not resume: %s", error)
+                self.become(replace(self.state, sleep_level=self._wanted("sleep"), paused=self._wanted("pause")))
+                return
+            finally:
+                self._turn.release()
+
+    # -- caches --------------------------------------------------------------------------------------------------------
+
+    async def _reset_prefix_cache(self, call: Call) -> dict[str, Any]:
+        running = call.arguments.get("running") is True
+        done = await self.routes_for(call).reset_prefix_cache(running=running, timeout_s=call.left_s)
+        return {"success": done}
+
+    async def _reset_mm_cache(self, call: Call) -> dict[str, Any]:
+        await self.routes_for(call).reset_mm_cache(timeout_s=call.left_s)
+        return {}
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    async def _load_lora(self, call: Call) -> dict[str, Any]:
+        name, path = (str(call.arguments.get(field, "")) for field in ("name", "path"))
+        again = call.arguments.get("replace") is True
+        if not again and self.state.loras.get(name) == path:
+            return {}  # several users may ask for the same one
+        await self.routes_for(call).load_lora(name, path, replace=again, timeout_s=call.left_s)
+        if again:  # what the cache has of it was made with the old one
+            await self.routes_for(call).reset_prefix_cache(running=True, timeout_s=max(call.left_s, 1.0))
+        self.become(replace(self.state, loras={**self.state.loras, name: path}))
+        return {}
+
+    async def _unload_lora(self, call: Call) -> dict[str, Any]:
+        name = str(call.arguments.get("name", ""))
+        await self.routes_for(call).unload_lora(name, timeout_s=call.left_s)
+        self.become(replace(self.state, loras={n: path for n, path in self.state.loras.items() if n != name}))
+        return {}
+
+    async def _loras(self, call: Call) -> dict[str, Any]:
+        return {"loras": await self.routes_for(call).loras(timeout_s=call.left_s)}
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    async def _weights(self, call: Call) -> dict[str, Any]:
+        """What is served: the folder it was loaded from, its name, and a checksum, as far as the server tells these."""
+        found: dict[str, Any] = {"path": self.state.weights, "version": self.state.weight_version, "checksum": None}
+        with contextlib.suppress(EngineUnsupportedError):
+            found["checksum"] = checksum_of(await self.routes_for(call).weight_checksums(timeout_s=call.left_s))
+        with contextlib.suppress(EngineUnsupportedError):
+            version = await self.routes_for(call).weight_version(timeout_s=call.left_s)
+            found["version"] = self.state.weight_version or version
+        return found
+
+
+def checksum_of(checksums: Mapping[str, str]) -> str:
+    """One checksum over all weights of a server."""
+    return hashlib.sha256(json.dumps(dict(checksums), sort_keys=True).encode()).hexdigest()[:16]

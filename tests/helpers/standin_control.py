@@ -1,0 +1,126 @@
+"""The stand-in's engine control: the routes of vLLM's development mode and of its adapters, and what they do.
+
+A pause freezes what is in flight, whatever its mode, and lets nothing new begin. Adapters are folders that exist;
+weights are folders, too, and their checksum that of the files in them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+ROUTES = (
+    *("/pause", "/resume", "/is_paused", "/sleep", "/wake_up", "/is_sleeping"),
+    *("/reset_prefix_cache", "/reset_mm_cache", "/collective_rpc", "/weight_checker", "/weight_info"),
+    *("/update_weight_version", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+)
+
+
+class Control:
+    """One server's. `hangs`: a route that never answers; `without`: it has none of them."""
+
+    def __init__(self, *, hangs: str = "", without: bool = False, paused: bool = False) -> None:
+        self.loras: dict[str, str] = {}
+        self._hangs = hangs
+        self._without = without
+        self._says_paused = paused
+        self._weights = ""
+        self._version = "default"
+        self._sleeps = False
+        self._runs = threading.Event()
+        self._runs.set()
+
+    def may_run(self) -> bool:
+        """Whether requests are worked on; waits a little where they are not."""
+        return self._runs.wait(0.05)
+
+    def serves(self, name: object, model: str) -> bool:
+        return name == model or name in self.loras
+
+    def has(self, path: str) -> bool:
+        return path in ROUTES and not self._without
+
+    def models(self, model: str) -> list[dict[str, Any]]:
+        cards: list[dict[str, Any]] = [{"id": model, "object": "model", "parent": None, "root": model}]
+        return cards + [{"id": name, "root": path, "parent": model} for name, path in self.loras.items()]
+
+    def answer(self, url: str, body: Mapping[str, Any]) -> tuple[int, Any] | None:
+        """Status and body; None: that is none of these routes."""
+        parts = urlsplit(url)
+        if not self.has(parts.path):
+            return None
+        if parts.path == self._hangs:
+            time.sleep(3600)
+        query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+        print(f"CONTROL {url}", flush=True)
+        do = getattr(self, "do_" + parts.path.strip("/").replace("/", "_"))
+        return do({**query, **body})  # type: ignore[no-any-return]
+
+    def do_pause(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        self._runs.clear()
+        return 200, {"status": "paused"}
+
+    def do_resume(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        self._runs.set()
+        return 200, {"status": "resumed"}
+
+    def do_is_paused(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        return 200, {"is_paused": self._says_paused or not self._runs.is_set()}
+
+    def do_sleep(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        self._sleeps = True
+        self._runs.clear()
+        return 200, {"status": "sleeping"}
+
+    def do_wake_up(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        self._sleeps = False
+        self._runs.set()
+        return 200, {"status": "awake"}
+
+    def do_is_sleeping(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        return 200, {"is_sleeping": self._sleeps or not self._runs.is_set()}
+
+    def do_reset_prefix_cache(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        return 200, {"success": True}
+
+    def do_reset_mm_cache(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        return 200, None
+
+    def do_collective_rpc(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        path = (asked.get("kwargs") or {}).get("weights_path", "")
+        if path and not Path(path).is_dir():
+            return 500, {"error": {"message": f"Cannot find any model weights with `{path}`"}}
+        self._weights = path
+        return 200, {"results": [None]}
+
+    def do_weight_checker(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        digest = hashlib.sha256()
+        for path in sorted(Path(self._weights).iterdir()) if self._weights else ():
+            digest.update(path.read_bytes())
+        return 200, {"checksums": {"all": digest.hexdigest()}}
+
+    def do_weight_info(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        return 200, {"weight_version": self._version}
+
+    def do_update_weight_version(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        self._version = asked["new_version"]
+        return 200, {"success": True}
+
+    def do_v1_load_lora_adapter(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        name, path = asked["lora_name"], asked["lora_path"]
+        if name in self.loras and not asked.get("load_inplace"):
+            return 400, {"error": {"message": f"The lora adapter '{name}' has already been loaded."}}
+        if not Path(path).is_dir():
+            return 404, {"error": {"message": f"Loading lora {name} failed: No adapter found for {path}"}}
+        self.loras[name] = path
+        return 200, None
+
+    def do_v1_unload_lora_adapter(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        if self.loras.pop(asked["lora_name"], None) is None:
+            return 404, {"error": {"message": f"The lora adapter '{asked['lora_name']}' cannot be found."}}
+        return 200, None
