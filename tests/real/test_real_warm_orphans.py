@@ -94,7 +94,13 @@ def wait_for(moment: Moment, scene: Scene) -> None:
     if has_come(Moment.ENGINE_FORKED):
         server["EngineCore"] = watch(lambda: next_child(server["APIServer"]), "EngineCore appeared")
     if has_come(Moment.WORKER_FORKED):
-        server["Worker"] = watch(lambda: next_child(server["EngineCore"]), "the Worker appeared")
+
+        def worker() -> int | None:
+            # Asked anew: on a busy machine a tracker is taken for EngineCore until it executes its own program.
+            server["EngineCore"] = next_child(server["APIServer"]) or server["EngineCore"]
+            return next_child(server["EngineCore"])
+
+        server["Worker"] = watch(worker, "the Worker appeared")
     if has_come(Moment.LOADING):
         log = scene.instance.server_log
         eventually(lambda: "Starting to load model" in directory.tail(log, 1000), "loading", 240)
