@@ -66,7 +66,8 @@ class ManagedVLLM(RequestMethods):
         keep_alive: seconds that the server outlives its last user. With several users the longest one holds.
         startup_timeout: seconds until a start has failed in any case; `startup_silence` without any sign of life.
         first_request_timeout: seconds for the one-token request that proves readiness; it may compile kernels.
-        stop_grace: seconds between SIGTERM and SIGKILL when the server is stopped.
+        stop_grace: seconds between SIGTERM and SIGKILL when the server is stopped. What it has beyond 5 is left to the
+            requests in flight, by vLLM's `shutdown_timeout`, unless that is given.
         gpu_release_timeout: longest wait, in seconds, until the driver has given an ended server's GPU memory back.
         env: environment variables for the server; part of what is shared.
         python: another interpreter whose vLLM to run.

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not given.passes_flags:
         given.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     given.rest = rest
+    _print_any_path()
     try:
         code: int = given.run(given)
         sys.stdout.flush()
@@ -48,6 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except (ConnectionError, TimeoutError) as error:  # the supervisor went away, or hangs
         return _failed(error, 1)
+
+
+def _print_any_path() -> None:
+    """Paths are printed as they are, also those that are no text: Python refuses to in a UTF-8 locale."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
 
 
 def _failed(error: Exception, code: int) -> int:

@@ -279,6 +279,15 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_TIME_LIMITS = (
+    ("--startup-timeout", 3600.0, "until a start has failed"),
+    ("--startup-silence", 600.0, "without any sign of life until a start has failed"),
+    ("--first-request-timeout", 300.0, "for the token that proves it ready; it may compile kernels"),
+    ("--stop-grace", 5.0, "between SIGTERM and SIGKILL; what is beyond 5 is left to requests in flight"),
+    ("--gpu-release-timeout", 30.0, "until the driver must have given an ended server's memory back"),
+)
+
+
 def _add_server(parser: argparse.ArgumentParser, *, keep_alive: str, env: str = "--env") -> None:
     model = parser.add_argument_group("what to serve")
     model.add_argument("--model", help="Hugging Face id, local folder, or demo")
@@ -315,9 +324,8 @@ def _add_server(parser: argparse.ArgumentParser, *, keep_alive: str, env: str = 
         metavar="SECONDS",
         help=f"how long it outlives its last user ({keep_alive})",
     )
-    life.add_argument(
-        "--startup-timeout", type=_seconds, default=3600.0, metavar="SECONDS", help="until a start has failed (3600)"
-    )
+    for name, default, meaning in _TIME_LIMITS:
+        life.add_argument(name, type=float, default=default, metavar="SECONDS", help=f"{meaning} ({default:g})")
     life.add_argument(
         "--warm",
         choices=("auto", "on", "off"),

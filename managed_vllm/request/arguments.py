@@ -122,7 +122,7 @@ class GenerationFields(TypedDict, total=False):
     max_tokens: int | None
     min_tokens: int | None
     logprobs: int | bool | None
-    """Candidates per token for `generate`; whether there are any, beside `top_logprobs`, for `chat`."""
+    """Candidates per token, beside the sampled one. For `chat` also whether there are any, beside `top_logprobs`."""
     prompt_logprobs: int | None
     logprob_token_ids: Sequence[int] | None
     skip_special_tokens: bool | None

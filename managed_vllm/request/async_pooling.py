@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from managed_vllm.errors import BadRequestError, ModelNotFoundError, UnsupportedParameterError
 from managed_vllm.request.arguments import PoolingParams, ProgressBar, Prompt, ScoreInput
+from managed_vllm.request.arrays import as_array
 from managed_vllm.request.async_requests import AsyncRequests, deadline_of
 from managed_vllm.request.calls import checked_shape
 from managed_vllm.request.outputs import (
@@ -74,7 +75,7 @@ class AsyncPoolingMethods(AsyncRequests):
             fields["task"] = pooling_task
 
         def read(answer: Mapping[str, Any], stats: RequestStats) -> PoolingRequestOutput:
-            return PoolingRequestOutput.of(answer, PoolingOutput(answer["data"][0]["data"]), stats)
+            return PoolingRequestOutput.of(answer, PoolingOutput(as_array(answer["data"][0]["data"])), stats)
 
         body = {"encoding_format": "float", **fields, **(extra_body or {})}
         return await self._pooled("encode", "/pooling", prompts, body, read, timeout, return_exceptions, use_tqdm)

@@ -94,8 +94,9 @@ class Call:
         return params[index if len(params) > 1 else 0]
 
     def _wanted_logprobs(self, index: int, *, chat: bool) -> int | None:
+        fields, _, _ = self._route(chat=chat)
         params = self._params(index, chat=chat)
-        return None if params is None else params.logprobs
+        return fields.candidates if params is None or params.logprobs is None else params.logprobs
 
     async def _bounded(self, body: dict[str, Any], deadline: float | None, *, chat: bool) -> dict[str, Any]:
         """The body with a number for "up to the model's length", which /v1/completions takes for 16 tokens."""

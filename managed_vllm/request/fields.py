@@ -15,7 +15,7 @@ from typing import Any
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
 from managed_vllm.request.arguments import ChatFields, CompletionFields, GenerationFields, OfflineFields, names_of
 from managed_vllm.request.arrays import without_numpy
-from managed_vllm.request.sampling import DEFAULT_MAX_TOKENS, SamplingParams, nearest
+from managed_vllm.request.sampling import DEFAULT_MAX_TOKENS, SamplingParams, chat_logprobs, count, nearest
 
 BOTH_ROUTES = names_of(GenerationFields)
 """Fields of both routes that are passed on."""
@@ -191,6 +191,7 @@ class CallFields:
     ) -> None:
         self._chat = chat
         self._fields = checked(fields, chat=chat, looked_up=looked_up)
+        self.candidates = self._take_candidates() if chat else None
         self._extra = dict(extra_body or {})
         self._priorities = None
         priority = self._fields.get("priority")  # as in vllm.LLM one for all, or one each
@@ -198,6 +199,19 @@ class CallFields:
             if len(priority) != count:
                 raise BadRequestError(f"{count} prompts but {len(priority)} of priority=", field="priority")
             self._priorities = self._fields.pop("priority")
+
+    def _take_candidates(self) -> int | None:
+        """The number of candidates that `chat(logprobs=5)` asks for; the route's own field is a boolean (vLLM 0.32)."""
+        asked = self._fields.get("logprobs")
+        if asked is None or isinstance(asked, bool):
+            return None
+        if "top_logprobs" in self._fields:
+            raise BadRequestError(
+                "logprobs= as a number and top_logprobs= both say how many candidates; give one", field="top_logprobs"
+            )
+        candidates = count("logprobs", asked)
+        self._fields.update(chat_logprobs(candidates))
+        return candidates
 
     def with_params(self, params: SamplingParams | None) -> dict[str, Any]:
         """All fields of a request but its prompt: keywords go before the defaults of sampling parameters.

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self
 
 import msgspec
 
+from managed_vllm.request.arrays import without_numpy
 from managed_vllm.request.pending import RequestStats
 from managed_vllm.request.responses import (
     Choice,
@@ -288,11 +289,19 @@ class ClassificationOutput:
         return f"ClassificationOutput(num_classes={self.num_classes})"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class PoolingOutput:
-    """`data` is what the pooler made: a list of floats, or one for each token (`vllm.LLM` has a tensor there)."""
+    """`data` is what the pooler made: floats, or a row of them for each token.
 
-    data: list[Any]
+    A tensor, as with `vllm.LLM`, where the program has imported torch; else an array of numpy's; without numpy a list.
+    """
+
+    data: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PoolingOutput) and bool(without_numpy(self.data) == without_numpy(other.data))
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"PoolingOutput({len(self.data)} rows or values)"

@@ -300,8 +300,6 @@ class SamplingParams:
 
         What the server would take from the model's generation_config is always there, unless `only_given`.
 
-        A chat's `top_logprobs` counts the sampled token as one of the candidates (vLLM 0.32), so one more is requested,
-        up to the 20 that a server allows by default.
         """
         names = self.given if only_given else self.given.union(_OF_GENERATION_CONFIG)
         request = {
@@ -312,9 +310,7 @@ class SamplingParams:
         if "logprob_token_ids" in request:
             request.setdefault("logprobs", 0)  # the routes want it there, and ignore its value then
         if chat and "logprobs" in request:
-            asked = request["logprobs"]
-            request["top_logprobs"] = asked + 1 if 0 < asked < _MAX_LOGPROBS else asked
-            request["logprobs"] = True
+            request.update(chat_logprobs(request["logprobs"]))
         if "logit_bias" in request:  # which the routes cut to that themselves; JSON has no infinity
             request["logit_bias"] = {str(token): min(100, max(-100, b)) for token, b in request["logit_bias"].items()}
         if "structured_outputs" in request:
@@ -327,6 +323,16 @@ class SamplingParams:
             if extra:
                 request["vllm_xargs"] = extra
         return request
+
+
+def chat_logprobs(candidates: int) -> dict[str, Any]:
+    """The fields of `/v1/chat/completions` for so many candidates per token beside the sampled one.
+
+    Its `top_logprobs` counts the sampled token as one of them (vLLM 0.32), so one more is requested, up to the 20 that
+    a server allows by default.
+    """
+    more = 1 if 0 < candidates < _MAX_LOGPROBS else 0
+    return {"logprobs": True, "top_logprobs": candidates + more}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -394,7 +400,7 @@ def _integer(least: int, most: int = _INT64 - 1) -> Callable[[str, Any], int]:
     return check
 
 
-def _count(name: str, value: Any) -> int:
+def count(name: str, value: Any) -> int:
     """A number of candidates; vLLM takes True for 1, and False for 0."""
     return int(value) if isinstance(value, bool) else _integer(-1)(name, value)
 
@@ -569,8 +575,8 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "ignore_eos": _flag,
     "max_tokens": _integer(1),
     "min_tokens": _integer(0),
-    "logprobs": _count,
-    "prompt_logprobs": _count,
+    "logprobs": count,
+    "prompt_logprobs": count,
     "logprob_token_ids": _few_token_ids,
     "detokenize": _flag,
     "skip_special_tokens": _flag,

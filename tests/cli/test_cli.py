@@ -160,6 +160,11 @@ def test_version(cli: Cli) -> None:
         (["up", "--model", "m", "stray", *STANDIN], "'stray' belongs to no flag"),
         (["up", "--model", "m", "--host", "0.0.0.0", *STANDIN], "api_key"),
         (["up", "--model", "m", "--name", "a/b", *STANDIN], "name="),
+        (["up", "--model", "m", "--startup-timeout", "0", *STANDIN], "startup_timeout_s"),
+        (["up", "--model", "m", "--startup-silence", "0", *STANDIN], "startup_silence_s"),
+        (["up", "--model", "m", "--first-request-timeout", "0", *STANDIN], "first_request_timeout_s"),
+        (["up", "--model", "m", "--stop-grace", "-1", *STANDIN], "stop_grace_s"),
+        (["up", "--model", "m", "--gpu-release-timeout", "-1", *STANDIN], "gpu_release_timeout_s"),
         (["status", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["down", "--all", "x"], "exclude"),
         (["check"], "no server is running; give a URL"),
@@ -204,6 +209,23 @@ def test_model_may_stand_first_as_in_vllm_serve(cli: Cli) -> None:
     done = cli("up", "some/model", *STANDIN, "--keep-alive", "0", "--json", VLLM_SERVER_URL="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["model"] == "some/model"
+
+
+def test_a_home_whose_name_is_no_text_starts_a_server(cli: Cli, tmp_path: Path) -> None:
+    """Latin-1 in a UTF-8 locale: Python has it as lone surrogates, which it refuses to print."""
+    home = tmp_path / os.fsdecode(b"caf\xe9")
+    home.mkdir()
+    env = {"HOME": str(home), "MANAGED_VLLM_HOME": str(home / "state"), "TMPDIR": str(home)}
+    utf8 = {"PYTHONIOENCODING": "utf-8:strict"}
+    words = [*PROGRAM, "up", "--model", "m", "--uds", "--keep-alive", "0", *STANDIN]
+    up = subprocess.run(words, env={**cli.env, **env, **utf8}, cwd=home, capture_output=True)
+    try:
+        assert up.returncode == 0, up.stderr
+        assert b"caf\xe9/state/" in up.stdout
+    finally:
+        down = subprocess.run([*PROGRAM, "down", "--all"], env={**cli.env, **env}, cwd=home, capture_output=True)
+    assert down.returncode == 0, down.stderr
+    assert [path.name for path in (home / "state").iterdir() if path.name != "failed"] == [".token"]
 
 
 # -- serve -------------------------------------------------------------------------------------------------------------

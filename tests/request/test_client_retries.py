@@ -330,6 +330,26 @@ def test_a_server_that_gives_fewer_candidates_is_asked_for_no_more_than_the_call
     assert list(output.outputs[0].logprobs[0]) == [7, 8]
 
 
+@pytest.mark.parametrize("given", [5, True])
+def test_candidates_of_a_chat_as_a_keyword_are_what_they_are_in_sampling_parameters(
+    script: Callable[..., Script], given: int
+) -> None:
+    server = script(says({"id": "1", "choices": [{"index": 0, "message": {"content": "a"}, "token_ids": [7]}]}))
+    messages = [{"role": "user", "content": "x"}]
+    with client_of(server) as client:
+        client.chat(messages, {"logprobs": 5})
+        if given is True:
+            client.chat(messages, logprobs=True, top_logprobs=6)
+        else:
+            client.chat(messages, logprobs=given)
+        with pytest.raises(BadRequestError, match="give one"):
+            client.chat(messages, logprobs=5, top_logprobs=5)
+        with pytest.raises(BadRequestError, match="given twice"):
+            client.chat(messages, {"logprobs": 2}, logprobs=5)
+    asked = [{name: sent[name] for name in ("logprobs", "top_logprobs")} for _, sent in server.requests]
+    assert asked == [{"logprobs": True, "top_logprobs": 6}] * 2
+
+
 @pytest.mark.parametrize("choice", [{}, {"index": 0}, {"index": "x", "text": 5, "logprobs": {"tokens": 3}}, 5])
 def test_a_whole_answer_of_another_shape_is_an_error_by_type(script: Callable[..., Script], choice: Any) -> None:
     server = script(says({"id": "1", "choices": [choice]}))

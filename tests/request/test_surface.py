@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import standin
 from processes import INSTANT
@@ -17,6 +20,7 @@ from scripted_server import ANSWER, Script, client_of, says
 
 from managed_vllm import AsyncVLLMClient, ManagedVLLM, VLLMClient
 from managed_vllm.errors import BadRequestError, ConfigError, UnsupportedMethodError, UnsupportedParameterError
+from managed_vllm.request.arrays import as_array
 from managed_vllm.request.surface import NOT_HERE
 
 URL = "http://127.0.0.1:1"
@@ -76,14 +80,26 @@ def test_encode_and_reward_ask_the_pooling_route(script: Callable[..., Script]) 
     with client_of(server) as client:
         prompts: list[Any] = ["x", [1, 2]]
         encoded = client.encode(prompts, {"use_activation": False}, pooling_task="token_embed")
-        assert [one.outputs.data for one in encoded] == [[[0.5], [1.0]]] * 2
-        assert client.reward("x", tokenization_kwargs={"truncate_prompt_tokens": 4})[0].outputs.data == [[0.5], [1.0]]
+        assert [one.outputs.data.tolist() for one in encoded] == [[[0.5], [1.0]]] * 2
+        (rewarded,) = client.reward("x", tokenization_kwargs={"truncate_prompt_tokens": 4})
+        assert rewarded.outputs == encoded[0].outputs
     assert {path for path, _ in server.requests} == {"/pooling"}
     first, second = sorted((body for _, body in server.requests[:2]), key=lambda body: str(body["input"]))
     assert (first["input"], second["input"]) == ([1, 2], "x")
     assert (first["task"], first["use_activation"]) == ("token_embed", False)
     assert server.requests[2][1]["task"] == "token_classify"
     assert server.requests[2][1]["truncate_prompt_tokens"] == 4
+
+
+def test_encoded_data_is_an_array_and_a_tensor_where_the_program_has_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert as_array([[0.5], [1.0]]).dtype == numpy.float32
+    assert as_array([[0.5], [1.0, 2.0]]) == [[0.5], [1.0, 2.0]]
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    assert as_array([0.5]) == [0.5]
+    torch = SimpleNamespace(float32="float32", tensor=lambda values, dtype: (values, dtype))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert as_array([0.5]) == ([0.5], "float32")
 
 
 def test_classify_gives_probabilities(script: Callable[..., Script]) -> None:

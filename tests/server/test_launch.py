@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from managed_vllm.config import Address, ServerSpec, SupervisorOrder
+from managed_vllm.config import Address, ServerSpec, SupervisorOrder, vllm_folder
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance.directory import Instance
 from managed_vllm.masking import Secret
@@ -34,6 +34,20 @@ def order(*, env: dict[str, str] | None = None, **address: Any) -> SupervisorOrd
 
 def prepare(instance: Instance, asked: SupervisorOrder, last_port: int | None = None) -> Launch:
     return launch.prepare(asked, instance, scratch=Path("/scratch"), last_port=last_port)
+
+
+@pytest.mark.skipif(vllm_folder() is None, reason="what flags there are is read from vLLM's source")
+@pytest.mark.parametrize(
+    ("grace_s", "given", "flag"),
+    [(5.0, {}, None), (60.0, {}, "--shutdown-timeout=55"), (60.0, {"shutdown_timeout": 7}, "--shutdown-timeout=7")],
+)
+def test_a_grace_beyond_the_default_is_left_to_requests_in_flight(
+    grace_s: float, given: dict[str, Any], flag: str | None
+) -> None:
+    spec = ServerSpec.of("m", engine_args=given)
+    asked = SupervisorOrder.first(spec, Address(), SupervisionPolicy(stop_grace_s=grace_s))
+    words = asked.argv(host="127.0.0.1", port=1, uds=None)
+    assert [word for word in words if word.startswith("--shutdown-timeout")] == ([flag] if flag else [])
 
 
 # -- the address -------------------------------------------------------------------------------------------------------
