@@ -19,7 +19,7 @@ def as_array(values: list[Any]) -> Any:
     32 bits each, as the models' poolers make them. A list stays where there is neither, or where its rows differ in
     length.
     """
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     with contextlib.suppress(ImportError, ValueError):
         if hasattr(torch, "tensor"):
             return torch.tensor(values, dtype=torch.float32)
