@@ -1,0 +1,99 @@
+"""Engine control on the real vLLM: what users made of it survives every kind of death."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from processes import HANG_S, eventually, own_state, tree
+
+from managed_vllm import ManagedVLLM, RestartPolicy, demo
+from managed_vllm.engine_state import EngineState
+from managed_vllm.errors import EngineControlError, EngineUnsupportedError
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+
+POLICY = RestartPolicy(max_restarts=20, backoff_initial_s=0.1, backoff_factor=1.0)
+PROMPT = demo.random_screen(random.Random(1)).prompt()
+RANK = 4
+
+
+def make_adapter(folder: Path) -> Path:
+    """A LoRA adapter of the embedded model, in peft's format: random, and strong enough to change the answers."""
+    numpy = pytest.importorskip("numpy")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    config = json.loads((demo.weights_path() / "config.json").read_text())
+    hidden, heads = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
+    rng = numpy.random.default_rng(0)
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        weights[f"{name}.lora_A.weight"] = rng.normal(size=(RANK, hidden)).astype("float32")
+        weights[f"{name}.lora_B.weight"] = rng.normal(size=(heads, RANK)).astype("float32")
+    folder.mkdir()
+    safetensors.save_file(weights, folder / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 8, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**described, "target_modules": ["q_proj"]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[ManagedVLLM]:
+    with own_state(), ManagedVLLM("demo", enable_lora=True, max_lora_rank=8, keep_alive=0, restart=POLICY) as llm:
+        yield llm
+
+
+def answer(llm: ManagedVLLM, model: str) -> list[int]:
+    output = llm.generate(PROMPT, {"temperature": 0, "max_tokens": 12, "ignore_eos": True}, model=model)[0]
+    return list(output.outputs[0].token_ids)
+
+
+def kill(llm: ManagedVLLM, victim: str) -> None:
+    status = llm.status()
+    pid = status.supervisor_pid if victim == "supervisor" else tree(llm)[victim].pid
+    os.kill(pid or 0, signal.SIGKILL)
+    eventually(lambda: llm.wait_ready(HANG_S).epoch > status.epoch, "started again")
+
+
+def test_adapters_and_a_pause_survive_the_death_of_any_process(llm: ManagedVLLM, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+    llm.engine.load_lora("mine", adapter)
+    base, adapted = answer(llm, llm.model), answer(llm, "mine")
+    assert base != adapted
+    llm.engine.pause()
+    for victim in ("EngineCore", "APIServer", "supervisor"):
+        kill(llm, victim)
+        assert llm.status().engine == EngineState(paused="keep", loras={"mine": str(adapter)})
+        assert llm.engine.loras() == {"mine": str(adapter)}
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(answer, llm, "mine")
+            assert llm.engine.is_paused()
+            assert not waiting.done()
+            llm.engine.resume()
+            assert waiting.result(HANG_S) == adapted
+        llm.engine.pause()
+    llm.engine.resume()
+    assert answer(llm, llm.model) == base
+    llm.engine.unload_lora("mine")
+
+
+def test_what_is_refused_leaves_the_engine_as_it_was(llm: ManagedVLLM, tmp_path: Path) -> None:
+    before = llm.engine.weights()
+    assert before.path is None
+    assert before.checksum is not None
+    with pytest.raises(EngineUnsupportedError, match="enable_sleep_mode=True, which vLLM has on GPUs only"):
+        llm.engine.sleep()
+    with pytest.raises(EngineControlError, match="No adapter found"):
+        llm.engine.load_lora("mine", tmp_path / "none")
+    with llm.engine.paused(), llm.engine.asleep(0):
+        assert llm.engine.is_paused()
+    assert answer(llm, llm.model)
+    assert llm.status().engine == EngineState()
+    assert llm.engine.weights() == before
+    assert llm.engine.reset_prefix_cache()
