@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from managed_vllm import forks, training
 from managed_vllm.config import Address, ServerSpec, installed_vllm, set_in_arguments, set_in_engine_args, vllm_folder
+from managed_vllm.engine_state import PauseMode
 from managed_vllm.errors import ConfigError
 from managed_vllm.instance import directory, external, names
 from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer, report_deaths
@@ -332,6 +333,14 @@ class ManagedVLLM(RequestMethods):
     def async_engine(self) -> AsyncEngineControl:
         """The same for asyncio: `await llm.async_engine.pause()`."""
         return AsyncEngineControl(self.engine, in_thread)
+
+    def sleep(self, level: int = 1, mode: PauseMode = "keep") -> None:
+        """Puts the engine to sleep, for all users of the server; what comes waits. `engine.sleep` has a time limit."""
+        self.engine.sleep(level, mode=mode)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Wakes the engine; with `tags` (`["weights"]`, `["kv_cache"]`) that part of it only."""
+        self.engine.wake(tags)
 
     # -- the server ----------------------------------------------------------------------------------------------------
 

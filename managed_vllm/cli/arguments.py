@@ -91,6 +91,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     restart.add_argument("which", nargs="?", metavar="NAME_OR_ID", help=_WHICH)
 
+    engine = command(
+        "engine",
+        "managed_vllm.cli.engine:show",
+        "control a server's engine, for all its users",
+        "managed-vllm engine loras",
+        "managed-vllm engine load-lora mine checkpoints/lora-7",
+        "managed-vllm engine pause --mode wait && managed-vllm engine resume",
+        more=" What is asked for is there after a restart, too.",
+    )
+    _add_engine(engine)
+
     status = command(
         "status",
         "managed_vllm.cli.running:status",
@@ -229,6 +240,39 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--command", help=argparse.SUPPRESS)
     demo.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--server", metavar="NAME_OR_ID", help=_WHICH)
+    parser.add_argument("--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="for the call (60)")
+    calls = parser.add_subparsers(title="calls", metavar="CALL")
+
+    def call(name: str, about: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = calls.add_parser(
+            name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
+        )
+        made.set_defaults(run=_lazy("managed_vllm.cli.engine:call"), call=name.replace("-", "_"))
+        return made
+
+    modes = ("keep", "wait", "abort")
+    call("pause", "let nothing be generated until `resume`").add_argument(
+        "--mode",
+        choices=modes,
+        default="keep",
+        help="what is in flight goes on later, is finished first, or is cut (keep)",
+    )
+    call("resume", "end a pause")
+    sleep = call("sleep", "give the GPU's memory back until `wake`")
+    sleep.add_argument("--level", type=int, choices=(0, 1, 2), default=1, help="2 discards the weights, too (1)")
+    sleep.add_argument("--mode", choices=modes, default="keep", help="as for pause (keep)")
+    call("wake", "end a sleep").add_argument("--tags", nargs="+", metavar="PART", help="only weights, or kv_cache")
+    call("loras", "list the LoRA adapters")
+    load = call("load-lora", "load a LoRA adapter, whose name is then a model's")
+    load.add_argument("name", metavar="NAME")
+    load.add_argument("path", metavar="FOLDER")
+    load.add_argument("--replace", action="store_true", help="in place of the adapter of that name")
+    call("unload-lora", "take a LoRA adapter away").add_argument("name", metavar="NAME")
+    call("weights", "show which weights are served")
 
 
 def _add_rollout(parser: argparse.ArgumentParser) -> None:

@@ -179,7 +179,7 @@ class EngineControl:
 
     def _call(self, call: str, timeout: float, /, **arguments: Any) -> dict[str, Any]:
         deadline = time.monotonic() + seconds("timeout", timeout)
-        return _ask(self._ready(call, deadline, timeout), call, deadline, arguments)
+        return call_engine(self._ready(call, deadline, timeout), call, deadline, arguments)
 
     def _ready(self, name: str, deadline: float, timeout: float) -> Channel:
         attachment = self._attachment()
@@ -200,18 +200,18 @@ class EngineControl:
         """What ends with the block, or with this process's connection to the supervisor."""
         deadline = time.monotonic() + seconds("timeout", timeout)
         channel = self._ready(begin, deadline, timeout)
-        _ask(channel, begin, deadline, {**arguments, "held": True})
+        call_engine(channel, begin, deadline, {**arguments, "held": True})
         try:
             yield
         except BaseException:
             with contextlib.suppress(EngineControlError):
-                _ask(channel, end, time.monotonic() + timeout, {"held": True})
+                call_engine(channel, end, time.monotonic() + timeout, {"held": True})
             raise
-        _ask(channel, end, time.monotonic() + timeout, {"held": True})
+        call_engine(channel, end, time.monotonic() + timeout, {"held": True})
 
 
-def _ask(channel: Channel, name: str, deadline: float, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """One call, on the very connection to which what it holds is tied."""
+def call_engine(channel: Channel, name: str, deadline: float, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """One call, on the very connection to which what it holds is tied. `deadline` is of the monotonic clock."""
     left = max(0.0, deadline - time.monotonic())
     try:
         reply = channel.request(

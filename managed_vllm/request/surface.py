@@ -15,10 +15,6 @@ _WEIGHTS = (
     "the weights are the server's, and shared by all its users: write a new checkpoint and call "
     "ManagedVLLM.restart(), or ask the server's own routes (VLLM_SERVER_DEV_MODE=1)"
 )
-_SLEEP = (
-    "a server that sleeps answers nobody, and it may be shared: leave the with block (or close()), and the memory is "
-    "free once its last user has gone and keep_alive is over"
-)
 _QUEUE = "requests are on their way at once: generate() or chat() with all of them, or tasks with async_client"
 
 NOT_HERE: Mapping[str, str] = {
@@ -32,9 +28,7 @@ NOT_HERE: Mapping[str, str] = {
     "has the text for Prometheus",
     "get_world_size": "it is tensor_parallel_size × pipeline_parallel_size × data_parallel_size, as the server was "
     "asked for; status() has its processes",
-    "release_kv_cache_memory": _SLEEP,
-    "sleep": _SLEEP,
-    "wake_up": _SLEEP,
+    "release_kv_cache_memory": "sleep() gives the memory of the weights back as well, and keeps what is in flight",
     "finish_weight_update": _WEIGHTS,
     "get_weight_version": _WEIGHTS,
     "init_weight_transfer_engine": _WEIGHTS,
@@ -61,6 +55,12 @@ NOT_HERE: Mapping[str, str] = {
 }
 """Names of `vllm.LLM` (0.32 and before) that raise `UnsupportedMethodError`."""
 
+OF_HANDLES: Mapping[str, str] = dict.fromkeys(
+    ("sleep", "wake_up"),
+    "it goes through the supervisor of a server of ours: ManagedVLLM has it, and llm.engine all that belongs to it",
+)
+"""Names of `vllm.LLM` that `ManagedVLLM` has, and clients don't."""
+
 
 class WithoutTheRest:
     """Says for what is not here why not, in place of a bare `AttributeError`."""
@@ -68,6 +68,6 @@ class WithoutTheRest:
     if not TYPE_CHECKING:  # else a type checker would take any name
 
         def __getattr__(self, name: str) -> Any:
-            if name in NOT_HERE:
-                raise UnsupportedMethodError(f"{name} of vllm.LLM is not here: {NOT_HERE[name]}", method=name)
+            if why := NOT_HERE.get(name) or OF_HANDLES.get(name):
+                raise UnsupportedMethodError(f"{name} of vllm.LLM is not here: {why}", method=name)
             return object.__getattribute__(self, name)  # raises what it raised before, that of a property as well
