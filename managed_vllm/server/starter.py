@@ -74,7 +74,7 @@ class ServerStarter:
         self._left_out: set[str] = set()
         self._losses = 0
         self._killed_starts = 0
-        self._why_not = ""
+        self._why_not = _why_never(order)
         self._tending: asyncio.Task[None] | None = None
         self._server_is_ready = asyncio.Event()
         self.how = ""
@@ -249,6 +249,13 @@ class ServerStarter:
         image, self._image = self._image, None
         if image is not None:
             image.end()
+
+
+def _why_never(order: SupervisorOrder) -> str:
+    """Why servers of this kind are never forked; empty if they may be."""
+    if order.spec.engine_args.get("enable_elastic_ep"):
+        return "with enable_elastic_ep, vLLM starts Workers from an EngineCore that has threads and a GPU by then"
+    return ""
 
 
 async def _first(*events: asyncio.Event) -> None:

@@ -119,6 +119,13 @@ def test_a_module_that_makes_the_image_unfit_is_left_out_of_the_next(home: Path,
         assert "launched plainly" not in supervisor_log(home)
 
 
+def test_where_workers_are_started_later_the_launch_is_plain(home: Path, tmp_path: Path) -> None:
+    env = {**fake_vllm.write(tmp_path), **standin.orders()}
+    with ManagedVLLM("stand-in", env=env, keep_alive=INSTANT, warm="auto", enable_elastic_ep=True) as llm:
+        assert llm.status().launch.startswith("plain: with enable_elastic_ep")
+        assert llm.status().image_pid is None
+
+
 def test_an_image_that_refuses_means_a_plain_launch_and_is_told_once(home: Path, tmp_path: Path) -> None:
     with server(tmp_path, {"v1/engine/core.py": THREAD}) as llm:
         assert llm.status().launch == "plain: 2 threads run in the image"
