@@ -19,6 +19,7 @@ from typing import Any, Self
 from managed_vllm.errors import BadRequestError
 from managed_vllm.masking import Secret
 from managed_vllm.policies import MAX_IN_FLIGHT, RetryPolicy
+from managed_vllm.request.adapters import LoadAdapter
 from managed_vllm.request.async_methods import AsyncRequestMethods
 from managed_vllm.request.attempts import Report, Sender
 from managed_vllm.request.endpoints import Endpoint
@@ -47,6 +48,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
         ready: the same, without waiting: the connection and epoch of a server that is ready now, or None.
         instance: returns the server's short id, for errors.
         report: tells a supervisor about a request under which the server dies; see `Sender`.
+        load_adapter: loads the adapters of `lora_request=` on their first use; None: the server must have them.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
         ready: Callable[[], Endpoint | None] | None = None,
         instance: Callable[[], str | None] | None = None,
         report: Report | None = None,
+        load_adapter: LoadAdapter | None = None,
     ) -> None:
         self.model_name = model_name
         self.fixed_connection: Connection | None = None
@@ -88,7 +91,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
             media_ids=media_ids,
             report=report,
         )
-        super().__init__(sender, instance or (lambda: None))
+        super().__init__(sender, instance or (lambda: None), load_adapter)
         weakref.finalize(self, self.sender.close).atexit = False
 
     @property

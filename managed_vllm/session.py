@@ -45,6 +45,8 @@ WARM_WORDS: Mapping[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, 
 """The values of `MANAGED_VLLM_WARM`."""
 KEEP_ALIVE_S = 5.0
 """Default of `keep_alive`: the next test, script or cell often comes at once, and a start costs half a minute."""
+_UNBOUNDED_S = 86_400.0
+"""Seconds for what a call without a time limit of its own has to wait for: the start of a large server is among it."""
 _CANCEL_S = 2.0
 """Seconds for which a cancelled `async with` waits until all is given back. What takes longer goes on without it."""
 
@@ -446,6 +448,7 @@ class _Clients:
                 max_in_flight=self._settings.max_in_flight,
                 instance=lambda: attachment.id,
                 report=functools.partial(report_deaths, attachment),
+                load_adapter=None if attachment.options.base_url else functools.partial(_load_adapter, attachment),
             )
         return self._async_client
 
@@ -479,6 +482,13 @@ class _Clients:
             if not hasattr(client, "__aenter__"):  # the other kind is closed by its event loop
                 with contextlib.suppress(Exception):
                     client.close()
+
+
+async def _load_adapter(attachment: Attachment, name: str, path: str, timeout_s: float | None) -> None:
+    """Sees to it that the server has an adapter; most often it does, and nothing is asked."""
+    limit_s = _UNBOUNDED_S if timeout_s is None else timeout_s
+    control = EngineControl(lambda: attachment)
+    await asyncio.wrap_future(in_thread(lambda: control.ensure_lora(name, path, timeout=limit_s), "managed-vllm-lora"))
 
 
 def _keep_alive_s(given: float | None) -> float:

@@ -67,6 +67,7 @@ NOTES = {
     "truncate_prompt_tokens": "`truncate_prompt_tokens` (no field of vLLM's class)",
     "truncation_side": "`truncation_side` (no field of vLLM's class)",
     "priority": "request field; one for all, or a list with one each",
+    "lora_request": "`model`, with the adapter's name: loaded on its first use; one for all, or a list with one each",
 }
 
 
@@ -75,7 +76,7 @@ def call(parameters: Iterable[str], *, chat: bool) -> str:
     ours = inspect.signature(VLLMClient.chat if chat else VLLMClient.generate).parameters
     rows = []
     for name in parameters:
-        if name in fields.known(chat=chat):
+        if name in fields.known(chat=chat) or name == "lora_request":
             rows.append((f"`{name}`", "supported", NOTES.get(name, "request field")))
         elif name in fields.OF_VLLM_LLM:
             rows.append((f"`{name}`", "refused", fields.OF_VLLM_LLM[name]))

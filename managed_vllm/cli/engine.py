@@ -6,13 +6,12 @@ import argparse
 import time
 from typing import Any
 
-from managed_vllm import paths
 from managed_vllm.cli.running import find, the_only_one
 from managed_vllm.engine_state import EngineState
 from managed_vllm.errors import SupervisorError
 from managed_vllm.instance import directory
 from managed_vllm.instance.channel import Channel
-from managed_vllm.instance.engine_control import call_engine
+from managed_vllm.instance.engine_control import call_engine, where
 from managed_vllm.status import ServerStatus
 
 _ARGUMENTS = ("mode", "level", "tags", "name", "path", "replace")
@@ -33,7 +32,7 @@ def call(given: argparse.Namespace) -> int:
     """One call of the engine."""
     arguments = {name: getattr(given, name) for name in _ARGUMENTS if getattr(given, name, None) is not None}
     if "path" in arguments:
-        arguments["path"] = paths.absolute(arguments["path"])
+        arguments["path"] = where(arguments["path"])
     channel = _channel(given)
     try:
         found = call_engine(channel, given.call, time.monotonic() + given.timeout, arguments)

@@ -145,7 +145,7 @@ class EngineControl:
 
         Args:
             name: its name. The same name with the same path again does nothing.
-            path: its folder, with adapter_config.json and the weights, as the server sees it.
+            path: its folder, with adapter_config.json and the weights, or a Hugging Face id.
             replace: in place of the adapter of that name, also where the files at the same path have changed.
             timeout: seconds.
 
@@ -154,7 +154,14 @@ class EngineControl:
         given: object = name
         if not isinstance(given, str) or not given:
             raise ConfigError(f"an adapter's name is text, not {name!r}", field="name")
-        self._call("load_lora", timeout, name=name, path=paths.absolute(path), replace=replace)
+        self._call("load_lora", timeout, name=name, path=where(path), replace=replace)
+
+    def ensure_lora(self, name: str, path: str | os.PathLike[str], *, timeout: float = CALL_S) -> None:
+        """As `load_lora`, without a question where the status has it already."""
+        deadline = time.monotonic() + seconds("timeout", timeout)
+        channel, folder = self._ready("load_lora", deadline, timeout), where(path)
+        if channel.status is None or channel.status.engine.loras.get(name) != folder:
+            call_engine(channel, "load_lora", deadline, {"name": name, "path": folder})
 
     def unload_lora(self, name: str, *, timeout: float = CALL_S) -> None:
         """Takes an adapter away. Requests that name it get `ModelNotFoundError` from then on."""
@@ -229,6 +236,11 @@ def call_engine(channel: Channel, name: str, deadline: float, arguments: Mapping
         return found
     kind = _ERRORS.get(str(reply.get("kind")), EngineControlError)
     raise kind(str(reply.get("error")), call=str(reply.get("call", name)), status=reply.get("http_status"))
+
+
+def where(path: str | os.PathLike[str]) -> str:
+    """An adapter's folder as the server is told it, which has another working directory; an id of the hub as it is."""
+    return paths.canonical(path) if isinstance(path, os.PathLike) else paths.argument(path)
 
 
 def _checked_mode(mode: object) -> PauseMode:

@@ -75,7 +75,8 @@ class OfflineFields(TypedDict, total=False):
     """Arguments of `vllm.LLM.generate` and `chat` that are no request fields: taken where they ask for nothing more."""
 
     lora_request: object
-    """None: the server must have the adapter; `model=` names it."""
+    """An object with `lora_name` and `lora_path`, as vLLM's `LoRARequest`, or a list with one for each prompt: a server
+    of ours loads it on its first use, another one must have it. The same as `model=` with its name."""
     tokenization_kwargs: Mapping[str, Any] | None
     """`add_special_tokens`, `truncate_prompt_tokens` and `truncation_side`."""
     prompt_adapter_request: None

@@ -38,6 +38,7 @@ class AsyncRequestMethods(AsyncPoolingMethods, AsyncEngineMethods):
     Args:
         sender: sends them.
         instance: returns the server's short id, for errors.
+        load_adapter: loads adapters on their first use; None: the server must have them.
     """
 
     # -- generating ----------------------------------------------------------------------------------------------------
@@ -60,8 +61,9 @@ class AsyncRequestMethods(AsyncPoolingMethods, AsyncEngineMethods):
         """Answers one conversation or many: one output each, in input order. See `RequestMethods.chat`."""
         conversations, single = as_conversations(messages)
         named_fields = by_name("chat", CHAT_POSITIONAL, further, fields)
-        call = Call(self.sender, len(conversations), sampling_params, named_fields, extra_body)
         deadline, limit_s = deadline_of(timeout), checked_timeout("request_timeout", request_timeout)
+        named_fields = await self._with_adapters(named_fields, len(conversations), timeout)
+        call = Call(self.sender, len(conversations), sampling_params, named_fields, extra_body)
         await call.look_up(chat=True, deadline=deadline)
         call.check(chat=True)
 
@@ -91,8 +93,9 @@ class AsyncRequestMethods(AsyncPoolingMethods, AsyncEngineMethods):
         prompt_token_ids, use_tqdm, further = older_order(prompt_token_ids, use_tqdm, further)
         each, single = as_prompts(prompts_of(prompts, prompt_token_ids))
         named_fields = by_name("generate", GENERATE_POSITIONAL, further, fields)
-        call = Call(self.sender, len(each), sampling_params, named_fields, extra_body)
         deadline, limit_s = deadline_of(timeout), checked_timeout("request_timeout", request_timeout)
+        named_fields = await self._with_adapters(named_fields, len(each), timeout)
+        call = Call(self.sender, len(each), sampling_params, named_fields, extra_body)
         await call.look_up(chat=False, deadline=deadline)
         call.check(chat=False)
 
@@ -147,8 +150,8 @@ class AsyncRequestMethods(AsyncPoolingMethods, AsyncEngineMethods):
         stops generating.
         """
         chat = isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
-        call = Call(self.sender, 1, sampling_params, fields, extra_body)
         deadline = deadline_of(timeout)
+        call = Call(self.sender, 1, sampling_params, await self._with_adapters(fields, 1, timeout), extra_body)
         await call.look_up(chat=chat, deadline=deadline)
         async with contextlib.aclosing(call.stream(prompt, deadline, chat=chat)) as outputs:
             with named(None, self._instance):

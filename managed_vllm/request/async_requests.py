@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from managed_vllm.errors import BadRequestError, ModelNotFoundError, UnsupportedMethodError
+from managed_vllm.request.adapters import LoadAdapter, with_adapters
 from managed_vllm.request.arguments import ProgressBar
 from managed_vllm.request.attempts import Sender
 from managed_vllm.request.batches import named, run_batch
@@ -23,11 +24,20 @@ class AsyncRequests(WithoutTheRest):
     Args:
         sender: sends them.
         instance: returns the server's short id, for errors.
+        load_adapter: loads adapters on their first use; None: the server must have them.
     """
 
-    def __init__(self, sender: Sender, instance: Callable[[], str | None]) -> None:
+    def __init__(
+        self, sender: Sender, instance: Callable[[], str | None], load_adapter: LoadAdapter | None = None
+    ) -> None:
         self.sender = sender
         self._instance = instance
+        self._load_adapter = load_adapter
+
+    async def _with_adapters(self, fields: Mapping[str, Any], count: int, timeout_s: float | None) -> dict[str, Any]:
+        """The fields of a call, with `lora_request=` as the name of a model."""
+        with named(None, self._instance):
+            return await with_adapters(fields, count, self._load_adapter, timeout_s)
 
     async def _request(
         self, path: str, body: dict[str, Any] | None, key: str, deadline: float | None

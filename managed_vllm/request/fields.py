@@ -44,7 +44,7 @@ REFUSED: Mapping[str, str] = {
 """Fields that a route knows but this client does not pass on, with the reason."""
 
 OF_VLLM_LLM: Mapping[str, str] = {
-    "lora_request": "the server must have the adapter (--lora-modules); name it by model=",
+    "lora_request": "load it by llm.engine.load_lora() (or --lora-modules), and name it by model=",
     "chat_template_content_format": "it is an option of the server (--chat-template-content-format)",
     "mm_processor_kwargs": "/v1/completions does not take it; chat() does",
     "prompt_adapter_request": "vLLM has prompt adapters no more",
@@ -174,6 +174,10 @@ def _why(name: str, *, chat: bool) -> str:
     return f"the route has no such field{hint}; extra_body={{{name!r}: …}} sends it unchecked"
 
 
+_ONE_EACH = ("priority", "model")
+"""Fields that may differ among the requests of a call; `model` where `lora_request=` does."""
+
+
 class CallFields:
     """The fields that the requests of one call share: the caller's keywords (`fields`), and `extra_body`, unchecked.
 
@@ -193,12 +197,13 @@ class CallFields:
         self._fields = checked(fields, chat=chat, looked_up=looked_up)
         self.candidates = self._take_candidates() if chat else None
         self._extra = dict(extra_body or {})
-        self._priorities = None
-        priority = self._fields.get("priority")  # as in vllm.LLM one for all, or one each
-        if isinstance(priority, list | tuple):
-            if len(priority) != count:
-                raise BadRequestError(f"{count} prompts but {len(priority)} of priority=", field="priority")
-            self._priorities = self._fields.pop("priority")
+        self._each: dict[str, Sequence[Any]] = {}
+        for name in _ONE_EACH:  # as in vllm.LLM one for all, or one each
+            given = self._fields.get(name)
+            if isinstance(given, list | tuple):
+                if len(given) != count:
+                    raise BadRequestError(f"{count} prompts but {len(given)} of {name}=", field=name)
+                self._each[name] = self._fields.pop(name)
 
     def _take_candidates(self) -> int | None:
         """The number of candidates that `chat(logprobs=5)` asks for; the route's own field is a boolean (vLLM 0.32)."""
@@ -233,9 +238,8 @@ class CallFields:
 
     def body(self, asked: Mapping[str, Any], rest: Mapping[str, Any], index: int) -> dict[str, Any]:
         """The body of one request: its prompt (`asked`), and the `rest` from `with_params`."""
-        if self._priorities is None:
-            return {**asked, **rest}
-        return {**asked, "priority": self._priorities[index], **rest}
+        mine = {name: values[index] for name, values in self._each.items() if values[index] is not None}
+        return {**asked, **mine, **rest}
 
 
 def with_candidates_as_ids(body: dict[str, Any], *, chat: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from processes import HANG_S, INSTANT, eventually
 from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy, ServerState
 from managed_vllm.engine_state import EngineState
 from managed_vllm.errors import (
+    BadRequestError,
     BrokenModelError,
     ConfigError,
     EngineControlError,
@@ -260,3 +262,34 @@ def test_the_same_for_asyncio_and_a_cancelled_block_leaves_no_pause(home: Path, 
     with server() as llm:
         asyncio.run(main(llm))
         eventually(lambda: llm.status().engine.serves, "released")
+
+
+# -- lora_request= -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    """The attributes of vLLM's that count."""
+
+    lora_name: str
+    lora_path: str
+    lora_int_id: int = 1
+
+
+def test_an_adapter_is_loaded_on_its_first_use_as_vllm_llm_does(home: Path, adapter: Path, tmp_path: Path) -> None:
+    with server() as llm:
+        mine = LoRARequest("a", str(adapter))
+        assert generates(llm, lora_request=mine)
+        assert llm.chat([{"role": "user", "content": "Hi"}], {"max_tokens": 2}, lora_request=mine)
+        assert [part for part in llm.stream("Hi", {"max_tokens": 2}, lora_request=mine)][-1].finished
+        other = LoRARequest("b", str(adapter))
+        assert len(llm.generate(["x", "y", "z"], {"max_tokens": 2}, lora_request=[mine, None, other])) == 3
+        assert llm.logs(500).count("CONTROL /v1/load_lora_adapter") == 2
+        assert llm.status().engine.loras == {"a": str(adapter), "b": str(adapter)}
+        with pytest.raises(EngineControlError, match="No adapter found"):
+            generates(llm, lora_request=LoRARequest("c", str(tmp_path / "none")))
+        for wrong in ("a", object(), [mine, mine]):
+            with pytest.raises(BadRequestError, match="lora_request"):
+                generates(llm, lora_request=wrong)
+        with pytest.raises(BadRequestError, match="give one"):
+            generates(llm, lora_request=mine, model="a")

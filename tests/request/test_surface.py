@@ -226,11 +226,20 @@ def test_chat_takes_by_position_what_vllm_llm_does(script: Callable[..., Script]
             client.chat(MESSAGES, {"max_tokens": 4}, False, None, 3, priority=3)
         with pytest.raises(BadRequestError, match="by position"):
             client.chat(MESSAGES, None, False, *[None] * 11)
-        with pytest.raises(UnsupportedParameterError, match="name it by model="):
+        with pytest.raises(BadRequestError, match="lora_name and lora_path"):
             client.chat(MESSAGES, None, False, object())
     ((_, body),) = server.requests
     assert (body["priority"], body["chat_template"]) == (3, "{{ x }}")
     assert (body["add_generation_prompt"], body["continue_final_message"]) == (False, True)
+
+
+def test_an_adapter_is_the_model_of_a_request_to_a_server_that_has_it(script: Callable[..., Script]) -> None:
+    server = script(says(CHAT))
+    with client_of(server) as client:
+        client.chat(MESSAGES, None, False, SimpleNamespace(lora_name="mine", lora_path="/x", lora_int_id=1))
+    ((_, body),) = server.requests
+    assert body["model"] == "mine"
+    assert "lora_request" not in body
 
 
 def test_generate_takes_what_older_versions_took(script: Callable[..., Script]) -> None:
