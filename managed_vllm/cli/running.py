@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from managed_vllm.engine_state import EngineState
 from managed_vllm.errors import ConfigError, NoServerError, SupervisorError
 from managed_vllm.instance import cleanup, directory, external
 from managed_vllm.instance.admission import is_of_another_version
@@ -159,6 +160,7 @@ def to_json(instance: Instance, names: Sequence[str], seen: ServerStatus | None,
         "ready_at": seen.ready_at,
         "log_path": seen.log_path or (str(instance.server_log) if instance.server_log.exists() else None),
         "diagnosis": seen.diagnosis.to_dict() if seen.diagnosis else None,
+        "engine": seen.engine.to_dict(),
     }
     if show_key:
         row["api_key"] = connection.api_key.reveal() if connection else None
@@ -223,7 +225,9 @@ def console() -> Any:
 
 def _state(row: dict[str, Any]) -> str:
     try:
-        return describe(ServerStatus(state=ServerState(row["state"]), stage=row["stage"], detail=row["detail"]))
+        said = describe(ServerStatus(state=ServerState(row["state"]), stage=row["stage"], detail=row["detail"]))
+        engine = EngineState.from_dict(row["engine"])
+        return f"{said}, asleep" if engine.sleep_level is not None else f"{said}, paused" if engine.paused else said
     except ValueError:  # "dead" and "unresponsive" are no states of a server, but of what is left of one
         return str(row["state"])
 

@@ -36,6 +36,8 @@ _LONGEST_S = 86_400.0
 _RESTORE_S = 600.0
 """Seconds for each step that puts the engine back; reading a large checkpoint is one."""
 _RELEASE_S = 30.0
+_RELEASES = 3
+"""Times that an engine is asked to resume, and seconds for each; one that does not is started again."""
 _DEATH_S = 10.0
 """Seconds in which the end of a server is reported that broke a connection of ours."""
 _ERRORS = {kind.__name__: kind for kind in (EngineUnsupportedError, EngineTimeoutError, EngineLostError)}
@@ -358,21 +360,24 @@ class Engine:
         task.add_done_callback(self._tasks.discard)
 
     async def _release_for_certain(self) -> None:
-        """Tries until it has worked, or the server ends: the next one is not made to pause."""
-        while True:
+        """Tries until it has worked, or the server ends, or is started again because it does not resume."""
+        for _ in range(_RELEASES):
             await self._until_serving()
             try:
                 if self._routes is not None:
                     await self._settle(self._routes, _RELEASE_S)
                 return
             except EngineTimeoutError:
-                log.warning("the engine does not resume; trying again")
+                log.warning("the engine does not resume within %g s", _RELEASE_S)
             except EngineControlError as error:
                 log.warning("the engine did not resume: %s", error)
                 self.become(replace(self.state, sleep_level=self._wanted("sleep"), paused=self._wanted("pause")))
                 return
             finally:
                 self._turn.release()
+        log.error("the engine does not resume: it is started again")
+        self.become(replace(self.state, sleep_level=self._wanted("sleep"), paused=self._wanted("pause")))
+        self.restart()
 
     # -- caches --------------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ def test_the_engine_is_controlled_from_the_shell(
         assert said("loras") == f"mine  {tmp_path / 'lora'}\n"
         said("--server", llm.id or "", "pause", "--mode", "abort")
         assert said().splitlines() == [f"lora      mine  {tmp_path / 'lora'}", "paused    abort"]
+        assert main(["status"]) == 0
+        assert "ready, paused" in capsys.readouterr().out
         said("resume")
         said("unload-lora", "mine")
         assert "checksum" in said("weights")

@@ -1,0 +1,75 @@
+"""The supervisor's end of engine control by itself: what it takes from a record; an engine that does not resume."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from scripted_server import Script, hangs, says
+
+from managed_vllm.engine_state import EngineState
+from managed_vllm.masking import Secret
+from managed_vllm.server import engine
+from managed_vllm.server.engine import Engine
+from managed_vllm.status import Cause, Connection
+
+KEY = Secret("control")
+LOADED = EngineState(loras={"a": "/lora"}, weights="/ck", weight_version="v2")
+
+
+def make(record: dict[str, Any] | None = None, on_restart: Callable[[], None] = lambda: None) -> Engine:
+    return Engine(record, sleeps=True, on_change=lambda: None, on_restart=on_restart)
+
+
+def connection(server: Script) -> Connection:
+    return Connection(f"{server.url}/v1", Secret("the-key"), "m")
+
+
+def test_what_a_predecessor_had_is_put_back_step_by_step(script: Callable[..., Script]) -> None:
+    server = script(*[says({})] * 4)
+    taken_over = make({"state": "ready", "engine": LOADED.to_dict()})
+    assert asyncio.run(taken_over.restore(connection(server), KEY)) is None
+    assert [path.partition("?")[0] for path, _ in server.requests] == [
+        "/collective_rpc",
+        "/reset_prefix_cache",
+        "/update_weight_version",
+        "/v1/load_lora_adapter",
+    ]
+    assert taken_over.state == LOADED
+    assert taken_over.to_record() == {"engine": LOADED.to_dict()}
+
+
+def test_a_state_that_can_not_be_read_is_no_reason_to_serve_something_else(script: Callable[..., Script]) -> None:
+    broken = make({"state": "ready", "engine": {"paused": "for ever"}})
+    reason = asyncio.run(broken.restore(connection(script()), KEY))
+    assert reason is not None
+    assert (reason.cause, reason.permanent) == (Cause.ENGINE_STATE, True)
+
+
+@pytest.mark.parametrize("record", [None, {"state": "ready"}, {"state": "failed", "engine": LOADED.to_dict()}])
+def test_what_was_said_to_have_failed_is_not_tried_for_ever(record: dict[str, Any] | None) -> None:
+    assert make(record).state == EngineState()
+
+
+def test_an_engine_that_does_not_resume_is_started_again(
+    script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_RELEASE_S", 0.1)
+    server = script(says({}), hangs, hangs, hangs)
+
+    async def scenario() -> None:
+        started_again = asyncio.Event()
+        held = make(None, started_again.set)
+        await held.restore(connection(server), KEY)
+        asked = {"call": "pause", "arguments": {"mode": "keep", "held": True}, "budget_s": 30}
+        assert (await held.answer("user", asked))["ok"]
+        assert held.state == EngineState(paused="keep")
+        assert held.to_record() == {"engine": EngineState().to_dict()}  # its user's connection ends with us
+        held.user_gone("user")
+        await asyncio.wait_for(started_again.wait(), 60)
+        assert held.state == EngineState()
+
+    asyncio.run(scenario())
+    assert [path.partition("?")[0] for path, _ in server.requests] == ["/pause", "/resume", "/resume", "/resume"]
