@@ -460,4 +460,7 @@ def set_in_engine_args(engine_args: Any) -> dict[str, Any]:
     if not is_dataclass(engine_args) or isinstance(engine_args, type):
         raise ConfigError(f"engine_args must be a vllm.EngineArgs, not {type(engine_args).__name__}")
     given = {field.name: getattr(engine_args, field.name) for field in fields(engine_args)}
-    return {**engine_arguments.differing(given, type(engine_args)()), "model": given["model"]}
+    return {
+        **engine_arguments.differing(given, engine_arguments.vllms_defaults(type(engine_args))),
+        "model": given["model"],
+    }

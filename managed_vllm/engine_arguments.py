@@ -240,8 +240,16 @@ def without_vllms_own(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         return arguments
     return {
         name: _fields_of(value) if _is_vllms(value) else value
-        for name, value in differing(arguments, engine_args()).items()
+        for name, value in differing(arguments, vllms_defaults(engine_args)).items()
     }
+
+
+def vllms_defaults(engine_args: Any) -> Any:
+    """The defaults of vLLM's `EngineArgs`, but for `model`, which is a folder that is there.
+
+    vLLM's default model is looked for under `HF_HUB_OFFLINE=1` (0.32), and may be nowhere.
+    """
+    return engine_args(model=os.curdir)
 
 
 def differing(values: Mapping[str, Any], defaults: object) -> dict[str, Any]:

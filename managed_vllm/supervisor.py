@@ -46,7 +46,7 @@ from managed_vllm.instance.leases import FIRST_LEASE_S, Leases, Retention
 from managed_vllm.instance.spawn import FAILED, LISTENS
 from managed_vllm.masking import Secret, masked_words
 from managed_vllm.served_files import Files
-from managed_vllm.server import diagnosis, launch, stacks
+from managed_vllm.server import diagnosis, event_log, launch, stacks
 from managed_vllm.server.engine import Engine
 from managed_vllm.server.footprint import Footprint
 from managed_vllm.server.process import ServerProcess
@@ -566,8 +566,7 @@ class Supervisor:
         if self._status.diagnosis is not None:
             event["diagnosis"] = self._status.diagnosis.to_dict()
         events_path = self._instance.events_path if self._hold.is_intact else Path(os.devnull)
-        with contextlib.suppress(OSError), open(events_path, "a") as events:
-            events.write(json.dumps(event) + "\n")
+        event_log.append(events_path, event)
         self._leases.publish()
 
     def _engine_changed(self) -> None:

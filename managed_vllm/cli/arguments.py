@@ -115,6 +115,31 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print a list of objects")
     status.add_argument("--show-key", action="store_true", help="show the API keys too")
 
+    top = command(
+        "top",
+        "managed_vllm.cli.top:top",
+        "watch the servers of this user: state, users, throughput, cache, memory",
+        "managed-vllm top",
+        "managed-vllm top --once --interval 5",
+        more=" Keys show a log, restart, stop. Looking starts and stops nothing.",
+    )
+    top.add_argument("--once", action="store_true", help="print one table and end")
+    top.add_argument("--json", action="store_true", help="print a list of objects and end")
+    top.add_argument("--interval", type=_seconds, default=1.0, metavar="SECONDS", help="between two looks (1)")
+
+    metrics = command(
+        "metrics",
+        "managed_vllm.cli.metrics:metrics",
+        "what all servers and their supervisors tell, for Prometheus",
+        "managed-vllm metrics",
+        "managed-vllm metrics --serve --port 9464 --api-key-file ~/.metrics-key",
+        more=" Looking starts and stops nothing.",
+    )
+    metrics.add_argument("--serve", action="store_true", help="serve them on loopback until Ctrl-C")
+    metrics.add_argument("--port", type=_count, default=9464, metavar="N", help="where; 0: a free one (9464)")
+    metrics.add_argument("--api-key", metavar="KEY", help="the key that a scraper needs (a random one, printed)")
+    metrics.add_argument("--api-key-file", metavar="FILE", help=_KEY_FILE)
+
     logs = command(
         "logs",
         "managed_vllm.cli.logs:logs",

@@ -11,7 +11,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,14 +203,14 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
         cells = [
             row["id"],
             " ".join(row["names"]),
-            Text(_state(row), style=colours.get(row["state"], "yellow")),
+            Text(state_text(row), style=colours.get(row["state"], "yellow")),
             row["model"] or "",
             row["uds"] or row["base_url"] or "",
             str(row["epoch"]),
             str(row["restarts"]),
             users,
             str(row["server_pid"] or ""),
-            _duration(time.time() - row["ready_at"]) if row["ready_at"] else "",
+            duration_text(time.time() - row["ready_at"]) if row["ready_at"] else "",
         ]
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
     console().print(table)
@@ -223,7 +223,8 @@ def console() -> Any:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
-def _state(row: dict[str, Any]) -> str:
+def state_text(row: Mapping[str, Any]) -> str:
+    """The state of a row of `to_json`, with its stage."""
     try:
         said = describe(ServerStatus(state=ServerState(row["state"]), stage=row["stage"], detail=row["detail"]))
         engine = EngineState.from_dict(row["engine"])
@@ -232,7 +233,8 @@ def _state(row: dict[str, Any]) -> str:
         return str(row["state"])
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """A duration in the two largest units."""
     minutes, rest = divmod(max(0, int(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

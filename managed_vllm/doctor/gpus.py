@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from managed_vllm.config import installed_vllm
 from managed_vllm.doctor.findings import Finding, error, ok, warning
@@ -35,6 +35,11 @@ def gpus(python: str | None) -> Iterator[Finding]:
             yield warning("GPUs", f"{text}: {holders}", "end what is not needed, or lower gpu_memory_utilization")
         else:
             yield ok("GPUs", text)
+
+
+def memory_held_by(pids: Collection[int]) -> int | None:
+    """Bytes that these processes hold on all GPUs; None without NVML, and where it does not tell (in a container)."""
+    return gpu_memory.held_by(pids)
 
 
 def _no_nvml() -> Iterator[Finding]:

@@ -62,6 +62,15 @@ def holders_text(indices: Iterable[int]) -> str:
         return "" if nvml is None else _holders_text(nvml, indices)
 
 
+def held_by(pids: Collection[int]) -> int | None:
+    """Bytes that these processes hold on all GPUs; None without NVML, or where it lists none of them."""
+    with _nvml() as nvml:
+        if nvml is None:
+            return None
+        held = [size for index in _indices(nvml, None) for pid, size in _holders(nvml, index) if pid in pids]
+        return sum(size or 0 for size in held) if held else None
+
+
 def used_memory(devices: str | None) -> GpuMemory | None:
     """The memory in use on the devices that `CUDA_VISIBLE_DEVICES` names (None: all); None without NVML or GPU."""
     with _nvml() as nvml:

@@ -60,7 +60,7 @@ DOORS = {
     ("server", "instance"): {"instance.directory", "instance.cleanup"},
     ("agent", "request"): {"request.images", "request.outputs", "request.sampling"},
     ("agent", "demo"): {"demo.screen"},
-    ("cli", "request"): {"request.images", "request.outputs", "request.sampling"},
+    ("cli", "request"): {"request.images", "request.outputs", "request.sampling", "request.server_metrics"},
     ("engine_arguments", "in_server"): {"in_server.managed_vllm_arguments"},
     ("variables", "in_server"): {
         "in_server.managed_vllm_arguments",

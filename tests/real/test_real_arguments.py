@@ -80,6 +80,8 @@ assert asked(ManagedVLLM("demo", structured_outputs_config=compact)) == asked(
 )
 elsewhere = ManagedVLLM(base_url="http://127.0.0.1:1", **vars(parser.parse_args([])))
 assert elsewhere._settings.attach.spec is None
+huggingface_hub.constants.HF_HUB_OFFLINE = True  # and vLLM's default model is nowhere
+assert asked(ManagedVLLM(**vars(parser.parse_args([])))) == asked(ManagedVLLM("demo"))
 print("the same")
 """
 

@@ -1,0 +1,161 @@
+"""`managed-vllm metrics`: what all servers and their supervisors tell, for Prometheus; as text, or served over HTTP.
+
+The names of vLLM's own metrics and their labels stay as they are; each gets the label `server`, the instance's id, as
+ours have it (`managed_vllm_…`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hmac
+import secrets
+import sys
+import time
+from collections.abc import Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from managed_vllm.cli.keys import given_key
+from managed_vllm.cli.looks import Look, Looker, restarts_by_cause
+from managed_vllm.cli.serve import terminable
+from managed_vllm.instance import directory
+from managed_vllm.instance.directory import Instance
+from managed_vllm.status import ServerState
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_ABSENT = ("dead", "unresponsive")
+"""What a server can be beside a `ServerState`: its supervisor is gone, or does not answer."""
+
+
+def metrics(given: argparse.Namespace) -> int:
+    """`managed-vllm metrics`."""
+    home = directory.state_home()
+    if not given.serve:
+        print(exposition(home).decode(), end="")
+        return 0
+    key = given_key(given)
+    with MetricsServer(home, key or secrets.token_urlsafe(24), given.port) as server, terminable():
+        print(f"serving at {server.url}", flush=True)
+        if key is None:
+            print(f"  its key:  {server.key}", flush=True)
+        server.serve_forever()
+    return 0
+
+
+def exposition(home: Path) -> bytes:
+    """All servers of a state directory in Prometheus' text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collected(home))
+    return generate_latest(registry)
+
+
+class _Collected:
+    """A collector of prometheus_client's."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+
+    def collect(self) -> Iterable[Metric]:
+        looks = Looker(self._home).look()
+        return [*_own(self._home, looks), *_vllms(looks)]
+
+
+def _own(home: Path, looks: Iterable[Look]) -> list[Metric]:
+    info = InfoMetricFamily("managed_vllm_server", "What is served, and how it was launched.", labels=["server"])
+    state = GaugeMetricFamily("managed_vllm_state", "1 for the state that it is in.", labels=["server", "state"])
+    epoch = GaugeMetricFamily("managed_vllm_epoch", "Starts of the server so far.", labels=["server"])
+    leases = GaugeMetricFamily("managed_vllm_leases", "Users that hold a lease.", labels=["server"])
+    pinned = GaugeMetricFamily("managed_vllm_pinned", "1 if it stays without users.", labels=["server"])
+    uptime = GaugeMetricFamily("managed_vllm_uptime_seconds", "Since it became ready.", labels=["server"])
+    memory = GaugeMetricFamily(
+        "managed_vllm_memory_bytes", "Of all its processes: PSS, and on GPUs.", labels=["server", "kind"]
+    )
+    restarts = CounterMetricFamily(
+        "managed_vllm_restarts", "Ends after which it was started again.", labels=["server", "cause"]
+    )
+    for look in looks:
+        row, server = look.row, str(look.row["id"])
+        info.add_metric([server], {"model": str(row["model"] or ""), "launch": str(row["launch"] or "")})
+        for one in (*ServerState, *_ABSENT):
+            state.add_metric([server, str(one)], float(row["state"] == one))
+        epoch.add_metric([server], row["epoch"])
+        leases.add_metric([server], len(row["users"]))
+        pinned.add_metric([server], float(row["pinned"]))
+        if row["ready_at"]:
+            uptime.add_metric([server], max(0.0, time.time() - row["ready_at"]))
+        memory.add_metric([server, "pss"], look.memory_bytes)
+        if look.gpu_memory_bytes is not None:
+            memory.add_metric([server, "gpu"], look.gpu_memory_bytes)
+        for cause, count in restarts_by_cause(Instance(home, server)).items():
+            restarts.add_metric([server, cause], count)
+    return [info, state, epoch, leases, pinned, uptime, memory, restarts]
+
+
+def _vllms(looks: Iterable[Look]) -> list[Metric]:
+    """What the servers tell themselves; the same metric of several servers is one family."""
+    families: dict[str, Metric] = {}
+    for look in looks:
+        for family in text_string_to_metric_families(look.metrics_text):
+            into = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                labels = {**sample.labels, "server": str(look.row["id"])}
+                into.add_sample(sample.name, labels, sample.value)
+    return list(families.values())
+
+
+class MetricsServer(ThreadingHTTPServer):
+    """`GET /metrics` on loopback for whoever has the key, as a bearer's or as the password of Basic authentication."""
+
+    daemon_threads = True
+
+    def __init__(self, home: Path, key: str, port: int) -> None:
+        self.home, self.key = home, key
+        super().__init__(("127.0.0.1", port), _Handler)
+
+    @property
+    def url(self) -> str:
+        """Where it serves."""
+        return f"http://127.0.0.1:{self.server_address[1]}/metrics"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hung up is no news."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: MetricsServer
+    timeout = 30.0
+
+    def do_GET(self) -> None:
+        if not self._has_key():
+            self._send(401, b"this wants its key\n", **{"WWW-Authenticate": 'Basic realm="managed-vllm"'})
+        elif self.path.partition("?")[0] != "/metrics":
+            self._send(404, b"see /metrics\n")
+        else:
+            self._send(200, exposition(self.server.home))
+
+    def _has_key(self) -> bool:
+        kind, _, given = self.headers.get("Authorization", "").partition(" ")
+        if kind.lower() == "basic":
+            try:
+                given = base64.b64decode(given, validate=True).decode().partition(":")[2]
+            except ValueError:
+                return False
+        return hmac.compare_digest(given.strip().encode(), self.server.key.encode())
+
+    def _send(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": CONTENT_TYPE, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """A scrape is no news."""
