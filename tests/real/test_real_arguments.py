@@ -55,6 +55,7 @@ print(json.dumps({"actions": actions, "parsed": [parsed(words) for words in aske
 
 EXAMPLES = """
 from dataclasses import asdict
+import huggingface_hub
 from vllm import EngineArgs
 from vllm.config import StructuredOutputsConfig
 from vllm.utils.argparse_utils import FlexibleArgumentParser
