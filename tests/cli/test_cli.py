@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -211,21 +212,22 @@ def test_model_may_stand_first_as_in_vllm_serve(cli: Cli) -> None:
     assert json.loads(done.stdout)["model"] == "some/model"
 
 
-def test_a_home_whose_name_is_no_text_starts_a_server(cli: Cli, tmp_path: Path) -> None:
+def test_a_home_whose_name_is_no_text_starts_a_server(cli: Cli) -> None:
     """Latin-1 in a UTF-8 locale: Python has it as lone surrogates, which it refuses to print."""
-    home = tmp_path / os.fsdecode(b"caf\xe9")
-    home.mkdir()
-    env = {"HOME": str(home), "MANAGED_VLLM_HOME": str(home / "state"), "TMPDIR": str(home)}
-    utf8 = {"PYTHONIOENCODING": "utf-8:strict"}
-    words = [*PROGRAM, "up", "--model", "m", "--uds", "--keep-alive", "0", *STANDIN]
-    up = subprocess.run(words, env={**cli.env, **env, **utf8}, cwd=home, capture_output=True)
-    try:
-        assert up.returncode == 0, up.stderr
-        assert b"caf\xe9/state/" in up.stdout
-    finally:
-        down = subprocess.run([*PROGRAM, "down", "--all"], env={**cli.env, **env}, cwd=home, capture_output=True)
-    assert down.returncode == 0, down.stderr
-    assert [path.name for path in (home / "state").iterdir() if path.name != "failed"] == [".token"]
+    with tempfile.TemporaryDirectory(prefix="mvt-") as folder:  # a short path: else the socket's is another one
+        home = Path(folder) / os.fsdecode(b"caf\xe9")
+        home.mkdir()
+        env = {**cli.env, "HOME": str(home), "MANAGED_VLLM_HOME": str(home / "state"), "TMPDIR": str(home)}
+        words = [*PROGRAM, "up", "--model", "m", "--uds", "--keep-alive", "0", *STANDIN]
+        utf8 = {"PYTHONIOENCODING": "utf-8:strict"}
+        up = subprocess.run(words, env={**env, **utf8}, cwd=home, capture_output=True)
+        try:
+            assert up.returncode == 0, up.stderr
+            assert b"caf\xe9/state/" in up.stdout
+        finally:
+            down = subprocess.run([*PROGRAM, "down", "--all"], env=env, cwd=home, capture_output=True)
+        assert down.returncode == 0, down.stderr
+        assert [path.name for path in (home / "state").iterdir() if path.name != "failed"] == [".token"]
 
 
 # -- serve -------------------------------------------------------------------------------------------------------------
