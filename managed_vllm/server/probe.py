@@ -96,7 +96,7 @@ class Probe:
         refused: list[Answer] = []
         for route, body in (*_GENERATE, (_TRANSCRIBE, None)):
             answer = await self._ask_for_a_token(route, body, timeout_s)
-            if answer.ok or answer.status is None or answer.status >= 500:
+            if answer.ok or answer.status is None or (answer.status >= 500 and answer.status not in _ABSENT):
                 return answer
             refused.append(answer)
             if self.is_vllm and answer.status not in _ABSENT and "does not support" not in answer.body:

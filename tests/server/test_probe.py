@@ -93,6 +93,13 @@ def test_a_token_is_asked_for_where_the_model_can_give_one(script: Callable[...,
     assert all(body["model"] == "m" for _, body in server.requests)
 
 
+def test_a_server_whose_model_gives_vectors_for_tokens_alone_becomes_ready(script: Callable[..., Script]) -> None:
+    """vLLM 0.32 has the route for embeddings then, too, and answers it with 501."""
+    server = script(*[says({}, 404)] * 2, says({"message": "The model does not support Embeddings API"}, 501), says({}))
+    assert ask(server, lambda probe: probe.generates(PLENTY_S)).ok
+    assert len(paths(server)) == 4
+
+
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "模型 mit Leerzeichen", "m"])
 @pytest.mark.parametrize("others", [0, 500])
 def test_a_model_is_found_in_any_list_whatever_its_name(script: Callable[..., Script], name: str, others: int) -> None:
