@@ -272,7 +272,11 @@ class ServerSpec:
             else ["-m", "vllm.entrypoints.cli.main", "serve", self.model]
         )
         program = self.python or python or sys.executable
-        return [program, *launch, *where, "--middleware", "managed_vllm_guard.KeyGuard", *flags]
+        ours = ["--middleware", "managed_vllm_guard.KeyGuard"]
+        # Ray's workers have an environment of their own, in which our modules are not found.
+        if not {"worker_extension_cls": None, "distributed_executor_backend": "ray"}.items() & self.engine_args.items():
+            ours += ["--worker-extension-cls", "managed_vllm_canary.Canary"]
+        return [program, *launch, *where, *ours, *flags]
 
     def variables(self) -> dict[str, str]:
         """The variables that the server gets because of this spec, with its secrets."""

@@ -206,7 +206,7 @@ class EngineLostError(EngineControlError, ConnectionError):
 
 
 class CheckpointError(EngineControlError, ValueError):
-    """A checkpoint (`path`) can't take the place of the weights that are served; nothing of it was loaded.
+    """A checkpoint (`path`) can't take the place of the weights that are served, and these serve on.
 
     `faults` has all that speaks against it: `CheckpointFault`s, each with `text` and `remedy`.
     """
@@ -218,6 +218,15 @@ class CheckpointError(EngineControlError, ValueError):
         super().__init__("\n".join(lines), call="update_weights", instance=instance)
         self.path = path
         self.faults = faults
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values, for the control channel."""
+        return {"path": self.path, "faults": [[fault.text, fault.remedy] for fault in self.faults]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CheckpointError:
+        """The inverse of `to_dict`."""
+        return cls(str(data["path"]), tuple(CheckpointFault(text, remedy) for text, remedy in data["faults"]))
 
 
 class StartupError(ServerError):

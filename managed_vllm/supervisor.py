@@ -53,6 +53,7 @@ from managed_vllm.server.process import ServerProcess
 from managed_vllm.server.restarts import GiveUp, Restarts
 from managed_vllm.server.starter import NotForkedError, ServerStarter
 from managed_vllm.server.startup_log import StartupLog
+from managed_vllm.server.weights import WeightUpdates
 from managed_vllm.status import Cause, Connection, Diagnosis, Progress, ServerState, ServerStatus, Stage
 
 if TYPE_CHECKING:
@@ -228,6 +229,7 @@ class Supervisor:
             on_change=self._engine_changed,
             on_restart=self._restart,
         )
+        WeightUpdates(self._engine, order)
         self._leases = Leases(
             instance,
             self._order,

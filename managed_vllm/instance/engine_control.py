@@ -13,11 +13,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from managed_vllm import paths
 from managed_vllm.engine_state import PAUSE_MODES, SLEEP_LEVELS, EngineState, PauseMode
 from managed_vllm.errors import (
+    CheckpointError,
     ConfigError,
     EngineControlError,
     EngineLostError,
@@ -31,9 +32,12 @@ from managed_vllm.policies import seconds
 from managed_vllm.status import ServerState
 
 T = TypeVar("T")
+OnUpdate = Literal["finish", "continue"]
 
 CALL_S = 60.0
-"""Default time limit of a call, in seconds; the loading of weights has a longer one."""
+"""Default time limit of a call, in seconds."""
+UPDATE_S = 600.0
+"""The same of `update_weights`."""
 _ANSWER_S = 5.0
 """Seconds beyond a call's limit in which the supervisor must have said that it is over."""
 _ERRORS: Mapping[str, type[EngineControlError]] = {
@@ -178,6 +182,43 @@ class EngineControl:
         found = self._call("weights", timeout)
         return Weights(found["path"], found["version"], found["checksum"])
 
+    def update_weights(
+        self,
+        path_or_id: str | os.PathLike[str],
+        *,
+        version: str | None = None,
+        expect: str | None = None,
+        on_update: OnUpdate = "finish",
+        timeout: float = UPDATE_S,
+    ) -> Weights:
+        """Has the server take the weights of another checkpoint of the same model, or leaves everything as it was.
+
+        The checkpoint is looked at before, and the weights after they are loaded; meanwhile the engine is paused. What
+        fails is taken back, with another start of the server where vLLM can't: no token of broken weights gets out.
+
+        Args:
+            path_or_id: the folder with config.json and *.safetensors, as the server sees it, or a hub id
+                (`org/name`, `org/name@revision`) that is in the local cache. Keep the folder as it is until another
+                one is served: a server that is started again reads it again.
+            version: what the weights are called from then on; None: the folder's name.
+            expect: the checksum that they must have, as `weights()` gave it for this checkpoint at another time.
+            on_update: what becomes of requests in flight. "finish": they are finished first, while new ones wait.
+                "continue": they go on with the new weights where they are, and their prompts are computed anew.
+            timeout: seconds; what has begun is taken back then.
+
+        Raises `CheckpointError` with all that speaks against the checkpoint, and what else calls raise.
+        """
+        if on_update not in get_args(OnUpdate):
+            raise ConfigError(f"on_update is 'finish' or 'continue', not {on_update!r}", field="on_update")
+        for name, text in (("version", version), ("expect", expect)):
+            given: object = text
+            if given is not None and (not isinstance(given, str) or not given):
+                raise ConfigError(f"{name} is text, not {text!r}", field=name)
+        path = paths.argument(os.fspath(path_or_id))
+        asked = {"path": path, "version": version, "checksum": expect, "on_update": on_update}
+        found = self._call("update_weights", timeout, **asked)
+        return Weights(found["path"], found["version"], found["checksum"])
+
     def state(self) -> EngineState:
         """What users have made of the engine, as the supervisor knows it; the same as `status().engine`."""
         return self._attachment().status().engine
@@ -234,6 +275,8 @@ def call_engine(channel: Channel, name: str, deadline: float, arguments: Mapping
     if reply.get("ok"):
         found: dict[str, Any] = reply["result"]
         return found
+    if "checkpoint" in reply:
+        raise CheckpointError.from_dict(reply["checkpoint"])
     kind = _ERRORS.get(str(reply.get("kind")), EngineControlError)
     raise kind(str(reply.get("error")), call=str(reply.get("call", name)), status=reply.get("http_status"))
 
@@ -333,6 +376,22 @@ class AsyncEngineControl:
     async def weights(self, *, timeout: float = CALL_S) -> Weights:
         """See `EngineControl.weights`."""
         return await self._run(lambda: self._control.weights(timeout=timeout))
+
+    async def update_weights(
+        self,
+        path_or_id: str | os.PathLike[str],
+        *,
+        version: str | None = None,
+        expect: str | None = None,
+        on_update: OnUpdate = "finish",
+        timeout: float = UPDATE_S,
+    ) -> Weights:
+        """See `EngineControl.update_weights`."""
+        return await self._run(
+            lambda: self._control.update_weights(
+                path_or_id, version=version, expect=expect, on_update=on_update, timeout=timeout
+            )
+        )
 
     async def state(self) -> EngineState:
         """See `EngineControl.state`."""

@@ -107,6 +107,25 @@ def check(
     return checkpoint
 
 
+def may_be_equal(
+    new: Checkpoint, served: str, environment: Mapping[str, str] | None = None, *, limit: int = SCAN_LIMIT
+) -> bool:
+    """False if a tensor of both has the same type and other data, among the first `limit` bytes in all."""
+    try:
+        before = read(served, environment)
+        return not any(_differ(new, before, name, limit // max(1, len(new.tensors))) for name in new.tensors)
+    except (CheckpointError, OSError):
+        return True
+
+
+def _differ(new: Checkpoint, served: Checkpoint, name: str, limit: int) -> bool:
+    (file, tensor), (other_file, other) = new.tensors[name], served.tensors.get(name, ("", None))
+    if other is None or tensor.dtype != other.dtype:
+        return False
+    one = safetensors_files.read_data(new.folder / file, tensor, limit)
+    return one != safetensors_files.read_data(served.folder / other_file, other, limit)
+
+
 def read(path_or_id: str, environment: Mapping[str, str] | None = None) -> Checkpoint:
     """What a checkpoint's config and headers say. Raises `CheckpointError`."""
     folder = resolve(path_or_id, environment)

@@ -24,7 +24,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from managed_vllm.engine_state import PAUSE_MODES, SLEEP_LEVELS, EngineState, PauseMode
-from managed_vllm.errors import EngineControlError, EngineLostError, EngineTimeoutError, EngineUnsupportedError
+from managed_vllm.errors import (
+    CheckpointError,
+    EngineControlError,
+    EngineLostError,
+    EngineTimeoutError,
+    EngineUnsupportedError,
+)
 from managed_vllm.masking import Secret
 from managed_vllm.server import diagnosis
 from managed_vllm.server.engine_routes import EngineRoutes
@@ -201,7 +207,13 @@ class Engine:
             return {"ok": True, "result": await self._do(call)}
         except EngineControlError as error:
             kind = next((name for name, kind in _ERRORS.items() if isinstance(error, kind)), "EngineControlError")
-            return {"ok": False, "error": error.message, "kind": kind, "call": error.call, "http_status": error.status}
+            found = {"checkpoint": error.to_dict()} if isinstance(error, CheckpointError) else {}
+            said = {"error": error.message, "kind": kind, "call": error.call, "http_status": error.status}
+            return {"ok": False, **said, **found}
+
+    def add_call(self, name: str, do: Callable[[Call], Awaitable[dict[str, Any]]]) -> None:
+        """One more call for the users, which is done while it has the turn."""
+        self._calls[name] = do
 
     def user_gone(self, user: Hashable) -> None:
         """A user's connection has ended: what it held is released."""

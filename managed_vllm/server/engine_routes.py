@@ -26,6 +26,11 @@ _LORA = (
 _NO_ROUTE = frozenset({"not found", "no such route", "", "{}"})
 """What servers say where there is no route; of a thing that is missing behind one they say more."""
 
+_NO_CANARY = (
+    "update_weights: the server's workers can't look at their weights. A worker_extension_cls= of your own derives "
+    "from managed_vllm_canary.Canary; command= servers, and those under Ray, can't be updated from here"
+)
+
 Query = Iterable[tuple[str, str]]
 
 
@@ -38,7 +43,8 @@ class EngineRoutes:
 
     def __init__(self, connection: Connection, key: Secret) -> None:
         """`key` is the one that the server wants for these routes."""
-        self._headers = {"Authorization": f"Bearer {key.reveal()}"}
+        # vLLM closes a connection after an error of its own, which a request that is sent at once would run into.
+        self._headers = {"Authorization": f"Bearer {key.reveal()}", "Connection": "close"}
         self._root = connection.base_url.removesuffix("/v1")
         transport = httpx.AsyncHTTPTransport(uds=connection.uds, verify=False)  # as in `probe`
         self._client = httpx.AsyncClient(trust_env=False, transport=transport)
@@ -100,8 +106,23 @@ class EngineRoutes:
     async def reload_weights(self, path: str | None = None, *, timeout_s: float) -> None:
         """Loads the weights of another checkpoint folder in place; None: those it was started with."""
         kwargs = {} if path is None else {"weights_path": path}
-        body = {"method": "reload_weights", "kwargs": kwargs}
-        await self._command("update_weights", "/collective_rpc", body=body, timeout_s=timeout_s)
+        await self._ask_workers("managed_vllm_reload", kwargs, timeout_s=timeout_s)
+
+    async def canary(self, *, timeout_s: float) -> list[dict[str, Any]]:
+        """What each Worker says of its weights (`managed_vllm.in_server.managed_vllm_canary`)."""
+        found = await self._ask_workers("managed_vllm_canary", {}, timeout_s=timeout_s)
+        return [one for one in found if isinstance(one, dict)]
+
+    async def _ask_workers(self, method: str, kwargs: Mapping[str, Any], *, timeout_s: float) -> Sequence[Any]:
+        body = {"method": method, "kwargs": kwargs}
+        try:
+            answer = await self._command("update_weights", "/collective_rpc", body=body, timeout_s=timeout_s)
+        except EngineControlError as error:
+            if error.status == 500 and f"no attribute '{method}'" in error.message:
+                raise EngineUnsupportedError(_NO_CANARY, call="update_weights", status=500) from error
+            raise
+        results: Sequence[Any] = answer.get("results") or ()
+        return results
 
     async def weight_checksums(self, *, timeout_s: float) -> dict[str, str]:
         """A checksum of each of the server's weights, by name."""

@@ -87,6 +87,13 @@ def _tensors(header: Mapping[str, Any], begin: int) -> Iterator[tuple[str, Tenso
         yield name, tensor
 
 
+def read_data(path: Path, tensor: Tensor, limit: int) -> bytes:
+    """The first `limit` bytes of a tensor. Raises `OSError`."""
+    with open(path, "rb") as file:
+        file.seek(tensor.start)
+        return file.read(min(limit, tensor.nbytes))
+
+
 # -- NaN and infinity --------------------------------------------------------------------------------------------------
 
 

@@ -51,3 +51,17 @@ def copy_of_demo(folder: Path) -> Path:
     """A copy of the embedded model's checkpoint."""
     shutil.copytree(demo.weights_path(), folder)
     return folder
+
+
+def with_rows_swapped(folder: Path, one: int, other: int) -> None:
+    """Swaps two tokens' rows of the embeddings, which are the output layer, too: one is said for the other."""
+
+    def swapped(name: str, dtype: str, shape: list[int], data: bytes) -> Stored:
+        if name == "model.embed_tokens.weight":
+            size = len(data) // shape[0]
+            rows = [data[place : place + size] for place in range(0, len(data), size)]
+            rows[one], rows[other] = rows[other], rows[one]
+            data = b"".join(rows)
+        return dtype, shape, data
+
+    rewritten(folder, swapped)

@@ -7,6 +7,7 @@ weights are folders, too, and their checksum that of the files in them.
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Mapping
@@ -22,14 +23,18 @@ ROUTES = (
 
 
 class Control:
-    """One server's. `hangs`: a route that never answers; `without`: it has none of them."""
+    """One server's. `hangs`: a route that never answers; `without`: it has none of them;
+    `canary`: whether its workers can look at their weights."""
 
-    def __init__(self, *, hangs: str = "", without: bool = False, paused: bool = False) -> None:
+    def __init__(self, *, hangs: str = "", without: bool = False, paused: bool = False, canary: bool = True) -> None:
         self.loras: dict[str, str] = {}
         self._hangs = hangs
+        self._has_canary = canary
         self._without = without
         self._says_paused = paused
         self._weights = ""
+        self._broken: list[str] = []
+        self._poisoned = False
         self._version = "default"
         self._sleeps = False
         self._runs = threading.Event()
@@ -92,11 +97,29 @@ class Control:
         return 200, None
 
     def do_collective_rpc(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        return self._canary() if asked["method"] == "managed_vllm_canary" else self._reload(asked)
+
+    def _reload(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        """`standin.json` in the folder: {"poisons": true}, {"hangs": true}, {"ignored": true}, {"broken": […]}."""
         path = (asked.get("kwargs") or {}).get("weights_path", "")
-        if path and not Path(path).is_dir():
+        print(f"RELOAD {path}", flush=True)
+        if self._poisoned or (path and not Path(path).is_dir()):
             return 500, {"error": {"message": f"Cannot find any model weights with `{path}`"}}
-        self._weights = path
+        acts = Path(path) / "standin.json"
+        behaves = json.loads(acts.read_text()) if path and acts.is_file() else {}
+        if behaves.get("hangs"):
+            time.sleep(3600)
+        if behaves.get("poisons"):
+            self._poisoned = True
+            return 500, {"error": {"message": "The size of tensor a must match the size of tensor b"}}
+        if not behaves.get("ignored"):
+            self._weights, self._broken = path, behaves.get("broken", [])
         return 200, {"results": [None]}
+
+    def _canary(self) -> tuple[int, Any]:
+        if not self._has_canary:
+            return 500, {"error": {"message": "'Worker' object has no attribute 'managed_vllm_canary'"}}
+        return 200, {"results": [{"broken": self._broken, "logits": "finite"}]}
 
     def do_weight_checker(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
         digest = hashlib.sha256()

@@ -41,7 +41,7 @@ def test_a_call_says_what_it_was_asked_for(script: Callable[..., Script]) -> Non
 
     assert ask(server, calls) == "v2"
     assert server.requests == [
-        ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": "/ck"}}),
+        ("/collective_rpc", {"method": "managed_vllm_reload", "kwargs": {"weights_path": "/ck"}}),
         ("/weight_info", None),
         ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/lora", "load_inplace": True}),
     ]

@@ -1,0 +1,173 @@
+"""Updates of the weights on the real vLLM, under load: no wrong token, no lost request, bad checkpoints without effect.
+
+One server for all of them. The two checkpoints differ in which token begins an answer, each as surely as the other.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from demo_checkpoints import copy_of_demo, edit_json, rewritten, with_rows_swapped
+from processes import HANG_S, eventually, own_state, tree
+
+from managed_vllm import ManagedVLLM, RestartPolicy, demo
+from managed_vllm.errors import CheckpointError
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+
+PROMPTS = [[{"role": "user", "content": demo.random_screen(random.Random(n)).prompt()}] for n in range(8)]
+PARAMS = {"temperature": 0, "max_tokens": 6}
+FIRST, UNUSED = 299, 700
+"""Every answer begins with the one, and no prompt has it; the other occurs nowhere."""
+UPDATES = 20
+
+Answers = list[tuple[int, ...]]
+
+
+@dataclass
+class Trainer:
+    """A server and checkpoints for it."""
+
+    llm: ManagedVLLM
+    folder: Path
+    good: dict[str, Path]
+    bad: list[Path]
+    answers: dict[str, Answers] = field(default_factory=dict)
+
+    def ask(self) -> Answers:
+        return [tuple(one.outputs[0].token_ids) for one in self.llm.chat(PROMPTS, PARAMS)]
+
+
+def bad_checkpoints(folder: Path) -> list[Path]:
+    """Truncated, missing, of another shape, architecture and vocabulary, with a NaN, and one that only looks good."""
+    made = {name: copy_of_demo(folder / name) for name in ("cut", "shape", "model", "words", "nan", "overflows")}
+    os.truncate(made["cut"] / "model.safetensors", 500_000)
+    edit_json(made["model"] / "config.json", architectures=["LlamaForCausalLM"])
+    edit_json(made["words"] / "config.json", vocab_size=800)
+
+    def changed(part: str, data: bytes) -> None:
+        rewritten(
+            folder / part,
+            lambda name, dtype, shape, old: (dtype, shape, data * (len(old) // 2) if "norm" in name else old),
+        )
+
+    changed("nan", b"\xc0\x7f")
+    changed("overflows", b"\x7f\x7f")  # finite numbers, with which the model computes infinity
+    rewritten(
+        made["shape"],
+        lambda name, dtype, shape, old: (dtype, [len(old) // 2], old) if "mlp.down" in name else (dtype, shape, old),
+    )
+    return [folder / "missing", *made.values()]
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    good = {name: copy_of_demo(folder / name) for name in ("a", "b")}
+    with_rows_swapped(good["b"], FIRST, UNUSED)
+    policy = RestartPolicy(max_restarts=20, backoff_initial_s=0.1, backoff_factor=1.0)
+    with own_state(), ManagedVLLM("demo", keep_alive=0, restart=policy) as llm:
+        found = Trainer(llm, folder, good, bad_checkpoints(folder))
+        for name, path in good.items():
+            llm.engine.update_weights(path)
+            found.answers[name] = found.ask()
+        assert {answer[0] for answer in found.answers["a"]} == {FIRST}
+        assert {answer[0] for answer in found.answers["b"]} == {UNUSED}
+        yield found
+
+
+class Load(threading.Thread):
+    """All the prompts, again and again, until it is ended."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(daemon=True)
+        self._trainer = trainer
+        self._ended = threading.Event()
+        self.answers: list[tuple[int, tuple[int, ...]]] = []
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while not self._ended.is_set():
+                self.answers += enumerate(self._trainer.ask())
+        except BaseException as error:
+            self.error = error
+
+    def await_more(self) -> None:
+        seen = len(self.answers)
+        eventually(lambda: len(self.answers) > seen or self.error is not None, "answers go on")
+
+    def end(self) -> None:
+        self._ended.set()
+        self.join(HANG_S)
+        assert not self.is_alive()
+        if self.error is not None:
+            raise self.error
+
+
+def test_twenty_updates_under_load_of_which_one_in_five_is_bad(trainer: Trainer) -> None:
+    llm, loads, seconds = trainer.llm, [Load(trainer) for _ in range(4)], []
+    served, bad = "b", iter(trainer.bad)
+    for number in range(UPDATES):
+        if number % 5 == 4:
+            with pytest.raises(CheckpointError):
+                llm.engine.update_weights(next(bad))
+        else:
+            served = "ab"[number % 2]
+            began = time.monotonic()
+            llm.engine.update_weights(trainer.good[served], version=f"v{number}")
+            seconds.append(time.monotonic() - began)
+        assert trainer.ask() == trainer.answers[served]
+        loads[0].await_more()
+    for load in loads:
+        load.end()
+    found = [one for load in loads for one in load.answers]
+    wrong = [one for one in found if one[1] not in {trainer.answers[name][one[0]] for name in "ab"}]
+    assert wrong == []
+    print(f"weights | {len(found)} answers | update, worst of {len(seconds)}: {max(seconds):.3f} s")
+
+
+def test_bad_checkpoints_leave_everything_as_it_was(trainer: Trainer) -> None:
+    llm = trainer.llm
+    before, epoch = llm.engine.update_weights(trainer.good["b"], version="best"), llm.status().epoch
+    for path in trainer.bad:
+        began = time.monotonic()
+        with pytest.raises(CheckpointError) as caught:
+            llm.engine.update_weights(path)
+        assert trainer.ask() == trainer.answers["b"]
+        print(f"weights | {path.name} | served again after {time.monotonic() - began:.3f} s | {caught.value.faults[0]}")
+    assert llm.engine.weights() == before
+    assert llm.status().epoch == epoch
+
+
+def test_requests_in_flight_go_on_with_the_new_weights(trainer: Trainer) -> None:
+    llm = trainer.llm
+    llm.engine.update_weights(trainer.good["a"])
+    tokens, updated = 0, False
+    for output in llm.stream(PROMPTS[0], {"temperature": 0, "max_tokens": 400, "ignore_eos": True}):
+        tokens += len(output.outputs[0].token_ids)
+        if not updated and tokens >= 5:
+            updated = bool(llm.engine.update_weights(trainer.good["b"], on_update="continue").checksum)
+    assert tokens == 400
+    assert trainer.ask() == trainer.answers["b"]
+
+
+@pytest.mark.parametrize("killed", ["EngineCore", pytest.param("APIServer", marks=pytest.mark.soak), "supervisor"])
+def test_they_survive_a_kill(trainer: Trainer, killed: str) -> None:
+    llm = trainer.llm
+    before, epoch = llm.engine.update_weights(trainer.good["b"], version="v9"), llm.status().epoch
+    supervisor = llm.status().supervisor_pid
+    assert supervisor is not None
+    os.kill(supervisor if killed == "supervisor" else tree(llm)[killed].pid, signal.SIGKILL)
+    eventually(lambda: llm.wait_ready(HANG_S).epoch > epoch, "started again")
+    assert llm.engine.weights() == before
+    assert trainer.ask() == trainer.answers["b"]
