@@ -147,6 +147,9 @@ def test_a_folder_that_comes_and_goes_stays_closed_to_others(home: Path) -> None
         finally:
             over.set()
         removing.result(30)
+    instance.create()
+    with instance.start_lock(30):
+        instance.remove_folder()
 
 
 def test_a_reused_pid_is_neither_attached_to_nor_touched(home: Path) -> None:
