@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
+import unittest.mock
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +27,9 @@ def llm() -> Iterator[ManagedVLLM]:
 
 @pytest.fixture(scope="module")
 def client(llm: ManagedVLLM) -> Any:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), unittest.mock.patch.dict(os.environ):
         warnings.simplefilter("ignore")  # it says for which versions of vLLM it was made
+        # It sets VLLM_LOGGING_LEVEL=ERROR for all that this process starts from then on: other tests read servers' logs.
         module = importlib.import_module("trl.generation.vllm_client")
     return module.VLLMClient(base_url=llm.url_with_key, connection_timeout=60)
 
