@@ -29,7 +29,7 @@ def llm() -> Iterator[ManagedVLLM]:
 def client(llm: ManagedVLLM) -> Any:
     with warnings.catch_warnings(), unittest.mock.patch.dict(os.environ):
         warnings.simplefilter("ignore")  # it says for which versions of vLLM it was made
-        # It sets VLLM_LOGGING_LEVEL=ERROR for all that this process starts from then on: other tests read servers' logs.
+        # It sets VLLM_LOGGING_LEVEL=ERROR for all that this process starts afterwards; other tests read servers' logs.
         module = importlib.import_module("trl.generation.vllm_client")
     return module.VLLMClient(base_url=llm.url_with_key, connection_timeout=60)
 
