@@ -269,7 +269,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", metavar="NAME_OR_ID", help=_WHICH)
-    parser.add_argument("--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="for the call (60)")
+    parser.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="for the call (60; update-weights: 600)")
     calls = parser.add_subparsers(title="calls", metavar="CALL")
 
     def call(name: str, about: str) -> argparse.ArgumentParser:
@@ -298,6 +298,16 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--replace", action="store_true", help="in place of the adapter of that name")
     call("unload-lora", "take a LoRA adapter away").add_argument("name", metavar="NAME")
     call("weights", "show which weights are served")
+    update = call("update-weights", "take the weights of another checkpoint of the same model, or leave all as it was")
+    update.add_argument("path", metavar="CHECKPOINT", help="its folder, or a hub id that is in the local cache")
+    update.add_argument("--version", metavar="TEXT", help="what they are called from then on (the folder's name)")
+    update.add_argument("--expect", dest="checksum", metavar="CHECKSUM", help="what they must have")
+    update.add_argument(
+        "--on-update",
+        choices=("finish", "continue"),
+        default="finish",
+        help="requests in flight are finished first, or go on with the new weights (finish)",
+    )
 
 
 def _add_rollout(parser: argparse.ArgumentParser) -> None:

@@ -11,10 +11,10 @@ from managed_vllm.engine_state import EngineState
 from managed_vllm.errors import SupervisorError
 from managed_vllm.instance import directory
 from managed_vllm.instance.channel import Channel
-from managed_vllm.instance.engine_control import call_engine, where
+from managed_vllm.instance.engine_control import CALL_S, UPDATE_S, call_engine, where
 from managed_vllm.status import ServerStatus
 
-_ARGUMENTS = ("mode", "level", "tags", "name", "path", "replace")
+_ARGUMENTS = ("mode", "level", "tags", "name", "path", "replace", "version", "checksum", "on_update")
 
 
 def show(given: argparse.Namespace) -> int:
@@ -33,9 +33,10 @@ def call(given: argparse.Namespace) -> int:
     arguments = {name: getattr(given, name) for name in _ARGUMENTS if getattr(given, name, None) is not None}
     if "path" in arguments:
         arguments["path"] = where(arguments["path"])
+    timeout = given.timeout or (UPDATE_S if given.call == "update_weights" else CALL_S)
     channel = _channel(given)
     try:
-        found = call_engine(channel, given.call, time.monotonic() + given.timeout, arguments)
+        found = call_engine(channel, given.call, time.monotonic() + timeout, arguments)
     finally:
         channel.close()
     print(_said(given.call, found))
@@ -54,7 +55,7 @@ def _channel(given: argparse.Namespace) -> Channel:
 def _said(call: str, found: dict[str, Any]) -> str:
     if call == "loras":
         return "\n".join(f"{name}  {path}" for name, path in sorted(found["loras"].items())) or "No adapter is loaded."
-    if call == "weights":
+    if call in ("weights", "update_weights"):
         return "\n".join(f"{name:8}  {found[name] or '-'}" for name in ("version", "path", "checksum"))
     if call == "resume" and found.get("paused"):
         return "Somebody else holds it paused."

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import standin
+from demo_checkpoints import copy_of_demo
 from processes import INSTANT
 
 from managed_vllm import ManagedVLLM
@@ -41,6 +42,24 @@ def test_the_engine_is_controlled_from_the_shell(
         assert main(["engine", "load-lora", "mine", "none"]) == 1
         assert "No adapter found" in capsys.readouterr().err
         assert llm.status().engine == EngineState()
+
+
+def test_weights_are_updated_from_the_shell_or_all_that_speaks_against_it_is_said(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_of_demo(tmp_path / "step-1")
+    (tmp_path / "step-1" / "standin.json").write_text('{"name": "step-1"}')
+    monkeypatch.chdir(tmp_path)
+    with ManagedVLLM("stand-in", command=standin.command(), env=standin.orders(), keep_alive=INSTANT) as llm:
+        words = ["engine", "update-weights", "./step-1", "--version", "v1", "--on-update", "continue"]
+        assert main(words) == 0, capsys.readouterr()
+        assert capsys.readouterr().out.splitlines()[:2] == ["version   v1", f"path      {tmp_path / 'step-1'}"]
+        assert llm.engine.weights().version == "v1"
+        assert main(["engine", "update-weights", "./step-1", "--expect", "another"]) == 1
+        assert "expected is another" in capsys.readouterr().err
+        assert main(["engine", "update-weights", "./step-2"]) == 1
+        assert "no such folder" in capsys.readouterr().err
+        assert llm.engine.weights().version == "v1"
 
 
 def test_sleep_and_wake_up_as_vllm_llm_has_them(home: Path) -> None:
