@@ -113,16 +113,17 @@ class HandStart:
 def by_hand(served: Served) -> HandStart:
     """Starts vLLM without us: `/health` is asked every 50 ms, then a completion of one token.
 
-    The command and the environment are those of `ManagedVLLM` without what is ours: no middleware, no sitecustomize, no
-    marker.
+    The command and the environment are those of `ManagedVLLM` without what is ours: no middleware, no extension of the
+    Workers, no sitecustomize, no marker.
     """
     spec = served.spec()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     argv = spec.argv(host="127.0.0.1", port=port, uds=None)
-    guard = argv.index("--middleware")
-    del argv[guard : guard + 2]
+    for ours in ("--middleware", "--worker-extension-cls"):
+        at = argv.index(ours)
+        del argv[at : at + 2]
     key = secrets.token_urlsafe(32)
     environment = {**os.environ, **spec.env, "VLLM_API_KEY": key, "PYTHONUNBUFFERED": "1"}
     client = httpx.Client(

@@ -274,7 +274,8 @@ class ServerSpec:
         program = self.python or python or sys.executable
         ours = ["--middleware", "managed_vllm_guard.KeyGuard"]
         # Ray's workers have an environment of their own, in which our modules are not found.
-        if not {"worker_extension_cls": None, "distributed_executor_backend": "ray"}.items() & self.engine_args.items():
+        under_ray = self.engine_args.get("distributed_executor_backend") == "ray"
+        if not under_ray and "worker_extension_cls" not in self.engine_args:
             ours += ["--worker-extension-cls", "managed_vllm_canary.Canary"]
         return [program, *launch, *where, *ours, *flags]
 

@@ -205,6 +205,12 @@ class EngineLostError(EngineControlError, ConnectionError):
     """The server or its supervisor ended in the middle of the call, or within `with llm.engine.paused()`."""
 
 
+ENGINE_ERRORS: Mapping[str, type[EngineControlError]] = {
+    kind.__name__: kind for kind in (EngineUnsupportedError, EngineTimeoutError, EngineLostError)
+}
+"""By the names under which the control channel carries them."""
+
+
 class CheckpointError(EngineControlError, ValueError):
     """A checkpoint (`path`) can't take the place of the weights that are served, and these serve on.
 

@@ -18,12 +18,12 @@ from typing import Any, Literal, TypeVar, get_args
 from managed_vllm import paths
 from managed_vllm.engine_state import PAUSE_MODES, SLEEP_LEVELS, EngineState, PauseMode
 from managed_vllm.errors import (
+    ENGINE_ERRORS,
     CheckpointError,
     ConfigError,
     EngineControlError,
     EngineLostError,
     EngineTimeoutError,
-    EngineUnsupportedError,
     error_for,
 )
 from managed_vllm.instance.attach import Attachment
@@ -40,9 +40,6 @@ UPDATE_S = 600.0
 """The same of `update_weights`."""
 _ANSWER_S = 5.0
 """Seconds beyond a call's limit in which the supervisor must have said that it is over."""
-_ERRORS: Mapping[str, type[EngineControlError]] = {
-    kind.__name__: kind for kind in (EngineUnsupportedError, EngineTimeoutError, EngineLostError)
-}
 
 
 @dataclass(frozen=True)
@@ -277,7 +274,7 @@ def call_engine(channel: Channel, name: str, deadline: float, arguments: Mapping
         return found
     if "checkpoint" in reply:
         raise CheckpointError.from_dict(reply["checkpoint"])
-    kind = _ERRORS.get(str(reply.get("kind")), EngineControlError)
+    kind = ENGINE_ERRORS.get(str(reply.get("kind")), EngineControlError)
     raise kind(str(reply.get("error")), call=str(reply.get("call", name)), status=reply.get("http_status"))
 
 

@@ -299,7 +299,6 @@ class SamplingParams:
         """The request fields for `/v1/chat/completions` (`chat`) or `/v1/completions`.
 
         What the server would take from the model's generation_config is always there, unless `only_given`.
-
         """
         names = self.given if only_given else self.given.union(_OF_GENERATION_CONFIG)
         request = {

@@ -25,6 +25,7 @@ from typing import Any
 
 from managed_vllm.engine_state import PAUSE_MODES, SLEEP_LEVELS, EngineState, PauseMode
 from managed_vllm.errors import (
+    ENGINE_ERRORS,
     CheckpointError,
     EngineControlError,
     EngineLostError,
@@ -46,7 +47,6 @@ _RELEASES = 3
 """Times that an engine is asked to resume, and seconds for each; one that does not is started again."""
 _DEATH_S = 10.0
 """Seconds in which the end of a server is reported that broke a connection of ours."""
-_ERRORS = {kind.__name__: kind for kind in (EngineUnsupportedError, EngineTimeoutError, EngineLostError)}
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Engine:
         try:
             return {"ok": True, "result": await self._do(call)}
         except EngineControlError as error:
-            kind = next((name for name, kind in _ERRORS.items() if isinstance(error, kind)), "EngineControlError")
+            kind = next((name for name, kind in ENGINE_ERRORS.items() if isinstance(error, kind)), "EngineControlError")
             found = {"checkpoint": error.to_dict()} if isinstance(error, CheckpointError) else {}
             said = {"error": error.message, "kind": kind, "call": error.call, "http_status": error.status}
             return {"ok": False, **said, **found}
