@@ -21,6 +21,7 @@ from managed_vllm.masking import Secret
 from managed_vllm.policies import MAX_IN_FLIGHT, RetryPolicy
 from managed_vllm.request.adapters import LoadAdapter
 from managed_vllm.request.async_methods import AsyncRequestMethods
+from managed_vllm.request.async_requests import AskSupervisor
 from managed_vllm.request.attempts import Report, Sender
 from managed_vllm.request.endpoints import Endpoint
 from managed_vllm.request.methods import RequestMethods
@@ -49,6 +50,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
         instance: returns the server's short id, for errors.
         report: tells a supervisor about a request under which the server dies; see `Sender`.
         load_adapter: loads the adapters of `lora_request=` on their first use; None: the server must have them.
+        supervisor: what the server's supervisor tells for `metrics()`; None: there is none.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
         instance: Callable[[], str | None] | None = None,
         report: Report | None = None,
         load_adapter: LoadAdapter | None = None,
+        supervisor: AskSupervisor | None = None,
     ) -> None:
         self.model_name = model_name
         self.fixed_connection: Connection | None = None
@@ -91,7 +94,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
             media_ids=media_ids,
             report=report,
         )
-        super().__init__(sender, instance or (lambda: None), load_adapter)
+        super().__init__(sender, instance or (lambda: None), load_adapter, supervisor)
         weakref.finalize(self, self.sender.close).atexit = False
 
     @property

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from managed_vllm import forks, training
 from managed_vllm.config import Address, ServerSpec, installed_vllm, set_in_arguments, set_in_engine_args, vllm_folder
 from managed_vllm.engine_state import PauseMode
-from managed_vllm.errors import ConfigError
+from managed_vllm.errors import ConfigError, ManagedVLLMError
 from managed_vllm.instance import directory, external, names
 from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer, report_deaths
 from managed_vllm.instance.engine_control import AsyncEngineControl, EngineControl
+from managed_vllm.instance.event_history import restarts_by_cause
 from managed_vllm.instance.status_listener import StatusListener
 from managed_vllm.masking import without_passwords
 from managed_vllm.policies import MAX_IN_FLIGHT, HangPolicy, RestartPolicy, RetryPolicy, SupervisionPolicy, seconds
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
     from managed_vllm.client import AsyncVLLMClient, VLLMClient
+    from managed_vllm.request.server_metrics import SupervisorMetrics
 
 KEEP_ALIVE_VARIABLE = "MANAGED_VLLM_KEEP_ALIVE"
 WARM_VARIABLE = "MANAGED_VLLM_WARM"
@@ -449,6 +451,7 @@ class _Clients:
                 instance=lambda: attachment.id,
                 report=functools.partial(report_deaths, attachment),
                 load_adapter=None if attachment.options.base_url else functools.partial(_load_adapter, attachment),
+                supervisor=None if attachment.options.base_url else functools.partial(_ask_supervisor, attachment),
             )
         return self._async_client
 
@@ -489,6 +492,20 @@ async def _load_adapter(attachment: Attachment, name: str, path: str, timeout_s:
     limit_s = _UNBOUNDED_S if timeout_s is None else timeout_s
     control = EngineControl(lambda: attachment)
     await asyncio.wrap_future(in_thread(lambda: control.ensure_lora(name, path, timeout=limit_s), "managed-vllm-lora"))
+
+
+async def _ask_supervisor(attachment: Attachment, timeout_s: float | None) -> SupervisorMetrics | None:
+    """What the supervisor tells of the server; None where it does not answer in time."""
+    from managed_vllm.request.server_metrics import SupervisorMetrics
+
+    def ask() -> SupervisorMetrics:
+        status = attachment.status()
+        assert attachment.known is not None
+        return SupervisorMetrics.of(status, restarts_by_cause(attachment.known.instance))
+
+    with contextlib.suppress(ManagedVLLMError, TimeoutError):
+        return await asyncio.wait_for(asyncio.wrap_future(in_thread(ask, "managed-vllm-metrics")), timeout_s)
+    return None
 
 
 def _keep_alive_s(given: float | None) -> float:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from managed_vllm.engine_state import EngineState
+from managed_vllm.health import HealthChecks
 from managed_vllm.masking import Secret, reveal, without_passwords
 
 
@@ -250,7 +251,8 @@ class ServerStatus:
     """Everything known about a server at one moment. Times are seconds since the epoch (Unix time).
 
     `launch` says how this epoch was started: `"forked"` from the warm image, whose pid is `image_pid`, `"plain"`, or
-    `"plain: "` and the reason why it could not be forked. `engine` is what users have made of the engine.
+    `"plain: "` and the reason why it could not be forked. `engine` is what users have made of the engine, `health` what
+    the supervisor's checks have shown.
     """
 
     state: ServerState
@@ -270,6 +272,7 @@ class ServerStatus:
     supervisor_pid: int | None = None
     image_pid: int | None = None
     engine: EngineState = field(default_factory=EngineState)
+    health: HealthChecks = field(default_factory=HealthChecks)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -291,6 +294,8 @@ class ServerStatus:
             known["diagnosis"] = Diagnosis.from_dict(known["diagnosis"])
         if "engine" in known:
             known["engine"] = EngineState.from_dict(known["engine"])
+        if "health" in known:
+            known["health"] = HealthChecks.from_dict(known["health"])
         return cls(**known)
 
 

@@ -245,7 +245,7 @@ class Supervisor:
             on_retention=self._write_record,
         )
         self._restarts = Restarts(order.policy.restart, chooses_port=order.address.port is None)
-        self._starter = ServerStarter(self._order, instance, on_imports=self._show_imports)
+        self._starter = ServerStarter(self._order, instance, on_progress=self._show_progress)
         self._process: ServerProcess | None = None
         self._port: int | None = None
         self._files: Files | None = None
@@ -424,7 +424,9 @@ class Supervisor:
         )
         self._starter.server_is_ready()
         await process.record_descendants()
-        watch = HangWatch(probe, process, self._order.policy.hang, lambda: self._engine.may_stand_still)
+        watch = HangWatch(
+            probe, process, self._order.policy.hang, lambda: self._engine.may_stand_still, self._count_health_check
+        )
         ended = await self._until_settled(process, watch.until_unwell(), _READY_LOOK_S)
         assert ended is not None  # a watch over a server that works does not return
         return ended
@@ -575,8 +577,8 @@ class Supervisor:
         self._write_record()
         self._leases.publish()
 
-    def _show_imports(self, modules: int) -> None:
-        self._show_progress(Progress(Stage.IMPORTING, f"{modules} modules"))
+    def _count_health_check(self, latency_s: float | None) -> None:
+        self._status = dataclasses.replace(self._status, health=self._status.health.counting(latency_s))
 
     def _show_progress(self, progress: Progress) -> None:
         """Shows the users how far a start is. Progress that arrives after the start is dropped."""

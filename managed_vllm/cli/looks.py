@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from managed_vllm.instance import directory
 from managed_vllm.instance.directory import Instance
 from managed_vllm.request import server_metrics
 from managed_vllm.request.server_metrics import Rates, ServerMetrics
-from managed_vllm.status import Connection, ServerState, ServerStatus
+from managed_vllm.status import Connection, ServerStatus
 
 _METRICS_S = 3.0
 """Seconds within which a server must tell its metrics; one that does not has none in this look."""
@@ -102,30 +101,6 @@ def metrics_text(connection: Connection) -> str:
         response = client.get(f"{connection.base_url.removesuffix('/v1')}/metrics")
         return response.text if response.status_code == 200 else ""
     return ""
-
-
-def restarts_by_cause(instance: Instance) -> dict[str, int]:
-    """How often the server was started again, by the cause of its end; `requested` where a user asked for it."""
-    causes: dict[int, str] = {}
-    epoch = 0
-    for event in _events(instance):
-        is_end = event.get("state") == ServerState.RESTARTING and event.get("epoch") == epoch
-        if is_end:  # the launch of the next epoch is an event as well, with its own number
-            causes[epoch] = str((event.get("diagnosis") or {}).get("cause", "requested"))
-        epoch = int(event.get("epoch", epoch))
-    found: dict[str, int] = {}
-    for cause in causes.values():
-        found[cause] = found.get(cause, 0) + 1
-    return found
-
-
-def _events(instance: Instance) -> Iterator[Mapping[str, Any]]:
-    older = instance.events_path.with_name(f"{instance.events_path.name}.1")
-    for path in (older, instance.events_path):
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # the last line may be half written
-                    yield json.loads(line)
 
 
 def _read(text: str, epoch: int) -> ServerMetrics | None:

@@ -9,23 +9,26 @@ from __future__ import annotations
 import argparse
 import base64
 import hmac
+import itertools
 import secrets
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from managed_vllm.cli.keys import given_key
-from managed_vllm.cli.looks import Look, Looker, restarts_by_cause
+from managed_vllm.cli.looks import Look, Looker
 from managed_vllm.cli.serve import terminable
+from managed_vllm.health import BOUNDS_S, HealthChecks
 from managed_vllm.instance import directory
 from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.event_history import restarts_by_cause
 from managed_vllm.status import ServerState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -66,7 +69,7 @@ class _Collected:
         return [*_own(self._home, looks), *_vllms(looks)]
 
 
-def _own(home: Path, looks: Iterable[Look]) -> list[Metric]:
+def _own(home: Path, looks: Sequence[Look]) -> list[Metric]:
     info = InfoMetricFamily("managed_vllm_server", "What is served, and how it was launched.", labels=["server"])
     state = GaugeMetricFamily("managed_vllm_state", "1 for the state that it is in.", labels=["server", "state"])
     epoch = GaugeMetricFamily("managed_vllm_epoch", "Starts of the server so far.", labels=["server"])
@@ -78,6 +81,9 @@ def _own(home: Path, looks: Iterable[Look]) -> list[Metric]:
     )
     restarts = CounterMetricFamily(
         "managed_vllm_restarts", "Ends after which it was started again.", labels=["server", "cause"]
+    )
+    weights = InfoMetricFamily(
+        "managed_vllm_weights", "Which weights are served: their version, and the checkpoint.", labels=["server"]
     )
     for look in looks:
         row, server = look.row, str(look.row["id"])
@@ -94,7 +100,30 @@ def _own(home: Path, looks: Iterable[Look]) -> list[Metric]:
             memory.add_metric([server, "gpu"], look.gpu_memory_bytes)
         for cause, count in restarts_by_cause(Instance(home, server)).items():
             restarts.add_metric([server, cause], count)
-    return [info, state, epoch, leases, pinned, uptime, memory, restarts]
+        engine = row["engine"]
+        weights.add_metric([server], {"version": engine["weight_version"], "checkpoint": engine["weights"] or ""})
+    return [info, state, epoch, leases, pinned, uptime, memory, restarts, weights, *_health(looks)]
+
+
+def _health(looks: Iterable[Look]) -> list[Metric]:
+    last = GaugeMetricFamily(
+        "managed_vllm_health_last_seconds", "Until the last check of /health was answered.", labels=["server"]
+    )
+    answered = HistogramMetricFamily(
+        "managed_vllm_health_seconds", "Until the supervisor's checks of /health were answered.", labels=["server"]
+    )
+    unanswered = CounterMetricFamily(
+        "managed_vllm_health_unanswered", "Checks of /health that got no answer in time.", labels=["server"]
+    )
+    for look in looks:
+        server, checks = str(look.row["id"]), HealthChecks.from_dict(look.row["health"])
+        if checks.last_s is not None:
+            last.add_metric([server], checks.last_s)
+        up_to = itertools.accumulate(checks.buckets)
+        buckets = [(str(bound), count) for bound, count in zip((*BOUNDS_S, "+Inf"), up_to, strict=True)]
+        answered.add_metric([server], buckets, checks.total_s)
+        unanswered.add_metric([server], checks.unanswered)
+    return [last, answered, unanswered]
 
 
 def _vllms(looks: Iterable[Look]) -> list[Metric]:

@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,7 @@ def to_json(instance: Instance, names: Sequence[str], seen: ServerStatus | None,
         "log_path": seen.log_path or (str(instance.server_log) if instance.server_log.exists() else None),
         "diagnosis": seen.diagnosis.to_dict() if seen.diagnosis else None,
         "engine": seen.engine.to_dict(),
+        "health": asdict(seen.health),
     }
     if show_key:
         row["api_key"] = connection.api_key.reveal() if connection else None

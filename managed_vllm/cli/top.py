@@ -19,6 +19,7 @@ from typing import Any
 from managed_vllm.cli import running
 from managed_vllm.cli.looks import Look, Looker
 from managed_vllm.errors import ConfigError
+from managed_vllm.health import HealthChecks
 from managed_vllm.instance import directory
 
 _WIDE = 110
@@ -192,9 +193,21 @@ def _users(look: Look) -> Any:
     from rich.text import Text
 
     users = look.row["users"]
-    head = f"users of {look.row['id']}:" if users else f"{look.row['id']} has no users"
+    head = f"{look.row['id']}: " + ", ".join([*_details(look), f"users: {len(users)}"])
     lines = [Text(f"{user['pid']:>8}  {user['what']}", no_wrap=True, overflow="ellipsis") for user in users]
-    return Group(Text(head, style="bold"), *lines, Text(""))
+    return Group(Text(head, style="bold", no_wrap=True, overflow="ellipsis"), *lines, Text(""))
+
+
+def _details(look: Look) -> list[str]:
+    """What the table has no column for."""
+    checks, engine = HealthChecks.from_dict(look.row["health"]), look.row["engine"]
+    found = [f"restarts: {look.row['restarts']}"]
+    if checks.last_s is not None:
+        late = f", {checks.unanswered} not answered" if checks.unanswered else ""
+        found.append(f"/health in {1000 * checks.last_s:.1f} ms{late}")
+    if engine["weight_version"]:
+        found.append(f"weights: {engine['weight_version']}")
+    return found
 
 
 def _count(number: int | None) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +93,14 @@ class AsyncEngineMethods(AsyncRequests):
         request = TextRequest("/metrics")
         try:
             with named(None, self._instance):
-                stats = await self.sender.send(request, deadline_of(timeout))
-            return server_metrics.parse(request.text, epoch=stats.epoch)
+                stats = await self.sender.send(request, deadline := deadline_of(timeout))
+            found = server_metrics.parse(request.text, epoch=stats.epoch)
         except (BadRequestError, ValueError) as error:
             raise UnsupportedMethodError(f"metrics(): the server has no /metrics: {error}", method="metrics") from error
+        if self._ask_supervisor is None:
+            return found
+        left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return dataclasses.replace(found, supervisor=await self._ask_supervisor(left_s))
 
     async def start_profile(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from managed_vllm.errors import BadRequestError, ModelNotFoundError, UnsupportedMethodError
 from managed_vllm.request.adapters import LoadAdapter, with_adapters
@@ -15,7 +15,12 @@ from managed_vllm.request.bounds import checked_timeout
 from managed_vllm.request.pending import CommandRequest, JSONRequest, RequestStats
 from managed_vllm.request.surface import WithoutTheRest
 
+if TYPE_CHECKING:
+    from managed_vllm.request.server_metrics import SupervisorMetrics
+
 T = TypeVar("T")
+AskSupervisor = Callable[[float | None], Awaitable["SupervisorMetrics | None"]]
+"""What the supervisor tells within that many seconds (None: no bound); None where it does not answer."""
 
 
 class AsyncRequests(WithoutTheRest):
@@ -25,14 +30,20 @@ class AsyncRequests(WithoutTheRest):
         sender: sends them.
         instance: returns the server's short id, for errors.
         load_adapter: loads adapters on their first use; None: the server must have them.
+        supervisor: what the server's supervisor tells of it, within that many seconds; None: there is none.
     """
 
     def __init__(
-        self, sender: Sender, instance: Callable[[], str | None], load_adapter: LoadAdapter | None = None
+        self,
+        sender: Sender,
+        instance: Callable[[], str | None],
+        load_adapter: LoadAdapter | None = None,
+        supervisor: AskSupervisor | None = None,
     ) -> None:
         self.sender = sender
         self._instance = instance
         self._load_adapter = load_adapter
+        self._ask_supervisor = supervisor
 
     async def _with_adapters(self, fields: Mapping[str, Any], count: int, timeout_s: float | None) -> dict[str, Any]:
         """The fields of a call, with `lora_request=` as the name of a model."""

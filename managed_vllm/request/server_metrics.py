@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from managed_vllm.status import ServerStatus
+
 QUANTILES = (0.5, 0.9, 0.99)
 
 
@@ -34,6 +36,45 @@ class Distribution:
 
 
 @dataclass(frozen=True)
+class SupervisorMetrics:
+    """What a server's supervisor tells of it.
+
+    Attributes:
+        epoch: the server's starts so far.
+        restarts: the ends after which it was started again, by their cause (`managed_vllm.status.Cause`); "requested"
+            where a user asked for it.
+        uptime_s: seconds since it became ready; None while it is not.
+        leases: its users.
+        health_latency_s: seconds until the last check of `/health` was answered; None before the first one.
+        health_checks, health_unanswered: how many were answered since the supervisor was started, and how many not.
+        weight_version: what `llm.engine.update_weights(version=)` has called the weights; empty: nobody has named them.
+    """
+
+    epoch: int
+    restarts: Mapping[str, int]
+    uptime_s: float | None
+    leases: int
+    health_latency_s: float | None
+    health_checks: int
+    health_unanswered: int
+    weight_version: str
+
+    @classmethod
+    def of(cls, status: ServerStatus, restarts: Mapping[str, int]) -> SupervisorMetrics:
+        """From what the supervisor says now, and from the server's past."""
+        return cls(
+            epoch=status.epoch,
+            restarts=restarts,
+            uptime_s=None if status.ready_at is None else max(0.0, time.time() - status.ready_at),
+            leases=status.users,
+            health_latency_s=status.health.last_s,
+            health_checks=status.health.answered,
+            health_unanswered=status.health.unanswered,
+            weight_version=status.engine.weight_version,
+        )
+
+
+@dataclass(frozen=True)
 class ServerMetrics:
     """What the server does, and has done in this epoch; of all its users.
 
@@ -48,6 +89,7 @@ class ServerMetrics:
         preemptions: requests that had to leave the batch for want of KV cache.
         requests: ended requests by their finish reason.
         time_to_first_token, inter_token_latency, request_latency, queue_time: seconds.
+        supervisor: what its supervisor tells of it; None for a server by URL, and where it does not answer.
     """
 
     at: float
@@ -65,6 +107,7 @@ class ServerMetrics:
     inter_token_latency: Distribution | None = None
     request_latency: Distribution | None = None
     queue_time: Distribution | None = None
+    supervisor: SupervisorMetrics | None = None
 
     @property
     def prefix_cache_hit_rate(self) -> float | None:

@@ -100,12 +100,17 @@ class HangWatch:
         process: ServerProcess,
         policy: HangPolicy,
         may_stand_still: Callable[[], bool] = lambda: False,
+        on_health: Callable[[float | None], None] = lambda _: None,
     ) -> None:
-        """`may_stand_still` says whether the engine is paused or asleep by our own doing."""
+        """`may_stand_still` says whether the engine is paused or asleep by our own doing.
+
+        `on_health` is called after each check, with the seconds until `/health` was answered; None: it was not.
+        """
         self._probe = probe
         self._process = process
         self._policy = policy
         self._may_stand_still = may_stand_still
+        self._on_health = on_health
         self._pace = _Pace.of(policy)
         self._stopped = StoppedProcesses(process, policy)
         self._answered_at = self._moved_at = self._metrics_at = self._asked_at = time.monotonic()
@@ -197,8 +202,10 @@ class HangWatch:
         await self._process.record_descendants()
         if found := self._stopped.check():
             return found
+        asked_at = time.monotonic()
         health = await self._probe.is_up(max(1.0, self._pace.check_s))
         now = time.monotonic()
+        self._on_health(None if health.status is None else now - asked_at)
         if health.status == 503:
             # One such answer is too little to kill a server for.
             await asyncio.sleep(0.25)

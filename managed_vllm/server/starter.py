@@ -32,7 +32,7 @@ from managed_vllm.server.keeper import Keeper
 from managed_vllm.server.launch import Launch
 from managed_vllm.server.process import ForkedChild, ServerProcess
 from managed_vllm.server.restarts import ENDED_FROM_OUTSIDE
-from managed_vllm.status import Cause, Diagnosis
+from managed_vllm.status import Cause, Diagnosis, Progress, Stage
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +62,11 @@ class ServerStarter:
     `how` says how the last one was started: "forked", "plain", or "plain: " and why it could not be forked.
     """
 
-    def __init__(self, order: SupervisorOrder, instance: Instance, *, on_imports: Callable[[int], None]) -> None:
-        """`on_imports` is called, while somebody waits for the image, with the number of modules imported so far."""
+    def __init__(self, order: SupervisorOrder, instance: Instance, *, on_progress: Callable[[Progress], None]) -> None:
+        """`on_progress` is called, while somebody waits for the image, with the number of modules imported so far."""
         self._order = order
         self._instance = instance
-        self._on_imports = on_imports
+        self._on_progress = on_progress
         self._image: Image | None = None
         self._launch: Launch | None = None
         self._keeper: Keeper | None = None
@@ -200,7 +200,7 @@ class ServerStarter:
                 preload=preload(folder, launch.environment),
                 cwd=self._instance.folder,
                 log_path=self._instance.image_log,
-                on_imports=self._on_imports,
+                on_imports=lambda modules: self._on_progress(Progress(Stage.IMPORTING, f"{modules} modules")),
             )
         except OSError as error:
             raise ImageRefusedError(f"the image could not be started: {error}") from error

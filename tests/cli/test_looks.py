@@ -19,9 +19,10 @@ from processes import HANG_S, eventually
 from prometheus_client.parser import text_string_to_metric_families
 
 from managed_vllm import ManagedVLLM
-from managed_vllm.cli.looks import Looker, restarts_by_cause
+from managed_vllm.cli.looks import Looker
 from managed_vllm.cli.metrics import MetricsServer, exposition
 from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.event_history import restarts_by_cause
 
 PROGRAM = [sys.executable, "-m", "managed_vllm.cli"]
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -104,6 +105,7 @@ def test_metrics_of_two_servers_are_read_by_prometheus_own_parser(home: Path) ->
     ):
         one.generate("x", {"max_tokens": 5})
         one.restart()
+        eventually(lambda: one.status().health.answered, "its health was checked")
         found = samples(exposition(home).decode())
         for llm, epoch in ((one, 2.0), (two, 1.0)):
             server = str(llm.id)
@@ -119,6 +121,23 @@ def test_metrics_of_two_servers_are_read_by_prometheus_own_parser(home: Path) ->
         dashboard = (Path(__file__).parents[2] / "examples" / "grafana.json").read_text()
         assert json.loads(dashboard)["panels"]
         assert set(re.findall(r"managed_vllm_\w+", dashboard)) <= {name for name, _ in found}
+
+
+def test_health_latency_and_weight_version_are_told_by_the_supervisor(home: Path) -> None:
+    with ManagedVLLM("m", command=standin.command(), keep_alive=0) as llm:
+        eventually(lambda: llm.status().health.answered > 0, "checked")
+        told = llm.metrics().supervisor
+        assert told is not None
+        assert told.health_latency_s is not None
+        assert 0 < told.health_latency_s < HANG_S
+        assert (told.epoch, told.restarts, told.leases, told.weight_version) == (1, {}, 1, "")
+        assert (told.health_checks > 0, told.health_unanswered) == (True, 0)
+        found, server = samples(exposition(home).decode()), str(llm.id)
+        assert found["managed_vllm_health_last_seconds", labelled(server=server)] > 0
+        count = found["managed_vllm_health_seconds_count", labelled(server=server)]
+        assert count == found["managed_vllm_health_seconds_bucket", labelled(server=server, le="+Inf")] > 0
+        assert found["managed_vllm_health_unanswered_total", labelled(server=server)] == 0
+        assert found["managed_vllm_weights_info", labelled(server=server, version="", checkpoint="")] == 1
 
 
 def test_served_metrics_want_their_key(home: Path) -> None:

@@ -10,12 +10,13 @@ import arrows
 # -- arrows ------------------------------------------------------------------------------------------------------------
 
 VALUES = {"masking", "status", "errors", "policies", "forks", "urls", "paths", "socket_paths"}
-VALUES |= {"standard_error", "green_threads", "engine_state"}
+VALUES |= {"standard_error", "green_threads", "engine_state", "health"}
 """What every room may use: values, exceptions, and small functions without any state but the fork hooks."""
 ALLOWED: dict[str, set[str]] = {
     "masking": set(),
     "engine_state": set(),
-    "status": {"engine_state", "masking"},
+    "health": set(),
+    "status": {"engine_state", "health", "masking"},
     "errors": {"status"},
     "policies": {"errors", "status"},
     "forks": set(),
