@@ -15,6 +15,9 @@ supervisor's own key, `MANAGED_VLLM_CONTROL_KEY`, where the supervisor and not t
 (`MANAGED_VLLM_CONTROLLED`, the variables that it has set): so whatever changes the engine goes through the supervisor,
 which remembers it. That key opens everything.
 
+Its first request finds vLLM's routes imported: then it has them say which weights made an answer
+(`managed_vllm_weight_versions`).
+
 It also keeps the supervisor's looks at `/health` and `/metrics`, one every few seconds, out of the server's access log.
 """
 
@@ -87,6 +90,7 @@ class KeyGuard:
         self._bearer = b"Bearer " + key.encode()
         self._controlled = frozenset(os.environ.get(CONTROLLED, "").split()) if control_key else frozenset()
         logging.getLogger("uvicorn.access").addFilter(_is_news)
+        _install_weight_versions()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
@@ -141,6 +145,16 @@ class KeyGuard:
                 scheme, _, token = value.partition(b" ")
                 return scheme.lower() == b"bearer" and hmac.compare_digest(_digest(token.strip()), expected)
         return False
+
+
+def _install_weight_versions() -> None:
+    """Whatever keeps it from that keeps nobody from being served."""
+    try:
+        import managed_vllm_weight_versions  # type: ignore[import-not-found]  # beside this file, in a server
+
+        managed_vllm_weight_versions.install()
+    except Exception as error:
+        logging.getLogger(__name__).debug("no weight versions: %s", error)
 
 
 async def _refuse(send: Send, status: int, body: bytes) -> None:

@@ -26,7 +26,11 @@ TOKENIZATION = frozenset({"add_special_tokens", "truncate_prompt_tokens", "trunc
 """What the routes take of `tokenization_kwargs=`."""
 
 NEWER: Mapping[str, str] = {"return_weight_versions": "0.33"}
-"""Fields that not every vLLM from 0.32 on has, and since which version. A server is asked before one is sent to it."""
+"""Fields that not every vLLM from 0.32 on has, and since which version.
+
+Whether the server has one is looked up where a caller gives it, and so relies on it. `return_weight_versions` is sent
+in any case (`resume`): a server that does not know it ignores it.
+"""
 
 REFUSED: Mapping[str, str] = {
     "stream": "chat() and generate() return whole answers; stream() streams",

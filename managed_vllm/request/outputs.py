@@ -26,6 +26,7 @@ from managed_vllm.request.responses import (
     Logprobs,
     ParsedResponse,
     TokenLogprob,
+    WeightVersionSpan,
     is_cut,
     parse_dict,
 )
@@ -66,6 +67,8 @@ class CompletionOutput:
         reasoning: what the server's reasoning parser took out of the text, in a chat.
         tool_calls: what the server's tool parser took out of it, as dicts of OpenAI's shape.
         routed_experts: as the server returns it: base64 of a `.npy` file.
+        weight_versions: which weights sampled which of the tokens: spans without a gap. A stream has them with its last
+            part, over all tokens. None where the server does not tell of each token.
     """
 
     index: int
@@ -78,12 +81,17 @@ class CompletionOutput:
     reasoning: str | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     routed_experts: str | None = None
+    weight_versions: list[WeightVersionSpan] | None = None
 
     # The routes don't return these.
     lora_request: ClassVar[None] = None
     sampling_mask: ClassVar[None] = None
     spec_decode_metrics: ClassVar[None] = None
-    weight_versions: ClassVar[None] = None
+
+    @property
+    def weight_version(self) -> str | None:
+        """Of the weights that sampled the last token: the only one, but for an answer that spans an update."""
+        return self.weight_versions[-1].version if self.weight_versions else None
 
     def finished(self) -> bool:
         """Whether there is a finish_reason, as in vLLM."""
@@ -147,6 +155,11 @@ class RequestOutput:
     encoder_prompt_token_ids: ClassVar[None] = None
     num_cache_creation_tokens: ClassVar[None] = None
     prompt_token_id_logprobs: ClassVar[None] = None
+
+    @property
+    def weight_version(self) -> str | None:
+        """That of the first answer; each one's own are its `weight_versions`."""
+        return self.outputs[0].weight_version if self.outputs else None
 
     def __hash__(self) -> int:
         """By the id: vLLM's can be members of sets and keys of dicts, too."""
@@ -224,7 +237,13 @@ class RequestOutput:
         try:
             found = dict(given)
             found["outputs"] = [
-                CompletionOutput(**{**output, "logprobs": _prompt_logprobs(output.get("logprobs"))})
+                CompletionOutput(
+                    **{
+                        **output,
+                        "logprobs": _prompt_logprobs(output.get("logprobs")),
+                        "weight_versions": _spans(output.get("weight_versions")),
+                    }
+                )
                 for output in found["outputs"]
             ]
             found["prompt_logprobs"] = _prompt_logprobs(found.get("prompt_logprobs"))
@@ -330,6 +349,9 @@ class _PoolingRequestOutput:
     started_at: float = 0.0
     usage: Mapping[str, Any] = field(default_factory=dict)
 
+    # The routes don't return it.
+    weight_version: ClassVar[None] = None
+
     def __hash__(self) -> int:
         return hash(self.request_id)
 
@@ -415,6 +437,7 @@ def _completion(choice: Choice, wanted: int, *, chat: bool, ranked: bool) -> Com
         reasoning=None if message is None else message.reasoning or message.reasoning_content,
         tool_calls=[] if message is None else message.tool_calls or [],
         routed_experts=choice.routed_experts,
+        weight_versions=choice.weight_versions,
     )
 
 
@@ -533,6 +556,10 @@ def _prompt_logprobs(given: Any) -> list[dict[int, Logprob] | None] | None:
     return msgspec.convert(given, list[dict[int, Logprob] | None] | None, str_keys=True)
 
 
+def _spans(given: Any) -> list[WeightVersionSpan] | None:
+    return msgspec.convert(given, list[WeightVersionSpan] | None)
+
+
 def _plain_logprobs(logprobs: Iterable[Mapping[int, Logprob] | None] | None) -> list[Any] | None:
     if logprobs is None:
         return None
@@ -549,4 +576,5 @@ def _plain_logprobs(logprobs: Iterable[Mapping[int, Logprob] | None] | None) -> 
 
 def _plain_completion(output: CompletionOutput) -> dict[str, Any]:
     found = {one.name: getattr(output, one.name) for one in fields(output)}
+    found["weight_versions"] = msgspec.to_builtins(output.weight_versions)
     return {**found, "token_ids": list(output.token_ids), "logprobs": _plain_logprobs(output.logprobs)}

@@ -51,6 +51,14 @@ class ResponseMessage(msgspec.Struct, gc=False):
     tool_calls: list[dict[str, Any]] | None = None
 
 
+class WeightVersionSpan(msgspec.Struct, frozen=True, gc=False):
+    """The tokens `[start, end)` of an answer were sampled by the weights that are called `version`."""
+
+    version: str
+    start: int
+    end: int
+
+
 class Choice(msgspec.Struct, gc=False):
     """One of `n` answers: `message` in a chat, `text` in a completion."""
 
@@ -64,6 +72,7 @@ class Choice(msgspec.Struct, gc=False):
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: list[dict[int, Any] | None] | None = None
     routed_experts: str | None = None
+    weight_versions: list[WeightVersionSpan] | None = None
 
 
 class PromptTokensDetails(msgspec.Struct, gc=False):

@@ -59,10 +59,11 @@ _KEPT = frozenset(
         *("model", "user", "priority", "request_id", "session_id", "cache_salt", "return_token_ids", "stream_interval"),
         *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop_token_ids", "ignore_eos"),
         *("skip_special_tokens", "include_stop_str_in_output", "logit_bias", "allowed_token_ids"),
-        "return_tokens_as_token_ids",
+        *("return_tokens_as_token_ids", "return_weight_versions"),
     }
 )
 """Fields that mean the same for the rest of a generation as for the whole, on either route."""
+_TOLD = ("return_token_ids", "return_weight_versions")
 _COUNTED = frozenset({"max_tokens", "max_completion_tokens", "min_tokens", "logprobs", "top_logprobs"})
 """Fields that are adapted for the rest of a generation."""
 _OF_THE_PROMPT = frozenset(
@@ -206,11 +207,10 @@ class Generation:
             return HTTPRequest("GET", "/v1/models", None)
         if ids:
             self._asked_for = "rest"
+            self._received.versions.begin_part(len(ids))
             return HTTPRequest("POST", "/v1/completions", self._rest(), stream=True)
         self._asked_for = "answer"
-        body = {"return_token_ids": True, **self._body}
-        if body["return_token_ids"] is None:  # by extra_body: a server that refuses the field
-            del body["return_token_ids"]
+        body = _with_what_is_told(self._body)
         if self._stream:
             body = {"stream_interval": STREAM_INTERVAL, **body, "stream": True}
         return HTTPRequest("POST", f"/v1{self._route}", body, stream=self._stream)
@@ -237,7 +237,7 @@ class Generation:
             body["min_tokens"] = max(0, self._body["min_tokens"] - len(received.ids))
         if received.logprobs is not None:
             body["logprobs"] = self._body.get("top_logprobs") or 0 if self._chat else self._body["logprobs"]
-        return {"stream_interval": STREAM_INTERVAL, **body, "stream": True, "return_token_ids": True}
+        return {"stream_interval": STREAM_INTERVAL, **_with_what_is_told(body), "stream": True}
 
     # -- responses -----------------------------------------------------------------------------------------------------
 
@@ -405,6 +405,16 @@ class Generation:
             "total_tokens": prompt + completion,
         }
         return answer
+
+
+def _with_what_is_told(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body with what is asked for in any case: token ids, and which weights they are of.
+
+    None, by `extra_body`, is for a server that refuses the field, and then hardly knows the other one.
+    """
+    ids = body.get("return_token_ids", True)
+    asked = {"return_token_ids": ids, "return_weight_versions": ids, **body}
+    return {name: value for name, value in asked.items() if value is not None or name not in _TOLD}
 
 
 def _error_in_stream(chunk: Mapping[str, Any], event: bytes) -> ServerFaultError:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from managed_vllm.request.retry import ResponseLostError
+from managed_vllm.request.weight_versions import VersionedParts
 
 
 class Extent(NamedTuple):
@@ -34,6 +35,7 @@ class StreamedAnswer:
         tool_calls: by their index.
         finish: finish_reason and stop_reason, once it has ended.
         certain: up to there, the text of the tokens is complete.
+        versions: which weights sampled the tokens.
         obstacle: why it can't go on after a loss, if the stream shows that.
     """
 
@@ -50,6 +52,7 @@ class StreamedAnswer:
         self.tool_calls: dict[int, dict[str, Any]] = {}
         self.finish: tuple[str, int | str | None] | None = None
         self.certain = Extent(0, 0, 0)
+        self.versions = VersionedParts()
         self.obstacle: str | None = None
 
     @property
@@ -67,6 +70,7 @@ class StreamedAnswer:
         if self.prompt_ids is None:
             self.prompt_ids = _ids(chunk.get("prompt_token_ids") or choice.get("prompt_token_ids")) or None
         ids = _ids(choice.get("token_ids"))
+        self.versions.add(choice.get("weight_versions"))
         chat = self._chat and not continued
         if chat:
             text = self._text_of_delta(choice["delta"], ids)
@@ -164,6 +168,8 @@ class StreamedAnswer:
         choice["logprobs"] = None
         text = "".join(self.texts[start.texts : end.texts])
         logprobs = None if self.logprobs is None else self.logprobs[start.ids : end.ids]
+        if complete and (spans := self.versions.spans(len(self.ids))) is not None:
+            choice["weight_versions"] = spans
         response = {**self.head, "choices": [choice]}
         response.setdefault("created", int(time.time()))
         if self._chat:

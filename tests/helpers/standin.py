@@ -17,7 +17,8 @@ orders of the environment variable STANDIN, a JSON object:
     once         a path: the first start makes it; where it exists, vLLM's command line is refused, with exit code 2
     chatter      a line with {n}, counted up, that it goes on saying for ever; it never listens
     paused       true: /is_paused says so                          echo       true: it echoes, also with `max_tokens`
-    control      {"hangs": "/pause"}: that route of engine control never answers; {"without": true}: it has none
+    control      {"hangs": "/pause"}: that route of engine control never answers; {"without": true}: it has none;
+                 {"versions": "end"}: it tells of weight versions as vLLM 0.33; "never": not at all
     shm          true: the Worker maps a segment /dev/shm/psm_…; a path: it is noted there
     poison       a text: a request with that in it ends the server
     map          the server maps these files for as long as it runs
@@ -60,7 +61,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from standin_control import Control
+from standin_control import Control, VersionSpans
 from standin_engine import (
     VOCABULARY,
     Engine,
@@ -168,6 +169,7 @@ class _Asked:
         self.stream = bool(body.get("stream"))
         self.choices = int(body.get("n") or 1)
         self.with_ids = bool(body.get("return_token_ids"))
+        self.with_versions = body.get("return_weight_versions") is True
         self.with_logprobs = body.get("logprobs") not in (None, False)
         self.tokens_as_ids = bool(body.get("return_tokens_as_token_ids"))
         self.with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
@@ -384,8 +386,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _whole(self, asked: _Asked, tokens: Iterator[list[tuple[int, int]]], cut: str | None) -> None:
         generated: list[list[int]] = [[] for _ in range(asked.choices)]
+        versions = [VersionSpans() for _ in range(asked.choices)]
         for found in tokens:
             for number, token in found:
+                versions[number].add(self.control.version)
                 generated[number].append(token)
         self._cut(cut)
         choices = []
@@ -393,6 +397,8 @@ class Handler(BaseHTTPRequestHandler):
             choice: dict[str, Any] = {"index": index, "stop_reason": None, "token_ids": ids if asked.with_ids else None}
             choice["finish_reason"] = "abort" if cut == "abort" else asked.finish_reason
             choice["logprobs"] = asked.logprobs(0, ids, 0)
+            if asked.with_versions and self.control.tells_versions != "never":
+                choice["weight_versions"] = versions[index].spans
             if asked.chat:
                 choice["message"] = {"role": "assistant", "content": asked.text(0, ids)}
             else:
@@ -413,6 +419,7 @@ class Handler(BaseHTTPRequestHandler):
         head = self._head(asked, stream=True)
         generated: list[list[int]] = [[] for _ in range(asked.choices)]
         offsets = [0] * asked.choices
+        versions = [VersionSpans() for _ in range(asked.choices)]
 
         def event(choice: dict[str, Any], **more: Any) -> None:
             self._event({**head, "choices": [{"logprobs": None, "finish_reason": None, **choice}], **more})
@@ -429,6 +436,7 @@ class Handler(BaseHTTPRequestHandler):
                         continue
                     begin = len(generated[index])
                     generated[index] += ids
+                    changes = [versions[index].add(self.control.version) for _ in ids]
                     text = asked.text(begin, ids)
                     piece: dict[str, Any] = {"index": index, "logprobs": asked.logprobs(begin, ids, offsets[index])}
                     offsets[index] += len(text)
@@ -436,6 +444,8 @@ class Handler(BaseHTTPRequestHandler):
                         piece["token_ids"] = ids
                     if len(generated[index]) == asked.n_tokens:
                         piece |= {"finish_reason": asked.finish_reason, "stop_reason": None}
+                    if asked.with_versions and self.control.tells(any(changes), ended="finish_reason" in piece):
+                        piece["weight_versions"] = versions[index].spans
                     if asked.chat:
                         piece["delta"] = {"content": text}
                     else:

@@ -22,11 +22,36 @@ ROUTES = (
 )
 
 
+class VersionSpans:
+    """Which weights sampled which tokens of an answer, in vLLM's shape."""
+
+    def __init__(self) -> None:
+        self.spans: list[dict[str, Any]] = []
+
+    def add(self, version: str) -> bool:
+        """One more token; whether it is of another version than the one before."""
+        changed = not self.spans or self.spans[-1]["version"] != version
+        if changed:
+            end = self.spans[-1]["end"] if self.spans else 0
+            self.spans.append({"version": version, "start": end, "end": end})
+        self.spans[-1]["end"] += 1
+        return changed
+
+
 class Control:
     """One server's. `hangs`: a route that never answers; `without`: it has none of them;
-    `canary`: whether its workers can look at their weights."""
+    `canary`: whether its workers can look at their weights; `versions`: when it tells which of them an answer is of, at
+    each "change", at the "end" of a stream, or "never"."""
 
-    def __init__(self, *, hangs: str = "", without: bool = False, paused: bool = False, canary: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        hangs: str = "",
+        without: bool = False,
+        paused: bool = False,
+        canary: bool = True,
+        versions: str = "change",
+    ) -> None:
         self.loras: dict[str, str] = {}
         self._hangs = hangs
         self._has_canary = canary
@@ -35,7 +60,8 @@ class Control:
         self._weights = ""
         self._broken: list[str] = []
         self._poisoned = False
-        self._version = "default"
+        self.version = "default"
+        self.tells_versions = versions
         self._sleeps = False
         self._runs = threading.Event()
         self._runs.set()
@@ -43,6 +69,10 @@ class Control:
     def may_run(self) -> bool:
         """Whether requests are worked on; waits a little where they are not."""
         return self._runs.wait(0.05)
+
+    def tells(self, changed: bool, *, ended: bool) -> bool:
+        """Whether an event of a stream says of which weights the answer is."""
+        return self.tells_versions != "never" and (ended or (changed and self.tells_versions == "change"))
 
     def serves(self, name: object, model: str) -> bool:
         return name == model or name in self.loras
@@ -128,10 +158,10 @@ class Control:
         return 200, {"checksums": {"all": digest.hexdigest()}}
 
     def do_weight_info(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
-        return 200, {"weight_version": self._version}
+        return 200, {"weight_version": self.version}
 
     def do_update_weight_version(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
-        self._version = asked["new_version"]
+        self.version = asked["new_version"]
         return 200, {"success": True}
 
     def do_v1_load_lora_adapter(self, asked: Mapping[str, Any]) -> tuple[int, Any]:

@@ -294,7 +294,6 @@ def test_the_same_call_on_both_sides(answers: Answers, index: int, call: str, he
 NOT_TOLD = {
     "num_cached_tokens",  # only with --enable-prompt-tokens-details
     "num_cache_creation_tokens",
-    "outputs[0].weight_versions",
     "outputs[0].logprobs[-1] values.rank",  # not of each, see `Logprob`
     "outputs[0].logprobs[-1] values.decoded_token",
 }

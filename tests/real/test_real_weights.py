@@ -1,4 +1,5 @@
-"""Updates of the weights on the real vLLM, under load: no wrong token, no lost request, bad checkpoints without effect.
+"""Updates of the weights on the real vLLM, under load: no wrong token, no lost request, bad checkpoints without effect;
+and every answer says which weights made it.
 
 One server for all of them. The two checkpoints differ in which token begins an answer, each as surely as the other.
 """
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from demo_checkpoints import copy_of_demo, edit_json, rewritten, with_rows_swapped
@@ -20,6 +22,7 @@ from processes import HANG_S, eventually, own_state, tree
 
 from managed_vllm import ManagedVLLM, RestartPolicy, demo
 from managed_vllm.errors import CheckpointError
+from managed_vllm.request.outputs import RequestOutput
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
@@ -30,6 +33,7 @@ FIRST, UNUSED = 299, 700
 UPDATES = 20
 
 Answers = list[tuple[int, ...]]
+OnUpdate = Literal["finish", "continue"]
 
 
 @dataclass
@@ -41,9 +45,21 @@ class Trainer:
     good: dict[str, Path]
     bad: list[Path]
     answers: dict[str, Answers] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
     def ask(self) -> Answers:
         return [tuple(one.outputs[0].token_ids) for one in self.llm.chat(PROMPTS, PARAMS)]
+
+    def check(self, index: int, output: RequestOutput) -> int:
+        """The answer to a prompt is that of the weights that it names, from the token on that it says. Their number."""
+        ids, spans = output.outputs[0].token_ids, output.outputs[0].weight_versions
+        assert spans
+        assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])]
+        assert spans[-1].end == len(ids)
+        assert ids[0] == {"a": FIRST, "b": UNUSED}[self.versions[spans[0].version]]
+        if len(spans) == 1:
+            assert tuple(ids) == self.answers[self.versions[spans[0].version]][index]
+        return len(spans)
 
 
 def bad_checkpoints(folder: Path) -> list[Path]:
@@ -91,14 +107,14 @@ class Load(threading.Thread):
         super().__init__(daemon=True)
         self._trainer = trainer
         self._ended = threading.Event()
-        self.answers: list[tuple[int, tuple[int, ...]]] = []
+        self.answers: list[tuple[int, RequestOutput]] = []
         self.error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
         try:
             while not self._ended.is_set():
-                self.answers += enumerate(self._trainer.ask())
+                self.answers += enumerate(self._trainer.llm.chat(PROMPTS, PARAMS))
         except BaseException as error:
             self.error = error
 
@@ -115,25 +131,26 @@ class Load(threading.Thread):
 
 
 def test_twenty_updates_under_load_of_which_one_in_five_is_bad(trainer: Trainer) -> None:
+    trainer.versions = {"b": "b"}
     llm, loads, seconds = trainer.llm, [Load(trainer) for _ in range(4)], []
     served, bad = "b", iter(trainer.bad)
     for number in range(UPDATES):
         if number % 5 == 4:
             with pytest.raises(CheckpointError):
-                llm.engine.update_weights(next(bad))
+                llm.engine.update_weights(next(bad), version="bad")
         else:
-            served = "ab"[number % 2]
+            served = trainer.versions[f"v{number}"] = "ab"[number % 2]
             began = time.monotonic()
-            llm.engine.update_weights(trainer.good[served], version=f"v{number}")
+            how: OnUpdate = "finish" if number % 3 else "continue"
+            llm.engine.update_weights(trainer.good[served], version=f"v{number}", on_update=how)
             seconds.append(time.monotonic() - began)
         assert trainer.ask() == trainer.answers[served]
         loads[0].await_more()
     for load in loads:
         load.end()
-    found = [one for load in loads for one in load.answers]
-    wrong = [one for one in found if one[1] not in {trainer.answers[name][one[0]] for name in "ab"}]
-    assert wrong == []
-    print(f"weights | {len(found)} answers | update, worst of {len(seconds)}: {max(seconds):.3f} s")
+    spans = [trainer.check(*one) for load in loads for one in load.answers]
+    worst = f"update, worst of {len(seconds)}: {max(seconds):.3f} s"
+    print(f"weights | {len(spans)} answers, {sum(one > 1 for one in spans)} by two versions | {worst}")
 
 
 def test_bad_checkpoints_leave_everything_as_it_was(trainer: Trainer) -> None:
@@ -152,13 +169,35 @@ def test_bad_checkpoints_leave_everything_as_it_was(trainer: Trainer) -> None:
 def test_requests_in_flight_go_on_with_the_new_weights(trainer: Trainer) -> None:
     llm = trainer.llm
     llm.engine.update_weights(trainer.good["a"])
-    tokens, updated = 0, False
+    tokens = updated_at = 0
     for output in llm.stream(PROMPTS[0], {"temperature": 0, "max_tokens": 400, "ignore_eos": True}):
         tokens += len(output.outputs[0].token_ids)
-        if not updated and tokens >= 5:
-            updated = bool(llm.engine.update_weights(trainer.good["b"], on_update="continue").checksum)
+        if not updated_at and tokens >= 5:
+            llm.engine.update_weights(trainer.good["b"], on_update="continue")
+            updated_at = tokens
     assert tokens == 400
     assert trainer.ask() == trainer.answers["b"]
+    first, second = output.outputs[0].weight_versions or []
+    assert (first.version, first.start, second.version, second.end) == ("a", 0, "b", 400)
+    assert updated_at <= first.end == second.start
+
+
+def test_what_goes_on_after_a_crash_says_so_too(trainer: Trainer) -> None:
+    llm = trainer.llm
+    llm.engine.update_weights(trainer.good["a"])
+    tokens, epoch, engine = 0, llm.status().epoch, tree(llm)["EngineCore"].pid
+    for output in llm.stream(PROMPTS[0], {"temperature": 0, "max_tokens": 1500, "ignore_eos": True}):
+        if tokens == 0:
+            llm.engine.pause()  # or it would have ended before anybody is killed
+            llm.engine.update_weights(trainer.good["b"], on_update="continue")
+            os.kill(engine, signal.SIGKILL)
+            eventually(lambda: llm.wait_ready(HANG_S).epoch > epoch, "started again")
+            llm.engine.resume()
+        tokens += len(output.outputs[0].token_ids)
+    assert 0 < output.resumed_tokens < tokens == 1500
+    first, second = output.outputs[0].weight_versions or []
+    assert (first.version, first.start, second.version, second.end) == ("a", 0, "b", 1500)
+    assert first.end == output.resumed_tokens
 
 
 @pytest.mark.parametrize("killed", ["EngineCore", pytest.param("APIServer", marks=pytest.mark.soak), "supervisor"])

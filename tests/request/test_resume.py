@@ -39,13 +39,33 @@ ALPHABET = "ab é漢\n🎈✓"
 class Model:
     """Byte-level tokens, one per UTF-8 byte, as vLLM shows them: text of a character comes with its last byte.
 
-    `said` is what it generates after the prompt, whatever the sampling; `SPECIAL` and `EOS` have no text.
+    `said` is what it generates after the prompt, whatever the sampling; `SPECIAL` and `EOS` have no text. `versions`
+    says for each of these tokens which weights sample it; it `tells` so at each "change", at the "end", or "never".
     """
 
-    def __init__(self, prompt: Sequence[int], said: Sequence[int], max_model_len: int = 4096) -> None:
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        said: Sequence[int],
+        max_model_len: int = 4096,
+        versions: str = "",
+        tells: str = "never",
+    ) -> None:
         self.prompt = list(prompt)
         self.said = list(said)
         self.max_model_len = max_model_len
+        self.versions = versions.ljust(len(said), "z")
+        self.tells = tells
+
+    def spans(self, begin: int, end: int) -> list[dict[str, Any]]:
+        """The spans of an answer that has the tokens `said[begin:end]`."""
+        found: list[dict[str, Any]] = []
+        for place, version in enumerate(self.versions[begin:end]):
+            if found and found[-1]["version"] == version:
+                found[-1]["end"] = place + 1
+            else:
+                found.append({"version": version, "start": place, "end": place + 1})
+        return found
 
     def detokenized(self, ids: Sequence[int]) -> str:
         """What `/detokenize` says."""
@@ -84,6 +104,9 @@ class Model:
         ids = [token for token, _, _ in pieces]
         choice: dict[str, Any] = {"index": 0, "finish_reason": pieces[-1][2], "stop_reason": None, "token_ids": ids}
         choice["logprobs"] = self.logprobs(ids, body, 0, chat=chat)
+        if self.tells != "never":
+            assert body["return_weight_versions"]
+            choice["weight_versions"] = self.spans(0, len(ids))
         text = "".join(text for _, text, _ in pieces)
         usage = {"prompt_tokens": len(self.prompt), "completion_tokens": len(ids)}
         usage["total_tokens"] = sum(usage.values())
@@ -140,14 +163,19 @@ class Model:
         if chat:
             role = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
             yield json.dumps({**head, "prompt_token_ids": prompt, "choices": [role]}).encode()
-        offset = at = 0
+        begin = len(prompt) - len(self.prompt)
+        offset = at = told = 0
         while at < len(pieces):
             part = pieces[at : at + next(sizes)]
             ids = [token for token, _, _ in part]
             choice: dict[str, Any] = {"index": 0, "finish_reason": part[-1][2], "token_ids": ids}
             choice["logprobs"] = self.logprobs(ids, body, offset, chat=chat)
-            if (told := choice["logprobs"]) and not chat:
-                offset += sum(map(len, told["tokens"]))
+            if (given := choice["logprobs"]) and not chat:
+                offset += sum(map(len, given["tokens"]))
+            spans = self.spans(begin, begin + at + len(part))
+            if (part[-1][2] and self.tells != "never") or (len(spans) > told and self.tells == "change"):
+                assert body["return_weight_versions"]
+                choice["weight_versions"], told = spans, len(spans)
             text = "".join(text for _, text, _ in part)
             if chat:
                 choice["delta"] = {"content": text}
@@ -225,6 +253,7 @@ specials = st.lists(st.just(SPECIAL), max_size=7)
 said = st.lists(texts | garbage | specials, min_size=1, max_size=6).map(
     lambda parts: [token for part in parts for token in part]
 )
+updates = st.lists(st.integers(0, 9), max_size=4).map(lambda spans: "".join("abab"[i] * n for i, n in enumerate(spans)))
 bodies = st.fixed_dictionaries(
     {"logprobs": st.sampled_from([None, 0, 2]), "return_tokens_as_token_ids": st.sampled_from([None, True])},
     optional={"max_tokens": st.integers(1, 60), "min_tokens": st.just(3)},
@@ -235,7 +264,9 @@ bodies = st.fixed_dictionaries(
 @given(st.data())
 def test_wherever_a_stream_is_cut_the_joined_answer_is_the_uninterrupted_one(data: st.DataObject) -> None:
     chat = data.draw(st.booleans(), "chat")
-    model = Model(data.draw(texts, "prompt") or [65], [*data.draw(said, "said"), EOS], max_model_len=200)
+    tells = data.draw(st.sampled_from(["change", "end", "never"]), "tells")
+    prompt, answers, versions = data.draw(texts, "prompt") or [65], data.draw(said, "said"), data.draw(updates, "by")
+    model = Model(prompt, [*answers, EOS], 200, versions, tells)
     drawn = data.draw(bodies, "body")
     body: dict[str, Any] = {name: value for name, value in drawn.items() if value is not None}
     if chat and "logprobs" in body:
@@ -246,7 +277,10 @@ def test_wherever_a_stream_is_cut_the_joined_answer_is_the_uninterrupted_one(dat
     cuts = data.draw(st.lists(st.integers(0, 12), max_size=6), "cuts")
     generation = Generation(route, copy.deepcopy(body), stream=True)
     bodies_sent = drive(generation, model, sizes, iter(cuts), can_detokenize=data.draw(st.booleans(), "detokenize"))
-    answer, whole = without_bytes(generation.answer()), without_bytes(model.whole(route, body))
+    answer = without_bytes(generation.answer())
+    whole = without_bytes(model.whole(route, {**body, "return_weight_versions": True}))
+    if tells == "end" and generation.kept and "weight_versions" not in answer["choices"][0]:
+        del whole["choices"][0]["weight_versions"]  # who sampled what was kept, nobody has told
     assert without_ids(answer) == without_ids(whole)
     assert generation.kept <= len(generation.answer()["choices"][0]["token_ids"])
     for later in bodies_sent[1:]:
@@ -481,6 +515,7 @@ def test_the_prompts_own_fields_are_not_applied_twice() -> None:
         "stream": True,
         "stream_interval": 8,
         "return_token_ids": True,
+        "return_weight_versions": True,
     }
 
 
