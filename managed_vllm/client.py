@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from managed_vllm.errors import BadRequestError
@@ -23,9 +23,12 @@ from managed_vllm.request.adapters import LoadAdapter
 from managed_vllm.request.async_methods import AsyncRequestMethods
 from managed_vllm.request.async_requests import AskSupervisor
 from managed_vllm.request.attempts import Report, Sender
-from managed_vllm.request.endpoints import Endpoint
+from managed_vllm.request.connections import Transport
+from managed_vllm.request.endpoints import Endpoint, Endpoints
 from managed_vllm.request.methods import RequestMethods
 from managed_vllm.request.outputs import RequestOutput
+from managed_vllm.request.placement import OneServer
+from managed_vllm.request.watched_servers import Servers, balanced
 from managed_vllm.status import Connection
 from managed_vllm.urls import checked_api_key, normalized_url
 
@@ -34,7 +37,8 @@ class AsyncVLLMClient(AsyncRequestMethods):
     """A client of one server, for asyncio. Usable from any number of event loops, one after the other or side by side.
 
     Args:
-        base_url: with or without `/v1`.
+        base_url: with or without `/v1`. Several servers of the same model: a list of them. Requests of one `session_id`
+            go to one server, others to the one with the fewest of this client in flight; one that is down is left out.
         api_key: None or empty: none is sent.
         model_name: the name under which the server has the model.
         retry: how often a lost request is sent again.
@@ -51,11 +55,12 @@ class AsyncVLLMClient(AsyncRequestMethods):
         report: tells a supervisor about a request under which the server dies; see `Sender`.
         load_adapter: loads the adapters of `lora_request=` on their first use; None: the server must have them.
         supervisor: what the server's supervisor tells for `metrics()`; None: there is none.
+        servers: where `connection` finds one of several: all of them, and whether each is up.
     """
 
     def __init__(
         self,
-        base_url: str | None = None,
+        base_url: str | Sequence[str] | None = None,
         api_key: str | None = None,
         model_name: str | None = None,
         *,
@@ -68,6 +73,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
         report: Report | None = None,
         load_adapter: LoadAdapter | None = None,
         supervisor: AskSupervisor | None = None,
+        servers: Servers | None = None,
     ) -> None:
         self.model_name = model_name
         self.fixed_connection: Connection | None = None
@@ -76,9 +82,11 @@ class AsyncVLLMClient(AsyncRequestMethods):
         if connection is None:
             if base_url is None or model_name is None:
                 raise BadRequestError("a client needs base_url and model_name")
-            key = checked_api_key(api_key) if api_key else Secret("")
-            self.fixed_connection = Connection(base_url=normalized_url(base_url), api_key=key, model=model_name)
-            fixed = self.fixed_connection, 0
+            found = _fixed(base_url, api_key, model_name)
+            self.fixed_connection = found[0]
+            fixed = found[0], 0
+            if len(found) > 1:
+                servers = _all_up(found)
 
             def connection(lost_epoch: int | None, timeout_s: float | None, pause_s: float) -> Endpoint:
                 return fixed
@@ -86,9 +94,11 @@ class AsyncVLLMClient(AsyncRequestMethods):
             def ready() -> Endpoint | None:
                 return fixed
 
+        transport = Transport()
+        endpoints = Endpoints(connection, ready or (lambda: None))
         sender = Sender(
-            connection,
-            ready or (lambda: None),
+            transport,
+            OneServer(endpoints) if servers is None else balanced(endpoints, servers, transport),
             retry=retry or RetryPolicy(),
             max_in_flight=max_in_flight,
             media_ids=media_ids,
@@ -132,6 +142,19 @@ class AsyncVLLMClient(AsyncRequestMethods):
         await self.aclose()
 
 
+def _fixed(base_url: str | Sequence[str], api_key: str | None, model_name: str) -> Sequence[Connection]:
+    key = checked_api_key(api_key) if api_key else Secret("")
+    urls = [base_url] if isinstance(base_url, str) else base_url
+    if not urls:
+        raise BadRequestError("base_url has no server in it", field="base_url")
+    unique = dict.fromkeys(normalized_url(url) for url in urls)
+    return [Connection(base_url=url, api_key=key, model=model_name) for url in unique]
+
+
+def _all_up(connections: Sequence[Connection]) -> Servers:
+    return lambda: [(connection, True) for connection in connections]
+
+
 class VLLMClient(RequestMethods):
     """`AsyncVLLMClient` for programs without asyncio: the same arguments and methods, with the results themselves.
 
@@ -141,7 +164,7 @@ class VLLMClient(RequestMethods):
 
     def __init__(
         self,
-        base_url: str | None = None,
+        base_url: str | Sequence[str] | None = None,
         api_key: str | None = None,
         model_name: str | None = None,
         *,

@@ -181,7 +181,7 @@ def _configured_model(config: pytest.Config) -> str | None:
 
 
 def _is_external(arguments: Mapping[str, Any]) -> bool:
-    if arguments.get("base_url"):
+    if arguments.get("base_url") or arguments.get("base_urls"):
         return True
     return arguments.get("name") is None and bool(os.environ.get("VLLM_SERVER_URL"))
 

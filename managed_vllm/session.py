@@ -65,6 +65,9 @@ class ManagedVLLM(RequestMethods):
         name: a readable handle. The same name with other arguments is a `ConfigMismatchError`.
         base_url: a server that somebody else runs, with or without `/v1`; it is checked, not supervised. What can only
             be said of a server of ours (engine arguments, `command`, `restart`, …) is a `ConfigError` then.
+        base_urls: several such servers of the same model, with the same key: each request goes to the one with the
+            fewest of this handle in flight, those of one `session_id` to one server. One that is down is left out until
+            it is back.
         api_key: the key the server wants; for a server of ours the default is a random one.
         host, port: where our server listens; default loopback and a free port. Another host needs an `api_key`.
         uds: listen on a Unix socket instead, no TCP at all.
@@ -105,6 +108,7 @@ class ManagedVLLM(RequestMethods):
         *,
         name: str | None = None,
         base_url: str | None = None,
+        base_urls: Sequence[str] | None = None,
         api_key: str | None = None,
         host: str | None = None,
         port: int | None = None,
@@ -132,17 +136,18 @@ class ManagedVLLM(RequestMethods):
     ) -> None:
         if name is not None:
             names.check_name(name)
-        url = base_url or (None if name else external.url_from_environment())
+        if base_url is not None and base_urls is not None:
+            raise ConfigError("give either base_url= or base_urls=", field="base_urls")
+        given = (base_url,) if base_url else external.checked_urls(base_urls)
+        urls = given or (() if name else external.urls_from_environment())
         asked = None if model is None else str(model)
         spec: ServerSpec | None = None
-        if url is not None:
+        if urls:
             where = {"name": name, "host": host, "port": port, "uds": uds or None}
             how = {"env": env or None, "python": python, "command": command, "warm": warm or None}
             how["for_training"] = for_training or None
             kept = {"restart": restart, "hang": hang}
-            external.check_applicable(
-                {**set_in_arguments(engine_args), **where, **how, **kept}, explicit=bool(base_url)
-            )
+            external.check_applicable({**set_in_arguments(engine_args), **where, **how, **kept}, explicit=bool(given))
         elif model is not None:
             if for_training:
                 vllm, folder = installed_vllm(python), vllm_folder(python)
@@ -153,15 +158,16 @@ class ManagedVLLM(RequestMethods):
                 "engine arguments, env=, python=, command= and for_training= need a model=", field="model"
             )
         options = AttachOptions(
-            model=asked if url is None else external.model_for(url, asked),
+            model=external.model_for(urls, asked) if urls else asked,
             name=name,
-            base_url=url,
-            api_key=None if url is None else external.key_for(url, api_key),
+            base_url=urls[0] if urls else None,
+            more_urls=urls[1:],
+            api_key=external.key_for(urls, api_key) if urls else None,
             keep_alive_s=_keep_alive_s(keep_alive),
             progress=progress,
             spec=spec,
             address=Address(
-                host=host, port=port, api_key=None if url or api_key is None else checked_api_key(api_key), uds=uds
+                host=host, port=port, api_key=None if urls or api_key is None else checked_api_key(api_key), uds=uds
             ),
             policy=SupervisionPolicy(
                 startup_timeout_s=startup_timeout,
@@ -178,7 +184,7 @@ class ManagedVLLM(RequestMethods):
             attach=options,
             wait=wait,
             retry=retry,
-            media_ids=media_ids and url is None,
+            media_ids=media_ids and not urls,
             max_in_flight=_checked_max_in_flight(max_in_flight),
         )
         self._set_up(settings, None, on_status)
@@ -452,6 +458,7 @@ class _Clients:
                 report=functools.partial(report_deaths, attachment),
                 load_adapter=None if attachment.options.base_url else functools.partial(_load_adapter, attachment),
                 supervisor=None if attachment.options.base_url else functools.partial(_ask_supervisor, attachment),
+                servers=(lambda: attachment.servers) if attachment.options.more_urls else None,
             )
         return self._async_client
 

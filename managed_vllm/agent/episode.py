@@ -19,6 +19,7 @@ import functools
 import json
 import logging
 import math
+import secrets
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
@@ -139,6 +140,7 @@ class Episode:
         self._rules = rules
         self._environment = environment
         self._attempt = attempt
+        self._session = f"{attempt.task.id}/{attempt.rollout}/{secrets.token_hex(4)}"
         self._instruction = attempt.task.instruction
         self._turns: list[Turn] = []
         self._steps: list[Step] = []
@@ -422,7 +424,12 @@ class Episode:
             raise self._failed(StopReason.USER_FAILURE, FailureClass.USER_CODE, "messages", error) from error
         try:
             sampled = await inference.sample(
-                rules, prompt, deadline=self._deadline, tokens_so_far=self._tokens, temperature=temperature
+                rules,
+                prompt,
+                deadline=self._deadline,
+                tokens_so_far=self._tokens,
+                session=self._session,
+                temperature=temperature,
             )
         except Exception as error:
             raise self._unanswered(error) from error

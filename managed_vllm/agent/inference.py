@@ -73,11 +73,18 @@ async def prompt_of(rules: Rules, history: History) -> Prompt:
 
 
 async def sample(
-    rules: Rules, prompt: Prompt, *, deadline: Deadline, tokens_so_far: int, temperature: float | None = None
+    rules: Rules,
+    prompt: Prompt,
+    *,
+    deadline: Deadline,
+    tokens_so_far: int,
+    session: str,
+    temperature: float | None = None,
 ) -> Sampled:
     """The model's answer, once the gate is open; the time at the gate does not count for the deadline.
 
-    `temperature`: another one than the sampling parameters say.
+    `session`: of the episode, so that one of several servers answers all of it. `temperature`: another one than the
+    sampling parameters say.
 
     Raises what the client raises, `RequestError`: the server does not tell ids or logprobs, and `ConfigError`: it
     resizes screenshots otherwise than the parser thinks (`pictures`).
@@ -89,7 +96,7 @@ async def sample(
         deadline.put_off(waited)
         version = rules.weight_version()
         began = time.monotonic()
-        output = await _chat(rules, prompt.sent, deadline, tokens_so_far, temperature)
+        output = await _chat(rules, prompt.sent, deadline, tokens_so_far, session, temperature)
         took = time.monotonic() - began
     ids, logprobs = exact(output) if rules.exact else (list(output.outputs[0].token_ids), None)
     parser = rules.agent.parse
@@ -100,7 +107,12 @@ async def sample(
 
 
 async def _chat(
-    rules: Rules, messages: Sequence[Message], deadline: Deadline, tokens_so_far: int, temperature: float | None
+    rules: Rules,
+    messages: Sequence[Message],
+    deadline: Deadline,
+    tokens_so_far: int,
+    session: str,
+    temperature: float | None,
 ) -> RequestOutput:
     limits, params = rules.limits, rules.params
     if temperature is not None:
@@ -113,7 +125,9 @@ async def _chat(
         params = params.with_({"max_tokens": most})
     seconds = [each for each in (limits.generate_timeout_s, deadline.left_s()) if each is not None]
     fields = dict(rules.agent.request)
-    if not rules.exact:
+    if rules.exact:
+        fields.setdefault("session_id", session)
+    else:
         # Another server than vLLM may refuse fields that it does not know.
         not_asked = dict.fromkeys({"top_k", "min_p", "repetition_penalty"} - params.given)
         fields["extra_body"] = {"return_token_ids": None, **not_asked, **(fields.get("extra_body") or {})}

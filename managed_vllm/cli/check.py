@@ -54,11 +54,13 @@ def check(given: argparse.Namespace) -> int:
 def _target(given: argparse.Namespace) -> tuple[str, str | None, str | None]:
     """URL, key and model: as given, else from the environment, else of the one server that runs."""
     own = given_key(given)
-    url = given.url or external.url_from_environment()
-    if url:
+    urls = (given.url,) if given.url else external.urls_from_environment()
+    if len(urls) > 1:
+        raise ConfigError(f"{external.URL_VARIABLE} names {len(urls)} servers; say which to check", field="url")
+    if urls:
         # A person who types the URL sees what is in the shell. A program's base_url= gets no key that may be another's.
-        key = external.key_for(url, own, unowned=True)
-        return normalized_url(url), reveal(key), external.model_for(url, given.model or None, unowned=True)
+        key = external.key_for(urls, own, unowned=True)
+        return normalized_url(urls[0]), reveal(key), external.model_for(urls, given.model or None, unowned=True)
     try:
         instance = running.the_only_one(directory.state_home())
     except NoServerError as error:

@@ -131,11 +131,11 @@ def variables() -> Iterator[Finding]:
         variables_of_servers.inherited(os.environ)
     except ConfigError as failure:
         yield error("variables", failure.message, f"unset {failure.field}")
-    url = external.url_from_environment()
-    if url:
+    urls = [without_passwords(url) for url in external.urls_from_environment()]
+    if urls:
         yield warning(
             "variables",
-            f"VLLM_SERVER_URL={without_passwords(url)}: ManagedVLLM without base_url uses that server, and starts none",
+            f"VLLM_SERVER_URL={','.join(urls)}: ManagedVLLM without base_url uses that server, and starts none",
             "unset it to start servers here; managed-vllm check asks that one",
         )
     if os.environ.get("HF_HUB_OFFLINE") == "1":

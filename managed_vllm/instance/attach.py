@@ -81,9 +81,9 @@ class KnownServer:
 class AttachOptions:
     """Which server a user asks for.
 
-    `base_url` means a server at that URL, and `api_key` is its key. Without a `spec`, only a server that is already
-    running will do: the one called `name`, if a name is given. `keep_alive_s` is how many seconds our server outlives
-    its last user. `progress` shows the start-up; None: on a terminal only.
+    `base_url` means a server at that URL, `more_urls` others of the same model, and `api_key` is their key. Without a
+    `spec`, only a server that is already running will do: the one called `name`, if a name is given. `keep_alive_s` is
+    how many seconds our server outlives its last user. `progress` shows the start-up; None: on a terminal only.
 
     A pickle holds all of it, the user's own secrets included: without them another process can't ask for the same.
     """
@@ -91,6 +91,7 @@ class AttachOptions:
     model: str | None = None
     name: str | None = None
     base_url: str | None = None
+    more_urls: Sequence[str] = ()
     api_key: Secret | None = None
     keep_alive_s: float = 0.0
     progress: bool | None = None
@@ -196,7 +197,7 @@ class Attachment:
         self._channel: Channel | None = None
         self._asking: Channel | None = None
         """A channel on which a lease is being asked for: it may be given at any moment."""
-        self._external: Connection | None = None
+        self._external: external.Servers = ()
         self._views: list[StartupProgress] = []
         forks.call_in_child(self._after_fork)
 
@@ -204,7 +205,7 @@ class Attachment:
         channels = self._channel, self._asking
         self._channel = self._asking = None
         self._lock = threading.RLock()
-        self._external = None
+        self._external = ()
         self._views = []
         self.started_it = False
         for channel in channels:
@@ -240,7 +241,7 @@ class Attachment:
         green_threads.refuse()
         with self._locked(deadline):
             self._raise_if_closed()
-            if self._external is not None or (self._channel is not None and not self._channel.closed):
+            if self._external or (self._channel is not None and not self._channel.closed):
                 return self._channel
             self._raise_if_over(self._channel)
             if self.options.base_url is not None:
@@ -285,8 +286,17 @@ class Attachment:
         raise ServerStoppedError("the server was stopped", instance=self.id, log_path=status.log_path)
 
     def _attach_external(self, base_url: str) -> None:
-        self._external = external.attach(base_url, reveal(self.options.api_key), self.options.model)
-        log.info("attached to %s: an external server, not supervised", without_passwords(self._external.base_url))
+        urls = (base_url, *self.options.more_urls)
+        self._external = external.attach_all(urls, reveal(self.options.api_key), self.options.model)
+
+    @property
+    def servers(self) -> external.Servers:
+        """All servers given by URL, once attached; whether each was up then."""
+        return self._external
+
+    @property
+    def _first_external(self) -> Connection:
+        return next(connection for connection, is_up in self._external if is_up)
 
     def _take_lease(self, deadline: float | None) -> Channel:
         home = directory.state_home()
@@ -487,9 +497,9 @@ class Attachment:
 
     def ready(self) -> tuple[Connection, int] | None:
         """As `connection`, without waiting: None if the server is not ready at this moment."""
-        channel, known = self._channel, self._external
-        if known is not None:
-            return known, 0
+        channel = self._channel
+        if self._external:
+            return self._first_external, 0
         if channel is None or channel.closed:
             return None
         status = channel.status
@@ -502,7 +512,10 @@ class Attachment:
     def status(self) -> ServerStatus:
         """What the supervisor says now. A server given by URL is ready by definition."""
         if self.attach() is None:
-            return ServerStatus(state=ServerState.READY, connection=self._external, extra={"external": True})
+            extra: dict[str, Any] = {"external": True}
+            if len(self._external) > 1:
+                extra["base_urls"] = [without_passwords(connection.base_url) for connection, _ in self._external]
+            return ServerStatus(state=ServerState.READY, connection=self._first_external, extra=extra)
         return ServerStatus.from_dict(self._ask("status")["status"])
 
     def request(self, op: str) -> dict[str, Any]:
@@ -539,10 +552,10 @@ class Attachment:
     def environ(self) -> dict[str, str]:
         """The environment variables with which a bare handle attaches to this very server."""
         self.attach()
-        if self._external is not None:
-            found = self._external
+        if self._external:
+            found = self._first_external
             return {
-                external.URL_VARIABLE: found.base_url,
+                external.URL_VARIABLE: ",".join(connection.base_url for connection, _ in self._external),
                 external.MODEL_VARIABLE: found.model,
                 external.KEY_VARIABLE: found.api_key.reveal(),
             }

@@ -7,8 +7,11 @@ are not sent to another one. What can only be said of a server of ours is an err
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
@@ -21,30 +24,42 @@ if TYPE_CHECKING:
     import requests
 
 URL_VARIABLE, MODEL_VARIABLE, KEY_VARIABLE = "VLLM_SERVER_URL", "VLLM_MODEL_NAME", "VLLM_API_KEY"
+log = logging.getLogger("managed_vllm")
+
+_MOST_AT_ONCE = 16
 
 
-def url_from_environment() -> str | None:
-    """`VLLM_SERVER_URL`; set but empty counts as not set."""
-    return os.environ.get(URL_VARIABLE) or None
+def urls_from_environment() -> tuple[str, ...]:
+    """`VLLM_SERVER_URL`: one server, or several of the same model with commas between them; empty counts as not set."""
+    return tuple(url for url in re.split(r"[,\s]+", os.environ.get(URL_VARIABLE, "")) if url)
 
 
-def model_for(base_url: str, given: str | None, *, unowned: bool = False) -> str | None:
-    """The model to ask for: the one given, else `VLLM_MODEL_NAME` if the server is that of `VLLM_SERVER_URL`.
+def checked_urls(urls: Sequence[str] | None) -> tuple[str, ...]:
+    """The argument `base_urls=`, each server once. Raises `ConfigError` for what is no list of URLs."""
+    if urls is None:
+        return ()
+    if isinstance(urls, str) or not all(isinstance(url, str) for url in urls) or not urls:
+        raise ConfigError(f"base_urls is a list of one or more URLs, not {urls!r:.80}", field="base_urls")
+    return tuple(dict.fromkeys(normalized_url(url) for url in urls))
 
-    `unowned`: also where that variable is not set, so that nothing says whose model it is.
+
+def model_for(urls: Sequence[str], given: str | None, *, unowned: bool = False) -> str | None:
+    """The model to ask for: the one given, else `VLLM_MODEL_NAME` if the servers are those of the environment.
+
+    `unowned`: also where that names no server, so that nothing says whose model it is.
     """
-    return given if given is not None else _from_environment(MODEL_VARIABLE, base_url, unowned)
+    return given if given is not None else _from_environment(MODEL_VARIABLE, urls, unowned)
 
 
-def key_for(base_url: str, given: str | None, *, unowned: bool = False) -> Secret | None:
+def key_for(urls: Sequence[str], given: str | None, *, unowned: bool = False) -> Secret | None:
     """The key to send: as `model_for`, with `VLLM_API_KEY`."""
-    key = given or _from_environment(KEY_VARIABLE, base_url, unowned)
+    key = given or _from_environment(KEY_VARIABLE, urls, unowned)
     return checked_api_key(key) if key else None
 
 
-def _from_environment(variable: str, base_url: str, unowned: bool) -> str | None:
-    theirs = url_from_environment()
-    is_its = unowned if theirs is None else normalized_url(theirs) == normalized_url(base_url)
+def _from_environment(variable: str, urls: Sequence[str], unowned: bool) -> str | None:
+    theirs = {normalized_url(url) for url in urls_from_environment()}
+    is_its = all(normalized_url(url) in theirs for url in urls) if theirs else unowned
     return (os.environ.get(variable) or None) if is_its else None
 
 
@@ -119,6 +134,46 @@ def attach(base_url: str, api_key: str | None, model: str | None, *, timeout_s: 
             served=names,
         )
     return Connection(base_url=url, api_key=Secret(api_key or ""), model=model or roots[0])
+
+
+Servers = Sequence[tuple[Connection, bool]]
+"""Servers of the same model, and whether each was up when they were asked."""
+
+
+def attach_all(urls: Sequence[str], api_key: str | None, model: str | None, *, timeout_s: float = 10.0) -> Servers:
+    """As `attach`, for one server or several at once, which must serve the same model. Those of several that don't
+    answer are down.
+
+    Raises `ServerUnreachableError` if none answers, and what any of them is to blame for otherwise.
+    """
+    if len(urls) == 1:
+        found_one = attach(urls[0], api_key, model, timeout_s=timeout_s)
+        log.info("attached to %s: an external server, not supervised", without_passwords(found_one.base_url))
+        return ((found_one, True),)
+    with ThreadPoolExecutor(min(len(urls), _MOST_AT_ONCE), thread_name_prefix="managed-vllm-attach") as threads:
+        asked = [threads.submit(attach, url, api_key, model, timeout_s=timeout_s) for url in urls]
+    silent = [one.exception() for one in asked if isinstance(one.exception(), ServerUnreachableError)]
+    if len(silent) == len(urls):
+        shown = ", ".join(without_passwords(url) for url in urls)
+        raise ServerUnreachableError(f"none of {shown} can be used; the first: {silent[0]}", base_url=shown)
+    found = [None if isinstance(one.exception(), ServerUnreachableError) else one.result() for one in asked]
+    names = {connection.model: connection for connection in found if connection is not None}
+    if len(names) > 1:
+        served = "; ".join(f"{without_passwords(one.base_url)} serves {name}" for name, one in names.items())
+        raise ModelNotServedError(
+            f"several servers must serve the same model: {served}. Say which with model=, or take the others out",
+            base_url=without_passwords(urls[0]),
+            served=tuple(names),
+        )
+    (name,) = names
+    down = functools.partial(Connection, api_key=Secret(api_key or ""), model=name)
+    for url, connection in zip(urls, found, strict=True):
+        if connection is None:
+            log.warning("%s does not answer, and is left out until it does", without_passwords(url))
+    return [
+        (down(base_url=normalized_url(url)), False) if connection is None else (connection, True)
+        for url, connection in zip(urls, found, strict=True)
+    ]
 
 
 def http_session(url: str, api_key: str | None) -> requests.Session:

@@ -90,6 +90,8 @@ class AsyncEngineMethods(AsyncRequests):
         """What the server does, and has done in this epoch. See `EngineMethods.metrics`."""
         from managed_vllm.request import server_metrics
 
+        if len(servers := await self.sender.servers(deadline_of(timeout))) > 1:
+            raise UnsupportedMethodError(f"metrics() is of one server, not of {len(servers)}", method="metrics")
         request = TextRequest("/metrics")
         try:
             with named(None, self._instance):

@@ -59,11 +59,16 @@ class AsyncRequests(WithoutTheRest):
         return request.answer(), stats
 
     async def _command(self, method: str, path: str, needs: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """POSTs to a route that only some servers have. Raises `UnsupportedMethodError` where it is missing."""
+        """POSTs to a route that only some servers have; of several servers, to each, and the last one's answer counts.
+
+        Raises `UnsupportedMethodError` where it is missing.
+        """
         request = CommandRequest(path, body or {})
         try:
             with named(None, self._instance):
-                await self.sender.send(request, None)
+                for server in await self.sender.servers(None):
+                    request = CommandRequest(path, body or {})
+                    await self.sender.send(request, None, only=server)
         except BadRequestError as error:
             if error.status != 404 or isinstance(error, ModelNotFoundError):
                 raise

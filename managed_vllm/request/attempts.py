@@ -24,11 +24,12 @@ from managed_vllm.policies import MAX_IN_FLIGHT, RetryPolicy
 from managed_vllm.request.bodies import RequestBody, encode_body
 from managed_vllm.request.bounds import NOT_SENT, Bound, closed_error
 from managed_vllm.request.concurrency import ConcurrencyLimiter
-from managed_vllm.request.connections import ConnectionPool, Transport
+from managed_vllm.request.connections import SESSION_HEADER, ConnectionPool, Transport
 from managed_vllm.request.deaths import Deaths, body_of, content_of
-from managed_vllm.request.endpoints import Endpoint, Endpoints, Find, Lookups, Ready
+from managed_vllm.request.endpoints import Endpoint, Lookups
 from managed_vllm.request.event_loops import PerLoop
 from managed_vllm.request.fields import fields_in
+from managed_vllm.request.health import is_healthy
 from managed_vllm.request.http_errors import (
     error_for_status,
     may_be_json,
@@ -38,6 +39,7 @@ from managed_vllm.request.http_errors import (
     unexpected_error,
 )
 from managed_vllm.request.pending import HTTPRequest, JSONRequest, PendingRequest, RequestStats
+from managed_vllm.request.placement import Placement, Search
 from managed_vllm.request.responses import MALFORMED, EventDecoder
 from managed_vllm.request.retry import ResponseLostError, Retries, ServerFaultError
 from managed_vllm.request.server_images import ServerImages, is_miss
@@ -48,8 +50,6 @@ Report = Callable[[str, Sequence[int]], Sequence[int] | None]
 
 _LOST = (408, 429, 500, 502, 503, 504)
 _REFUSED = (429, 503)
-_HEALTH_S = 5.0
-"""For `/health` of a server that has answered twice just now."""
 _STREAM_END_S = 0.25
 """For what follows the last token of a stream: once it is read to its end, its connection can be used again."""
 _BROKEN_OFF = "the answer was cut, and can't go on where it was: see stream()"
@@ -91,7 +91,8 @@ class Sender:
     """Sends the requests of one client, from any number of event loops.
 
     Args:
-        find, ready: where the server is, as for `Endpoints`.
+        transport: its connections.
+        placement: to which server each request goes.
         retry: how often a lost request is sent again.
         max_in_flight: requests in flight at once in one event loop, at most.
         media_ids: whether an image that the server has is sent as its id alone.
@@ -101,8 +102,8 @@ class Sender:
 
     def __init__(
         self,
-        find: Find,
-        ready: Ready,
+        transport: Transport,
+        placement: Placement,
         *,
         retry: RetryPolicy,
         max_in_flight: int = MAX_IN_FLIGHT,
@@ -114,8 +115,8 @@ class Sender:
         self._report = report
         self._openapi: Mapping[str, Any] | None = None
         self.max_in_flight = max_in_flight
-        self._endpoints = Endpoints(find, ready)
-        self._transport = Transport()
+        self._placement = placement
+        self._transport = transport
         self._images = ServerImages() if media_ids else None
         self._closed_loops = _ClosedLoops()
         self._states = PerLoop(lambda: _LoopState(ConcurrencyLimiter(max_in_flight)), self._closed_loops.add)
@@ -157,6 +158,7 @@ class Sender:
         on_progress: Progress | None = None,
         *,
         timeout_s: float | None = None,
+        only: Connection | None = None,
     ) -> RequestStats:
         """Sends `request` until it is complete.
 
@@ -165,6 +167,7 @@ class Sender:
             deadline: in seconds of the monotonic clock. None: there is none.
             on_progress: called whenever a part of a stream has come, and after a loss.
             timeout_s: seconds from the moment when it is admitted to those in flight.
+            only: the server of several that it is for.
 
         Raises a `RequestError`, or what the server ended with (`StartupError`, `ServerStoppedError`).
         """
@@ -178,7 +181,7 @@ class Sender:
                 if timeout_s is not None:
                     bound.tighten(attempts.begun + timeout_s)
                 try:
-                    await self._until_done(attempts, state, bound)
+                    await self._until_done(attempts, Search(state.lookups, bound, request.session, only))
                 finally:
                     state.limiter.release(answered=request.complete)
         except (RequestTimeoutError, ServerDiedError):
@@ -204,18 +207,31 @@ class Sender:
 
     async def open(
         self, method: str, path: str, headers: list[tuple[str, str]], body: bytes | None, deadline: float | None
-    ) -> aiohttp.ClientResponse:
-        """Sends any HTTP request until a response begins, which the caller reads and closes.
+    ) -> tuple[aiohttp.ClientResponse, Callable[[], None]]:
+        """Sends any HTTP request until a response begins. The caller reads and closes it, then calls the function.
 
         `path` is absolute, below the server's root. Raises `RequestTimeoutError`, `ServerDiedError`, or what the server
         ended with. If the rest of the response is lost, that is the caller's affair.
         """
         state = self._open_state()
         attempts = _OpenAttempts(self._transport, method, path, headers, body)
-        async with Bound(state.bounds, deadline, NOT_SENT) as bound:
-            await self._until_done(attempts, state, bound)
+        endpoint: Endpoint | None = None
+        try:
+            async with Bound(state.bounds, deadline, NOT_SENT) as bound:
+                endpoint = await self._until_done(attempts, Search(state.lookups, bound, attempts.session), stay=True)
+        except BaseException:
+            if endpoint is not None and attempts.response is not None:  # in time, and yet over
+                attempts.response.close()
+                self._placement.leave(endpoint)
+            raise
         assert attempts.response is not None
-        return attempts.response
+        return attempts.response, functools.partial(self._placement.leave, endpoint)
+
+    async def servers(self, deadline: float | None) -> Sequence[Connection | None]:
+        """All servers of this client, for what each of them must be told: see `only` of `send`."""
+        state = self._open_state()
+        async with Bound(state.bounds, deadline, _NOT_READY) as bound:
+            return await self._placement.every(Search(state.lookups, bound))
 
     def bound(self, timeout_s: float | None) -> Bound:
         """For what a caller of `open` waits for: ends it after so many seconds, and when the client is closed."""
@@ -224,47 +240,65 @@ class Sender:
 
     # -- attempts ------------------------------------------------------------------------------------------------------
 
-    async def _until_done(self, attempts: _Attempts, state: _LoopState, bound: Bound) -> None:
-        """Makes attempts, each with a server that is ready, until one succeeds or there are no further ones."""
-        retries = Retries(self.retry)
+    async def _until_done(self, attempts: _Attempts, search: Search, *, stay: bool = False) -> Endpoint:
+        """Makes attempts, each with a server that is ready, until one succeeds or there are no further ones.
+
+        Returns the server of the last one, where with `stay` the request is still in flight.
+        """
+        retries, bound = Retries(self.retry), search.bound
         content = attempts.content if self._deaths else None
         if content is not None and self._deaths.is_known(content):
             retries.deaths = self._deaths.of(content)
             raise retries.error()
-        lost_epoch: int | None = None
-        pause_s = 0.0
         while True:
             bound.reason = _NOT_READY
-            endpoint = await self._endpoints.get(state.lookups, lost_epoch, pause_s, bound)
+            endpoint = await self._placement.get(search)
             bound.reason = NOT_SENT
-            if lost_epoch is not None and endpoint[1] != lost_epoch:
-                if retries.sent:
-                    content = attempts.content
-                    await self._lay(lost_epoch, content, retries)
-                spread_s = retries.add_epoch()
-                retries.raise_if_exhausted()
-                await asyncio.sleep(spread_s)
-            bound.check()
-            bound.reason = _NO_ANSWER
+            loss, done = None, False
             try:
-                if await attempts.make(endpoint, resend=retries.ever_lost):
+                content = await self._met_death(search.lost, endpoint, attempts, retries) or content
+                bound.check()
+                bound.reason = _NO_ANSWER
+                done = await attempts.make(endpoint, resend=retries.ever_lost)
+            except ResponseLostError as error:
+                loss = error
+            finally:
+                if not (done and stay):
+                    self._placement.leave(endpoint)
+            if loss is None:
+                if done:
                     if content is not None:
                         self._deaths.clear(content)
-                    return
-                lost_epoch, pause_s = None, 0.0
-            except ResponseLostError as error:
-                bound.check()
-                progressed = attempts.lost(error, first=not retries.lost)
-                if attempts.done:
-                    return
-                lost_epoch, pause_s = endpoint[1], retries.add_loss(error, progressed=progressed)
-                if progressed and content is not None:
-                    self._deaths.clear(content)
-                if retries.repeated and await self._is_healthy(endpoint):
-                    attempts.refuse(error)
-                    continue
-                await attempts.back_off(error, retries)
-                _raise_if_too_late(error, pause_s, bound)
+                    return endpoint
+                search.lost, search.losses, search.pause_s = None, 0, 0.0
+                continue
+            bound.check()
+            progressed = attempts.lost(loss, first=not retries.lost)
+            if attempts.done:
+                return endpoint
+            search.pause_s = retries.add_loss(loss, progressed=progressed)
+            search.lost, search.losses = endpoint, retries.lost
+            if progressed and content is not None:
+                self._deaths.clear(content)
+            if retries.repeated and await is_healthy(self._transport, endpoint[0]):
+                attempts.refuse(loss)
+                continue
+            await attempts.back_off(loss, retries)
+            _raise_if_too_late(loss, search.pause_s, bound)
+
+    async def _met_death(
+        self, lost: Endpoint | None, now: Endpoint, attempts: _Attempts, retries: Retries
+    ) -> str | None:
+        """Counts a death, if the server that lost the last answer has died. Returns the content that it was laid to."""
+        if lost is None or not self._placement.is_over(lost, now):
+            return None
+        content = attempts.content if retries.sent else None
+        if content is not None:
+            await self._lay(lost[1], content, retries)
+        spread_s = retries.add_epoch()
+        retries.raise_if_exhausted()
+        await asyncio.sleep(spread_s)
+        return content
 
     async def _lay(self, epoch: int, content: str, retries: Retries) -> None:
         """Lays the end of an epoch to a request that was in flight then, and to others of its content."""
@@ -276,16 +310,6 @@ class Sender:
         if crashed is not None:
             self._deaths.keep(content, crashed)
             retries.deaths = self._deaths.of(content)
-
-    async def _is_healthy(self, endpoint: Endpoint) -> bool:
-        """Whether the server lives. vLLM's `/health` is 503 as soon as its engine has died; others may have none."""
-        try:
-            async with asyncio.timeout(_HEALTH_S):
-                response = await self._transport.pool(endpoint[0]).request("GET", "/health", None)
-                response.close()
-        except (aiohttp.ClientError, OSError):  # a TimeoutError is one
-            return False
-        return response.status < 500
 
     async def send_once(
         self,
@@ -347,6 +371,7 @@ class Sender:
         if self._images is not None:
             self._images = ServerImages()  # another thread may have held its lock
         self._transport.after_fork()
+        self._placement.after_fork()
         self._deaths.after_fork()
 
 
@@ -483,6 +508,16 @@ class _OpenAttempts:
         self.response: aiohttp.ClientResponse | None = None
 
     @property
+    def session(self) -> str | None:
+        """The session that a header or the body names."""
+        _, _, headers, body = self._request
+        for name, value in headers:
+            if name.lower() == SESSION_HEADER.lower():
+                return value
+        found = body_of(body).get("session_id") if body is not None and b'"session_id"' in body else None
+        return found if isinstance(found, str) else None
+
+    @property
     def content(self) -> str:
         _, path, _, body = self._request
         return content_of(path, None if body is None else body_of(body))
@@ -532,7 +567,7 @@ async def _open(
     pool: ConnectionPool, http: HTTPRequest, body: RequestBody | None, connection: Connection
 ) -> aiohttp.ClientResponse:
     try:
-        return await pool.request(http.method, http.path, body)
+        return await pool.request(http.method, http.path, body, session=http.session)
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
         raise ResponseLostError(f"can't connect to {connection.base_url}: {error}", sent=False) from error
     except (aiohttp.InvalidURL, UnicodeError) as error:

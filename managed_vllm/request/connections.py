@@ -24,7 +24,7 @@ import urllib.request
 import weakref
 from collections.abc import AsyncGenerator
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 from aiohttp.client_exceptions import UnixClientConnectorError
@@ -37,6 +37,8 @@ from managed_vllm.request.event_loops import PerLoop
 from managed_vllm.status import Connection
 from managed_vllm.urls import is_this_machine
 
+SESSION_HEADER = "X-Session-ID"
+"""vLLM reads it (0.32, unless the body has a `session_id`), and vllm-router keeps a session with one server by it."""
 CONNECT_TIMEOUT_S = 10.0
 """For connecting. The caller's deadline may be sooner."""
 MAX_IDLE_S = 2.0
@@ -138,8 +140,13 @@ class ConnectionPool:
         """Whether its connections were closed."""
         return self._session.closed
 
-    async def request(self, method: str, path: str, body: RequestBody | None) -> aiohttp.ClientResponse:
-        """Sends a request; returns once the response's header is there. The caller releases or closes the response."""
+    async def request(
+        self, method: str, path: str, body: RequestBody | None, *, session: str | None = None
+    ) -> aiohttp.ClientResponse:
+        """Sends a request; returns once the response's header is there. The caller releases or closes the response.
+
+        `session` goes into the header by which routers keep a session with one server.
+        """
         url = self._paths.get(path)
         if url is None:
             url = self._paths[path] = URL(self._root + path, encoded=True)
@@ -148,7 +155,8 @@ class ConnectionPool:
             only = body.parts[0] if len(body.parts) == 1 else None
             data = only if isinstance(only, bytes) and len(only) <= _PIECE_BYTES else _BodyPayload(body)
             del body, only
-        return await self._session.request(method, url, data=data, allow_redirects=False)
+        headers = None if session is None else {SESSION_HEADER: quote(session)}
+        return await self._session.request(method, url, data=data, headers=headers, allow_redirects=False)
 
     async def open(
         self, method: str, path: str, headers: list[tuple[str, str]], body: bytes | None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -129,8 +129,8 @@ async def _send(httpx: ModuleType, sender: Sender, request: Any, content: bytes)
     read_s = limits.get("read")
     deadline = None if read_s is None else time.monotonic() + read_s
     with _sdk_errors(httpx, request):
-        response = await sender.open(request.method, path, headers, content or None, deadline)
-    return _ResponseBody(httpx, sender, request, response, read_s)
+        response, leave = await sender.open(request.method, path, headers, content or None, deadline)
+    return _ResponseBody(httpx, sender, request, response, leave, read_s)
 
 
 class _ResponseBody:
@@ -142,12 +142,14 @@ class _ResponseBody:
         sender: Sender,
         request: Any,
         response: aiohttp.ClientResponse,
+        leave: Callable[[], None],
         read_s: float | None,
     ) -> None:
         self._httpx = httpx
         self._sender = sender
         self._request = request
         self._response = response
+        self._leave: Callable[[], None] | None = leave
         self._read_s = read_s
         self.status = response.status
         self.headers = [(bytes(name), bytes(value)) for name, value in response.raw_headers]
@@ -168,6 +170,9 @@ class _ResponseBody:
             self._response.release()
         else:
             self._response.close()
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            leave()
 
 
 @contextlib.contextmanager

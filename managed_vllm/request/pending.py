@@ -24,6 +24,12 @@ class HTTPRequest:
     body: dict[str, Any] | None
     stream: bool = False
 
+    @property
+    def session(self) -> str | None:
+        """The session that the body names."""
+        found = None if self.body is None else self.body.get("session_id")
+        return found if isinstance(found, str) else None
+
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
@@ -60,6 +66,10 @@ class PendingRequest(Protocol):
     @property
     def content(self) -> str:
         """What is asked for, as a short text; see `deaths.content_of`."""
+
+    @property
+    def session(self) -> str | None:
+        """The session that it belongs to."""
 
     def next(self) -> HTTPRequest:
         """The HTTP request to send now."""
@@ -99,6 +109,10 @@ class JSONRequest:
     @property
     def content(self) -> str:
         return content_of(self._request.path, self._request.body)
+
+    @property
+    def session(self) -> str | None:
+        return self._request.session
 
     def next(self) -> HTTPRequest:
         return self._request

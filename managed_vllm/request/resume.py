@@ -174,6 +174,12 @@ class Generation:
         return content_of(self._route, self._body)
 
     @property
+    def session(self) -> str | None:
+        """The session that the body names."""
+        found = self._body.get("session_id")
+        return found if isinstance(found, str) else None
+
+    @property
     def _chat(self) -> bool:
         return self._route.startswith("/chat")
 

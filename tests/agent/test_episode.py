@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from acting_server import ActingServer, Refusal, acting, text_of
+from acting_server import MODEL, ActingServer, Refusal, acting, text_of
 from counting_world import BUTTON, CountingWorld, Worlds, hang, picture, right, tasks, until
 from moved_clock import Clock
 from processes import HANG_S
 
+from managed_vllm import AsyncVLLMClient
 from managed_vllm.agent import (
     AgentFormat,
     FailureClass,
@@ -297,6 +298,22 @@ def test_wrong_arguments_are_refused_before_anything_is_played(
 def test_what_is_no_client_is_refused() -> None:
     with pytest.raises(ConfigError, match="VLLMClient"):
         asyncio.run(run_episode(object(), CountingWorld(), tasks(1)[0]))
+
+
+def test_each_episode_stays_with_one_of_several_servers() -> None:
+    async def play_all(client: AsyncVLLMClient) -> list[Trajectory]:
+        async with client, asyncio.timeout(HANG_S):
+            given: dict[str, Any] = {"sampling_params": PARAMS, "agent": AGENT}
+            return await asyncio.gather(*(run_episode(client, CountingWorld(), tasks(1)[0], **given) for _ in range(6)))
+
+    with acting(right) as first, acting(right) as second:
+        done = asyncio.run(play_all(AsyncVLLMClient([first.url, second.url], None, MODEL)))
+        assert [one.reward for one in done] == [1.0] * 6
+        turns = [[body["session_id"] for body in one.requests if "session_id" in body] for one in (first, second)]
+    assert sum(map(len, turns)) == sum(len(one.steps) for one in done)
+    assert sum(len(set(sessions)) for sessions in turns) == 6
+    assert all(turns)
+    assert set(turns[0]).isdisjoint(turns[1])
 
 
 # -- environments that do not keep to the protocol ---------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import socket
 import threading
 import time
@@ -96,6 +95,7 @@ class Script:
     def __init__(self, *acts: Act) -> None:
         self._acts = list(acts)
         self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.headers: list[dict[str, str]] = []
         self.connections = 0
         self.hung_up = 0
         self._lock = threading.Lock()
@@ -113,14 +113,15 @@ class Script:
     def _serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client, client.makefile("rb") as file:
             while line := file.readline():
-                size = 0
+                headers = {}
                 while (header := file.readline()) not in (b"\r\n", b""):
-                    if found := re.match(rb"content-length: (\d+)", header, re.IGNORECASE):
-                        size = int(found[1])
-                raw = file.read(size)
+                    name, _, value = header.decode("latin-1").partition(":")
+                    headers[name.lower()] = value.strip()
+                raw = file.read(int(headers.get("content-length", 0)))
                 body = {} if raw.startswith(b"--") else json.loads(raw or b"null")  # a form, or JSON
                 with self._lock:
                     self.requests.append((line.split()[1].decode(), body))
+                    self.headers.append(headers)
                     act = self._acts.pop(0) if len(self._acts) > 1 else self._acts[0]
                 act(client)
         self.hung_up += 1
