@@ -29,6 +29,7 @@ import msgspec
 from managed_vllm.agent import trajectory_codec
 from managed_vllm.agent.made_of import task_digest
 from managed_vllm.agent.run_folder import ARRAYS, LINES, read_at, translated_errors, write_at
+from managed_vllm.agent.run_writers import WRITERS
 from managed_vllm.agent.trajectory_codec import Record
 from managed_vllm.agent.types import FailureClass, StopReason, Trajectory
 
@@ -56,6 +57,7 @@ class AttemptEntry:
         prompt_tokens, response_tokens: of all turns together.
         offset, size: bytes, of its line.
         block: of its numbers: offset, size, CRC-32.
+        writer: in whose log; empty for that of a run's only writer.
     """
 
     task_id: str
@@ -76,6 +78,12 @@ class AttemptEntry:
     block: tuple[int, int, int]
     task_digest: str = ""
     exact: bool = True
+    writer: str = ""
+
+    @property
+    def ended_at(self) -> float:
+        """Unix time."""
+        return self.started_at + self.duration_s
 
     @property
     def key(self) -> tuple[str, int]:
@@ -96,14 +104,15 @@ class Damage:
 
 
 class AttemptLog:
-    """The two files, open. Not thread-safe.
+    """The two files, open, of the run's only writer, or of one of several (`writer`). Not thread-safe.
 
-    Raises `RunStoreError` where the files can't be used.
+    `start` is the byte from which on lines are read. Raises `RunStoreError` where the files can't be used.
     """
 
-    def __init__(self, folder: Path, *, writable: bool) -> None:
-        self._path = folder
-        self._end = 0  # of the last whole line that was read, or written
+    def __init__(self, run: Path, *, writable: bool, writer: str = "", start: int = 0) -> None:
+        self._path = folder = run / WRITERS / writer if writer else run
+        self._writer = writer
+        self._end = start  # of the last whole line that was read, or written
         self._arrays_end = 0
         self._dirty = False
         self._files = contextlib.ExitStack()
@@ -115,6 +124,11 @@ class AttemptLog:
 
     def close(self) -> None:
         self._files.close()
+
+    @property
+    def end(self) -> int:
+        """Of the last whole line that was read, or written: a byte."""
+        return self._end
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -130,7 +144,7 @@ class AttemptLog:
                 try:
                     yield self._entry_of(line, offset)
                 except ValueError as error:
-                    yield Damage(LINES, offset, str(error))
+                    yield Damage(place_of(self._writer, LINES), offset, str(error))
 
     def _entry_of(self, line: bytes, offset: int) -> AttemptEntry:
         try:
@@ -138,7 +152,7 @@ class AttemptLog:
         except ValueError:
             # It may have been read while the end of a killed writer's line was cut off and written over.
             head, _ = _split(read_at(self._lines, len(line), offset))
-        entry = _entry(head, offset, len(line))
+        entry = _entry(head, offset, len(line), self._writer)
         start, size, _ = entry.block
         begin = read_at(self._arrays, _BLOCK.size, start)
         if len(begin) < _BLOCK.size or os.fstat(self._arrays.fileno()).st_size < start + size:
@@ -174,7 +188,7 @@ class AttemptLog:
         head = {**head, "block": (self._arrays_end, len(block), zlib.crc32(block))}
         summed = b'"head":' + trajectory_codec.as_json(head) + _BEFORE_BODY + record.text
         line = b"%b%08x%b%b}\n" % (_BEFORE_SUM, zlib.crc32(summed), _AFTER_SUM, summed)
-        entry = _entry(head, self._end, len(line))
+        entry = _entry(head, self._end, len(line), self._writer)
         with translated_errors(self._path):
             if self._dirty:
                 self._cut()
@@ -201,12 +215,17 @@ class AttemptLog:
 # -- lines and blocks --------------------------------------------------------------------------------------------------
 
 
+def place_of(writer: str, name: str) -> str:
+    """The path of a log's file within the run's folder."""
+    return f"{WRITERS}/{writer}/{name}" if writer else name
+
+
 def trajectory_of(entry: AttemptEntry, line: bytes, block: bytes) -> Trajectory:
     """The attempt. Raises `DamagedError`."""
-    where = LINES, entry.offset
+    where = place_of(entry.writer, LINES), entry.offset
     try:
         _, body = _split(line)
-        where = ARRAYS, entry.block[0]
+        where = place_of(entry.writer, ARRAYS), entry.block[0]
         return trajectory_codec.decode(body, numbers_of(entry, block))
     except ValueError as error:
         raise DamagedError(Damage(*where, str(error))) from error
@@ -248,12 +267,12 @@ def head_of(trajectory: Trajectory) -> dict[str, Any]:
     return head
 
 
-def _entry(head: dict[str, Any], offset: int, size: int) -> AttemptEntry:
+def _entry(head: dict[str, Any], offset: int, size: int, writer: str) -> AttemptEntry:
     """Raises `ValueError`."""
     try:
         if isinstance(head["reward"], str):
             head = {**head, "reward": float(head["reward"])}
-        entry = msgspec.convert({**head, "offset": offset, "size": size}, AttemptEntry)
+        entry = msgspec.convert({**head, "offset": offset, "size": size, "writer": writer}, AttemptEntry)
     except (KeyError, TypeError, msgspec.ValidationError) as error:
         raise ValueError(f"its head is none: {error}") from error
     return dataclasses.replace(entry, task_id=sys.intern(entry.task_id))

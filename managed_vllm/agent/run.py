@@ -13,10 +13,11 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from managed_vllm.agent.bounded import bounded
+from managed_vllm.agent.claims import Claim
 from managed_vllm.agent.earlier_attempts import EarlierAttempts
 from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.episode import Episode
@@ -36,6 +37,9 @@ MakeEnvironment = Callable[[], Environment | Awaitable[Environment]]
 _GRACE_S = 40.0
 """On top of the environments' own limit for closing, when a run is stopped: for calls that do not heed cancellation,
 and for the `patience_s` of environments."""
+
+_LOOK_AGAIN_S = 0.5
+"""Until a rollout is looked at again that another process of the same run plays."""
 
 _HARMLESS = frozenset({FailureClass.MODEL_SERVER, FailureClass.PARSER})
 """Failures after which the environment is as good as before."""
@@ -70,6 +74,17 @@ class RunPlan:
             raise ConfigError("stop_after_failures must be 1 or more, or None", field="stop_after_failures")
         if not callable(self.make_environment):
             raise ConfigError("make_environment must be a function that makes an environment", field="make_environment")
+        if self.joined and (self.group_policy is not GroupPolicy.KEEP or self.decide_n is not None):
+            raise ConfigError(
+                "of a run with several writers (RunStore.join) no process plays whole groups: group= must be 'keep', "
+                "and decide_n= can't be given",
+                field="group" if self.decide_n is None else "decide_n",
+            )
+
+    @property
+    def joined(self) -> bool:
+        """Whether others write into the same run."""
+        return self.store is not None and self.store.claims is not None
 
     def wanted_n(self, group: GroupState) -> int:
         """How many rollouts a group is to have, as `decide_n` says. Raises what that raises."""
@@ -145,11 +160,15 @@ class Run:
             self._finisher.cancel()
         self._queue.abandon()
         running = {worker for worker in self._workers if not worker.done()}
-        if running:
-            seconds = self._plan.rules.limits.close_timeout_s + _GRACE_S
-            _, left = await asyncio.wait(running, timeout=seconds)
-            if left:
-                log.warning("%d environments did not close within %g s", len(left), seconds)
+        try:
+            if running:
+                seconds = self._plan.rules.limits.close_timeout_s + _GRACE_S
+                _, left = await asyncio.wait(running, timeout=seconds)
+                if left:
+                    log.warning("%d environments did not close within %g s", len(left), seconds)
+        finally:  # the end of the event loop cancels the closing of an iteration that was broken off
+            if self._plan.store is not None and self._plan.store.claims is not None:
+                self._writer.submit(self._plan.store.claims.let_go)
         self._writer.shutdown(wait=True)  # appends are short, and what was begun is to be whole
 
     async def _guarded(self, part: Callable[[], Awaitable[None]]) -> None:
@@ -191,8 +210,10 @@ class Run:
         environment: Environment | None = None
         try:
             while (job := await self._queue.take()) is not None:
-                mine, environment = environment, None
                 try:
+                    if not await self._is_ours(job):
+                        continue
+                    mine, environment = environment, None
                     self._stats.running += 1
                     try:
                         trajectory, environment = await self._play(job, mine)
@@ -205,6 +226,27 @@ class Run:
         finally:
             if environment is not None:
                 await self._close(environment)
+
+    async def _is_ours(self, job: Job) -> bool:
+        """Whether the rollout is for this process to play; if not, what others make of it is taken note of."""
+        store = self._plan.store
+        if store is None or store.claims is None or job.tries:
+            return True
+        claim, entry = await self.loop.run_in_executor(self._writer, store.claim, job.group.task.id, job.rollout)
+        if (entry is not None and entry.ok) or claim is Claim.FAILED:
+            self._stats.done += 1
+            self._stats.stored += 1
+            self._stats.failed += claim is Claim.FAILED
+            job.group.results[job.rollout] = None
+            job.group.jobs.pop(job.rollout, None)
+            await self._settle(job.group)
+            return False
+        if claim is Claim.HELD:
+            self._queue.put_later(job, _LOOK_AGAIN_S)
+            return False
+        if entry is not None:
+            job.attempt = max(job.attempt, entry.attempt + 1)
+        return True
 
     async def _play(self, job: Job, environment: Environment | None) -> tuple[Trajectory | None, Environment | None]:
         """The attempt, or None if it is not wanted any more; and the environment, if it is fit for another."""
@@ -262,20 +304,32 @@ class Run:
 
     # -- results -------------------------------------------------------------------------------------------------------
 
-    async def _keep(self, trajectory: Trajectory) -> None:
-        """To the store, the statistics, and the caller's hook."""
-        store = self._plan.store
-        if store is not None:
-            # A cancellation takes back nothing that has ended: it is written all the same, and close() waits for it.
-            await asyncio.shield(self.loop.run_in_executor(self._writer, store.append, trajectory))
+    async def _keep(self, trajectory: Trajectory) -> bool:
+        """To the store, the statistics, and the caller's hook. False: another process has taken the rollout over."""
+        # A cancellation takes back nothing that has ended: it is written all the same, and close() waits for it.
+        if not await asyncio.shield(self.loop.run_in_executor(self._writer, self._append, trajectory)):
+            log.warning("%s, rollout %s, was taken over: our lease had run out", *trajectory.key)
+            return False
         self._stats.count_attempt(trajectory)
         self._alike.count(trajectory)
         if self._plan.on_attempt is not None:
             self._plan.on_attempt(trajectory)
+        return True
+
+    def _append(self, trajectory: Trajectory) -> bool:
+        store = self._plan.store
+        if store is not None:
+            if store.claims is not None and not store.claims.still_ours(trajectory.key):
+                return False
+            store.append(trajectory)
+        return True
 
     async def _ended(self, job: Job, trajectory: Trajectory) -> None:
         plan, group = self._plan, job.group
-        await self._keep(trajectory)
+        if not await self._keep(trajectory):
+            group.jobs[job.rollout] = replace(job, tries=0, playing=None)
+            self._queue.put_later(group.jobs[job.rollout], _LOOK_AGAIN_S)
+            return
         self._alike.check()
         group.attempts[job.rollout] += 1
         if job.unwanted or job.round != group.round:
@@ -286,6 +340,8 @@ class Run:
             again = group.jobs[job.rollout] = job.again()
             self._queue.put_later(again, plan.retry.delay_before_s(job.tries))
             return
+        if failure is not None and plan.store is not None and plan.store.claims is not None:
+            await self.loop.run_in_executor(self._writer, plan.store.claims.failed, trajectory.key)
         group.results[job.rollout] = trajectory
         group.jobs.pop(job.rollout, None)
         self._stats.count_rollout(trajectory)

@@ -25,7 +25,7 @@ class RunStats:
         tasks: taken from the caller's iterable. tasks_known: of how many; None if it does not say.
         expected: rollouts of the tasks taken, those that the store had included.
         done: rollouts that ended for good, those that failed for good and those that the store had included.
-        stored: those that the store had.
+        stored: those that the store had, or has got from other processes.
         failed: those that failed for good.
         running: episodes that run now.
         retried: attempts that failed and were tried again.

@@ -57,7 +57,8 @@ class StreamingTaskScheduler:
         decide_n: called with task and trajectories so far, whenever a rollout of the task has ended for good; returns
             how many rollouts the task is to have now. More are started; of those too many, none is started, and those
             that run are cancelled.
-        store: where attempts are kept; what is finished there is not played again.
+        store: where attempts are kept; what is finished there is not played again. With one from `RunStore.join`, this
+            scheduler plays what no other process of the run does, and ends when all of it has ended, here or there.
         images: where screenshots are kept, without a store; None: in a temporary folder.
         on_step: called with task, rollout and each step. May be a coroutine function.
         on_attempt: called with each attempt, failed ones included, after it was stored.
@@ -236,6 +237,8 @@ class StreamingTaskScheduler:
     async def _events(self, tasks: Tasks, *, whole: bool = False) -> AsyncGenerator[Trajectory | GroupEnd, None]:
         if self._current is not None:
             raise ConfigError("this scheduler runs already; make another one, or wait for its end")
+        if whole and self._plan.joined:
+            raise ConfigError("of a run with several writers (RunStore.join) no process plays whole groups; use run()")
         known = len(tasks) if isinstance(tasks, Sized) else self._known_tasks
         self.stats = RunStats(tasks_known=known)
         # Locks belong to an event loop, and the next run may be in another one.

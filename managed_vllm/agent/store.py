@@ -6,6 +6,9 @@
     images/ab/cdef….png   screenshots, by content
     writer.lock           held by the one process that writes; writer.json says who that is
 
+Where several processes write together (`RunStore.join`), each has a log and a lease of its own (`writers/<id>/`,
+`run_writers`), and they agree by claims on who plays which rollout (`claims`). Readers see one row of attempts.
+
 What must hold:
 
 1. When `append` has returned, the attempt is on the disk, whole: first its images and its block of numbers, then its
@@ -13,11 +16,11 @@ What must hold:
 2. A writer that was killed leaves at most one line without an end. It does not count, and the next writer cuts it off.
 3. Nothing damaged is trusted: lines and blocks have checksums. What is damaged is reported (`damaged`) and counts as
    not done; the rest is used.
-4. One writer at a time, any number of readers meanwhile; they see whole lines only, and new ones by `refresh`.
+4. One writer of a log, any number of readers meanwhile; they see whole lines only, and new ones by `refresh`.
 5. An attempt comes back exactly as it was: see `trajectory_codec`.
 
 Which attempts count: of each task those of the highest `group_round`, and of each rollout in it the first that is `ok`;
-the last one where none is.
+the last one where none is. Of several writers' attempts the one that ended first counts as the first.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import io
 import logging
 import os
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,18 +43,24 @@ from managed_vllm import forks
 from managed_vllm.agent import run_folder, trajectory_codec
 from managed_vllm.agent.attempt_log import (
     AttemptEntry,
-    AttemptLog,
     Damage,
     DamagedError,
     head_of,
     numbers_of,
+    place_of,
     trajectory_of,
 )
+from managed_vllm.agent.attempt_logs import AttemptLogs
+from managed_vllm.agent.claims import Claim, Claims
 from managed_vllm.agent.image_store import ImageStore
+from managed_vllm.agent.run_writers import LEASE_S, RunWriter
 from managed_vllm.agent.types import FailureClass, StopReason, Trajectory
 from managed_vllm.errors import RunStoreError
 
 log = logging.getLogger(__name__)
+
+_REFRESH_S = 0.5
+"""Between two looks for what other writers have finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +125,12 @@ class StoredTrajectories(Sequence[Trajectory]):
         return f"<{len(self)} trajectories of {self._path}>"
 
     def _read(self, entries: Iterable[AttemptEntry]) -> Iterator[Trajectory]:
-        with contextlib.closing(AttemptLog(self._path, writable=False)) as attempts:
+        with contextlib.closing(AttemptLogs(self._path)) as attempts:
             for entry in entries:
                 yield read_attempt(attempts, self._path, entry)
 
 
-def read_attempt(attempts: AttemptLog, path: Path, entry: AttemptEntry) -> Trajectory:
+def read_attempt(attempts: AttemptLogs, path: Path, entry: AttemptEntry) -> Trajectory:
     """The trajectory of an entry. Raises `RunStoreError`, of a `DamagedError` if its files are damaged."""
     line, block = attempts.read(entry)
     try:
@@ -157,6 +167,10 @@ class AttemptIndex:
         """Distinct tasks."""
         return len(self._chosen)
 
+    def standing(self, key: tuple[str, int]) -> AttemptEntry | None:
+        """The attempt of a rollout that counts, or the last one; None without any."""
+        return self._chosen.get(key[0], (0, {}))[1].get(key[1])
+
     def counting(self) -> list[AttemptEntry]:
         """The attempt of each rollout that counts, or the last one; by task in order of appearance, then by number."""
         return [by_rollout[key] for _, by_rollout in self._chosen.values() for key in sorted(by_rollout)]
@@ -172,12 +186,15 @@ class AttemptIndex:
         if former is None or not former.ok:
             by_rollout[entry.rollout] = entry
         elif entry.ok:
+            if entry.writer != former.writer and entry.ended_at < former.ended_at:  # read later, but first
+                by_rollout[entry.rollout], entry = entry, former
             self.duplicates.append(entry)
             log.warning("%s, rollout %s, has two attempts that count; the first does", *entry.key)
 
 
 class RunStore:
-    """A run's folder. `RunStore.create` makes or resumes one, to write; `RunStore.open` reads one.
+    """A run's folder. `RunStore.create` makes or resumes one, to write; `RunStore.join` writes together with others;
+    `RunStore.open` reads one.
 
     Thread-safe. `append` waits for the disk: call it in a thread where an event loop must go on.
 
@@ -186,10 +203,19 @@ class RunStore:
         images: the `ImageStore` of its screenshots.
         damaged: what was found and is not trusted.
         force: whether differences to what the run was made of are none of its concern.
+        claims: of this process on rollouts, where it has joined others; else None.
     """
 
-    def __init__(self, path: Path, run: run_folder.RunFile, lock: io.FileIO | None, *, force: bool = False) -> None:
-        """For `create` and `open`."""
+    def __init__(
+        self,
+        path: Path,
+        run: run_folder.RunFile,
+        lock: io.FileIO | None,
+        *,
+        force: bool = False,
+        writer: RunWriter | None = None,
+    ) -> None:
+        """For `create`, `join` and `open`."""
         self.path = path
         self.force = force
         self.images = ImageStore(path / run_folder.IMAGES)
@@ -200,7 +226,10 @@ class RunStore:
         self._mutex = threading.RLock()
         self._index = AttemptIndex()
         self._closed = False
-        self._log = AttemptLog(path, writable=self.writable)
+        self._next_refresh = 0.0
+        self._writer = writer
+        self.claims = None if writer is None else Claims(path, writer)
+        self._log = AttemptLogs(path, own=None if lock is None else "" if writer is None else writer.id)
         _stores.add(self)
         try:
             self._read_on()
@@ -266,27 +295,47 @@ class RunStore:
         """
         folder = Path(path).absolute()
         asked = run_folder.plain_json(config, "config"), run_folder.plain_json(notes, "notes")
-        with run_folder.translated_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            run_folder.check_ours(folder)
-        lock = run_folder.take_lock(folder)
+        run, lock = run_folder.begin(folder, *asked, resume=resume, force=force)
         try:
-            if not (folder / run_folder.RUN).exists():
-                run = run_folder.RunFile(*asked)
-            else:
-                run = run_folder.read_run(folder)
-                if not resume:
-                    raise RunStoreError(
-                        f"there is a run already in {folder}: resume it, or give another folder", path=str(folder)
-                    )
-                run.resume(folder, *asked, force=force)
-            with run_folder.translated_errors(folder):
-                for name in (run_folder.LINES, run_folder.ARRAYS):
-                    (folder / name).touch()
-                run.write(folder)
-                run_folder.tell_writer(folder)
             return cls(folder, run, lock, force=force)
         except BaseException:
+            lock.close()
+            raise
+
+    @classmethod
+    def join(
+        cls,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any] | None = None,
+        *,
+        notes: Mapping[str, Any] | None = None,
+        force: bool = False,
+        lease_s: float = LEASE_S,
+    ) -> RunStore:
+        """Writes a run together with other processes, also on other hosts that share the file system; to be closed.
+
+        The first one makes the run. Each rollout is played by one of them (`claims`); what a dead one had claimed is
+        free at once on the same host, elsewhere when its lease has run out. Any number of them; not beside `create`.
+
+        Args:
+            path, config, notes, force: as for `create`; the config must be the same for all of them.
+            lease_s: seconds after which others may take this process for dead, if they hear nothing of it.
+
+        Raises `RunStoreError`: a process writes to it that has not joined; it is another run (the message lists what
+        differs), none, or one of a later version; the disk is full or read-only, or its file system has no hard links.
+        `ConfigError`: no JSON values.
+        """
+        folder = Path(path).absolute()
+        asked = run_folder.plain_json(config, "config"), run_folder.plain_json(notes, "notes")
+        run, lock = run_folder.begin_together(folder, *asked, force=force)
+        writer: RunWriter | None = None
+        try:
+            writer = RunWriter(folder, lease_s)
+            run_folder.write_json(writer.folder / "asked.json", {"config": asked[0], "notes": asked[1]})
+            return cls(folder, run, lock, force=force, writer=writer)
+        except BaseException:
+            if writer is not None:
+                writer.close()
             lock.close()
             raise
 
@@ -349,10 +398,10 @@ class RunStore:
                 raise
 
     def refresh(self) -> list[AttemptEntry]:
-        """Reads what another process has added since; returns that. Cheap: it begins where it stopped."""
+        """Reads what other processes have added since; returns that. Cheap: it begins where it stopped."""
         with self._mutex:
             self._check_open()
-            return [] if self.writable else self._read_on()
+            return [] if self.writable and self.claims is None else self._read_on()
 
     def verify(self) -> list[Damage]:
         """Reads everything, images included, and returns what is damaged or missing. Attempts whose line or numbers
@@ -390,6 +439,28 @@ class RunStore:
                 damaged=len(self.damaged),
             )
 
+    # -- together with others ------------------------------------------------------------------------------------------
+
+    def claim(self, task_id: str, rollout: int) -> tuple[Claim, AttemptEntry | None]:
+        """Claims a rollout, if others write, too: what became of it, and its attempt that counts, or its last one.
+
+        One that is finished is not claimed.
+        """
+        key = task_id, rollout
+        with self._mutex:
+            self._check_open(to_write=True)
+            found = self._index.standing(key)
+            if self.claims is None or (found is not None and found.ok):
+                return Claim.OURS, found
+            claim = self.claims.take(key)
+            if claim is Claim.INHERITED or (claim is not Claim.OURS and time.monotonic() > self._next_refresh):
+                self._read_on()
+                self._next_refresh = time.monotonic() + _REFRESH_S
+            found = self._index.standing(key)
+            if claim is Claim.INHERITED and found is not None and found.ok:
+                self.claims.finished(key)
+            return claim, found
+
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def append(self, trajectory: Trajectory) -> AttemptEntry:
@@ -412,6 +483,8 @@ class RunStore:
             self._check_open(to_write=True)
             entry = self._log.append(head, record)
             self._index.add(entry)
+            if self.claims is not None and entry.ok:
+                self.claims.finished(entry.key)
             return entry
 
     def settle(self, made_of: Mapping[str, Any]) -> None:
@@ -422,7 +495,10 @@ class RunStore:
         asked = run_folder.plain_json(made_of, "made_of")
         with self._mutex:
             self._check_open(to_write=True)
-            if self._run.settle(self.path, asked, force=self.force):
+            if self.claims is not None:
+                with run_folder.translated_errors(self.path):
+                    self._run.settle_together(self.path, asked, force=self.force)
+            elif self._run.settle(self.path, asked, force=self.force):
                 with run_folder.translated_errors(self.path):
                     self._run.write(self.path)
 
@@ -431,8 +507,10 @@ class RunStore:
         with self._mutex:
             self._closed = True
             self._log.close()
+            if self._writer is not None:
+                self._writer.close()
             if self._lock is not None:
-                run_folder.let_go(self.path, self._lock)
+                run_folder.let_go(self.path, self._lock, alone=self._writer is None)
 
     def __enter__(self) -> RunStore:
         return self
@@ -478,7 +556,7 @@ class RunStore:
             try:
                 numbers_of(entry, self._log.read_block(entry))
             except ValueError as error:
-                self._distrust(entry, Damage(run_folder.ARRAYS, entry.block[0], str(error)))
+                self._distrust(entry, Damage(place_of(entry.writer, run_folder.ARRAYS), entry.block[0], str(error)))
 
     def _read_on(self) -> list[AttemptEntry]:
         """Reads whole lines from where the last reading stopped."""

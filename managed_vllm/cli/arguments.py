@@ -328,6 +328,11 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on with a run that was made otherwise (another model, prompt, task …): its finished rollouts stay",
     )
+    what.add_argument(
+        "--join",
+        action="store_true",
+        help="share the run with other processes that play it, also on other hosts: each plays what no other one does",
+    )
     what.add_argument("--json", action="store_true", help="print the summary as JSON, and nothing else")
     how = parser.add_argument_group("how")
     how.add_argument("--max-concurrency", type=_positive, default=16, metavar="N", help="environments at once (16)")

@@ -47,7 +47,8 @@ def rollout(given: argparse.Namespace) -> int:
             agent = replace(agent, on_parse_error=ParseErrorPolicy(retries=given.retries))
         config = {"environment": given.environment, "format": name}
         notes = {"n": given.n, "seed": given.seed, "tasks": len(tasks), "limits": asdict(limits)}
-        with RunStore.create(out, config, notes=notes, force=given.force) as store:
+        enter = RunStore.join if given.join else RunStore.create
+        with enter(out, config, notes=notes, force=given.force) as store:
             scheduler = StreamingTaskScheduler(
                 llm,
                 place.make,
@@ -76,7 +77,8 @@ def rollout(given: argparse.Namespace) -> int:
             else:
                 running.console().print(summary_table(store))
                 asked = max(stats.expected, len(tasks) * given.n)
-                print(f"{stats.done} of {asked} rollouts ({stats.stored} of them from before) in {out}")
+                earlier = "others or from before" if given.join else "before"
+                print(f"{stats.done} of {asked} rollouts ({stats.stored} of them from {earlier}) in {out}")
                 print(f"  look:  managed-vllm view {out}")
             if stopped is not None:
                 if not given.json:

@@ -1,6 +1,7 @@
 """A process that plays rollouts into a run's folder, for tests that kill it: `rollout_process.py URL RUN LOG TASKS N`.
 
-Each reset is noted in LOG, one line with one write. It goes on with what RUN has.
+Each reset is noted in LOG, one line with one write. It goes on with what RUN has; with `join` after these, together
+with others.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from managed_vllm import AsyncVLLMClient
 from managed_vllm.agent import RunStore, StreamingTaskScheduler, Task, ui_tars
 
 
-def main(url: str, run: Path, log: Path, count: int, n: int) -> None:
+def main(url: str, run: Path, log: Path, count: int, n: int, *join: str) -> None:
     noted = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     worlds = Worlds()
 
@@ -31,7 +32,7 @@ def main(url: str, run: Path, log: Path, count: int, n: int) -> None:
             await asyncio.sleep(0.002 * (self.left % 3))
             return await super().step(action)
 
-    with RunStore.create(run, {"tasks": count, "n": n}) as store:
+    with (RunStore.join if join else RunStore.create)(run, {"tasks": count, "n": n}) as store:
         scheduler = StreamingTaskScheduler(
             AsyncVLLMClient(url, None, MODEL),
             lambda: Noting(None, worlds),
@@ -45,4 +46,4 @@ def main(url: str, run: Path, log: Path, count: int, n: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), *sys.argv[6:])
