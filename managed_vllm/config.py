@@ -131,6 +131,8 @@ class ServerSpec:
     vllm: str
     python: str | None = None
     command: tuple[str, ...] | None = None
+    auto_devices: bool = False
+    cores: int | None = None
 
     @classmethod
     def of(
@@ -141,6 +143,8 @@ class ServerSpec:
         env: Mapping[str, str] | None = None,
         python: str | os.PathLike[str] | None = None,
         command: Sequence[str] | None = None,
+        devices: str | None = None,
+        cores: int | None = None,
     ) -> ServerSpec:
         """The spec for a user's arguments: paths absolute, the demo model's defaults filled in, variables captured."""
         if python is not None and command is not None:
@@ -167,17 +171,20 @@ class ServerSpec:
         names = served if isinstance(served, list) else [served]
         if len(names) > 1:
             arguments["served_model_name"] = names
-        devices = variables.devices(os.environ, asked_for)
-        env = {name: value for name, value in {**captured, **asked_for}.items() if name not in devices}
+        seen = variables.devices(os.environ, asked_for)
+        env = {name: value for name, value in {**captured, **asked_for}.items() if name not in seen}
+        _check_devices(devices, cores, arguments, env)
         return cls(
             model=where,
             served_model_name=str(names[0]),
             engine_args=protect(arguments),
             env=protect(dict(sorted(env.items()))),
-            devices=devices,
+            devices=seen,
             vllm="command" if command is not None else installed_vllm(python),
             python=python,
             command=None if command is None else _checked_command(command),
+            auto_devices=devices is not None,
+            cores=cores,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,6 +210,8 @@ class ServerSpec:
         flat = {name: spec[name] for name in ("model", "served_model_name", "vllm", "command")}
         flat.update(engine_arguments.without_defaults(spec["engine_args"]))
         flat.update({f"env {name}": value for name, value in {**spec["env"], **spec["devices"]}.items()})
+        if self.auto_devices:
+            flat.update({"devices": "auto", "cores": self.cores})
         return flat
 
     @property
@@ -409,6 +418,30 @@ def _import_path(python: str | os.PathLike[str] | None) -> list[str]:
         return [entry for entry in sys.path if entry]
     prefix = Path(paths.absolute(python)).parent.parent
     return [str(folder) for folder in sorted(prefix.glob("lib*/python3*/site-packages"))]
+
+
+def _check_devices(devices: object, cores: object, arguments: Mapping[str, Any], env: Mapping[str, str]) -> None:
+    """Raises `ConfigError` for `devices=` and `cores=` that are wrong, or that other arguments contradict."""
+    if devices not in (None, "auto"):
+        raise ConfigError(
+            f"devices must be 'auto' or None, not {devices!r}; to name some, set CUDA_VISIBLE_DEVICES", field="devices"
+        )
+    if cores is not None and (isinstance(cores, bool) or not isinstance(cores, int) or cores < 1):
+        raise ConfigError(f"cores must be 1 or more, a whole number, not {cores!r}", field="cores")
+    if devices is None:
+        if cores is not None:
+            raise ConfigError("cores= goes with devices='auto', which takes as many", field="cores")
+        return
+    if env.get(_BOUND_CORES, "auto") != "auto":
+        raise ConfigError(f"devices='auto' chooses the cores: unset {_BOUND_CORES}", field="devices")
+    elsewhere = (
+        arguments.get("distributed_executor_backend") == "ray" or arguments.get("data_parallel_backend") == "ray"
+    )
+    if elsewhere or str(arguments.get("nnodes", 1)) != "1":
+        raise ConfigError("devices='auto' takes those of this machine: leave Ray and nnodes= out", field="devices")
+
+
+_BOUND_CORES = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def _checked_command(command: Sequence[str]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@
           AddressError
           OutOfMemoryError
           DeviceError
+            DevicesBusyError (TimeoutError)
           LaunchError
           EngineDiedError
           StartupTimeoutError (TimeoutError)
@@ -275,6 +276,15 @@ class DeviceError(StartupError):
     """No device, too few devices, or the devices can't talk to each other."""
 
 
+class DevicesBusyError(DeviceError, TimeoutError):
+    """Not enough devices were free within `wait_for_devices` seconds. `holders` says who has them, or came before."""
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """One text each: the device, the instance that has it, of which user, its supervisor's pid, since when."""
+        return tuple(str(self.diagnosis.facts.get("holders", "")).split("; "))
+
+
 class LaunchError(StartupError):
     """The server's program can't be run at all: no vLLM in that interpreter, no such command."""
 
@@ -310,6 +320,8 @@ _ERROR_OF: dict[Cause, type[StartupError]] = {
     Cause.NO_DEVICE: DeviceError,
     Cause.TENSOR_PARALLEL_DEVICES: DeviceError,
     Cause.NCCL: DeviceError,
+    Cause.DEVICES_BUSY: DevicesBusyError,
+    Cause.DEVICES_DIRECTORY: DeviceError,
     Cause.VLLM_MISSING: LaunchError,
     Cause.BROKEN_INSTALL: LaunchError,
     Cause.LAUNCHER_NOT_FOUND: LaunchError,

@@ -158,7 +158,8 @@ class SupervisionPolicy:
     reads or writes; `startup_timeout_s` the whole start: a 40-minute load that moves is fine, a stuck one is found.
     `first_request_timeout_s` bounds the one-token request that proves readiness; it may compile kernels. `stop_grace_s`
     is the time between SIGTERM and SIGKILL, and `gpu_release_timeout_s` bounds the wait until the driver has given an
-    ended server's GPU memory back; both may be 0.
+    ended server's GPU memory back; both may be 0. `wait_for_devices_s` bounds the wait in line for free devices
+    (`devices="auto"`); 0: there is none, `math.inf`: for ever.
 
     `warm` says whether the server is forked from an image, a process that has vLLM's imports done: `"auto"` where that
     is safe, and else launched plainly; True: a start that can't be forked fails; False: never.
@@ -169,6 +170,7 @@ class SupervisionPolicy:
     first_request_timeout_s: float = 300.0
     stop_grace_s: float = 5.0
     gpu_release_timeout_s: float = 30.0
+    wait_for_devices_s: float = 3600.0
     warm: Warm = "auto"
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     hang: HangPolicy = field(default_factory=HangPolicy)
@@ -176,6 +178,7 @@ class SupervisionPolicy:
     def __post_init__(self) -> None:
         for name in ("startup_timeout_s", "startup_silence_s", "first_request_timeout_s"):
             seconds(name, getattr(self, name), positive=True, endless=True)
+        seconds("wait_for_devices_s", self.wait_for_devices_s, endless=True)
         for name in ("stop_grace_s", "gpu_release_timeout_s"):  # finite: the end of a server must not take for ever
             seconds(name, getattr(self, name))
         if self.warm not in (True, False, "auto"):

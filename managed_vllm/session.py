@@ -81,6 +81,11 @@ class ManagedVLLM(RequestMethods):
         python: another interpreter whose vLLM to run.
         command: any other way to launch an OpenAI-compatible server, as a list of words with `{port}`, `{host}`,
             `{model}`, `{name}`, `{uds}`, or the word `{args}` for all of vLLM's flags. The key is in `VLLM_API_KEY`.
+        devices: `"auto"`: the server takes as many free GPUs as it needs (tensor × pipeline × data parallel size), or
+            cores where vLLM runs on a CPU, for as long as it lives, and waits in line while others have them. None:
+            all that it sees.
+        cores: how many cores each Worker of a server on a CPU takes with `devices="auto"`; None: all there are.
+        wait_for_devices: seconds to wait in that line; 0: not at all, `math.inf`: for ever.
         wait: whether entering waits until the server is ready; if not, the first use does.
         progress: whether to show the start-up; None: only on a terminal.
         retry: how often a request whose answer was lost is sent again (`RetryPolicy`).
@@ -122,6 +127,9 @@ class ManagedVLLM(RequestMethods):
         env: Mapping[str, str] | None = None,
         python: str | os.PathLike[str] | None = None,
         command: Sequence[str] | None = None,
+        devices: Literal["auto"] | None = None,
+        cores: int | None = None,
+        wait_for_devices: float = 3600.0,
         wait: bool = True,
         progress: bool | None = None,
         restart: RestartPolicy | None = None,
@@ -146,16 +154,27 @@ class ManagedVLLM(RequestMethods):
             where = {"name": name, "host": host, "port": port, "uds": uds or None}
             how = {"env": env or None, "python": python, "command": command, "warm": warm or None}
             how["for_training"] = for_training or None
+            which = {"devices": devices, "cores": cores}
             kept = {"restart": restart, "hang": hang}
-            external.check_applicable({**set_in_arguments(engine_args), **where, **how, **kept}, explicit=bool(given))
+            external.check_applicable(
+                {**set_in_arguments(engine_args), **where, **how, **which, **kept}, explicit=bool(given)
+            )
         elif model is not None:
             if for_training:
                 vllm, folder = installed_vllm(python), vllm_folder(python)
                 engine_args, env = training.with_preset(engine_args, env, vllm=vllm, folder=folder)
-            spec = ServerSpec.of(model, engine_args=engine_args, env=env, python=python, command=command)
-        elif engine_args or command or python or env or for_training:
+            spec = ServerSpec.of(
+                model,
+                engine_args=engine_args,
+                env=env,
+                python=python,
+                command=command,
+                devices=devices,
+                cores=cores,
+            )
+        elif engine_args or command or python or env or for_training or devices or cores:
             raise ConfigError(
-                "engine arguments, env=, python=, command= and for_training= need a model=", field="model"
+                "engine arguments, env=, python=, command=, devices= and for_training= need a model=", field="model"
             )
         options = AttachOptions(
             model=external.model_for(urls, asked) if urls else asked,
@@ -175,6 +194,7 @@ class ManagedVLLM(RequestMethods):
                 first_request_timeout_s=first_request_timeout,
                 stop_grace_s=stop_grace,
                 gpu_release_timeout_s=gpu_release_timeout,
+                wait_for_devices_s=wait_for_devices,
                 restart=restart or RestartPolicy(),
                 hang=hang or HangPolicy(),
                 warm=_warm(warm, command),

@@ -39,6 +39,8 @@ class ServerState(enum.StrEnum):
 class Stage(enum.StrEnum):
     """What a starting server is busy with, in the order in which a start goes through them."""
 
+    WAITING = "waiting"
+    """It waits in line for free devices. Only with `devices="auto"`; `detail` says who has them."""
     LAUNCHING = "launching"
     """The process was started and has said nothing yet."""
     IMPORTING = "importing"
@@ -128,6 +130,10 @@ class Cause(enum.StrEnum):
     """More devices are asked for than there are."""
     NCCL = "nccl"
     """The GPUs can't talk to each other."""
+    DEVICES_BUSY = "devices_busy"
+    """With `devices="auto"`: not enough were free within `wait_for_devices`."""
+    DEVICES_DIRECTORY = "devices_directory"
+    """The directory can't be used in which supervisors agree who has which devices."""
     # the program can't be run
     VLLM_MISSING = "vllm_missing"
     """The interpreter has no vLLM."""
@@ -252,7 +258,7 @@ class ServerStatus:
 
     `launch` says how this epoch was started: `"forked"` from the warm image, whose pid is `image_pid`, `"plain"`, or
     `"plain: "` and the reason why it could not be forked. `engine` is what users have made of the engine, `health` what
-    the supervisor's checks have shown.
+    the supervisor's checks have shown. `devices` are those that it took with `devices="auto"`, e.g. `("GPU 2", "GPU 3")`.
     """
 
     state: ServerState
@@ -273,6 +279,7 @@ class ServerStatus:
     image_pid: int | None = None
     engine: EngineState = field(default_factory=EngineState)
     health: HealthChecks = field(default_factory=HealthChecks)
+    devices: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -292,6 +299,7 @@ class ServerStatus:
             known["connection"] = Connection(**{**given, "api_key": Secret(given["api_key"])})
         if known.get("diagnosis"):
             known["diagnosis"] = Diagnosis.from_dict(known["diagnosis"])
+        known["devices"] = tuple(known.get("devices", ()))
         if "engine" in known:
             known["engine"] = EngineState.from_dict(known["engine"])
         if "health" in known:

@@ -249,7 +249,7 @@ class Supervisor:
         self._process: ServerProcess | None = None
         self._port: int | None = None
         self._files: Files | None = None
-        self._footprint = Footprint(order.spec.cuda_devices, order.policy.gpu_release_timeout_s)
+        self._footprint = Footprint(order, instance.id, self._predecessor)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -326,6 +326,9 @@ class Supervisor:
     async def _serve(self) -> None:
         """Starts the server, and starts it again as long as the policy says so. Returns once it has failed."""
         await self._footprint.clear_after_predecessor(self._instance, self._predecessor)
+        if (refused := await self._footprint.devices.take(self._show_progress)) is not None:
+            return await self._fail(refused)
+        self._status = dataclasses.replace(self._status, devices=self._footprint.devices.taken.labels)
         policy = self._order.policy
         if (self._predecessor or {}).get("state") in (ServerState.READY, ServerState.RESTARTING):
             self._restarts.record_ready()
@@ -402,7 +405,7 @@ class Supervisor:
             await probe.close()
         if isinstance(ended, Diagnosis) and ended.cause in _STUCK_SOMEWHERE and process.returncode is None:
             self._leave_ready(ended)
-            ended = await self._with_stacks(ended, process)
+            ended = await _with_stacks(ended, process, self._instance)
         return ended
 
     async def _ready(
@@ -438,7 +441,8 @@ class Supervisor:
         scratch = await self._footprint.prepare()
         self._write_record()  # at once: if we are killed, our successor removes it
         self._files = await asyncio.to_thread(_files_to_serve, self._order.spec, self._files)
-        launched = launch.prepare(self._order, self._instance, scratch=scratch, last_port=self._port)
+        devices = self._footprint.devices.taken
+        launched = launch.prepare(self._order, self._instance, scratch=scratch, last_port=self._port, devices=devices)
         self._port = launched.port
         loop = asyncio.get_running_loop()
 
@@ -492,12 +496,6 @@ class Supervisor:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _with_stacks(self, reason: Diagnosis, process: ServerProcess) -> Diagnosis:
-        text = await asyncio.to_thread(stacks.dump, process.processes(), reason=reason.summary)
-        kept = await asyncio.to_thread(self._instance.keep_stacks, text)
-        log.error("%s; stacks in %s", reason.summary, kept)
-        return dataclasses.replace(reason, facts={**reason.facts, "stacks": str(kept)}) if kept else reason
 
     # -- ending --------------------------------------------------------------------------------------------------------
 
@@ -631,6 +629,13 @@ def _files_to_serve(spec: ServerSpec, before: Files | None) -> Files:
     if before is not None and (changed := served_files.changes(before, now)):
         log.warning("files of the model have changed since the last epoch: %s", ", ".join(changed))
     return now
+
+
+async def _with_stacks(reason: Diagnosis, process: ServerProcess, instance: Instance) -> Diagnosis:
+    text = await asyncio.to_thread(stacks.dump, process.processes(), reason=reason.summary)
+    kept = await asyncio.to_thread(instance.keep_stacks, text)
+    log.error("%s; stacks in %s", reason.summary, kept)
+    return dataclasses.replace(reason, facts={**reason.facts, "stacks": str(kept)}) if kept else reason
 
 
 def _reason_of_exit(process: ServerProcess) -> Diagnosis:

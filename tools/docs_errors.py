@@ -85,6 +85,8 @@ def _remedies(cause: Cause) -> Iterator[tuple[str, str]]:
         diagnosis.timed_out(stage, limit_s=0, silent=True),
         diagnosis.crash_loop(killed, restarts=0, window_s=0),
         diagnosis.not_forked(""),
+        diagnosis.devices_busy(1, (), wanted="", waited_s=0),
+        diagnosis.no_places(""),
         diagnosis.engine_not_restored("", permanent=True),
         *(diagnosis.unwell(unwell, "") for unwell in diagnosis._UNWELL),
     ):

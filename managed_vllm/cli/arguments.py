@@ -369,6 +369,7 @@ _TIME_LIMITS = (
     ("--first-request-timeout", 300.0, "for the token that proves it ready; it may compile kernels"),
     ("--stop-grace", 5.0, "between SIGTERM and SIGKILL; what is beyond 5 is left to requests in flight"),
     ("--gpu-release-timeout", 30.0, "until the driver must have given an ended server's memory back"),
+    ("--wait-for-devices", 3600.0, "to wait in line for devices, with --devices auto"),
 )
 
 
@@ -378,6 +379,10 @@ def _add_server(parser: argparse.ArgumentParser, *, keep_alive: str, env: str = 
     model.add_argument("--tensor-parallel-size", "-tp", type=int, metavar="N", help="GPUs for each layer")
     model.add_argument(
         "--gpu-memory-utilization", type=float, metavar="SHARE", help="share of the GPU's memory, 0 to 1"
+    )
+    model.add_argument("--devices", choices=("auto",), help="take free GPUs, or cores, and wait in line for them")
+    model.add_argument(
+        "--cores", type=_positive, metavar="N", help="for each Worker on a CPU, with --devices auto (all)"
     )
     model.add_argument(
         env,

@@ -116,6 +116,8 @@ def status(given: argparse.Namespace) -> int:
         print("No server is running. Start one: managed-vllm up --model demo")
     for row in rows:
         if given.which:
+            if row["devices"]:
+                print(f"devices: {', '.join(row['devices'])}")
             for user in row["users"]:
                 print(f"user {user['pid']}: {user['what']}")
         if row.get("api_key"):
@@ -163,6 +165,7 @@ def to_json(instance: Instance, names: Sequence[str], seen: ServerStatus | None,
         "diagnosis": seen.diagnosis.to_dict() if seen.diagnosis else None,
         "engine": seen.engine.to_dict(),
         "health": asdict(seen.health),
+        "devices": list(seen.devices),
     }
     if show_key:
         row["api_key"] = connection.api_key.reveal() if connection else None

@@ -83,6 +83,8 @@ def _prepare(given: argparse.Namespace, *, progress: bool, wait: bool = True) ->
         env=_environment(given),
         python=given.python,
         command=_command(given),
+        devices=given.devices,
+        cores=given.cores,
     )
     return llm, Instance(directory.state_home(), spec.key)
 
@@ -118,6 +120,9 @@ def handle(given: argparse.Namespace, model: str | None, arguments: dict[str, An
         env=_environment(given),
         python=given.python,
         command=_command(given),
+        devices=given.devices,
+        cores=given.cores,
+        wait_for_devices=given.wait_for_devices,
         warm=_WARM[given.warm],
         for_training=given.for_training,
         **more,

@@ -49,6 +49,8 @@ import managed_vllm_patches as patches  # type: ignore[import-not-found]
 
 MESSAGE_LIMIT = 1 << 20
 """Longest message in bytes, either way."""
+_DESCRIPTORS = 253
+"""As many the kernel passes in one message."""
 
 _WHILE_IMPORTING = {"OPENBLAS_NUM_THREADS": "1"}
 """numpy's OpenBLAS starts its threads when it is loaded. OpenMP and torch start theirs when first used."""
@@ -168,17 +170,22 @@ class _Image:
     def serve(self) -> list[str] | None:
         """Answers requests until the supervisor closes the socket: None. In a forked server: its command line."""
         while True:
-            packet, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE_LIMIT, 1)
+            packet, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE_LIMIT, _DESCRIPTORS)
             if not packet:
                 return None
             request = json.loads(packet)
             if request["op"] == "learn":
                 self.tell({"learnt": self._learn(request.get("modules", ()), request.get("skip", ()))})
-            elif self._fork(request, descriptors[0]):
+            elif self._fork(request, *descriptors):
                 return list(request["argv"])
 
-    def _fork(self, request: dict[str, Any], output: int) -> bool:
-        """Forks a server. True in the server, once it is what a plain launch would be; False in the image."""
+    def _fork(self, request: dict[str, Any], output: int, *inherited: int) -> bool:
+        """Forks a server. True in the server, once it is what a plain launch would be; False in the image.
+
+        The server, and what it forks, keeps the `inherited` open; programs that it runs don't get them.
+        """
+        for descriptor in inherited:
+            os.set_inheritable(descriptor, False)
         if reason := _unfit():
             raise Refused(reason)
         self._read_imports()
@@ -189,7 +196,7 @@ class _Image:
             _wait_at(gate[0])
             self._become_server(request, output, imports[1])
             return True
-        _close(report[1], gate[0], imports[1], output)
+        _close(report[1], gate[0], imports[1], output, *inherited)
         os.set_blocking(imports[0], False)
         self._imports = imports[0]
         pid = os.read(report[0], 32)

@@ -280,6 +280,39 @@ def engine_not_restored(why: str, *, permanent: bool) -> Diagnosis:
     )
 
 
+def devices_busy(missing: int, holders: Sequence[str], *, wanted: str, waited_s: float) -> Diagnosis:
+    """For a server that waited for free devices in vain; `wanted` is as in "2 GPUs"."""
+    text = "; ".join(holders)
+    return Diagnosis(
+        Cause.DEVICES_BUSY,
+        f"the server needs {wanted}, and {missing or 'none'} could not be had within {waited_s:.0f} s: {text}",
+        remedy="raise wait_for_devices=, or end what holds them: managed-vllm status, as that user",
+        permanent=True,
+        facts={"missing": missing, "waited_s": waited_s, "holders": text},
+    )
+
+
+def too_few_devices(wanted: str, there: Sequence[str]) -> Diagnosis:
+    """For a server that needs more devices than it may ever have; `wanted` is as in "2 GPUs"."""
+    return Diagnosis(
+        Cause.TENSOR_PARALLEL_DEVICES if there else Cause.NO_DEVICE,
+        f"the server needs {wanted}, and may use {', '.join(there) or 'none'}",
+        remedy="lower tensor_parallel_size or cores=, or let it see more: CUDA_VISIBLE_DEVICES, the limits of the job "
+        "or container; GPUs other than NVIDIA's are not counted",
+        permanent=True,
+    )
+
+
+def no_places(why: str) -> Diagnosis:
+    """For a directory of places that can't be used."""
+    return Diagnosis(
+        Cause.DEVICES_DIRECTORY,
+        f"which devices are free can't be found out: {why}",
+        remedy="set MANAGED_VLLM_DEVICES_DIR to a directory that all who share the devices may write to (chmod 1777)",
+        permanent=True,
+    )
+
+
 def supervisor_failed(error: BaseException) -> Diagnosis:
     """For a fault of our own: the supervisor could not go on."""
     return Diagnosis(

@@ -1,4 +1,4 @@
-"""What a server has outside of its processes and its instance's folder: a scratch folder, shared memory, GPU memory.
+"""What a server has outside of its processes and its instance's folder: scratch, shared memory, GPU memory, devices.
 
 All of it is noted in the record as soon as it exists, so that whoever comes after a supervisor that was killed removes
 it. Before an epoch begins nothing of the last one is left.
@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from managed_vllm.config import SupervisorOrder
 from managed_vllm.instance import cleanup
 from managed_vllm.instance.directory import Instance
 from managed_vllm.server import gpu_memory
+from managed_vllm.server.device_claim import DeviceClaim
 from managed_vllm.server.process import ServerProcess
 
 log = logging.getLogger("managed_vllm.supervisor")
@@ -25,10 +27,10 @@ log = logging.getLogger("managed_vllm.supervisor")
 class Footprint:
     """The footprint of one instance's servers, from the first epoch to the last."""
 
-    def __init__(self, cuda_devices: str | None, gpu_release_timeout_s: float) -> None:
-        """`cuda_devices`: the GPUs that the servers see, as in `CUDA_VISIBLE_DEVICES`; None: all."""
-        self._cuda_devices = cuda_devices
-        self._gpu_release_timeout_s = gpu_release_timeout_s
+    def __init__(self, order: SupervisorOrder, instance: str, predecessor: Mapping[str, Any] | None) -> None:
+        """`predecessor` is the record of a supervisor of this instance (its id) that was killed."""
+        self._order = order
+        self.devices = DeviceClaim(order, instance, predecessor)
         self._gpu_at_first: gpu_memory.GpuMemory | None = None
         self._shared_memory: set[str] = set()
         self.scratch: Path | None = None
@@ -40,7 +42,13 @@ class Footprint:
         return {
             "scratch": str(self.scratch) if self.scratch else None,
             "shared_memory": sorted(self._shared_memory),
+            **self.devices.to_record(),
         }
+
+    @property
+    def _cuda_devices(self) -> str | None:
+        """The GPUs that the servers see, as in `CUDA_VISIBLE_DEVICES`; None: all."""
+        return self.devices.taken.variables.get("CUDA_VISIBLE_DEVICES", self._order.spec.cuda_devices)
 
     async def prepare(self) -> Path:
         """Before a launch: notes how much GPU memory was used before us, and returns the scratch folder."""
@@ -88,13 +96,15 @@ class Footprint:
 
     async def remove(self) -> None:
         """At the very end."""
+        await asyncio.to_thread(self.devices.give_back)
         with contextlib.suppress(OSError):
             if self.scratch is not None:
                 await asyncio.to_thread(cleanup.remove_scratch, self.scratch)
 
     async def _wait_for_gpu_memory(self, pids: set[int]) -> None:
+        limit_s = self._order.policy.gpu_release_timeout_s
         holders = await asyncio.to_thread(
-            gpu_memory.wait_until_released, self._gpu_at_first, pids, self._cuda_devices, self._gpu_release_timeout_s
+            gpu_memory.wait_until_released, self._gpu_at_first, pids, self._cuda_devices, limit_s
         )
         if holders:
             log.warning("the GPU memory was not all released: %s", holders)

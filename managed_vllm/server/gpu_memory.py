@@ -44,7 +44,7 @@ class Device:
 
 def devices() -> list[Device] | None:
     """All GPUs of the machine; None without NVML or GPU."""
-    with _nvml() as nvml:
+    with nvml_library() as nvml:
         if nvml is None:
             return None
         driver = _text(nvml.nvmlSystemGetDriverVersion())
@@ -58,13 +58,13 @@ def devices() -> list[Device] | None:
 
 def holders_text(indices: Iterable[int]) -> str:
     """Which processes hold memory of these GPUs, and how much."""
-    with _nvml() as nvml:
+    with nvml_library() as nvml:
         return "" if nvml is None else _holders_text(nvml, indices)
 
 
 def held_by(pids: Collection[int]) -> int | None:
     """Bytes that these processes hold on all GPUs; None without NVML, or where it lists none of them."""
-    with _nvml() as nvml:
+    with nvml_library() as nvml:
         if nvml is None:
             return None
         held = [size for index in _indices(nvml, None) for pid, size in _holders(nvml, index) if pid in pids]
@@ -73,7 +73,7 @@ def held_by(pids: Collection[int]) -> int | None:
 
 def used_memory(devices: str | None) -> GpuMemory | None:
     """The memory in use on the devices that `CUDA_VISIBLE_DEVICES` names (None: all); None without NVML or GPU."""
-    with _nvml() as nvml:
+    with nvml_library() as nvml:
         if nvml is None:
             return None
         return GpuMemory({index: _used(nvml, index) for index in _indices(nvml, devices)})
@@ -86,7 +86,7 @@ def wait_until_released(before: GpuMemory | None, pids: Collection[int], devices
     started, or has stopped falling (in a container NVML lists other pids, or none). Returns "" then, else a text that
     says which processes still hold how much.
     """
-    with _nvml() as nvml:
+    with nvml_library() as nvml:
         if nvml is None:
             return ""
         indices = _indices(nvml, devices)
@@ -120,7 +120,7 @@ def _holders_text(nvml: Any, indices: Iterable[int]) -> str:
 
 
 @contextlib.contextmanager
-def _nvml() -> Any:
+def nvml_library() -> Any:
     """NVML, initialised, or None where it can't be had."""
     try:
         import pynvml  # type: ignore[import-not-found,unused-ignore]  # comes with vllm on NVIDIA GPUs

@@ -59,6 +59,10 @@ class ForkedServer:
     output: int
 
 
+_INHERITED = 250
+"""Descriptors that a server inherits, at most: the kernel passes 253 in one message."""
+
+
 class Image:
     """One image process; see the module's docstring. After an `ImageError` it is of no more use: `end` it.
 
@@ -126,10 +130,12 @@ class Image:
         async with self._turn:
             await self._until_ready()
 
-    async def fork(self, argv: Sequence[str], environment: Mapping[str, str]) -> ForkedServer:
+    async def fork(
+        self, argv: Sequence[str], environment: Mapping[str, str], *, inherited: Sequence[int] = ()
+    ) -> ForkedServer:
         """Forks a server that is what the plain launch with this command and environment would be.
 
-        Raises `ImageError`.
+        It and what is forked from it have the descriptors `inherited`. Raises `ImageError`.
         """
         request = {
             "op": "fork",
@@ -141,7 +147,7 @@ class Image:
             await self._until_ready()
             output, theirs = os.pipe()
             try:
-                self._send(request, theirs)
+                self._send(request, theirs, *inherited[:_INHERITED])
                 answer = await self._answer("pid", _FORK_S)
             except BaseException:
                 os.close(output)

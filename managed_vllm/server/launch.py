@@ -20,6 +20,7 @@ from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance import directory
 from managed_vllm.instance.directory import Instance
 from managed_vllm.masking import Secret, reveal
+from managed_vllm.server.devices import TakenDevices
 from managed_vllm.socket_paths import LONGEST_PATH
 from managed_vllm.status import Connection, is_loopback
 
@@ -32,7 +33,8 @@ _LOOPBACK = "127.0.0.1"
 class Launch:
     """All that it takes to start the server and to reach it. `port` is None for a server on a Unix socket.
 
-    `control_key` is the key for the routes that change the engine for everybody.
+    `control_key` is the key for the routes that change the engine for everybody. `places` are descriptors that it
+    inherits, so that its devices are taken as long as it lives (`managed_vllm.server.places`).
     """
 
     argv: list[str]
@@ -40,9 +42,17 @@ class Launch:
     connection: Connection
     port: int | None
     control_key: Secret
+    places: tuple[int, ...] = ()
 
 
-def prepare(order: SupervisorOrder, instance: Instance, *, scratch: Path, last_port: int | None) -> Launch:
+def prepare(
+    order: SupervisorOrder,
+    instance: Instance,
+    *,
+    scratch: Path,
+    last_port: int | None,
+    devices: TakenDevices = TakenDevices(),  # noqa: B008  (frozen)
+) -> Launch:
     """The launch of the next epoch. `scratch` is the server's temporary folder, `last_port` the port it had before.
 
     `order.address.api_key` must be set: the server is never without one.
@@ -52,7 +62,7 @@ def prepare(order: SupervisorOrder, instance: Instance, *, scratch: Path, last_p
     if uds is not None:
         Path(uds).unlink(missing_ok=True)  # vLLM leaves it behind, and then can't bind it (0.32)
     port = None if uds is not None else _choose_port(address, last_port)
-    environment = _environment(order, instance, scratch)
+    environment = {**_environment(order, instance, scratch), **devices.variables}
     controls = _controls(spec, environment)
     return Launch(
         argv=order.argv(host=address.host or _LOOPBACK, port=port, uds=uds),
@@ -65,6 +75,7 @@ def prepare(order: SupervisorOrder, instance: Instance, *, scratch: Path, last_p
         ),
         port=port,
         control_key=Secret(controls.get(managed_vllm_guard.CONTROL_KEY) or reveal(address.api_key) or ""),
+        places=devices.descriptors,
     )
 
 

@@ -115,8 +115,12 @@ class ServerProcess:
         on_line: Callable[[str], None],
         spared: Callable[[], int | None] = lambda: None,
         secrets: Collection[str] = (),
+        inherited: Collection[int] = (),
     ) -> Self:
-        """Runs `argv` in a session and process group of its own. Raises `OSError` if the program can't be run."""
+        """Runs `argv` in a session and process group of its own. Raises `OSError` if the program can't be run.
+
+        It inherits the descriptors `inherited`, and no others.
+        """
         shared_memory = cleanup.NewSharedMemory()
         popen = subprocess.Popen(
             list(argv),
@@ -127,6 +131,7 @@ class ServerProcess:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             umask=0o077,
+            pass_fds=tuple(inherited),
         )
         assert popen.stdout is not None
         return cls(

@@ -161,6 +161,7 @@ class ServerStarter:
                     instance=self._instance,
                     on_line=on_line,
                     secrets=self._order.secrets() | {launch.control_key.reveal()},
+                    inherited=launch.places,
                 )
             except FileNotFoundError:
                 if not more_tries or shutil.which(program, path=path) is None:
@@ -183,7 +184,7 @@ class ServerStarter:
             image = self._image
             try:
                 image = image or self._bring_up(launch)
-                return await image.fork(launch.argv, launch.environment)
+                return await image.fork(launch.argv, launch.environment, inherited=launch.places)
             except ImageError as error:
                 self._lose(image, error)
                 # The fork may have been under way. No server is running, so whatever is marked is a part of it.

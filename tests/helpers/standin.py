@@ -22,6 +22,7 @@ orders of the environment variable STANDIN, a JSON object:
     shm          true: the Worker maps a segment /dev/shm/psm_…; a path: it is noted there
     poison       a text: a request with that in it ends the server
     map          the server maps these files for as long as it runs
+    used         a folder in which it locks a file for each of its GPUs; where it can't, it makes `<GPU>-twice`
 
 A file named `<number>-<kind>` in the folder `faults` is claimed by the next generation request of more than one token
 (renamed to `<name>.claimed`) and acted upon once, where it fits after half of that request's tokens:
@@ -44,6 +45,7 @@ instead. `command()` gives the words for `ManagedVLLM(command=…)`.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import mmap
 import os
@@ -594,6 +596,7 @@ def main() -> None:
         if order["exit"] == "SIGKILL":
             os.kill(os.getpid(), signal.SIGKILL)
         sys.exit(order["exit"])
+    used = [_use(path) for path in _devices(order.get("used"))]  # noqa: F841  (as long as this frame)
     mapped = [_mapped(path) for path in order.get("map", ())]  # noqa: F841  (they live as long as this frame)
     if order.get("orphans"):
         subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 3600 & wait; wait"], start_new_session=True)
@@ -637,6 +640,21 @@ def _fall_with(engine: Engine) -> None:
     engine.dead.wait()
     time.sleep(_DEATH_S)
     os._exit(0)
+
+
+def _devices(folder: str | None) -> list[str]:
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [os.path.join(folder, name) for name in names if name] if folder else []
+
+
+def _use(path: str) -> int:
+    """Locks the file of a device until this process ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        Path(f"{path}-twice").touch()
+    return descriptor
 
 
 def _is_first(where: str | bool) -> bool:

@@ -1,0 +1,168 @@
+"""The devices of one supervisor's server: taken before the first start, kept over all restarts, given back at the end.
+
+With `devices="auto"`; else there is nothing to take, and all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from managed_vllm.config import SupervisorOrder
+from managed_vllm.errors import StateDirectoryError
+from managed_vllm.server import devices, diagnosis
+from managed_vllm.server.devices import Pool, TakenDevices
+from managed_vllm.server.places import (
+    FOLDER_VARIABLE,
+    USUAL_FOLDER,
+    Occupant,
+    PlacesFolder,
+    Ticket,
+    Waiting,
+    give_back,
+)
+from managed_vllm.status import Diagnosis, Progress, Stage
+
+log = logging.getLogger("managed_vllm.supervisor")
+
+_LOOK_S = 0.1
+"""Seconds between two tries of the first in the line. Those behind it look less often."""
+_TELL_S = 1.0
+"""Seconds between two looks at who holds what."""
+_NAMED = 4
+"""As many holders are named in one line of progress."""
+
+
+class DeviceClaim:
+    """See the module's docstring. `taken` is what the server has; empty before, and without `devices="auto"`."""
+
+    def __init__(self, order: SupervisorOrder, instance: str, record: Mapping[str, Any] | None) -> None:
+        """`record` is that of the supervisor before us, if it was killed: its places are the first that we try."""
+        self._order = order
+        self._instance = instance
+        self._preferred = _places_in(record)
+        self._places: dict[str, int] = {}
+        self._folder: PlacesFolder | None = None
+        self.taken = TakenDevices()
+
+    def to_record(self) -> dict[str, Any]:
+        """What a successor takes again if it can."""
+        return {"places": sorted(self._places)} if self._places else {}
+
+    async def take(self, on_progress: Callable[[Progress], None]) -> Diagnosis | None:
+        """Takes the places, and waits in the line for them if need be. Returns why there will be none."""
+        if not self._order.spec.auto_devices:
+            return None
+        pool = await asyncio.to_thread(devices.pool, self._order.spec)
+        if len(pool.devices) < pool.wanted:
+            return diagnosis.too_few_devices(pool.number(pool.wanted), pool.labelled([d.place for d in pool.devices]))
+        try:
+            self._folder = await asyncio.to_thread(PlacesFolder, self._path())
+            return await self._wait_in_line(self._folder, pool, on_progress)
+        except StateDirectoryError as error:
+            return diagnosis.no_places(error.message)
+
+    def give_back(self) -> None:
+        """After the end of the server: others may have the devices."""
+        if self._folder is not None:
+            for place in self._places:
+                self._folder.forget(place)
+            give_back(self._places)
+            self._folder.close()
+            self._folder = None
+
+    def _path(self) -> Path:
+        """The first starter's word, as for all that the identity does not cover."""
+        return Path(self._order.environment.reveal().get(FOLDER_VARIABLE) or USUAL_FOLDER)
+
+    async def _wait_in_line(
+        self, folder: PlacesFolder, pool: Pool, on_progress: Callable[[Progress], None]
+    ) -> Diagnosis | None:
+        began, told_at = time.monotonic(), -_TELL_S
+        occupant = Occupant(os.getuid(), self._instance, os.getpid(), time.time())
+        places = sorted((device.place for device in pool.devices), key=lambda place: place not in self._preferred)
+        waiting = await asyncio.to_thread(folder.join, places, pool.wanted, occupant)
+        view = _View(folder, waiting, pool)
+        try:
+            while not await asyncio.to_thread(self._try, folder, waiting, pool, places):
+                now = time.monotonic()
+                if now - began >= self._order.policy.wait_for_devices_s:
+                    seen = await asyncio.to_thread(view.look)
+                    return diagnosis.devices_busy(*seen, wanted=pool.number(pool.wanted), waited_s=now - began)
+                if now - told_at >= _TELL_S:
+                    told_at = now
+                    missing, holders = await asyncio.to_thread(view.look)
+                    on_progress(Progress(Stage.WAITING, _detail(missing, pool, holders)))
+                await asyncio.sleep(view.pause_s)
+        finally:
+            waiting.leave()
+        log.info("took %s after %.1f s", ", ".join(self.taken.labels), time.monotonic() - began)
+        return None
+
+    def _try(self, folder: PlacesFolder, waiting: Waiting, pool: Pool, places: Sequence[str]) -> bool:
+        is_free = devices.is_free if pool.kind == "GPU" else lambda _: True
+        self._places = waiting.take(places, pool.wanted, is_free)
+        if not self._places:
+            return False
+        self.taken = TakenDevices(
+            pool.labelled([*self._places]), pool.variables([*self._places]), tuple(self._places.values())
+        )
+        holder = Occupant(os.getuid(), self._instance, os.getpid(), time.time())
+        for place in self._places:
+            folder.note(place, holder)
+        return True
+
+
+class _View:
+    """What one that waits is told: how many devices it lacks, and who has them or comes first."""
+
+    def __init__(self, folder: PlacesFolder, waiting: Waiting, pool: Pool) -> None:
+        self._folder = folder
+        self._waiting = waiting
+        self._pool = pool
+        self.pause_s = _LOOK_S
+
+    def look(self) -> tuple[int, tuple[str, ...]]:
+        """How many are missing, and a text for each of those that have them, or came before."""
+        places = [device.place for device in self._pool.devices]
+        before = self._waiting.before(places)
+        self.pause_s = _LOOK_S * (1 + min(len(before), 9))
+        held = {place: self._folder.holder(place) for place in places if self._folder.is_held(place)}
+        in_use = [place for place in places if place not in held and not self._is_free(place)]
+        missing = self._pool.wanted - (len(places) - len(held) - len(in_use))
+        return max(0, missing), (*self._holders(held), *self._strangers(in_use), *map(_before, before))
+
+    def _is_free(self, place: str) -> bool:
+        return self._pool.kind != "GPU" or devices.is_free(place)
+
+    def _holders(self, held: Mapping[str, Occupant | None]) -> list[str]:
+        found: dict[Occupant | None, list[str]] = {}
+        for place, occupant in held.items():
+            found.setdefault(occupant, []).append(place)
+        return [
+            f"{', '.join(self._pool.labelled(places))} held by {who or 'somebody who does not say who'}"
+            for who, places in found.items()
+        ]
+
+    def _strangers(self, places: Collection[str]) -> list[str]:
+        return [f"{label} in use by other programs" for label in self._pool.labelled(sorted(places))]
+
+
+def _before(ticket: Ticket) -> str:
+    return f"before us {ticket.occupant}, for {ticket.wanted}"
+
+
+def _detail(missing: int, pool: Pool, holders: Sequence[str]) -> str:
+    what = f"for {f'{missing} of ' if 0 < missing < pool.wanted else ''}{pool.number(pool.wanted)}"
+    more = [f"and {len(holders) - _NAMED} more"] if len(holders) > _NAMED else []
+    return "; ".join([what, *holders[:_NAMED], *more])
+
+
+def _places_in(record: Mapping[str, Any] | None) -> frozenset[str]:
+    places = (record or {}).get("places")
+    return frozenset(map(str, places)) if isinstance(places, list) else frozenset()
