@@ -258,7 +258,7 @@ class ServerStatus:
 
     `launch` says how this epoch was started: `"forked"` from the warm image, whose pid is `image_pid`, `"plain"`, or
     `"plain: "` and the reason why it could not be forked. `engine` is what users have made of the engine, `health` what
-    the supervisor's checks have shown. `devices` are those that it took with `devices="auto"`, e.g. `("GPU 2", "GPU 3")`.
+    the supervisor's checks have shown. `devices` are those that it took with `devices="auto"`, as `("GPU 2", "GPU 3")`.
     """
 
     state: ServerState
