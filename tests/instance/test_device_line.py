@@ -136,8 +136,8 @@ def test_restarts_keep_the_devices_and_so_does_the_next_supervisor(gpus: FakeGpu
         after = llm.wait_ready(HANG_S, after_epoch=before.epoch)
         assert (after.devices, after.supervisor_pid) == (before.devices, before.supervisor_pid)
         os.kill(after.supervisor_pid or 0, signal.SIGKILL)
-        again = eventually(lambda: llm.generate("next") and llm.status(), "it serves again")
-        assert again.supervisor_pid != after.supervisor_pid
+        eventually(lambda: llm.status().supervisor_pid != after.supervisor_pid, "the next supervisor")
+        again = llm.wait_ready(HANG_S)
         assert again.devices == before.devices, "though the first of the pool was free, too"
         assert environment_of(llm)["CUDA_VISIBLE_DEVICES"] == "1"
 
