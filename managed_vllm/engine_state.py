@@ -27,6 +27,8 @@ class EngineState:
         weights: the folder of the checkpoint that was loaded last; None: the weights that it was started with.
         weight_version: what the weights are called; empty: nobody has named them.
         weight_checksum: one over all weights, where the server tells it.
+        weights_unsaved: whether a trainer sent them, and no checkpoint is known that has them (`weights` is None): a
+            server that is started again can't have them.
     """
 
     sleep_level: int | None = None
@@ -35,6 +37,7 @@ class EngineState:
     weights: str | None = None
     weight_version: str = ""
     weight_checksum: str | None = None
+    weights_unsaved: bool = False
 
     @property
     def serves(self) -> bool:
@@ -50,6 +53,7 @@ class EngineState:
             "weights": self.weights,
             "weight_version": self.weight_version,
             "weight_checksum": self.weight_checksum,
+            "weights_unsaved": self.weights_unsaved,
         }
 
     @classmethod
@@ -62,12 +66,15 @@ class EngineState:
             raise ValueError(f"no state of an engine: {data!r}")
         level, paused, loras = data.get("sleep_level"), data.get("paused"), data.get("loras", {})
         texts = {name: data.get(name) for name in ("weights", "weight_checksum")}
-        if level not in (None, *SLEEP_LEVELS) or paused not in (None, *PAUSE_MODES) or not isinstance(loras, Mapping):
+        unsaved = data.get("weights_unsaved", False)
+        known = level in (None, *SLEEP_LEVELS) and paused in (None, *PAUSE_MODES) and isinstance(unsaved, bool)
+        if not known or not isinstance(loras, Mapping):
             raise ValueError(f"no state of an engine: {data!r}")
         return cls(
             sleep_level=level,
             paused=paused,
             loras={str(name): str(path) for name, path in loras.items()},
             weight_version=str(data.get("weight_version") or ""),
+            weights_unsaved=unsaved,
             **{name: None if value is None else str(value) for name, value in texts.items()},
         )

@@ -17,6 +17,7 @@
           EngineTimeoutError (TimeoutError)
           EngineLostError (ConnectionError)
           CheckpointError (ValueError)
+          BadWeightsError (ValueError)
         StartupError
           ModelUnavailableError
           BrokenModelError
@@ -27,6 +28,7 @@
             DevicesBusyError (TimeoutError)
           LaunchError
           EngineDiedError
+          WeightsLostError
           StartupTimeoutError (TimeoutError)
       RequestError
         BadRequestError (ValueError)
@@ -206,8 +208,12 @@ class EngineLostError(EngineControlError, ConnectionError):
     """The server or its supervisor ended in the middle of the call, or within `with llm.engine.paused()`."""
 
 
+class BadWeightsError(EngineControlError, ValueError):
+    """Weights that a trainer sent can't be served: not finite, not all there, other shapes. Those before serve on."""
+
+
 ENGINE_ERRORS: Mapping[str, type[EngineControlError]] = {
-    kind.__name__: kind for kind in (EngineUnsupportedError, EngineTimeoutError, EngineLostError)
+    kind.__name__: kind for kind in (EngineUnsupportedError, EngineTimeoutError, EngineLostError, BadWeightsError)
 }
 """By the names under which the control channel carries them."""
 
@@ -293,6 +299,10 @@ class EngineDiedError(StartupError):
     """The engine or a worker died without a cause that we know, was killed, or crashes again and again."""
 
 
+class WeightsLostError(StartupError):
+    """The server ended, and the weights that a trainer had sent were nowhere else: it must send them again."""
+
+
 class StartupTimeoutError(StartupError, TimeoutError):
     """The server was not ready within `startup_timeout`, or said nothing for `startup_silence` seconds."""
 
@@ -338,6 +348,7 @@ _ERROR_OF: dict[Cause, type[StartupError]] = {
     Cause.PROCESS_STOPPED: EngineDiedError,
     Cause.ENGINE_BROKEN: EngineDiedError,
     Cause.ENGINE_STATE: BrokenModelError,
+    Cause.WEIGHTS_LOST: WeightsLostError,
     Cause.STARTUP_TIMEOUT: StartupTimeoutError,
     Cause.STARTUP_SILENCE: StartupTimeoutError,
     Cause.UNKNOWN: EngineDiedError,

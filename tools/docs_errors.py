@@ -88,6 +88,7 @@ def _remedies(cause: Cause) -> Iterator[tuple[str, str]]:
         diagnosis.devices_busy(1, (), wanted="", waited_s=0),
         diagnosis.no_places(""),
         diagnosis.engine_not_restored("", permanent=True),
+        diagnosis.weights_lost(""),
         *(diagnosis.unwell(unwell, "") for unwell in diagnosis._UNWELL),
     ):
         if example.cause is cause:

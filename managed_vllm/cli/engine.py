@@ -11,7 +11,8 @@ from managed_vllm.engine_state import EngineState
 from managed_vllm.errors import SupervisorError
 from managed_vllm.instance import directory
 from managed_vllm.instance.channel import Channel
-from managed_vllm.instance.engine_control import CALL_S, UPDATE_S, call_engine, where
+from managed_vllm.instance.engine_calls import CALL_S, UPDATE_S, call_engine
+from managed_vllm.instance.engine_control import where
 from managed_vllm.status import ServerStatus
 
 _ARGUMENTS = ("mode", "level", "tags", "name", "path", "replace", "version", "checksum", "on_update")

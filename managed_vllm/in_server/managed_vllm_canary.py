@@ -8,10 +8,16 @@ logits of one real forward pass?
 Called by `/collective_rpc`, between two steps of the engine.
 """
 
+import contextlib
 import inspect
+import itertools
 from typing import Any
 
+import managed_vllm_transfer  # type: ignore[import-not-found]
+
 _MOST_NAMES = 1000
+
+managed_vllm_transfer.offer()  # vLLM imports this module in each Worker, ahead of the model
 
 
 class Canary:
@@ -24,9 +30,73 @@ class Canary:
         `layers/utils.py`, `dispatch_cpu_unquantized_gemm`): without a word the model is half of one checkpoint and half
         of another.
         """
+        self._managed_vllm_discard()
+        self.reload_weights(weights_path=weights_path)  # type: ignore[attr-defined]
+        self._managed_vllm_renew_tied()
+
+    def managed_vllm_renew(self) -> None:
+        """After a transfer: what a reload renews, and a transfer forgets (0.32: `finish_weight_update`)."""
+        self._managed_vllm_renew_tied()
+        for name in ("reset_encoder_cache", "reset_mm_cache"):
+            if (reset := getattr(self.model_runner, name, None)) is not None:  # type: ignore[attr-defined]
+                reset()
+
+    def managed_vllm_keep(self) -> None:
+        """Copies all weights into the host's memory, for `managed_vllm_put_back`."""
         import torch
 
-        self.reload_weights(weights_path=weights_path)  # type: ignore[attr-defined]
+        model = self.get_model()  # type: ignore[attr-defined]
+        tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+        with torch.inference_mode():
+            copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors}
+        # On a CPU a layer's weights may be nowhere but in here, packed; a load makes new ones.
+        packed = [(one, one.cpu_linear) for one in model.modules() if "cpu_linear" in vars(one)]
+        self._managed_vllm_kept = copies, packed
+
+    def managed_vllm_put_back(self) -> None:
+        """Makes the weights what they were at `managed_vllm_keep`. What was half loaded is dropped."""
+        import torch
+
+        copies, packed = self._managed_vllm_kept
+        self._managed_vllm_discard()
+        model = self.get_model()  # type: ignore[attr-defined]
+        with torch.inference_mode():
+            for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+                tensor.copy_(copies[name])
+        for module, linear in packed:
+            module.cpu_linear = linear
+        self.managed_vllm_renew()
+        self.model_runner.reset_lora_state()  # type: ignore[attr-defined]
+
+    def managed_vllm_drop(self) -> None:
+        """Gives the memory of the copy back."""
+        self._managed_vllm_kept = {}, []
+
+    def _managed_vllm_discard(self) -> None:
+        """Ends a load that has begun, whatever has come of it: the layers have the weights from before again.
+
+        Without it a reload takes up where the last one has failed (0.32), and fails as well.
+        """
+        self._weight_update_active = False
+        if (engine := getattr(self, "weight_transfer_engine", None)) is not None:
+            engine.reset_weight_update_target()
+        with contextlib.suppress(ImportError):
+            from vllm.model_executor.model_loader.reload import layerwise
+
+            model, begun = self.get_model(), False  # type: ignore[attr-defined]
+            for layer in model.modules():
+                info = layerwise.get_layerwise_info(layer)
+                if info.can_load():
+                    begun, info.load_numel, info.loaded_weights = True, 0, []
+            if begun:
+                from vllm.config import set_current_vllm_config
+
+                with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+                    layerwise.finalize_layerwise_reload(model, self.model_config)  # type: ignore[attr-defined]
+
+    def _managed_vllm_renew_tied(self) -> None:
+        import torch
+
         with torch.inference_mode():
             for module in self.get_model().modules():  # type: ignore[attr-defined]
                 if "cpu_linear" in vars(module) and hasattr(module, "num_embeddings"):

@@ -26,8 +26,8 @@ from managed_vllm.status import ServerStatus
 
 log = logging.getLogger("managed_vllm")
 
-MAX_LINE = 4 << 20
-"""Longest line in bytes that either end accepts."""
+MAX_LINE = 16 << 20
+"""Longest line in bytes that either end accepts: the names and shapes of all weights of a large model are one."""
 
 
 # -- sockets -----------------------------------------------------------------------------------------------------------

@@ -10,51 +10,25 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from managed_vllm import paths
 from managed_vllm.engine_state import PAUSE_MODES, SLEEP_LEVELS, EngineState, PauseMode
 from managed_vllm.errors import (
-    ENGINE_ERRORS,
-    CheckpointError,
     ConfigError,
     EngineControlError,
-    EngineLostError,
     EngineTimeoutError,
-    error_for,
 )
 from managed_vllm.instance.attach import Attachment
 from managed_vllm.instance.channel import Channel
+from managed_vllm.instance.engine_calls import CALL_S, UPDATE_S, Weights, call_engine
+from managed_vllm.instance.weight_sync import AsyncWeightSyncClient, WeightSyncClient
 from managed_vllm.policies import seconds
-from managed_vllm.status import ServerState
 
 T = TypeVar("T")
 OnUpdate = Literal["finish", "continue"]
-
-CALL_S = 60.0
-"""Default time limit of a call, in seconds."""
-UPDATE_S = 600.0
-"""The same of `update_weights`."""
-_ANSWER_S = 5.0
-"""Seconds beyond a call's limit in which the supervisor must have said that it is over."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Which weights a server has.
-
-    Args:
-        path: the checkpoint folder they were loaded from; None: those that the server was started with.
-        version: what they are called; empty: nobody has named them.
-        checksum: one over all of them; None: the server does not tell.
-    """
-
-    path: str | None
-    version: str
-    checksum: str | None
 
 
 class EngineControl:
@@ -205,16 +179,37 @@ class EngineControl:
 
         Raises `CheckpointError` with all that speaks against the checkpoint, and what else calls raise.
         """
-        if on_update not in get_args(OnUpdate):
-            raise ConfigError(f"on_update is 'finish' or 'continue', not {on_update!r}", field="on_update")
-        for name, text in (("version", version), ("expect", expect)):
-            given: object = text
-            if given is not None and (not isinstance(given, str) or not given):
-                raise ConfigError(f"{name} is text, not {text!r}", field=name)
+        _check_on_update(on_update)
+        _check_texts(version=version, expect=expect)
         path = paths.argument(os.fspath(path_or_id))
         asked = {"path": path, "version": version, "checksum": expect, "on_update": on_update}
         found = self._call("update_weights", timeout, **asked)
         return Weights(found["path"], found["version"], found["checksum"])
+
+    def weight_sync_client(
+        self,
+        *,
+        version: str | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        on_update: OnUpdate = "finish",
+        timeout: float = UPDATE_S,
+    ) -> WeightSyncClient:
+        """What a trainer sends its weights with: an object of vLLM's protocol `VLLMWeightSyncClient`.
+
+        Args:
+            version: what the weights are called from then on; None: "transfer-1", "transfer-2", …
+            checkpoint: the folder of a checkpoint that has the same weights: a restart takes them from there. Without
+                one, a server that ends with them has failed, with `WeightsLostError`.
+            on_update: what becomes of requests in flight, as for `update_weights`.
+            timeout: seconds for each call, and for an update from its start to its end; it is taken back then.
+
+        The server must have been started with `for_training=True`, or with a `weight_transfer_config=`.
+        """
+        _check_on_update(on_update)
+        _check_texts(version=version)
+        folder = None if checkpoint is None else paths.argument(os.fspath(checkpoint))
+        limit = seconds("timeout", timeout)
+        return WeightSyncClient(self._ready, version=version, checkpoint=folder, on_update=on_update, timeout=limit)
 
     def state(self) -> EngineState:
         """What users have made of the engine, as the supervisor knows it; the same as `status().engine`."""
@@ -255,29 +250,6 @@ class EngineControl:
         call_engine(channel, end, time.monotonic() + timeout, {"held": True})
 
 
-def call_engine(channel: Channel, name: str, deadline: float, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """One call, on the very connection to which what it holds is tied. `deadline` is of the monotonic clock."""
-    left = max(0.0, deadline - time.monotonic())
-    try:
-        reply = channel.request(
-            "engine", timeout_s=left + _ANSWER_S, call=name, arguments=dict(arguments), budget_s=left
-        )
-    except ConnectionError as error:
-        status = channel.status
-        if status is not None and status.state is ServerState.FAILED and status.diagnosis is not None:
-            raise error_for(status.diagnosis, instance=None, log_path=status.log_path) from error
-        raise EngineLostError(f"{name}: the supervisor ended, or this handle was closed", call=name) from error
-    except TimeoutError as error:
-        raise EngineTimeoutError(f"{name}: the supervisor does not answer", call=name) from error
-    if reply.get("ok"):
-        found: dict[str, Any] = reply["result"]
-        return found
-    if "checkpoint" in reply:
-        raise CheckpointError.from_dict(reply["checkpoint"])
-    kind = ENGINE_ERRORS.get(str(reply.get("kind")), EngineControlError)
-    raise kind(str(reply.get("error")), call=str(reply.get("call", name)), status=reply.get("http_status"))
-
-
 def where(path: str | os.PathLike[str]) -> str:
     """An adapter's folder as the server is told it, which has another working directory; an id of the hub as it is."""
     return paths.canonical(path) if isinstance(path, os.PathLike) else paths.argument(path)
@@ -287,6 +259,17 @@ def _checked_mode(mode: object) -> PauseMode:
     if mode not in PAUSE_MODES:
         raise ConfigError(f"mode must be one of {', '.join(PAUSE_MODES)}, not {mode!r}", field="mode")
     return mode
+
+
+def _check_on_update(on_update: object) -> None:
+    if on_update not in get_args(OnUpdate):
+        raise ConfigError(f"on_update is 'finish' or 'continue', not {on_update!r}", field="on_update")
+
+
+def _check_texts(**texts: object) -> None:
+    for name, text in texts.items():
+        if text is not None and (not isinstance(text, str) or not text):
+            raise ConfigError(f"{name} is text, not {text!r}", field=name)
 
 
 def _checked_level(level: object) -> int:
@@ -389,6 +372,20 @@ class AsyncEngineControl:
                 path_or_id, version=version, expect=expect, on_update=on_update, timeout=timeout
             )
         )
+
+    def weight_sync_client(
+        self,
+        *,
+        version: str | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        on_update: OnUpdate = "finish",
+        timeout: float = UPDATE_S,
+    ) -> AsyncWeightSyncClient:
+        """See `EngineControl.weight_sync_client`; the methods of this one are awaited."""
+        client = self._control.weight_sync_client(
+            version=version, checkpoint=checkpoint, on_update=on_update, timeout=timeout
+        )
+        return AsyncWeightSyncClient(client, self._run)
 
     async def state(self) -> EngineState:
         """See `EngineControl.state`."""

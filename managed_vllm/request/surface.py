@@ -13,8 +13,8 @@ from managed_vllm.errors import UnsupportedMethodError
 _ENGINE = "the engine is in the server's process"
 _WEIGHTS = (
     "the weights are the server's, and shared by all its users: llm.engine.update_weights() takes those of another "
-    "checkpoint, llm.engine.weights() tells their version; a trainer sends its own by the server's routes "
-    "(for_training=True)"
+    "checkpoint, llm.engine.weights() tells their version; a trainer sends its own with "
+    "llm.engine.weight_sync_client() (for_training=True)"
 )
 _QUEUE = "requests are on their way at once: generate() or chat() with all of them, or tasks with async_client"
 

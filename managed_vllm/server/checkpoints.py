@@ -148,6 +148,13 @@ def read(path_or_id: str, environment: Mapping[str, str] | None = None) -> Check
     return Checkpoint(folder, config, tensors, {name: _stamp(folder / name) for name in names})
 
 
+def may_be_missing(checkpoint: Checkpoint) -> set[str]:
+    """Tensors that a checkpoint of this model may have or not: an output layer that is the embeddings."""
+    text = checkpoint.config.get("text_config")
+    configs = [checkpoint.config, *([text] if isinstance(text, Mapping) else [])]
+    return {"lm_head.weight"} if any(config.get("tie_word_embeddings") for config in configs) else set()
+
+
 def resolve(path_or_id: str, environment: Mapping[str, str] | None = None) -> Path:
     """The folder: the path itself, or the snapshot of a hub id (`org/name`, `org/name@revision`) in the local cache.
 
@@ -328,7 +335,7 @@ def _vocabulary(path: Path) -> dict[str, Any]:
 
 def _tensor_differences(new: Checkpoint, served: Checkpoint) -> Iterator[Fault]:
     given, known = new.tensors, served.tensors
-    may_differ = {"lm_head.weight"} if served.config.get("tie_word_embeddings") else set()
+    may_differ = may_be_missing(served)
     for said, names in (("missing", known.keys() - given.keys()), ("not served", given.keys() - known.keys())):
         if wrong := sorted(names - may_differ):
             yield Fault(f"{len(wrong)} tensors are {said}: {_listed(wrong)}", _SAME_MODEL)

@@ -313,6 +313,18 @@ def no_places(why: str) -> Diagnosis:
     )
 
 
+def weights_lost(version: str) -> Diagnosis:
+    """For a server whose weights came from a trainer, and were nowhere but in it."""
+    return Diagnosis(
+        Cause.WEIGHTS_LOST,
+        "the server ended, and with it the weights that a trainer had sent",
+        f"version {version}",
+        "use it again, which starts it with the model as it was given, and have the trainer send its weights; with "
+        "checkpoint= beside them, a restart takes them from there",
+        permanent=True,
+    )
+
+
 def supervisor_failed(error: BaseException) -> Diagnosis:
     """For a fault of our own: the supervisor could not go on."""
     return Diagnosis(

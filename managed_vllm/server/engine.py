@@ -21,7 +21,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from managed_vllm.engine_state import PAUSE_MODES, SLEEP_LEVELS, EngineState, PauseMode
 from managed_vllm.errors import (
@@ -35,6 +35,7 @@ from managed_vllm.errors import (
 from managed_vllm.masking import Secret
 from managed_vllm.server import diagnosis
 from managed_vllm.server.engine_routes import EngineRoutes
+from managed_vllm.server.engine_turn import Turn
 from managed_vllm.status import Connection, Diagnosis, ServerState
 
 log = logging.getLogger("managed_vllm.supervisor")
@@ -81,6 +82,16 @@ class _Hold:
     value: Any
 
 
+class Watcher(Protocol):
+    """Does something of its own when a user, or the server, is gone."""
+
+    def user_gone(self, user: Hashable) -> None:
+        """A user's connection has ended."""
+
+    def server_left(self) -> None:
+        """The server has ended, or is about to; what was reserved is free."""
+
+
 class Engine:
     """Controls the engines of one supervisor's servers, life after life; see the module's docstring."""
 
@@ -105,13 +116,14 @@ class Engine:
                 self._unreadable = str(error)
         self._sleeps = sleeps
         self._on_change = on_change
-        self.restart = on_restart
+        self._on_restart = on_restart
         self._asked: dict[str, Any] = {"pause": self.state.paused, "sleep": self.state.sleep_level}
         self._holds: list[_Hold] = []
-        self._turn = asyncio.Lock()
-        self._serving = asyncio.Event()
+        self.turn = Turn()
         self._routes: EngineRoutes | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watchers: list[Watcher] = []
+        self._reserving: set[str] = set()
         self._calls: dict[str, Callable[[Call], Awaitable[dict[str, Any]]]] = {
             "pause": self._pause,
             "resume": self._resume,
@@ -137,7 +149,12 @@ class Engine:
     @property
     def may_stand_still(self) -> bool:
         """Whether nothing need move in it: it is paused, sleeps, or does what a user has called for."""
-        return self._turn.locked() or not self.state.serves
+        return self.turn.is_taken or not self.state.serves
+
+    @property
+    def loss(self) -> Diagnosis | None:
+        """Why no server that is started now can be what the last one was; None: one can be."""
+        return diagnosis.weights_lost(self.state.weight_version) if self.state.weights_unsaved else None
 
     async def restore(self, connection: Connection, key: Secret) -> Diagnosis | None:
         """Puts the engine of a server that has just come up into the state; the reason where that can't be."""
@@ -145,7 +162,7 @@ class Engine:
             return diagnosis.engine_not_restored(self._unreadable, permanent=True)
         routes = EngineRoutes(connection, key)
         try:
-            async with self._turn:
+            async with self.turn:
                 await self._put_back(routes)
         except (EngineLostError, EngineTimeoutError) as error:
             await routes.close()
@@ -157,18 +174,25 @@ class Engine:
                 return diagnosis.engine_not_restored(error.message, permanent=True)
             raise
         self._routes = routes
-        self._serving.set()
+        self.turn.server_came()
         return None
 
     def leave(self) -> None:
         """The server is about to end, or has ended: calls wait for the next one. One under way ends with it."""
-        self._serving.clear()
+        self.turn.server_left()
+        for watcher in self._watchers:
+            watcher.server_left()
         routes, self._routes = self._routes, None
         if routes is not None:
-            self._in_background(self._close(routes))
+            self.in_background(self._close(routes))
+
+    def restart(self) -> None:
+        """Has the server started again; calls wait for the next one from now on."""
+        self.leave()
+        self._on_restart()
 
     async def _close(self, routes: EngineRoutes) -> None:
-        async with self._turn:
+        async with self.turn:
             await routes.close()
 
     async def _put_back(self, routes: EngineRoutes) -> None:
@@ -211,12 +235,19 @@ class Engine:
             said = {"error": error.message, "kind": kind, "call": error.call, "http_status": error.status}
             return {"ok": False, **said, **found}
 
-    def add_call(self, name: str, do: Callable[[Call], Awaitable[dict[str, Any]]]) -> None:
-        """One more call for the users, which is done while it has the turn."""
+    def add_call(self, name: str, do: Callable[[Call], Awaitable[dict[str, Any]]], *, reserving: bool = False) -> None:
+        """One more call for the users, which is done while it has the turn; `reserving`: also its user's reserved."""
         self._calls[name] = do
+        if reserving:
+            self._reserving.add(name)
+
+    def add_watcher(self, watcher: Watcher) -> None:
+        self._watchers.append(watcher)
 
     def user_gone(self, user: Hashable) -> None:
         """A user's connection has ended: what it held is released."""
+        for watcher in self._watchers:
+            watcher.user_gone(user)
         held = [hold for hold in self._holds if hold.user == user]
         self._holds = [hold for hold in self._holds if hold.user != user]
         if held:
@@ -229,7 +260,7 @@ class Engine:
             raise EngineUnsupportedError(f"this supervisor knows no call {call.name!r}", call=call.name)
         try:
             async with asyncio.timeout(call.left_s):
-                await self._until_serving()
+                await self.turn.take(call.user if call.name in self._reserving else None)
         except TimeoutError:
             raise EngineTimeoutError(
                 f"{call.name}: its time was up before the server could be asked", call=call.name
@@ -237,16 +268,7 @@ class Engine:
         try:
             return await do(call)
         finally:
-            self._turn.release()
-
-    async def _until_serving(self) -> None:
-        """Returns with the turn taken, while the server is there."""
-        while True:
-            await self._serving.wait()
-            await self._turn.acquire()
-            if self._serving.is_set():
-                return
-            self._turn.release()
+            self.turn.release()
 
     def routes_for(self, call: Call) -> EngineRoutes:
         """The server's routes. Raises `EngineLostError` where it has ended since the call began."""
@@ -364,9 +386,10 @@ class Engine:
             raise
 
     def _release_soon(self) -> None:
-        self._in_background(self._release_for_certain())
+        self.in_background(self._release_for_certain())
 
-    def _in_background(self, what: Coroutine[Any, Any, None]) -> None:
+    def in_background(self, what: Coroutine[Any, Any, None]) -> None:
+        """Does it beside all else."""
         task = asyncio.create_task(what)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -374,7 +397,7 @@ class Engine:
     async def _release_for_certain(self) -> None:
         """Tries until it has worked, or the server ends, or is started again because it does not resume."""
         for _ in range(_RELEASES):
-            await self._until_serving()
+            await self.turn.take()
             try:
                 if self._routes is not None:
                     await self._settle(self._routes, _RELEASE_S)
@@ -386,7 +409,7 @@ class Engine:
                 self.become(replace(self.state, sleep_level=self._wanted("sleep"), paused=self._wanted("pause")))
                 return
             finally:
-                self._turn.release()
+                self.turn.release()
         log.error("the engine does not resume: it is started again")
         self.become(replace(self.state, sleep_level=self._wanted("sleep"), paused=self._wanted("pause")))
         self.restart()

@@ -31,6 +31,16 @@ _NO_CANARY = (
     "from managed_vllm_canary.Canary; command= servers, and those under Ray, can't be updated from here"
 )
 
+_TRANSFER_ROUTES = {
+    "init": "/init_weight_transfer_engine",
+    "start": "/start_weight_update",
+    "update": "/update_weights",
+    "finish": "/finish_weight_update",
+    "shutdown": "/shutdown_weight_transfer_engine",
+}
+_TRANSFER = "vLLM 0.20 or later, and for_training=True (or weight_transfer_config= and VLLM_SERVER_DEV_MODE)"
+_NO_TRANSFER = "the server takes no weights from a trainer: start it with for_training=True, or weight_transfer_config="
+
 Query = Iterable[tuple[str, str]]
 
 
@@ -113,6 +123,17 @@ class EngineRoutes:
         found = await self._ask_workers("managed_vllm_canary", {}, timeout_s=timeout_s)
         return [one for one in found if isinstance(one, dict)]
 
+    async def keep_weights(self, *, timeout_s: float) -> None:
+        """Has the Workers copy their weights into the host's memory, for `put_kept_weights_back`."""
+        await self._ask_workers("managed_vllm_keep", {}, timeout_s=timeout_s)
+
+    async def put_kept_weights_back(self, *, timeout_s: float) -> None:
+        """Makes the weights what they were at `keep_weights`, also after half a load."""
+        await self._ask_workers("managed_vllm_put_back", {}, timeout_s=timeout_s)
+
+    async def drop_kept_weights(self, *, timeout_s: float) -> None:
+        await self._ask_workers("managed_vllm_drop", {}, timeout_s=timeout_s)
+
     async def _ask_workers(self, method: str, kwargs: Mapping[str, Any], *, timeout_s: float) -> Sequence[Any]:
         body = {"method": method, "kwargs": kwargs}
         try:
@@ -139,6 +160,39 @@ class EngineRoutes:
     async def set_weight_version(self, version: str, *, timeout_s: float) -> None:
         body = {"new_version": version}
         await self._command("update_weights", "/update_weight_version", body=body, timeout_s=timeout_s)
+
+    # -- weights of a trainer ------------------------------------------------------------------------------------------
+
+    async def init_weight_transfer(self, init_info: Mapping[str, Any], *, timeout_s: float) -> None:
+        """Connects the Workers with a trainer, as `init_info` of vLLM's transfer engine says."""
+        await self._transfer("init", {"init_info": init_info}, timeout_s=timeout_s)
+
+    async def start_weight_transfer(self, *, timeout_s: float) -> None:
+        """From here on the weights are half old and half new, until `finish_weight_transfer`."""
+        await self._transfer("start", None, timeout_s=timeout_s)
+
+    async def receive_weights(self, update_info: Any, *, timeout_s: float) -> None:
+        """Has the Workers load some weights, which come as `update_info` of vLLM's transfer engine says."""
+        await self._transfer("update", {"update_info": update_info}, timeout_s=timeout_s)
+
+    async def finish_weight_transfer(self, *, timeout_s: float) -> None:
+        """Has the Workers use what they have received, all of it: vLLM's own route leaves parts of the old (0.32)."""
+        await self._transfer("finish", None, timeout_s=timeout_s)
+        await self._ask_workers("managed_vllm_renew", {}, timeout_s=timeout_s)
+
+    async def shut_weight_transfer_down(self, *, timeout_s: float) -> None:
+        """Ends the connection with a trainer."""
+        await self._transfer("shutdown", None, timeout_s=timeout_s)
+
+    async def _transfer(self, step: str, body: Mapping[str, Any] | None, *, timeout_s: float) -> None:
+        try:
+            await self._command(
+                "weight_sync_client", _TRANSFER_ROUTES[step], body=body, timeout_s=timeout_s, needs=_TRANSFER
+            )
+        except EngineControlError as error:
+            if error.status == 500 and "not configured" in error.message:
+                raise EngineUnsupportedError(_NO_TRANSFER, call="weight_sync_client", status=500) from error
+            raise
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """The stand-in's engine control: the routes of vLLM's development mode and of its adapters, and what they do.
 
 A pause freezes what is in flight, whatever its mode, and lets nothing new begin. Adapters are folders that exist;
-weights are folders, too, and their checksum that of the files in them.
+weights are folders, too, and their checksum that of the files in them, or what a trainer has sent. Part of what it
+sends may be `acts`: {"broken": […]}, {"hangs": true}, {"fails": true}.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ ROUTES = (
     *("/pause", "/resume", "/is_paused", "/sleep", "/wake_up", "/is_sleeping"),
     *("/reset_prefix_cache", "/reset_mm_cache", "/collective_rpc", "/weight_checker", "/weight_info"),
     *("/update_weight_version", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+    *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/start_weight_update"),
+    *("/update_weights", "/finish_weight_update"),
 )
 
 
@@ -58,6 +61,8 @@ class Control:
         self._without = without
         self._says_paused = paused
         self._weights = ""
+        self._coming: list[Any] | None = None
+        self._kept: tuple[str, list[str]] = ("", [])
         self._broken: list[str] = []
         self._poisoned = False
         self.version = "default"
@@ -127,7 +132,9 @@ class Control:
         return 200, None
 
     def do_collective_rpc(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
-        return self._canary() if asked["method"] == "managed_vllm_canary" else self._reload(asked)
+        method = asked["method"].removeprefix("managed_vllm_")
+        print(f"WORKERS {method}", flush=True)
+        return getattr(self, f"_{method}")(asked)  # type: ignore[no-any-return]
 
     def _reload(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
         """`standin.json` in the folder: {"poisons": true}, {"hangs": true}, {"ignored": true}, {"broken": […]}."""
@@ -143,19 +150,65 @@ class Control:
             self._poisoned = True
             return 500, {"error": {"message": "The size of tensor a must match the size of tensor b"}}
         if not behaves.get("ignored"):
+            self._coming = None
             self._weights, self._broken = path, behaves.get("broken", [])
         return 200, {"results": [None]}
 
-    def _canary(self) -> tuple[int, Any]:
+    def _keep(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        self._kept = self._weights, self._broken
+        return 200, {"results": [None]}
+
+    def _put_back(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        (self._weights, self._broken), self._coming = self._kept, None
+        return 200, {"results": [None]}
+
+    def _drop(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        self._kept = ("", [])
+        return 200, {"results": [None]}
+
+    def _renew(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        return 200, {"results": [None]}
+
+    def _canary(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
         if not self._has_canary:
             return 500, {"error": {"message": "'Worker' object has no attribute 'managed_vllm_canary'"}}
         return 200, {"results": [{"broken": self._broken, "logits": "finite"}]}
 
     def do_weight_checker(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
         digest = hashlib.sha256()
-        for path in sorted(Path(self._weights).iterdir()) if self._weights else ():
+        digest.update(self._weights.encode() if self._weights.startswith("[") else b"")
+        for path in sorted(Path(self._weights).iterdir()) if self._weights.startswith("/") else ():
             digest.update(path.read_bytes())
         return 200, {"checksums": {"all": digest.hexdigest()}}
+
+    def do_init_weight_transfer_engine(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        if asked["init_info"].get("hangs"):
+            time.sleep(3600)
+        return 200, {"message": "Weight transfer initialized"}
+
+    def do_shutdown_weight_transfer_engine(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        return 200, {"message": "Weight transfer shut down"}
+
+    def do_start_weight_update(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        if self._coming is not None:
+            return 500, {"error": {"message": "start_weight_update called while a weight update is already active."}}
+        self._coming = []
+        return 200, {"message": "Weight update started"}
+
+    def do_update_weights(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        acts = asked["update_info"].get("acts", {})
+        if acts.get("hangs"):
+            time.sleep(3600)
+        if self._coming is None or acts.get("fails"):
+            return 500, {"error": {"message": "start_weight_update must be called before update_weights."}}
+        self._coming.append(asked["update_info"])
+        return 200, {"message": "Weights updated"}
+
+    def do_finish_weight_update(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        coming, self._coming = self._coming or [], None
+        self._weights = json.dumps(coming)
+        self._broken = [name for one in coming for name in one.get("acts", {}).get("broken", ())]
+        return 200, {"message": "Weight update finished"}
 
     def do_weight_info(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
         return 200, {"weight_version": self.version}

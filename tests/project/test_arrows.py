@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "server": VALUES | {"config", "variables", "instance", "in_server"},
     "request": VALUES,
     "client": VALUES | {"request"},
-    "training": VALUES | {"engine_arguments"},
+    "training": VALUES | {"engine_arguments", "in_server"},
     "session": VALUES | {"instance", "client", "request", "config", "training"},
     "supervisor": VALUES | {"server", "instance", "config", "served_files", "in_server"},
     "doctor": VALUES | {"config", "variables", "instance", "server", "in_server"},

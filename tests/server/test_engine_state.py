@@ -8,7 +8,7 @@ import pytest
 
 from managed_vllm.engine_state import EngineState
 
-FULL = EngineState(1, "keep", {"a": "/lora"}, "/ck", "v2", "abc")
+FULL = EngineState(1, "keep", {"a": "/lora"}, "/ck", "v2", "abc", weights_unsaved=True)
 
 
 @pytest.mark.parametrize("state", [FULL, EngineState()])
@@ -16,7 +16,9 @@ def test_a_record_holds_all_of_it(state: EngineState) -> None:
     assert EngineState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 
-@pytest.mark.parametrize("broken", [None, [], {"sleep_level": 7}, {"paused": "maybe"}, {"loras": ["a"]}])
+@pytest.mark.parametrize(
+    "broken", [None, [], {"sleep_level": 7}, {"paused": "maybe"}, {"loras": ["a"]}, {"weights_unsaved": "no"}]
+)
 def test_what_can_not_be_read_does_not_pass_for_an_engine_as_it_starts(broken: object) -> None:
     with pytest.raises(ValueError, match="no state of an engine"):
         EngineState.from_dict(broken)

