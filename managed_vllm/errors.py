@@ -16,8 +16,8 @@
           EngineUnsupportedError
           EngineTimeoutError (TimeoutError)
           EngineLostError (ConnectionError)
-          CheckpointError (ValueError)
           BadWeightsError (ValueError)
+          CheckpointError (ValueError)
         StartupError
           ModelUnavailableError
           BrokenModelError

@@ -52,8 +52,7 @@ from managed_vllm.server.good_weights import (
 log = logging.getLogger("managed_vllm.supervisor")
 
 _LONGEST_S = 86_400.0
-_DRAIN_S = 10.0
-"""Seconds in which Workers must have answered whose trainer is gone."""
+DRAIN_S = 10.0
 _MOST_NAMES = 3
 _NUMBERED = re.compile(r"transfer-(\d{1,15})")
 
@@ -81,10 +80,14 @@ class _Transfer:
 class WeightTransfers:
     """Does what `llm.engine.weight_sync_client()` asks for; see the module's docstring."""
 
-    def __init__(self, engine: Engine, good: GoodWeights) -> None:
-        """Adds the calls to those of `engine`. `good` is the way back to what is served."""
+    def __init__(self, engine: Engine, good: GoodWeights, *, drain_s: float = DRAIN_S) -> None:
+        """Adds the calls to those of `engine`. `good` is the way back to what is served.
+
+        `drain_s`: seconds in which Workers must have answered whose trainer is gone.
+        """
         self._engine = engine
         self._good = good
+        self._drain_s = drain_s
         self._current: _Transfer | None = None
         engine.add_watcher(self)
         for name, do in {
@@ -116,7 +119,7 @@ class WeightTransfers:
             return
         turn = self._engine.turn
         try:
-            async with asyncio.timeout(_DRAIN_S if transfer.needs_user else None):
+            async with asyncio.timeout(self._drain_s if transfer.needs_user else None):
                 await turn.take(transfer.user)
         except TimeoutError:
             if self._current is transfer:

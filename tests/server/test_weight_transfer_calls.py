@@ -14,8 +14,9 @@ from managed_vllm.config import Address, ServerSpec, SupervisorOrder
 from managed_vllm.engine_state import EngineState
 from managed_vllm.masking import Secret
 from managed_vllm.policies import SupervisionPolicy
-from managed_vllm.server import weight_calls, weight_transfers
 from managed_vllm.server.engine import Engine
+from managed_vllm.server.good_weights import GoodWeights
+from managed_vllm.server.weight_transfers import WeightTransfers
 from managed_vllm.status import Cause, Connection
 
 CANARY = says({"results": [{"broken": [], "logits": "finite"}]})
@@ -27,16 +28,16 @@ def asked(call: str, **arguments: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("waits_in", ["init_weight_transfer_engine", "receive_weights"])
 def test_workers_that_wait_for_a_trainer_that_is_gone_are_started_again(
-    script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch, waits_in: str
+    script: Callable[..., Script], waits_in: str
 ) -> None:
-    monkeypatch.setattr(weight_transfers, "_DRAIN_S", 0.1)
     server = script(*([] if waits_in.startswith("init") else [CANARY, says({}), says({})]), hangs, hangs)
 
     async def scenario() -> None:
         started_again = asyncio.Event()
         engine = Engine(None, sleeps=False, on_change=lambda: None, on_restart=started_again.set)
         spec = ServerSpec.of("stand-in", engine_args={}, env=None, python=None, command=["x", "{port}"])
-        weight_calls.add_to(engine, SupervisorOrder.first(spec, Address(), SupervisionPolicy()))
+        order = SupervisorOrder.first(spec, Address(), SupervisionPolicy())
+        WeightTransfers(engine, GoodWeights(engine, order), drain_s=0.1)
         await engine.restore(Connection(f"{server.url}/v1", Secret("the-key"), "m"), Secret("control"))
         if waits_in == "receive_weights":
             assert (await engine.answer("trainer", asked("start_weight_update")))["ok"]
