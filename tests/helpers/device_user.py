@@ -34,7 +34,7 @@ def use(number: int, orders: str) -> str:
         restart=RestartPolicy(max_restarts=50, backoff_initial_s=0),
     ) as llm:
         answer = llm.generate("hello", max_tokens=4)[0]
-        return " ".join([str(number), str(answer.epoch), *llm.status().devices])
+        return " ".join([str(number), str(answer.epoch), *llm.wait_ready().devices])
 
 
 if __name__ == "__main__":

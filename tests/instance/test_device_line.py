@@ -250,8 +250,8 @@ def test_four_instances_share_two_places(gpus: FakeGpus, home: Path, tmp_path: P
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_two_hundred_uses_by_eight_processes(gpus: FakeGpus, home: Path, tmp_path: Path) -> None:
+def test_a_hundred_rounds_of_eight_processes(gpus: FakeGpus, home: Path, tmp_path: Path) -> None:
     began = time.monotonic()
-    lines = storm(tmp_path, home, processes=8, rounds=25, kills=50)
-    assert_all_served(lines, 204)
+    lines = storm(tmp_path, home, processes=8, rounds=100, kills=100)
+    assert_all_served(lines, 804)
     print(f"{len(lines)} uses in {time.monotonic() - began:.0f} s")
