@@ -131,9 +131,10 @@ class _View:
         """How many are missing, and a text for each of those that have them, or came before."""
         places = [device.place for device in self._pool.devices]
         before = self._waiting.before(places)
-        self.pause_s = _LOOK_S * (1 + min(len(before), 9))
         held = {place: self._folder.holder(place) for place in places if self._folder.is_held(place)}
         in_use = [place for place in places if place not in held and not self._is_free(place)]
+        # Asking NVML takes a while, on every core of a machine with many GPUs.
+        self.pause_s = _TELL_S if in_use else _LOOK_S * (1 + min(len(before), 9))
         missing = self._pool.wanted - (len(places) - len(held) - len(in_use))
         return max(0, missing), (*self._holders(held), *self._strangers(in_use), *map(_before, before))
 

@@ -93,6 +93,8 @@ class PlacesFolder:
         """Makes the directory if need be, open to all users. Raises `StateDirectoryError`."""
         self.path = path
         self._folder = _opened_folder(path)
+        with contextlib.suppress(OSError):  # systemd-tmpfiles leaves a directory alone that somebody has locked
+            fcntl.flock(self._folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def close(self) -> None:
         os.close(self._folder)

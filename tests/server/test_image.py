@@ -32,6 +32,38 @@ def start(folder: Path, changes: dict[str, str] | None = None, **variables: str)
     )
 
 
+def test_a_forked_server_has_the_descriptors_that_it_is_to_inherit_and_the_image_has_not(tmp_path: Path) -> None:
+    held = os.open(tmp_path / "held", os.O_RDWR | os.O_CREAT)
+
+    def has_it(pid: int) -> bool:
+        return any(os.path.samestat(os.stat(held), found) for found in map(stat_of, open_in(pid)))
+
+    async def body() -> None:
+        image = start(tmp_path)
+        server = await image.fork([sys.executable, *WORDS], os.environ, inherited=[held])
+        try:
+            assert has_it(server.pid)
+            assert not has_it(image.pid)
+        finally:
+            os.kill(server.pid, signal.SIGKILL)
+            os.close(server.output)
+            image.end()
+
+    asyncio.run(body())
+    os.close(held)
+
+
+def open_in(pid: int) -> list[str]:
+    return [entry.path for entry in os.scandir(f"/proc/{pid}/fd")]
+
+
+def stat_of(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError:  # closed meanwhile
+        return os.stat("/")
+
+
 async def why_not(image: Image) -> ImageError:
     """What the image says instead of being ready."""
     try:
