@@ -10,7 +10,6 @@ checksums. What does not fit them is a `ValueError` here.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import logging
@@ -41,6 +40,7 @@ _MAGIC = b"MVn1"
 _BEFORE_SUM, _AFTER_SUM, _BEFORE_BODY = b'{"crc32":"', b'",', b',"body":'
 """A line is `{"crc32":"89abcdef","head":{…},"body":{…}}`. The sum is of all after it but the last brace. The third does
 not occur in the head: its only keys are ours, and in a JSON string the quotes would be escaped."""
+_READ_AHEAD = 1 << 20
 _SUMMED_FROM = len(_BEFORE_SUM) + 8 + len(_AFTER_SUM)
 
 
@@ -134,7 +134,7 @@ class AttemptLog:
 
     def read_on(self) -> Iterator[AttemptEntry | Damage]:
         """Whole lines from where the last reading stopped."""
-        with translated_errors(self._path), os.fdopen(os.dup(self._lines.fileno()), "rb") as file:
+        with translated_errors(self._path), os.fdopen(os.dup(self._lines.fileno()), "rb", _READ_AHEAD) as file:
             file.seek(self._end)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -275,7 +275,10 @@ def _entry(head: dict[str, Any], offset: int, size: int, writer: str) -> Attempt
         entry = msgspec.convert({**head, "offset": offset, "size": size, "writer": writer}, AttemptEntry)
     except (KeyError, TypeError, msgspec.ValidationError) as error:
         raise ValueError(f"its head is none: {error}") from error
-    return dataclasses.replace(entry, task_id=sys.intern(entry.task_id))
+    object.__setattr__(
+        entry, "task_id", sys.intern(entry.task_id)
+    )  # ours alone yet; `replace` takes three times as long
+    return entry
 
 
 def _split(line: bytes) -> tuple[dict[str, Any], bytes]:
@@ -284,7 +287,7 @@ def _split(line: bytes) -> tuple[dict[str, Any], bytes]:
     if line[:_SUMMED_FROM] != b"%b%08x%b" % (_BEFORE_SUM, zlib.crc32(summed), _AFTER_SUM) or line[-2:] != b"}\n":
         raise ValueError("the line is damaged: its checksum does not fit")
     head, comma, body = summed.removeprefix(b'"head":').partition(_BEFORE_BODY)
-    found = json.loads(head)
+    found = msgspec.json.decode(head) if head.isascii() and b"\\u" not in head else json.loads(head)
     if not comma or not isinstance(found, dict):
         raise ValueError("the line is none of ours")
     return found, body

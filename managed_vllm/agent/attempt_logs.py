@@ -3,6 +3,8 @@
     trajectories.jsonl, arrays.bin                   of processes that wrote alone
     writers/<id>/trajectories.jsonl, arrays.bin      of one that wrote together with others, and of nobody else
 
+Of a large log the index is read (`log_index`), and of the log what came after it.
+
 A log that is not being read is closed: a run may have had thousands of writers. It is opened anew to see what has come,
 so that NFS asks its server.
 """
@@ -17,6 +19,7 @@ from typing import Any
 
 from managed_vllm.agent.attempt_log import AttemptEntry, AttemptLog, Damage
 from managed_vllm.agent.image_store import unusable
+from managed_vllm.agent.log_index import FEWEST, read_index, remove_index, write_index
 from managed_vllm.agent.run_folder import ARRAYS, LINES, translated_errors
 from managed_vllm.agent.run_writers import WRITERS, writers_of
 from managed_vllm.agent.trajectory_codec import Record
@@ -39,7 +42,12 @@ class AttemptLogs:
             with translated_errors(run):
                 for name in (LINES, ARRAYS):
                     (run / WRITERS / own / name).touch()
-        self._kept = {name: AttemptLog(run, writer=name, writable=name == own) for name in {"", own or ""}}
+        self._indexed: dict[str, tuple[list[AttemptEntry], int]] = {}
+        self._written = 0  # since the last index
+        self._kept = {
+            name: AttemptLog(run, writer=name, writable=name == own, start=self._read_index(name))
+            for name in {"", own or ""}
+        }
 
     def close(self) -> None:
         for log in (*self._kept.values(), *self._open.values()):
@@ -50,7 +58,10 @@ class AttemptLogs:
 
     def read_on(self) -> list[AttemptEntry | Damage]:
         """What others have written since the last reading, in the order in which it ended."""
-        found: list[AttemptEntry | Damage] = list(self._kept[""].read_on())
+        found: list[AttemptEntry | Damage] = self._from_index("")
+        read = list(self._kept[""].read_on())
+        self._written += len(read) if self._own == "" else 0
+        found += read
         others = [writer for writer in writers_of(self._run) if writer not in self._kept]
         for writer in others:
             found += self._read_on(writer)
@@ -59,20 +70,41 @@ class AttemptLogs:
         return found
 
     def _read_on(self, writer: str) -> list[AttemptEntry | Damage]:
-        path, start = self._run / WRITERS / writer / LINES, self._ends.get(writer, 0)
+        path = self._run / WRITERS / writer / LINES
+        if writer not in self._ends:
+            self._ends[writer] = self._read_index(writer)
+        found, start = self._from_index(writer), self._ends[writer]
         try:
             with path.open("rb") as file:
                 grown = file.seek(0, os.SEEK_END) > start
         except FileNotFoundError:
-            return []  # it has just joined
+            return found  # it has just joined
         except OSError as error:
             raise unusable(path, error) from error
         if not grown:
-            return []
+            return found
         with contextlib.closing(AttemptLog(self._run, writer=writer, writable=False, start=start)) as log:
-            found = list(log.read_on())
+            found += log.read_on()
             self._ends[writer] = log.end
         return found
+
+    def _read_index(self, writer: str) -> int:
+        """Where the reading of the log itself begins."""
+        self._indexed[writer] = read_index(self._folder_of(writer))
+        return self._indexed[writer][1]
+
+    def _from_index(self, writer: str) -> list[AttemptEntry | Damage]:
+        """What the index had, the first time."""
+        entries, end = self._indexed[writer]
+        self._indexed[writer] = [], end
+        return [*entries]
+
+    def _folder_of(self, writer: str) -> Path:
+        return self._run / WRITERS / writer if writer else self._run
+
+    def was_checked(self, entry: AttemptEntry) -> bool:
+        """Whether the index has it: whoever wrote that had looked at its numbers."""
+        return entry.writer in self._indexed and entry.offset < self._indexed[entry.writer][1]
 
     def read(self, entry: AttemptEntry) -> tuple[bytes, bytes]:
         """The line and the block of an attempt, not looked at yet."""
@@ -99,4 +131,18 @@ class AttemptLogs:
 
     def append(self, head: dict[str, Any], record: Record) -> AttemptEntry:
         """Adds an attempt. When this returns it is on the disk; when it raises nothing of it is there."""
+        self._written += 1
         return self._kept[self._own or ""].append(head, record)
+
+    def index(self, entries: list[AttemptEntry], *, closing: bool = False) -> None:
+        """Writes the index of the log that is written here, if enough is new. `entries`: of all logs, none damaged."""
+        if self._own is not None and self._written >= (1 if closing else FEWEST):
+            self._written = 0
+            mine = [entry for entry in entries if entry.writer == self._own]
+            if len(mine) >= FEWEST:
+                write_index(self._folder_of(self._own), mine, self._kept[self._own].end)
+
+    def drop_index(self) -> None:
+        """Of the log that is written here: something of it is damaged."""
+        if self._own is not None:
+            remove_index(self._folder_of(self._own))

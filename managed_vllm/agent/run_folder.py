@@ -172,7 +172,7 @@ def begin(
             run.resume(folder, config, notes, force=force)
         with translated_errors(folder):
             for name in (LINES, ARRAYS):
-                (folder / name).touch()
+                (folder / name).open("ab").close()  # `touch` would change the time of those that are there
             run.write(folder)
             tell_writer(folder)
         return run, lock
@@ -189,7 +189,7 @@ def begin_together(
     try:
         with translated_errors(folder):
             for name in (LINES, ARRAYS):
-                (folder / name).touch()
+                (folder / name).open("ab").close()  # `touch` would change the time of those that are there
             if not (folder / RUN).exists():
                 RunFile(config, notes).make(folder)
         run = read_run(folder)

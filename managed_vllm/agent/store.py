@@ -3,6 +3,7 @@
     run.json              what was asked; replaced atomically
     trajectories.jsonl    one line an attempt: {"crc32": "…", "head": {…}, "body": {…}}
     arrays.bin            token ids and logprobs, one block an attempt
+    index.msgpack         of a large run: the heads of its attempts; a copy that may be removed (`log_index`)
     images/ab/cdef….png   screenshots, by content
     writer.lock           held by the one process that writes; writer.json says who that is
 
@@ -483,6 +484,8 @@ class RunStore:
             self._check_open(to_write=True)
             entry = self._log.append(head, record)
             self._index.add(entry)
+            if not self.damaged:
+                self._log.index(self._index.entries)
             if self.claims is not None and entry.ok:
                 self.claims.finished(entry.key)
             return entry
@@ -505,6 +508,8 @@ class RunStore:
     def close(self) -> None:
         """Lets another one write. A second time it does nothing."""
         with self._mutex:
+            if not self._closed and self._pid == os.getpid() and not self.damaged:
+                self._log.index(self._index.entries, closing=True)
             self._closed = True
             self._log.close()
             if self._writer is not None:
@@ -553,6 +558,8 @@ class RunStore:
         self.images.remove_unfinished()
         self._log.begin_writing()
         for entry in self.entries():
+            if self._log.was_checked(entry):
+                continue
             try:
                 numbers_of(entry, self._log.read_block(entry))
             except ValueError as error:
@@ -578,6 +585,7 @@ class RunStore:
     def _report(self, damage: Damage) -> None:
         if damage not in self.damaged:
             self.damaged.append(damage)
+            self._log.drop_index()
             log.warning("%s: %s; it does not count", self.path, damage)
 
 

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 from processes import HANG_S, eventually
 
-from managed_vllm.agent import trajectory_codec
+from managed_vllm.agent import attempt_logs, trajectory_codec
 from managed_vllm.agent.actions import (
     Button,
     CallUser,
@@ -865,3 +865,63 @@ def test_the_index_of_many_attempts_is_small_and_quick(path: Path, caplog: pytes
         tracemalloc.stop()
     assert held < 2000 * 1200
     assert peak < held + 2_000_000  # the lines have 20 MB
+
+
+def indexed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Trajectory]:
+    """A run of six attempts that has an index; runs have one from five on."""
+    monkeypatch.setattr(attempt_logs, "FEWEST", 5)
+    given = [attempt(rollout) for rollout in range(6)]
+    with RunStore.create(path) as store:
+        for each in given:
+            store.append(each)
+    assert (path / "index.msgpack").exists()
+    return given
+
+
+def test_a_large_run_is_opened_by_its_index_as_if_all_was_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = indexed(path, monkeypatch)
+    with RunStore.open(path) as by_index:
+        entries = by_index.entries()
+        assert list(by_index) == given
+    with RunStore.create(path) as store:
+        assert store.entries() == entries
+        store.append(attempt(6))
+    with RunStore.open(path) as store:  # the index has not been written since: what came after it is read
+        assert [entry.rollout for entry in store.entries()] == list(range(7))
+    (path / "index.msgpack").unlink()
+    with RunStore.open(path) as store:
+        assert store.entries()[:6] == entries
+        assert len(store) == 7
+
+
+@pytest.mark.parametrize("name", ["trajectories.jsonl", "arrays.bin", "index.msgpack"])
+def test_an_index_is_not_trusted_when_a_file_was_changed(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    given = indexed(path, monkeypatch)
+    flip(path / name, 60)
+    with RunStore.create(path) as store:
+        assert list(store) == (given if name == "index.msgpack" else given[1:])
+        assert len(store.damaged) == (name != "index.msgpack")
+    with RunStore.open(path) as store:  # nor is there one that has the damaged attempt in it
+        assert len(store.finished()) == 6 if name == "index.msgpack" else 5
+
+
+def test_damage_behind_an_index_is_found_when_the_attempt_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = indexed(path, monkeypatch)
+    with RunStore.create(path) as store:
+        flip(path / "arrays.bin", 60)
+        store.append(attempt(6))
+        assert list(store) == [*given[1:], attempt(6)]
+    with RunStore.create(path) as store:
+        assert store.finished() == {("t-1", rollout) for rollout in range(1, 7)}
+
+
+def test_a_task_that_no_index_can_name_costs_the_index_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt_logs, "FEWEST", 1)
+    given = Trajectory(Task("half a pair \ud83d"), 0, stop_reason=StopReason.FINISHED)
+    with RunStore.create(path) as store:
+        store.append(given)
+    assert not (path / "index.msgpack").exists()
+    with RunStore.open(path) as store:
+        assert list(store) == [given]
