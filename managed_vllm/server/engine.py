@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
 import time
@@ -36,6 +35,7 @@ from managed_vllm.masking import Secret
 from managed_vllm.server import diagnosis
 from managed_vllm.server.engine_routes import EngineRoutes
 from managed_vllm.server.engine_turn import Turn
+from managed_vllm.server.weight_checks import checksum_of, faults_of
 from managed_vllm.status import Connection, Diagnosis, ServerState
 
 log = logging.getLogger("managed_vllm.supervisor")
@@ -46,6 +46,7 @@ _RESTORE_S = 600.0
 _RELEASE_S = 30.0
 _RELEASES = 3
 """Times that an engine is asked to resume, and seconds for each; one that does not is started again."""
+_RELEASE_AGAIN_S = 0.5
 _DEATH_S = 10.0
 """Seconds in which the end of a server is reported that broke a connection of ours."""
 
@@ -123,7 +124,7 @@ class Engine:
         self._routes: EngineRoutes | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: list[Watcher] = []
-        self._reserving: set[str] = set()
+        self._own_turn: set[str] = set()
         self._calls: dict[str, Callable[[Call], Awaitable[dict[str, Any]]]] = {
             "pause": self._pause,
             "resume": self._resume,
@@ -198,12 +199,7 @@ class Engine:
     async def _put_back(self, routes: EngineRoutes) -> None:
         state = self.state
         if state.weights is not None:
-            await routes.reload_weights(state.weights, timeout_s=_RESTORE_S)
-            await routes.reset_prefix_cache(running=True, timeout_s=_RESTORE_S)
-            if state.weight_checksum is not None:
-                found = checksum_of(await routes.weight_checksums(timeout_s=_RESTORE_S))
-                if found != state.weight_checksum:
-                    raise EngineControlError(f"{state.weights} holds other weights than before", call="weights")
+            await self._put_weights_back(routes, state.weights)
         if state.weight_version:
             await routes.set_weight_version(state.weight_version, timeout_s=_RESTORE_S)
         for name, path in state.loras.items():
@@ -214,6 +210,18 @@ class Engine:
             await routes.pause("keep", timeout_s=_RESTORE_S)
         if state != EngineState():
             log.info("the engine is as it was before: %s", json.dumps(state.to_dict()))
+
+    async def _put_weights_back(self, routes: EngineRoutes, folder: str) -> None:
+        """The files may have changed since they were loaded: what they hold is looked at as new weights are."""
+        known = await faults_of(routes, _RESTORE_S)
+        await routes.reload_weights(folder, timeout_s=_RESTORE_S)
+        await routes.reset_prefix_cache(running=True, timeout_s=_RESTORE_S)
+        if faults := await faults_of(routes, _RESTORE_S) - known:
+            raise EngineControlError(f"{folder} holds weights that can't be served: {min(faults)}", call="weights")
+        if self.state.weight_checksum is not None:
+            found = checksum_of(await routes.weight_checksums(timeout_s=_RESTORE_S))
+            if found != self.state.weight_checksum:
+                raise EngineControlError(f"{folder} holds other weights than before", call="weights")
 
     # -- for the users -------------------------------------------------------------------------------------------------
 
@@ -235,11 +243,10 @@ class Engine:
             said = {"error": error.message, "kind": kind, "call": error.call, "http_status": error.status}
             return {"ok": False, **said, **found}
 
-    def add_call(self, name: str, do: Callable[[Call], Awaitable[dict[str, Any]]], *, reserving: bool = False) -> None:
-        """One more call for the users, which is done while it has the turn; `reserving`: also its user's reserved."""
+    def add_call(self, name: str, do: Callable[[Call], Awaitable[dict[str, Any]]]) -> None:
+        """One more call for the users, which takes the turn itself (`turn_for`)."""
         self._calls[name] = do
-        if reserving:
-            self._reserving.add(name)
+        self._own_turn.add(name)
 
     def add_watcher(self, watcher: Watcher) -> None:
         self._watchers.append(watcher)
@@ -258,15 +265,22 @@ class Engine:
         do = self._calls.get(call.name)
         if do is None:
             raise EngineUnsupportedError(f"this supervisor knows no call {call.name!r}", call=call.name)
+        if call.name in self._own_turn:
+            return await do(call)
+        async with self.turn_for(call):
+            return await do(call)
+
+    @contextlib.asynccontextmanager
+    async def turn_for(self, call: Call, user: Hashable = None) -> AsyncIterator[None]:
+        """The turn, while the server is there; with `user` also one that it has reserved."""
         try:
             async with asyncio.timeout(call.left_s):
-                await self.turn.take(call.user if call.name in self._reserving else None)
+                await self.turn.take(user)
         except TimeoutError:
-            raise EngineTimeoutError(
-                f"{call.name}: its time was up before the server could be asked", call=call.name
-            ) from None
+            said = f"{call.name}: its time was up before the server could be asked"
+            raise EngineTimeoutError(said, call=call.name) from None
         try:
-            return await do(call)
+            yield
         finally:
             self.turn.release()
 
@@ -359,7 +373,7 @@ class Engine:
         """Lets the engine be as little paused and asleep as is wanted now; where that fails, goes on trying."""
         try:
             await self._settle(self.routes_for(call), call.left_s)
-        except EngineTimeoutError:
+        except EngineControlError:
             self._release_soon()
             raise
 
@@ -402,14 +416,11 @@ class Engine:
                 if self._routes is not None:
                     await self._settle(self._routes, _RELEASE_S)
                 return
-            except EngineTimeoutError:
-                log.warning("the engine does not resume within %g s", _RELEASE_S)
             except EngineControlError as error:
                 log.warning("the engine did not resume: %s", error)
-                self.become(replace(self.state, sleep_level=self._wanted("sleep"), paused=self._wanted("pause")))
-                return
             finally:
                 self.turn.release()
+            await asyncio.sleep(_RELEASE_AGAIN_S)
         log.error("the engine does not resume: it is started again")
         self.become(replace(self.state, sleep_level=self._wanted("sleep"), paused=self._wanted("pause")))
         self.restart()
@@ -458,8 +469,3 @@ class Engine:
             version = await self.routes_for(call).weight_version(timeout_s=call.left_s)
             found["version"] = self.state.weight_version or version
         return found
-
-
-def checksum_of(checksums: Mapping[str, str]) -> str:
-    """One checksum over all weights of a server."""
-    return hashlib.sha256(json.dumps(dict(checksums), sort_keys=True).encode()).hexdigest()[:16]

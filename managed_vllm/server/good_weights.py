@@ -21,8 +21,9 @@ from managed_vllm.config import SupervisorOrder
 from managed_vllm.engine_state import PauseMode
 from managed_vllm.errors import EngineControlError, EngineLostError
 from managed_vllm.server import checkpoints
-from managed_vllm.server.engine import Call, Engine, checksum_of
+from managed_vllm.server.engine import Call, Engine
 from managed_vllm.server.engine_routes import EngineRoutes
+from managed_vllm.server.weight_checks import checksum_by, faults_of
 
 log = logging.getLogger("managed_vllm.supervisor")
 
@@ -150,17 +151,3 @@ class GoodWeights:
         if before.checksum is not None and await checksum_by(routes, _RECOVERY_S) != before.checksum:
             raise EngineControlError("their checksum is another one", call="update_weights")
         await self.make_valid(routes, before.version, _RECOVERY_S)
-
-
-async def faults_of(routes: EngineRoutes, timeout_s: float) -> frozenset[str]:
-    """What the Workers find wrong with their weights."""
-    found = await routes.canary(timeout_s=timeout_s)
-    broken = {f"{name} is not finite, or not there" for one in found for name in one.get("broken", ())}
-    if any(one.get("logits") == "broken" for one in found):
-        broken.add("the model computes NaN or infinity")
-    return frozenset(broken)
-
-
-async def checksum_by(routes: EngineRoutes, timeout_s: float) -> str:
-    """One checksum over all weights of a server."""
-    return checksum_of(await routes.weight_checksums(timeout_s=timeout_s))

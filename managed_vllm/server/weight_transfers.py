@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Hashable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -45,9 +46,8 @@ from managed_vllm.server.good_weights import (
     Before,
     GoodWeights,
     OnUpdate,
-    checksum_by,
-    faults_of,
 )
+from managed_vllm.server.weight_checks import checksum_by, faults_of
 
 log = logging.getLogger("managed_vllm.supervisor")
 
@@ -98,7 +98,11 @@ class WeightTransfers:
             "finish_weight_update": self._finish,
             "abort_weight_update": self._abort,
         }.items():
-            engine.add_call(name, do, reserving=True)
+            engine.add_call(name, functools.partial(self._in_turn, do))
+
+    async def _in_turn(self, do: Callable[[Call], Awaitable[dict[str, Any]]], call: Call) -> dict[str, Any]:
+        async with self._engine.turn_for(call, call.user):
+            return await do(call)
 
     # -- what ends one -------------------------------------------------------------------------------------------------
 

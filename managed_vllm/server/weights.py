@@ -32,9 +32,8 @@ from managed_vllm.server.good_weights import (
     Before,
     GoodWeights,
     OnUpdate,
-    checksum_by,
-    faults_of,
 )
+from managed_vllm.server.weight_checks import checksum_by, faults_of
 from managed_vllm.status import CheckpointFault as Fault
 
 log = logging.getLogger("managed_vllm.supervisor")
@@ -72,14 +71,24 @@ class WeightUpdates:
         engine.add_call("update_weights", self.update)
 
     async def update(self, call: Call) -> dict[str, Any]:
-        """Does one update; returns path, version and checksum of the weights that are served then."""
+        """Does one update; returns path, version and checksum of the weights that are served then.
+
+        The checkpoint is looked at before it is the call's turn, so that nobody waits for its files to be read.
+        """
         asked = _Asked.of(call)
+        compared_with = self._good.served
+        checkpoint = await self._checked(call, asked)
+        async with self._engine.turn_for(call):
+            if self._good.served != compared_with:
+                checkpoint = await self._checked(call, asked)
+            return await self._update(call, asked, checkpoint)
+
+    async def _update(self, call: Call, asked: _Asked, checkpoint: Checkpoint) -> dict[str, Any]:
         if self._engine.state.sleep_level is not None:
             raise call.refused("the engine is asleep, and has no weights to be replaced; wake it first")
         if asked.on_update == "finish" and self._engine.state.paused == "keep":
             raise call.refused("it is paused with 'keep', so nothing finishes; use on_update='continue', or resume it")
         routes = self._engine.routes_for(call)
-        checkpoint = await self._checked(call, asked)
         with_checksum = bool(asked.checksum) or checkpoint.nbytes <= CHECKSUM_LIMIT
         before = await self._good.note(call, routes, with_checksum=with_checksum)
         async with self._good.paused(call, routes, PAUSES[asked.on_update]):

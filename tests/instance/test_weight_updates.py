@@ -17,6 +17,7 @@ from processes import HANG_S, INSTANT, eventually
 
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState
 from managed_vllm.errors import (
+    BrokenModelError,
     CheckpointError,
     ConfigError,
     EngineControlError,
@@ -118,6 +119,15 @@ def test_they_are_there_again_after_a_crash(home: Path, good: Path, killed: str)
         assert llm.engine.weights() == before
 
 
+def test_files_that_were_changed_since_are_noticed_before_it_serves(home: Path, good: Path) -> None:
+    with server() as llm:
+        llm.engine.update_weights(good)
+        edit_json(good / "standin.json", broken=["model.norm.weight"])
+        os.kill(llm.status().server_pid or 0, signal.SIGKILL)
+        with pytest.raises(BrokenModelError, match=r"weights that can't be served: model\.norm\.weight is not finite"):
+            eventually(lambda: llm.wait_ready(HANG_S) is None, "it has failed")
+
+
 # -- bad ones ----------------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +145,15 @@ def test_a_bad_checkpoint_is_not_even_tried(home: Path, good: Path, tmp_path: Pa
         assert str(bad) not in commands(llm)
         assert llm.engine.weights() == before
         assert serves(llm)
+
+
+def test_nobody_waits_for_a_checkpoint_to_be_looked_at(home: Path, good: Path) -> None:
+    with server() as llm, server() as other:
+        client = other.engine.weight_sync_client()
+        client.start_weight_update()
+        with pytest.raises(CheckpointError):  # though it is not our turn
+            llm.engine.update_weights(good / "missing")
+        client.abort_weight_update()
 
 
 @pytest.mark.parametrize(

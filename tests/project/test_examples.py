@@ -56,8 +56,9 @@ def server_url() -> Iterator[str]:
         process.wait()
 
 
-# tests/real/test_real_trl.py runs 08_trl.py, whose server is another one.
-NEEDS = {"06_inspect_ai.py": "inspect_ai", "08_trl.py": "trl"}
+ELSEWHERE = {"08_trl.py", "09_external_rollout_server.py"}
+"""Run by tests in tests/real, whose servers are for trainers."""
+NEEDS = {"06_inspect_ai.py": "inspect_ai", "08_trl.py": "trl", "09_external_rollout_server.py": "transformers"}
 """What an example uses beside this library, where that is no dependency."""
 
 
@@ -121,7 +122,7 @@ def test_an_example_with_a_third_party_says_how_to_install_it(example: str) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not demo.weights_path().is_dir(), reason="the demo model's weights are not there")
-@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("0*.py") if path.name != "08_trl.py"))
+@pytest.mark.parametrize("example", sorted({path.name for path in EXAMPLES.glob("0*.py")} - ELSEWHERE))
 def test_with_the_real_model(real_demo: dict[str, str], example: str) -> None:
     _skip_without_third_party(example)
     said = _run(example, real_demo, timeout_s=500)

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from demo_checkpoints import copy_of_demo, with_rows_swapped
 from processes import HANG_S, eventually, own_state, tree
 
 from managed_vllm import ManagedVLLM, RestartPolicy, demo
-from managed_vllm.engine_state import EngineState
 from managed_vllm.errors import EngineControlError, EngineUnsupportedError
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
@@ -24,13 +24,13 @@ PROMPT = demo.random_screen(random.Random(1)).prompt()
 RANK = 4
 
 
-def make_adapter(folder: Path) -> Path:
+def make_adapter(folder: Path, seed: int = 0) -> Path:
     """A LoRA adapter of the embedded model, in peft's format: random, and strong enough to change the answers."""
     numpy = pytest.importorskip("numpy")
     safetensors = pytest.importorskip("safetensors.numpy")
     config = json.loads((demo.weights_path() / "config.json").read_text())
     hidden, heads = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
-    rng = numpy.random.default_rng(0)
+    rng = numpy.random.default_rng(seed)
     weights = {}
     for layer in range(config["num_hidden_layers"]):
         name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
@@ -61,31 +61,40 @@ def kill(llm: ManagedVLLM, victim: str) -> None:
     eventually(lambda: llm.wait_ready(HANG_S).epoch > status.epoch, "started again")
 
 
-def test_adapters_and_a_pause_survive_the_death_of_any_process(llm: ManagedVLLM, tmp_path: Path) -> None:
-    adapter = make_adapter(tmp_path / "adapter")
-    llm.engine.load_lora("mine", adapter)
-    base, adapted = answer(llm, llm.model), answer(llm, "mine")
-    assert base != adapted
+def test_adapters_weights_and_a_pause_survive_the_death_of_any_process(llm: ManagedVLLM, tmp_path: Path) -> None:
+    adapters = {name: str(make_adapter(tmp_path / name, seed)) for seed, name in enumerate(("mine", "other"))}
+    checkpoint = copy_of_demo(tmp_path / "checkpoint")
+    with_rows_swapped(checkpoint, 299, 700)  # the first token of every answer of the base model, and one that is unused
+    base = answer(llm, llm.model)
+    for name, path in adapters.items():
+        llm.engine.load_lora(name, path)
+    served = llm.engine.update_weights(checkpoint, version="v9")
+    before = {model: answer(llm, model) for model in (llm.model, *adapters)}
+    assert len({tuple(ids) for ids in (base, *before.values())}) == 4
     llm.engine.pause()
     for victim in ("EngineCore", "APIServer", "supervisor"):
         kill(llm, victim)
-        assert llm.status().engine == EngineState(paused="keep", loras={"mine": str(adapter)})
-        assert llm.engine.loras() == {"mine": str(adapter)}
+        found = llm.status().engine
+        assert (found.paused, found.loras) == ("keep", adapters)
+        assert llm.engine.loras() == adapters
+        assert llm.engine.weights() == served
         with ThreadPoolExecutor() as pool:
             waiting = pool.submit(answer, llm, "mine")
             assert llm.engine.is_paused()
             assert not waiting.done()
             llm.engine.resume()
-            assert waiting.result(HANG_S) == adapted
+            assert waiting.result(HANG_S) == before["mine"]
+        assert {model: answer(llm, model) for model in before} == before
         llm.engine.pause()
     llm.engine.resume()
+    for name in adapters:
+        llm.engine.unload_lora(name)
+    llm.engine.update_weights(demo.weights_path())
     assert answer(llm, llm.model) == base
-    llm.engine.unload_lora("mine")
 
 
 def test_what_is_refused_leaves_the_engine_as_it_was(llm: ManagedVLLM, tmp_path: Path) -> None:
-    before = llm.engine.weights()
-    assert before.path is None
+    before, state = llm.engine.weights(), llm.status().engine
     assert before.checksum is not None
     with pytest.raises(EngineUnsupportedError, match="enable_sleep_mode=True, which vLLM has on GPUs only"):
         llm.engine.sleep()
@@ -94,6 +103,6 @@ def test_what_is_refused_leaves_the_engine_as_it_was(llm: ManagedVLLM, tmp_path:
     with llm.engine.paused(), llm.engine.asleep(0):
         assert llm.engine.is_paused()
     assert answer(llm, llm.model)
-    assert llm.status().engine == EngineState()
+    assert llm.status().engine == state
     assert llm.engine.weights() == before
     assert llm.engine.reset_prefix_cache()

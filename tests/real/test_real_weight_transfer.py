@@ -113,6 +113,17 @@ def test_what_a_trainer_sends_is_what_a_server_started_with_it_would_answer(
     assert llm.status().epoch == 1
 
 
+def test_the_example_of_an_external_rollout_server(llm: ManagedVLLM) -> None:
+    pytest.importorskip("transformers")
+    example = HELPERS.parents[1] / "examples" / "09_external_rollout_server.py"
+    run = subprocess.run([sys.executable, example, "2"], capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    first, second = run.stdout.splitlines()
+    assert first.endswith("sent step-1")
+    assert second.endswith("with the weights step-1; sent step-2")
+    assert llm.engine.weights().version == "step-2"  # it was this server
+
+
 def test_after_the_death_of_the_engine_they_serve_again_or_have_to_be_sent_again(
     llm: ManagedVLLM, other: tuple[Path, Answers]
 ) -> None:

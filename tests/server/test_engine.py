@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from scripted_server import Script, hangs, says
+from scripted_server import Act, Script, hangs, says
 
 from managed_vllm.engine_state import EngineState
 from managed_vllm.masking import Secret
@@ -28,12 +28,12 @@ def connection(server: Script) -> Connection:
 
 
 def test_what_a_predecessor_had_is_put_back_step_by_step(script: Callable[..., Script]) -> None:
-    server = script(*[says({})] * 4)
+    server = script(*[says({})] * 6)
     taken_over = make({"state": "ready", "engine": LOADED.to_dict()})
     assert asyncio.run(taken_over.restore(connection(server), KEY)) is None
     assert [path.partition("?")[0] for path, _ in server.requests] == [
-        "/collective_rpc",
-        "/reset_prefix_cache",
+        *("/collective_rpc", "/collective_rpc"),  # what the Workers say of the weights of the start; the reload
+        *("/reset_prefix_cache", "/collective_rpc"),
         "/update_weight_version",
         "/v1/load_lora_adapter",
     ]
@@ -53,11 +53,15 @@ def test_what_was_said_to_have_failed_is_not_tried_for_ever(record: dict[str, An
     assert make(record).state == EngineState()
 
 
+REFUSES = says({"error": {"message": "Failed to resume generation"}}, 500)
+
+
+@pytest.mark.parametrize("answers", [hangs, REFUSES])
 def test_an_engine_that_does_not_resume_is_started_again(
-    script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+    script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch, answers: Act
 ) -> None:
     monkeypatch.setattr(engine, "_RELEASE_S", 0.1)
-    server = script(says({}), hangs, hangs, hangs)
+    server = script(says({}), answers, answers, answers)
 
     async def scenario() -> None:
         started_again = asyncio.Event()
