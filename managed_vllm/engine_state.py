@@ -29,6 +29,8 @@ class EngineState:
         weight_checksum: one over all weights, where the server tells it.
         weights_unsaved: whether a trainer sent them, and no checkpoint is known that has them (`weights` is None): a
             server that is started again can't have them.
+        updating: how requests are held up by an update of the weights that is under way (as `paused`); None: there is
+            none. It ends with the server.
     """
 
     sleep_level: int | None = None
@@ -38,11 +40,12 @@ class EngineState:
     weight_version: str = ""
     weight_checksum: str | None = None
     weights_unsaved: bool = False
+    updating: PauseMode | None = None
 
     @property
     def serves(self) -> bool:
-        """Whether requests are worked on: it neither sleeps nor is paused."""
-        return self.sleep_level is None and self.paused is None
+        """Whether requests are worked on: it neither sleeps nor is paused, nor are its weights being replaced."""
+        return self.sleep_level is None and self.paused is None and self.updating is None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -54,6 +57,7 @@ class EngineState:
             "weight_version": self.weight_version,
             "weight_checksum": self.weight_checksum,
             "weights_unsaved": self.weights_unsaved,
+            "updating": self.updating,
         }
 
     @classmethod
@@ -67,7 +71,9 @@ class EngineState:
         level, paused, loras = data.get("sleep_level"), data.get("paused"), data.get("loras", {})
         texts = {name: data.get(name) for name in ("weights", "weight_checksum")}
         unsaved = data.get("weights_unsaved", False)
-        known = level in (None, *SLEEP_LEVELS) and paused in (None, *PAUSE_MODES) and isinstance(unsaved, bool)
+        updating = data.get("updating")
+        modes = (None, *PAUSE_MODES)
+        known = level in (None, *SLEEP_LEVELS) and paused in modes and updating in modes and isinstance(unsaved, bool)
         if not known or not isinstance(loras, Mapping):
             raise ValueError(f"no state of an engine: {data!r}")
         return cls(
@@ -76,5 +82,6 @@ class EngineState:
             loras={str(name): str(path) for name, path in loras.items()},
             weight_version=str(data.get("weight_version") or ""),
             weights_unsaved=unsaved,
+            updating=updating,
             **{name: None if value is None else str(value) for name, value in texts.items()},
         )

@@ -446,6 +446,7 @@ class Episode:
             epoch=output.epoch,
             attempts=output.attempts,
             weight_version=sampled.weight_version,
+            weight_versions=_parts(output.outputs[0]),
         )
         return step, sampled
 
@@ -478,6 +479,11 @@ class Episode:
         )
         log.debug("%s/%d: %s", self._attempt.task.id, self._attempt.rollout, failure)
         return _End(reason, failure)
+
+
+def _parts(answer: CompletionOutput) -> tuple[tuple[str, int, int], ...]:
+    spans = answer.weight_versions or ()
+    return tuple((span.version, span.start, span.end) for span in spans) if len(spans) > 1 else ()
 
 
 def _rejected(step: Step, error: ActionParseError) -> RejectedAnswer:

@@ -20,9 +20,12 @@ from managed_vllm.agent.format import PictureParser
 from managed_vllm.agent.prompting import History, images_of
 from managed_vllm.agent.rules import Rules
 from managed_vllm.agent.types import ImageRef, Message
-from managed_vllm.errors import RequestError
+from managed_vllm.errors import RequestError, RequestTimeoutError
 from managed_vllm.request.images import Image
 from managed_vllm.request.outputs import RequestOutput
+
+UNNAMED = "default"
+"""What vLLM calls weights that nobody has given a version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Sampled:
         token_ids: as sampled.
         logprobs: of these tokens, one each; None if they are not exact.
         queue_s: seconds before the request was sent: at the gate, and waiting for a place.
-        weight_version: of the weights that answered; None if nobody told.
+        weight_version: of the weights that sampled the last token; None if nobody told.
     """
 
     output: RequestOutput
@@ -97,6 +100,7 @@ async def sample(
         version = rules.weight_version()
         began = time.monotonic()
         output = await _chat(rules, prompt.sent, deadline, tokens_so_far, session, temperature)
+        version = _version_of(output, version)
         took = time.monotonic() - began
     ids, logprobs = exact(output) if rules.exact else (list(output.outputs[0].token_ids), None)
     parser = rules.agent.parse
@@ -123,7 +127,7 @@ async def _chat(
     most = min((bound for bound in bounds if bound is not None), default=None)
     if most is not None:
         params = params.with_({"max_tokens": most})
-    seconds = [each for each in (limits.generate_timeout_s, deadline.left_s()) if each is not None]
+    bounds_s = [each for each in (limits.generate_timeout_s, deadline.left_s()) if each is not None]
     fields = dict(rules.agent.request)
     if rules.exact:
         fields.setdefault("session_id", session)
@@ -132,8 +136,23 @@ async def _chat(
         not_asked = dict.fromkeys({"top_k", "min_p", "repetition_penalty"} - params.given)
         fields["extra_body"] = {"return_token_ids": None, **not_asked, **(fields.get("extra_body") or {})}
         fields["resume"] = False
-    outputs = await rules.client.chat(messages, params, timeout=min(seconds, default=None), **fields)
-    return outputs[0]
+    seconds = min(bounds_s, default=None)
+    try:
+        async with rules.gate.limited(seconds) as limit:
+            outputs = await rules.client.chat(messages, params, **fields)
+        return outputs[0]
+    except TimeoutError as error:
+        if not limit.timeout.expired():
+            raise
+        raise RequestTimeoutError(f"no answer within {seconds:g} s") from error
+    finally:
+        deadline.put_off(limit.held_s)
+
+
+def _version_of(output: RequestOutput, told: str | None) -> str | None:
+    """What the server says, exact; what we were `told` where it says nothing, or that nobody has named its weights."""
+    version = output.outputs[0].weight_version
+    return told or version if version in (None, UNNAMED) else version
 
 
 def exact(output: RequestOutput) -> tuple[list[int], list[float]]:

@@ -37,7 +37,7 @@ class Rules:
         exact: whether the server must tell token ids and logprobs.
         on_step: called with each step.
         gate: held while the model is asked.
-        weight_version: tells which weights answer now.
+        weight_version: tells which weights answer now, for servers whose answers do not say so.
         pictures: the sizes in which the model sees the screenshots.
         preflight: looks once whether the server takes as many images as the limits allow.
     """

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
 from managed_vllm.agent.blocking import blocking
+from managed_vllm.agent.engine_watch import EngineWatch, known_state
 from managed_vllm.agent.format import AgentFormat
 from managed_vllm.agent.gate import Gate
 from managed_vllm.agent.image_store import ImageStore, own_images
@@ -71,7 +73,8 @@ class StreamingTaskScheduler:
         progress: whether to show what is done; None: if standard error is a terminal.
 
     Attributes:
-        weight_version: set it when the weights of the model are changed; each step tells which ones answered.
+        weight_version: what the model's weights are called, for the steps of servers whose answers do not say so. Known
+            where the supervisor knows it (`llm.engine.update_weights`); else set it when you change them.
         stats: of the current or last run.
     """
 
@@ -98,7 +101,8 @@ class StreamingTaskScheduler:
         stop_after_failures: int | None = 20,
         progress: bool | None = False,
     ) -> None:
-        self.weight_version: str | None = None
+        self._llm = llm
+        self._told_version: str | None = None
         self.stats = RunStats()
         if images is None:
             images = own_images() if store is None else store.images
@@ -133,6 +137,15 @@ class StreamingTaskScheduler:
     def limits(self) -> Limits:
         """Of each episode."""
         return self._plan.rules.limits
+
+    @property
+    def weight_version(self) -> str | None:
+        """As the supervisor knows it, else as it was set; None: nobody has named the weights."""
+        return known_state(getattr(self._llm, "engine", None)).weight_version or self._told_version
+
+    @weight_version.setter
+    def weight_version(self, version: str | None) -> None:
+        self._told_version = version
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -227,6 +240,31 @@ class StreamingTaskScheduler:
             with contextlib.suppress(RuntimeError):  # its loop is closed
                 current.loop.call_soon_threadsafe(gate.resume)
 
+    async def update_weights(
+        self,
+        path_or_id: str | os.PathLike[str],
+        *,
+        version: str | None = None,
+        expect: str | None = None,
+        on_update: str = "finish",
+        timeout: float = 600.0,
+    ) -> Any:
+        """Has the model's server take other weights, in the midst of a run: `llm.engine.update_weights`, with the same
+        arguments, result, and errors.
+
+        While the engine is paused no request begins, and the time does not count for the limits of the episodes. Each
+        step says which weights answered. No rollout fails for it; a checkpoint that is refused leaves the run as it
+        was. `llm.engine.update_weights`, of whichever thread or process, does the same to the run.
+
+        Raises `ConfigError` where `llm` is a client, which has no engine.
+        """
+        engine = getattr(self._llm, "async_engine", None)
+        if engine is None:
+            raise ConfigError("update_weights() needs a ManagedVLLM as llm: a client can't change weights", field="llm")
+        return await engine.update_weights(
+            path_or_id, version=version, expect=expect, on_update=on_update, timeout=timeout
+        )
+
     def stop(self) -> None:
         """Ends the run, from any thread: the iteration ends, as soon as all that was in flight is cancelled."""
         current = self._current
@@ -252,9 +290,10 @@ class StreamingTaskScheduler:
         run = self._current = Run(self._plan, self.stats, tasks, whole=whole)
         try:
             with RunProgress(self.stats, self._progress), LoopWatch():
-                run.start()
-                async for event in run.results():
-                    yield event
+                async with EngineWatch(self._llm, gate):
+                    run.start()
+                    async for event in run.results():
+                        yield event
         finally:
             try:
                 await run.close()

@@ -243,7 +243,10 @@ class Step:
         model: the name that was asked.
         epoch: the life of the server that answered.
         attempts: number of sendings of the request.
-        weight_version: of the weights that answered, as the scheduler was told; None if it was not.
+        weight_version: of the weights that sampled the last token: as the server says, else as the scheduler was told;
+            None where nobody says.
+        weight_versions: where an update came in between, `(version, start, end)` of each part of the answer, in tokens;
+            empty where one version sampled all of it.
     """
 
     index: int
@@ -269,6 +272,7 @@ class Step:
     epoch: int = 0
     attempts: int = 1
     weight_version: str | None = None
+    weight_versions: Sequence[tuple[str, int, int]] = ()
 
 
 @dataclass(frozen=True, slots=True)

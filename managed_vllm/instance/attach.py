@@ -518,6 +518,11 @@ class Attachment:
             return ServerStatus(state=ServerState.READY, connection=self._first_external, extra=extra)
         return ServerStatus.from_dict(self._ask("status")["status"])
 
+    def last_status(self) -> ServerStatus | None:
+        """What the supervisor said last, without a question; None without a connection to it."""
+        channel = self._channel
+        return None if channel is None or channel.closed else channel.status
+
     def request(self, op: str) -> dict[str, Any]:
         """The supervisor's reply to a request without arguments. Raises `ConfigError` for a server given by URL."""
         if self.options.base_url is not None:

@@ -215,6 +215,11 @@ class EngineControl:
         """What users have made of the engine, as the supervisor knows it; the same as `status().engine`."""
         return self._attachment().status().engine
 
+    def last_state(self) -> EngineState | None:
+        """The same as the supervisor said it last, without a question; None without a connection to it."""
+        status = self._attachment().last_status()
+        return None if status is None else status.engine
+
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def _call(self, call: str, timeout: float, /, **arguments: Any) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class Engine:
 
     def to_record(self) -> dict[str, Any]:
         """What a successor puts back: all but what users hold, whose connections end with us."""
-        lasting = replace(self.state, paused=self._asked["pause"], sleep_level=self._asked["sleep"])
+        lasting = replace(self.state, paused=self._asked["pause"], sleep_level=self._asked["sleep"], updating=None)
         return {"engine": lasting.to_dict()}
 
     @property
@@ -181,6 +181,7 @@ class Engine:
     def leave(self) -> None:
         """The server is about to end, or has ended: calls wait for the next one. One under way ends with it."""
         self.turn.server_left()
+        self.state = replace(self.state, updating=None)
         for watcher in self._watchers:
             watcher.server_left()
         routes, self._routes = self._routes, None

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from managed_vllm.config import SupervisorOrder
@@ -97,8 +97,9 @@ class GoodWeights:
             await self.go_on(routes)
 
     async def pause(self, routes: EngineRoutes, mode: PauseMode, timeout_s: float) -> None:
-        """Pauses, unless a user has it paused already."""
+        """Pauses, unless a user has it paused already. All users see it: the clocks of rollouts stand still."""
         if self._engine.state.paused is None:
+            self._engine.become(replace(self._engine.state, updating=mode))
             await routes.pause(mode, timeout_s=timeout_s)
 
     async def go_on(self, routes: EngineRoutes) -> None:
@@ -109,6 +110,7 @@ class GoodWeights:
             await routes.resume(timeout_s=_RESUME_S)
         except EngineControlError as error:
             self.start_again(routes, f"the engine does not resume: {error}")
+        self._engine.become(replace(self._engine.state, updating=None))
 
     def start_again(self, routes: EngineRoutes, why: str) -> None:
         """Another server, which gets the weights that are remembered before it is ready."""

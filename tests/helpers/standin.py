@@ -196,6 +196,7 @@ class _Asked:
         self.n_tokens = len(self.echo) if self.echo else int(limit or 0)
         self.finish_reason = "stop" if self.echo else "length"
         self.is_probe = self.n_tokens == 1
+        self.aborted = False
 
     def text(self, begin: int, ids: list[int]) -> str:
         """The text of the tokens from the `begin`-th on."""
@@ -300,7 +301,8 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(float(body.get("standin_sleep", 0)))
         kind = None if asked.is_probe else self.faults.claim()
         try:
-            self._generate(asked, kind, float(body.get("standin_token_s", self.token_s)))
+            with self.control.in_flight(self._client_is_gone):
+                self._generate(asked, kind, float(body.get("standin_token_s", self.token_s)))
         except EngineDead:
             self._error(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
 
@@ -342,7 +344,7 @@ class Handler(BaseHTTPRequestHandler):
         )
         cut = kind if kind in ("crash", "hang-api", "abort", "truncated", "halfstream", "streamerror") else None
         limit = half * asked.choices if cut else None
-        tokens = self._tokens(generation.tokens(), limit)
+        tokens = self._tokens(asked, generation.tokens(), limit)
         try:
             if asked.stream:
                 return self._stream(asked, tokens, cut)
@@ -350,14 +352,19 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             tokens.close()  # type: ignore[attr-defined]
 
-    def _tokens(self, source: Iterator[list[tuple[int, int]]], limit: int | None) -> Iterator[list[tuple[int, int]]]:
+    def _tokens(
+        self, asked: _Asked, source: Iterator[list[tuple[int, int]]], limit: int | None
+    ) -> Iterator[list[tuple[int, int]]]:
         """The tokens as they come, up to `limit`; ends the request when the client hangs up, as vLLM does."""
-        taken = 0
+        taken, aborts = 0, self.control.aborts
         try:
             for found in source:
-                while not self.control.may_run():
+                while not self.control.may_run() and self.control.aborts == aborts:
                     if self._client_is_gone():
                         raise _Gone
+                if self.control.aborts != aborts:
+                    asked.aborted = True
+                    return
                 if limit is not None and taken + len(found) >= limit:
                     if limit > taken:
                         yield found[: limit - taken]
@@ -393,6 +400,7 @@ class Handler(BaseHTTPRequestHandler):
             for number, token in found:
                 versions[number].add(self.control.version)
                 generated[number].append(token)
+        cut = "abort" if asked.aborted else cut
         self._cut(cut)
         choices = []
         for index, ids in enumerate(generated):
@@ -457,6 +465,7 @@ class Handler(BaseHTTPRequestHandler):
                     event(piece)
         except EngineDead:
             return self._end_stream_with_error("EngineCore encountered an issue.")
+        cut = "abort" if asked.aborted else cut
         self._cut(cut)
         if cut in ("truncated", "halfstream"):
             self.wfile.write(b'1000\r\ndata: {"id": "cmpl-1", "choi')

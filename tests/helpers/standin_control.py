@@ -1,17 +1,18 @@
 """The stand-in's engine control: the routes of vLLM's development mode and of its adapters, and what they do.
 
-A pause freezes what is in flight, whatever its mode, and lets nothing new begin. Adapters are folders that exist;
-weights are folders, too, and their checksum that of the files in them, or what a trainer has sent. Part of what it
-sends may be `acts`: {"broken": […]}, {"hangs": true}, {"fails": true}.
+A pause freezes what is in flight, lets it finish, or aborts it, and lets nothing new begin. Adapters are folders that
+exist; weights are folders, too, and their checksum that of the files in them, or what a trainer has sent. Part of what
+it sends may be `acts`: {"broken": […]}, {"hangs": true}, {"fails": true}.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -68,8 +69,28 @@ class Control:
         self.version = "default"
         self.tells_versions = versions
         self._sleeps = False
+        self.aborts = 0
+        self._count = threading.Condition()
+        self._in_flight = 0
+        self._admits = threading.Event()
+        self._admits.set()
         self._runs = threading.Event()
         self._runs.set()
+
+    @contextlib.contextmanager
+    def in_flight(self, is_gone: Callable[[], bool]) -> Iterator[None]:
+        """A request, once it is admitted. Raises `ConnectionError` where nobody waits for it any more."""
+        while not self._admits.wait(0.05):
+            if is_gone():
+                raise ConnectionError
+        with self._count:
+            self._in_flight += 1
+        try:
+            yield
+        finally:
+            with self._count:
+                self._in_flight -= 1
+                self._count.notify_all()
 
     def may_run(self) -> bool:
         """Whether requests are worked on; waits a little where they are not."""
@@ -102,11 +123,18 @@ class Control:
         return do({**query, **body})  # type: ignore[no-any-return]
 
     def do_pause(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
+        if asked.get("mode") == "wait":
+            self._admits.clear()
+            with self._count:
+                self._count.wait_for(lambda: not self._in_flight)
         self._runs.clear()
+        if asked.get("mode") == "abort":
+            self.aborts += 1
         return 200, {"status": "paused"}
 
     def do_resume(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
         self._runs.set()
+        self._admits.set()
         return 200, {"status": "resumed"}
 
     def do_is_paused(self, asked: Mapping[str, Any]) -> tuple[int, Any]:

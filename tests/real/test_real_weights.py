@@ -6,12 +6,13 @@ One server for all of them. The two checkpoints differ in which token begins an 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,8 @@ from demo_checkpoints import copy_of_demo, edit_json, rewritten, with_rows_swapp
 from processes import HANG_S, eventually, own_state, tree
 
 from managed_vllm import ManagedVLLM, RestartPolicy, demo
+from managed_vllm.agent import Limits, Step, StreamingTaskScheduler, Task, Trajectory, embedded
+from managed_vllm.agent.environments.desktop import DesktopEnvironment, desktop_tasks
 from managed_vllm.errors import CheckpointError
 from managed_vllm.request.outputs import RequestOutput
 
@@ -198,6 +201,51 @@ def test_what_goes_on_after_a_crash_says_so_too(trainer: Trainer) -> None:
     first, second = output.outputs[0].weight_versions or []
     assert (first.version, first.start, second.version, second.end) == ("a", 0, "b", 1500)
     assert first.end == output.resumed_tokens
+
+
+def test_rollouts_in_flight_say_which_weights_answered(trainer: Trainer) -> None:
+    llm = trainer.llm
+    trainer.versions = {"r0": "a", "r1": "b", "r2": "a"}
+    llm.engine.update_weights(trainer.good["a"], version="r0")
+
+    async def main() -> list[Trajectory]:
+        asked, updated = asyncio.Queue[str | None](), asyncio.Event()
+
+        async def told(task: Task, rollout: int, step: Step) -> None:
+            await asked.put(step.weight_version)
+
+        async def given() -> AsyncIterator[Task]:
+            for task in desktop_tasks(10_000, seed=3):
+                yield task
+                if updated.is_set():
+                    return
+
+        running = StreamingTaskScheduler(
+            llm, DesktopEnvironment, n=2, max_concurrency=8, limits=Limits(max_steps=6), agent=embedded(), on_step=told
+        )
+
+        async def update() -> None:
+            for version, how in (("r1", "finish"), ("r2", "continue")):
+                await asked.get()
+                await running.update_weights(trainer.good[trainer.versions[version]], version=version, on_update=how)
+                while await asked.get() != version:
+                    pass
+            updated.set()
+
+        updating = asyncio.create_task(update())
+        found = [one async for one in running.run(given())]
+        await updating
+        return found
+
+    found = asyncio.run(main())
+    assert all(one.ok and one.attempt == 0 for one in found)
+    for one in found:
+        versions = [step.weight_version for step in one.steps]
+        assert versions == sorted(versions, key=str)
+        for step in one.steps:
+            first = step.weight_versions[0][0] if step.weight_versions else step.weight_version
+            assert step.response_token_ids[0] == {"a": FIRST, "b": UNUSED}[trainer.versions[str(first)]]
+    assert {step.weight_version for one in found for step in one.steps} == {"r0", "r1", "r2"}
 
 
 @pytest.mark.parametrize("killed", ["EngineCore", pytest.param("APIServer", marks=pytest.mark.soak), "supervisor"])

@@ -152,6 +152,7 @@ class _Document:
             "truncated": step.truncated or None,
             "finish_reason": step.finish_reason,
             "weight_version": step.weight_version,
+            "weight_versions": [list(part) for part in step.weight_versions] or None,
             "info": self._json(step.info) or None,
             "timings": {
                 "queue_s": step.timings.queue_s,

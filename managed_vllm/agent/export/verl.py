@@ -48,6 +48,7 @@ def line_of(sample: Sample, images: ExportedImages) -> dict[str, Any]:
             "stop_reason": str(trajectory.stop_reason),
             "finish_reason": sample.last.finish_reason,
             "weight_version": sample.last.weight_version,
+            "weight_versions": [list(part) for part in sample.last.weight_versions],
         },
     }
 
