@@ -103,8 +103,8 @@ class PictureParser(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Pictured:
-    """The options of our parsers; `coordinates` says what the model's numbers are, and is never guessed."""
+class Pictured:
+    """The options of parsers of ours; `coordinates` says what the model's numbers are, and is never guessed."""
 
     coordinates: Coordinates = "resized"
     min_pixels: int | None = None
@@ -122,7 +122,7 @@ class _Pictured:
 
 
 @dataclass(frozen=True, slots=True)
-class UITarsParser(_Pictured):
+class UITarsParser(Pictured):
     """`parse_ui_tars` with its options."""
 
     def __call__(self, answer: CompletionOutput, size: Size, picture: Size | None = None) -> ParsedResponse:
@@ -130,7 +130,7 @@ class UITarsParser(_Pictured):
 
 
 @dataclass(frozen=True, slots=True)
-class OSWorldParser(_Pictured):
+class OSWorldParser(Pictured):
     """`parse_like_osworld` with its options."""
 
     def __call__(self, answer: CompletionOutput, size: Size, picture: Size | None = None) -> ParsedResponse:
@@ -140,7 +140,7 @@ class OSWorldParser(_Pictured):
 
 
 @dataclass(frozen=True, slots=True)
-class JSONParser(_Pictured):
+class JSONParser(Pictured):
     """`parse_json_actions` with its options."""
 
     coordinates: Coordinates = "absolute"
@@ -150,7 +150,7 @@ class JSONParser(_Pictured):
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCallParser(_Pictured):
+class ToolCallParser(Pictured):
     """`parse_tool_calls` with its options; the answer's text is the thought."""
 
     coordinates: Coordinates = "absolute"

@@ -11,9 +11,9 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from managed_vllm.agent.actions import Action, CallUser, Finished, to_pyautogui
+from managed_vllm.agent.actions import Action, CallUser, Coordinates, Finished, to_pyautogui
 from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.environments.thread_environment import ThreadEnvironment
 from managed_vllm.agent.export.dart import file_name, write_dart_folder
@@ -97,7 +97,7 @@ def run_agent_loop(
     data_dir: str | None = None,
     model_name: str | None = None,
     *,
-    coordinates: Literal["resized", "relative1000", "absolute"] = "resized",
+    coordinates: Coordinates = "resized",
     show_text: bool = False,
     limits: Limits | None = None,
     agent: AgentFormat | None = None,

@@ -352,11 +352,14 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--sampling", metavar="JSON", help="further sampling parameters, as a JSON object")
     how.add_argument(
         "--format",
-        choices=("ui-tars", "json", "tools", "embedded"),
-        help="how the model is spoken to (what fits the environment and the model)",
+        metavar="NAME",
+        help="how the model is spoken to: ui-tars, qwen3-vl, qwen3-vl-mobile, qwen2.5-vl, opencua, python (pyautogui's "
+        "calls), json, tools, embedded (what fits the environment and the model)",
     )
     how.add_argument(
-        "--coordinates", choices=("resized", "relative1000", "absolute"), help="what the model's numbers are"
+        "--coordinates",
+        choices=("resized", "relative1000", "relative1", "absolute"),
+        help="what the model's numbers are (those of the format)",
     )
     how.add_argument(
         "--retries", type=_count, default=0, metavar="N", help="answers that are sent back as no action, an episode (0)"

@@ -15,6 +15,7 @@ from typing import Any
 
 from managed_vllm import demo
 from managed_vllm.agent import Limits, ParseErrorPolicy, RetryRollouts, RunStore, StreamingTaskScheduler
+from managed_vllm.agent.format import AgentFormat
 from managed_vllm.agent.named_environments import FORMATS, NamedEnvironment, named_environment, read_tasks
 from managed_vllm.agent.report import summary_table
 from managed_vllm.agent.types import Task
@@ -32,6 +33,8 @@ def rollout(given: argparse.Namespace) -> int:
         step_timeout_s=given.step_timeout,
         episode_timeout_s=given.episode_timeout,
     )
+    if given.format is not None:
+        _format(given.format, given.coordinates)
     place = named_environment(given.environment, limits)
     tasks = _tasks(given, place)
     model, arguments = serve.model_and_arguments(given)
@@ -42,7 +45,7 @@ def rollout(given: argparse.Namespace) -> int:
     scheduler: StreamingTaskScheduler | None = None
     with serve.terminable(), serve.handle(given, model, arguments, progress=not given.json) as llm:
         name = given.format or place.format or ("embedded" if llm.model == demo.NAME else "ui-tars")
-        agent = FORMATS[name](**({"coordinates": given.coordinates} if given.coordinates else {}))
+        agent = _format(name, given.coordinates)
         if given.retries:
             agent = replace(agent, on_parse_error=ParseErrorPolicy(retries=given.retries))
         config = {"environment": given.environment, "format": name}
@@ -136,3 +139,14 @@ def _as_json(store: RunStore, stats: Any, out: Path) -> dict[str, Any]:
         "seconds": round(stats.elapsed_s, 3),
         **asdict(store.summary()),
     }
+
+
+def _format(name: str, coordinates: str | None) -> AgentFormat:
+    """Raises `ConfigError`: there is none of that name, or its numbers are not for the caller to say."""
+    if name not in FORMATS:
+        raise ConfigError(f"there is no format {name!r:.80}; there are {', '.join(FORMATS)}", field="format")
+    if coordinates is None:
+        return FORMATS[name]()
+    if name == "embedded":
+        raise ConfigError("the embedded model's numbers are its own: leave --coordinates out", field="coordinates")
+    return FORMATS[name](coordinates=coordinates)

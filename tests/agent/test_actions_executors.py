@@ -20,6 +20,7 @@ from processes import HANG_S, is_live
 
 from managed_vllm.agent.actions import (
     Action,
+    Back,
     Button,
     CallUser,
     Click,
@@ -27,12 +28,19 @@ from managed_vllm.agent.actions import (
     Direction,
     Drag,
     Finished,
+    Home,
     Hotkey,
     KeyDown,
     KeyUp,
+    LongPress,
+    MouseDown,
+    MouseUp,
     Move,
     Noop,
+    OpenApp,
+    OpenURL,
     Scroll,
+    Swipe,
     Type,
     Wait,
     action_from_dict,
@@ -62,6 +70,9 @@ ACTIONS: st.SearchStrategy[Action] = st.one_of(
     st.builds(Move, NUMBERS, NUMBERS),
     st.builds(KeyDown, KEYS),
     st.builds(KeyUp, KEYS),
+    st.builds(MouseDown, st.sampled_from(Button)),
+    st.builds(MouseUp, st.sampled_from(Button), NUMBERS, NUMBERS),
+    st.builds(LongPress, NUMBERS, NUMBERS, st.none() | st.floats(0, 60)),
     st.builds(Noop, TEXTS),
     st.builds(Wait, st.none() | st.floats(0, 60)),
     st.builds(Finished, TEXTS),
@@ -74,7 +85,7 @@ NODES = (
     *(ast.keyword, ast.UnaryOp, ast.USub),
 )
 MOUSE_AND_KEYS = ("click", "moveTo", "dragTo", "scroll", "hscroll", "write", "press", "hotkey", "keyDown", "keyUp")
-FUNCTIONS = {f"pyautogui.{name}" for name in MOUSE_AND_KEYS}
+FUNCTIONS = {f"pyautogui.{name}" for name in (*MOUSE_AND_KEYS, "mouseDown", "mouseUp")}
 FUNCTIONS |= {"time.sleep", "to_clipboard"}
 KEYWORDS = {"clicks", "button", "duration", "interval", "x", "y"}
 
@@ -168,6 +179,9 @@ def test_source_does_what_the_actions_say(tmp_path: Path) -> None:
         Move(7, 8),
         KeyDown("shift"),
         KeyUp("arrowup"),
+        MouseDown(),
+        MouseUp(Button.RIGHT, 9, 10),
+        LongPress(1, 2),
         Wait(),
         Finished("x"),
         CallUser("y"),
@@ -193,7 +207,18 @@ def test_source_does_what_the_actions_say(tmp_path: Path) -> None:
         ["pyautogui.moveTo", [7, 8], {}],
         ["pyautogui.keyDown", ["shift"], {}],
         ["pyautogui.keyUp", ["up"], {}],
+        ["pyautogui.mouseDown", [], {"button": "left"}],
+        ["pyautogui.mouseUp", [9, 10], {"button": "right"}],
+        ["pyautogui.mouseDown", [1, 2], {}],
+        ["pyautogui.mouseUp", [], {}],
     ]
+
+
+@pytest.mark.parametrize("action", [Swipe(1, 2, 3, 4), OpenApp("x"), OpenURL("https://x"), Back(), Home()])
+def test_what_a_desktop_does_not_have_is_refused(action: Action) -> None:
+    assert action_from_dict(json.loads(json.dumps(action_to_dict(action)))) == action
+    with pytest.raises(ValueError, match=f"pyautogui can't carry out {type(action).__name__}"):
+        to_pyautogui(action)
 
 
 HOLDER = """
@@ -291,6 +316,15 @@ def test_every_action_of_the_table_is_one_that_pyautogui_carries_out_and_people_
         (Move(1, 2), "move to (1, 2)"),
         (KeyDown("shift"), "hold shift"),
         (KeyUp("shift"), "let go of shift"),
+        (MouseDown(), "hold the left button"),
+        (MouseUp(Button.RIGHT, 1, 2), "let go of the right button at (1, 2)"),
+        (LongPress(1, 2), "long press (1, 2)"),
+        (LongPress(1, 2, 1.5), "long press (1, 2) for 1.5 s"),
+        (Swipe(1, 2, 3, 4), "swipe (1, 2) → (3, 4)"),
+        (OpenApp("Clock"), 'open the app "Clock"'),
+        (OpenURL("https://x"), "open https://x"),
+        (Back(), "go back"),
+        (Home(), "go to the home screen"),
         (Scroll(Direction.DOWN), "scroll down"),
         (Scroll(Direction.DOWN, 1, 2, 3), "scroll down by 3 at (1, 2)"),
         (Wait(), "wait"),

@@ -83,6 +83,8 @@ def test_what_is_no_task_is_named_with_its_line(tmp_path: Path, text: str, words
         (["--env", "desktop", "--tasks", "3", "--max-steps", "0"], "argument --max-steps: 0 must be 1 or more"),
         (["--env", "desktop", "--tasks", "3", "--n", "0"], "argument --n: 0 must be 1 or more"),
         (["--env", "desktop", "--tasks", "3", "--step-timeout", "0"], "0 is no duration"),
+        (["--env", "desktop", "--tasks", "3", "--format", "qwen"], "no format 'qwen'; there are ui-tars, json"),
+        (["--env", "desktop", "--tasks", "3", "--format", "embedded", "--coordinates", "absolute"], "are its own"),
     ],
 )
 def test_wrong_words_of_the_command_are_told_before_a_server_is_started(
@@ -101,7 +103,7 @@ def test_wrong_words_of_the_command_are_told_before_a_server_is_started(
 
 
 def test_every_format_has_a_name() -> None:
-    assert set(FORMATS) == {"ui-tars", "json", "tools", "embedded"}
+    assert {"ui-tars", "json", "tools", "embedded", "qwen3-vl", "opencua"} <= FORMATS.keys()
     for make in FORMATS.values():
         assert make().on_parse_error.retries == 0
 

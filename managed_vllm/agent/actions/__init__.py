@@ -5,12 +5,14 @@
 - `ui_tars`: answers of UI-TARS 1.5. `ui_tars_format`: its prompt, a regex that forces it, and writing it.
 - `osworld_answers`: the same as OSWorld's own agent reads them.
 - `json_actions`: JSON and tool calls, for other models.
+- `computer_use`: Qwen-VL's tools, and what came of them. `python_code`: pyautogui's calls in a code block.
 - `pyautogui_source`: as source for OSWorld.
 - `coordinates`, `keys`: numbers and names that the parsers share.
 """
 
 from __future__ import annotations
 
+from managed_vllm.agent.actions.computer_use import parse_computer_use
 from managed_vllm.agent.actions.coordinates import Coordinates, OffScreen, smart_resize
 from managed_vllm.agent.actions.descriptions import describe
 from managed_vllm.agent.actions.json_actions import (
@@ -23,11 +25,13 @@ from managed_vllm.agent.actions.json_actions import (
 )
 from managed_vllm.agent.actions.osworld_answers import parse_like_osworld
 from managed_vllm.agent.actions.pyautogui_source import to_pyautogui
+from managed_vllm.agent.actions.python_code import parse_python_code
 from managed_vllm.agent.actions.serialization import action_from_dict, action_to_dict
 from managed_vllm.agent.actions.ui_tars import parse_ui_tars
 from managed_vllm.agent.actions.ui_tars_format import UI_TARS_PROMPT, system_prompt, to_ui_tars, ui_tars_regex
 from managed_vllm.agent.actions.values import (
     Action,
+    Back,
     Button,
     CallUser,
     Click,
@@ -35,13 +39,20 @@ from managed_vllm.agent.actions.values import (
     Direction,
     Drag,
     Finished,
+    Home,
     Hotkey,
     KeyDown,
     KeyUp,
+    LongPress,
+    MouseDown,
+    MouseUp,
     Move,
     Noop,
+    OpenApp,
+    OpenURL,
     ParsedResponse,
     Scroll,
+    Swipe,
     Type,
     Wait,
 )
@@ -53,6 +64,7 @@ __all__ = [
     "UI_TARS_PROMPT",
     "Action",
     "ActionParseError",
+    "Back",
     "Button",
     "CallUser",
     "Click",
@@ -61,14 +73,21 @@ __all__ = [
     "Direction",
     "Drag",
     "Finished",
+    "Home",
     "Hotkey",
     "KeyDown",
     "KeyUp",
+    "LongPress",
+    "MouseDown",
+    "MouseUp",
     "Move",
     "Noop",
     "OffScreen",
+    "OpenApp",
+    "OpenURL",
     "ParsedResponse",
     "Scroll",
+    "Swipe",
     "Type",
     "Wait",
     "action_from_dict",
@@ -76,8 +95,10 @@ __all__ = [
     "action_to_dict",
     "action_tools",
     "describe",
+    "parse_computer_use",
     "parse_json_actions",
     "parse_like_osworld",
+    "parse_python_code",
     "parse_tool_calls",
     "parse_ui_tars",
     "smart_resize",

@@ -1,10 +1,11 @@
 """Coordinates as a model says them, to and from pixels of the screenshot.
 
-A model speaks of one of three frames, which is for the caller to say and never guessed:
+A model speaks of one of four frames, which is for the caller to say and never guessed:
 
 - `resized`: pixels of the picture as the image processor hands it to the model (`smart_resize`). UI-TARS 1.5, Qwen2-VL
   and Qwen2.5-VL. The server's `min_pixels` and `max_pixels` count, if it was given any.
-- `relative1000`: 0 to 1000 over the width, and over the height. Hosted UI-TARS, Qwen3-VL.
+- `relative1000`: 0 to 1000 over the width, and over the height. Hosted UI-TARS, Qwen3-VL, GLM-V.
+- `relative1`: 0 to 1. OpenCUA with Qwen2, Kimi, Aguvis.
 - `absolute`: pixels of the screenshot.
 
 A point is exact: the decimal number that was written, scaled as a fraction, then rounded once.
@@ -20,7 +21,7 @@ from typing import Any, Literal, get_args
 
 from managed_vllm.errors import ConfigError
 
-Coordinates = Literal["resized", "relative1000", "absolute"]
+Coordinates = Literal["resized", "relative1000", "relative1", "absolute"]
 OffScreen = Literal["error", "clamp"]
 
 FACTOR = 28
@@ -95,6 +96,8 @@ def frame_in_words(coordinates: Coordinates, image_size: tuple[int, int]) -> str
         return f"pixels of the screenshot, which is {width} wide and {height} high"
     if coordinates == "resized":
         return "pixels of the picture as you see it"
+    if coordinates == "relative1":
+        return "shares of the screen: x from 0 (left) to 1 (right), y from 0 (top) to 1 (bottom)"
     return "thousandths of the screen: x from 0 (left) to 1000 (right), y from 0 (top) to 1000 (bottom)"
 
 
@@ -130,6 +133,8 @@ class Frame:
             units = smart_resize((width, height), factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
         elif coordinates == "relative1000":
             units = 1000, 1000
+        elif coordinates == "relative1":
+            units = 1, 1
         elif coordinates == "absolute":
             units = width, height
         else:

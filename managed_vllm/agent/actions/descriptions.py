@@ -6,18 +6,26 @@ import json
 
 from managed_vllm.agent.actions.values import (
     Action,
+    Back,
     Button,
     CallUser,
     Click,
     Custom,
     Drag,
     Finished,
+    Home,
     Hotkey,
     KeyDown,
     KeyUp,
+    LongPress,
+    MouseDown,
+    MouseUp,
     Move,
     Noop,
+    OpenApp,
+    OpenURL,
     Scroll,
+    Swipe,
     Type,
     Wait,
 )
@@ -35,6 +43,22 @@ def describe(action: Action, *, most: int = 80) -> str:
             return f"move to {_point(x, y)}"
         case Drag(x, y, to_x, to_y):
             return f"drag {_point(x, y)} → {_point(to_x, to_y)}"
+        case MouseDown(button, x, y) | MouseUp(button, x, y):
+            what = "hold" if isinstance(action, MouseDown) else "let go of"
+            where = "" if x is None or y is None else f" at {_point(x, y)}"
+            return f"{what} the {button} button{where}"
+        case LongPress(x, y, seconds):
+            return f"long press {_point(x, y)}{'' if seconds is None else f' for {seconds:g} s'}"
+        case Swipe(x, y, to_x, to_y):
+            return f"swipe {_point(x, y)} → {_point(to_x, to_y)}"
+        case OpenApp(name):
+            return f"open the app {_quoted(name, most)}"
+        case OpenURL(url):
+            return f"open {_cut(url, most)}"
+        case Back():
+            return "go back"
+        case Home():
+            return "go to the home screen"
         case Type(text, enter):
             if enter and not text:
                 return "press Enter"

@@ -64,8 +64,8 @@ def parse_json_actions(
         off_screen=off_screen,
         picture=picture,
     )
-    reader = _Reader(frame, text)
-    before, values = _values(text)
+    reader = Reader(frame, text)
+    before, values = values_in(text)
     thoughts = [before]
     actions: list[Action] = []
     for value, start, end in values:
@@ -112,7 +112,7 @@ def parse_tool_calls(
     actions: list[Action] = []
     call: Any
     for call in tool_calls:
-        reader = _Reader(frame, json.dumps(call, default=str, ensure_ascii=False))
+        reader = Reader(frame, json.dumps(call, default=str, ensure_ascii=False))
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping):
             reader.fail("a tool call must have a function")
@@ -159,6 +159,10 @@ _POINT_IN_WORDS: dict[str, tuple[str, str]] = {
         "pixels of the screenshot from its top edge,",
     ),
     "resized": ("pixels of the picture from its left edge,", "pixels of the picture from its top edge,"),
+    "relative1": (
+        "0 at the left edge of the screen to 1 at its right edge,",
+        "0 at the top of the screen to 1 at its bottom,",
+    ),
     "relative1000": (
         "0 at the left edge of the screen to 1000 at its right edge,",
         "0 at the top of the screen to 1000 at its bottom,",
@@ -230,7 +234,7 @@ _THOUGHT_LABEL = re.compile(r"\A\s*+(?:Thought|Reasoning)[:：]\s*+", re.IGNOREC
 _ACTION_LABEL = re.compile(r"(?:\A|\n)[ \t*#]{0,8}Actions?[*]{0,2}[:：]?[*]{0,2}\s*\Z", re.IGNORECASE)
 
 
-def _values(text: str) -> tuple[str, list[tuple[Any, int, int]]]:
+def values_in(text: str) -> tuple[str, list[tuple[Any, int, int]]]:
     """The thought before the JSON, and each JSON value with its span."""
     begin = 0
     if text.lstrip().startswith("<think>"):
@@ -327,7 +331,7 @@ def _fail(message: str, text: str, start: int, end: int | None = None) -> NoRetu
 # -- from values to actions --------------------------------------------------------------------------------------------
 
 
-class _Reader:
+class Reader:
     """Values of JSON to actions; what is wrong is reported with `span` of `text`."""
 
     def __init__(self, frame: Frame, text: str) -> None:
@@ -435,6 +439,11 @@ class _Reader:
         except (OverflowError, ValueError):
             self.fail(f"{where} must be a finite number")
 
+    def decimal(self, value: Any, where: str) -> Fraction:
+        """The number as it was written: 0.34 is 34/100."""
+        self.number(value, where)
+        return Fraction(repr(value))
+
     def whole(self, value: Any, where: str) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1000:
             self.fail(f"{where} must be an integer from 1 to 1000")
@@ -491,16 +500,16 @@ class _Reader:
         self.fail(f'{where} must be a list of names, such as ["ctrl", "c"]')
 
 
-_READ: dict[str, Callable[[_Reader, Any, str], Any]] = {
-    "x": _Reader.number,
-    "y": _Reader.number,
-    "clicks": _Reader.whole,
-    "amount": _Reader.whole,
-    "seconds": _Reader.seconds,
-    "truth": _Reader.truth,
-    "text": _Reader.string,
-    "button": _Reader.button,
-    "direction": _Reader.direction,
-    "key": _Reader.key,
-    "keys": _Reader.keys,
+_READ: dict[str, Callable[[Reader, Any, str], Any]] = {
+    "x": Reader.number,
+    "y": Reader.number,
+    "clicks": Reader.whole,
+    "amount": Reader.whole,
+    "seconds": Reader.seconds,
+    "truth": Reader.truth,
+    "text": Reader.string,
+    "button": Reader.button,
+    "direction": Reader.direction,
+    "key": Reader.key,
+    "keys": Reader.keys,
 }

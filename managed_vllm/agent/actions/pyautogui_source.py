@@ -27,6 +27,9 @@ from managed_vllm.agent.actions.values import (
     Hotkey,
     KeyDown,
     KeyUp,
+    LongPress,
+    MouseDown,
+    MouseUp,
     Move,
     Noop,
     Scroll,
@@ -64,6 +67,7 @@ def to_pyautogui(
     scroll_amount: int = 5,
     wait_s: float = 5.0,
     drag_s: float = 1.0,
+    long_press_s: float = 1.0,
     key_interval_s: float = 0.02,
     pause_s: float = 0.5,
     decimals: int = 0,
@@ -81,12 +85,13 @@ def to_pyautogui(
         scroll_amount: steps of the wheel where an action has no `amount`; OSWorld's agents turn it by 5.
         wait_s: seconds of a `Wait` that has none.
         drag_s: seconds that the pointer takes.
+        long_press_s: seconds of a `LongPress` that has none.
         key_interval_s: seconds between two keys that are typed.
         pause_s: seconds between two actions.
         decimals: of coordinates; 0: whole pixels. pyautogui itself cuts decimals off.
 
-    Raises `ValueError`: a `Custom`, a key that pyautogui does not have, a number that is none, text that can't be typed
-    in the way that was asked for.
+    Raises `ValueError`: what it can't do (`Swipe`, `OpenApp`, `OpenURL`, `Back`, `Home`, `Custom`), a key that it does
+    not have, a number that is none, text that can't be typed in the way that was asked for.
     """
     if typing not in get_args(Typing):
         raise ValueError(f"typing must be one of {', '.join(get_args(Typing))}, not {typing!r:.80}")
@@ -109,6 +114,13 @@ def to_pyautogui(
                         f"pyautogui.dragTo({at(to_x, to_y)}, duration={_seconds(drag_s)}, button='left')",
                     ]
                 )
+            case MouseDown(button, x, y) | MouseUp(button, x, y):
+                function = "mouseDown" if isinstance(action, MouseDown) else "mouseUp"
+                where = "" if x is None or y is None else f"{at(x, y)}, "
+                blocks.append([f"pyautogui.{function}({where}button={str(Button(button))!r})"])
+            case LongPress(x, y, seconds):
+                held_s = f"time.sleep({_seconds(long_press_s if seconds is None else seconds)})"
+                blocks.append([f"pyautogui.mouseDown({at(x, y)})", held_s, "pyautogui.mouseUp()"])
             case Type(text, enter):
                 lines = _typed(text, typing, paste_keys, key_interval_s)
                 blocks.append([*lines, "pyautogui.press('enter')"] if enter else lines)

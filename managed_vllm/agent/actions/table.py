@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from managed_vllm.agent.actions.values import (
+    Back,
     Button,
     CallUser,
     Click,
@@ -19,12 +20,19 @@ from managed_vllm.agent.actions.values import (
     Direction,
     Drag,
     Finished,
+    Home,
     Hotkey,
     KeyDown,
     KeyUp,
+    LongPress,
+    MouseDown,
+    MouseUp,
     Move,
     Noop,
+    OpenApp,
+    OpenURL,
     Scroll,
+    Swipe,
     Type,
     Wait,
 )
@@ -106,9 +114,21 @@ ACTIONS: Mapping[str, ActionKind] = MappingProxyType(
 """What models are told of, by name."""
 
 ACTION_CLASSES: Mapping[str, type[Any]] = MappingProxyType(
-    {**{name: kind.make for name, kind in ACTIONS.items()}, "noop": Noop, "custom": Custom}
+    {
+        **{name: kind.make for name, kind in ACTIONS.items()},
+        "mouse_down": MouseDown,
+        "mouse_up": MouseUp,
+        "long_press": LongPress,
+        "swipe": Swipe,
+        "open_app": OpenApp,
+        "open_url": OpenURL,
+        "back": Back,
+        "home": Home,
+        "noop": Noop,
+        "custom": Custom,
+    }
 )
-"""All classes of actions, by the name in records."""
+"""All classes of actions, by the name in records. Those that are not in `ACTIONS` are other models' own."""
 
 MOST_TEXT = 1000
 MOST_CLICKS = 3

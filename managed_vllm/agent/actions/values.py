@@ -54,6 +54,43 @@ class Drag:
 
 
 @dataclass(frozen=True, slots=True)
+class MouseDown:
+    """A mouse button pressed and held, until its `MouseUp`: at a point; None: wherever the pointer is."""
+
+    button: Button = Button.LEFT
+    x: float | None = None
+    y: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MouseUp:
+    """A mouse button let go that is held: at a point; None: wherever the pointer is."""
+
+    button: Button = Button.LEFT
+    x: float | None = None
+    y: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LongPress:
+    """A finger held on a point. `seconds` None: as long as the executor's default."""
+
+    x: float
+    y: float
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Swipe:
+    """A finger drawn over the screen, from the first point to the second."""
+
+    x: float
+    y: float
+    to_x: float
+    to_y: float
+
+
+@dataclass(frozen=True, slots=True)
 class Type:
     """Text typed where the focus is. `enter`: the Enter key is pressed after it."""
 
@@ -94,6 +131,30 @@ class Scroll:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenApp:
+    """An application opened by its name, as the model says it."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenURL:
+    """An address opened in the browser, as the model says it: it is not looked at here."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Back:
+    """One step back: the back key of a phone, or of a browser."""
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """To the home screen of a phone."""
+
+
+@dataclass(frozen=True, slots=True)
 class Wait:
     """Nothing for a while. `seconds` None: as long as the executor's default."""
 
@@ -129,7 +190,29 @@ class Custom:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-Action = Click | Move | Drag | Type | Hotkey | KeyDown | KeyUp | Scroll | Wait | Finished | CallUser | Noop | Custom
+Action = (
+    Click
+    | Move
+    | Drag
+    | MouseDown
+    | MouseUp
+    | LongPress
+    | Swipe
+    | Type
+    | Hotkey
+    | KeyDown
+    | KeyUp
+    | Scroll
+    | OpenApp
+    | OpenURL
+    | Back
+    | Home
+    | Wait
+    | Finished
+    | CallUser
+    | Noop
+    | Custom
+)
 
 
 @dataclass(frozen=True, slots=True)
