@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from managed_vllm import tracing
 from managed_vllm.agent import inference
 from managed_vllm.agent.actions import Action, ActionParseError, CallUser, Finished, ParsedResponse, Wait
 from managed_vllm.agent.bounded import Deadline, bounded
@@ -153,6 +154,15 @@ class Episode:
 
     async def run(self) -> Trajectory:
         """The trajectory. Raises nothing but `CancelledError`."""
+        with tracing.episode_span(self._attempt.task.id, self._attempt.rollout, self._attempt.number) as span:
+            found = await self._run()
+            failure = found.failure
+            error = None if failure is None else (failure.error_type, str(failure))
+            span.tell(error, reward=found.reward, steps=len(found.steps))
+            span.tell(stop_reason=str(found.stop_reason))
+            return found
+
+    async def _run(self) -> Trajectory:
         began, started_at = time.monotonic(), time.time()
         reward: float | None = None
         try:
@@ -203,7 +213,8 @@ class Episode:
                 raise _End(StopReason.MAX_TOKENS)
             if self._deadline.passed:
                 raise _End(StopReason.EPISODE_TIMEOUT)
-            await self._turn()
+            with tracing.step_span(len(self._steps)):
+                await self._turn()
 
     def _check_environment(self) -> None:
         names = ("reset", "step", "evaluate", "close")

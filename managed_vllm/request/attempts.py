@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from managed_vllm import forks
+from managed_vllm import forks, tracing
 from managed_vllm.errors import RequestError, RequestTimeoutError, ServerBusyError, ServerDiedError
 from managed_vllm.policies import MAX_IN_FLIGHT, RetryPolicy
 from managed_vllm.request.bodies import RequestBody, encode_body
@@ -44,6 +44,7 @@ from managed_vllm.request.responses import MALFORMED, EventDecoder
 from managed_vllm.request.retry import ResponseLostError, Retries, ServerFaultError
 from managed_vllm.request.server_images import ServerImages, is_miss
 from managed_vllm.status import Connection
+from managed_vllm.tracing import RequestSpan
 
 Progress = Callable[[], None]
 Report = Callable[[str, Sequence[int]], Sequence[int] | None]
@@ -171,8 +172,25 @@ class Sender:
 
         Raises a `RequestError`, or what the server ended with (`StartupError`, `ServerStoppedError`).
         """
+        span = tracing.request_span()
+        if span is None:
+            return await self._send(request, deadline, on_progress, timeout_s, only)
+        with span:
+            stats = await self._send(request, deadline, on_progress, timeout_s, only, span)
+            span.answered(request.answer(), stats.attempts, stats.epoch, stats.time_to_first_token)
+            return stats
+
+    async def _send(
+        self,
+        request: PendingRequest,
+        deadline: float | None,
+        on_progress: Progress | None,
+        timeout_s: float | None,
+        only: Connection | None,
+        span: RequestSpan | None = None,
+    ) -> RequestStats:
         state = self._open_state()
-        attempts = _RequestAttempts(self, state, request, on_progress)
+        attempts = _RequestAttempts(self, state, request, on_progress, span)
         bound = Bound(state.bounds, deadline, NOT_SENT)
         try:
             async with bound:
@@ -408,13 +426,19 @@ class _RequestAttempts:
 
     __slots__ = (
         *("_answered_before", "_connection", "_count", "_epoch", "_first_token_at", "_on_progress", "_request"),
-        *("_sender", "_started_at", "_state", "begun"),
+        *("_sender", "_span", "_started_at", "_state", "begun"),
     )  # thousands at once: without a dict each
 
     def __init__(
-        self, sender: Sender, state: _LoopState, request: PendingRequest, on_progress: Progress | None
+        self,
+        sender: Sender,
+        state: _LoopState,
+        request: PendingRequest,
+        on_progress: Progress | None,
+        span: RequestSpan | None,
     ) -> None:
         self._sender = sender
+        self._span = span
         self._state = state
         self._request = request
         self._on_progress = on_progress
@@ -445,6 +469,10 @@ class _RequestAttempts:
             self._state.limiter.reset()
         http = self._request.next()
         self._count += http.stream or not self._request.optional
+        if self._span is not None:
+            self._span.sending(http.path, http.body, endpoint[0].model, endpoint[0].base_url)
+            if self._count > 1:
+                self._span.resumed(self._count, self._epoch, self._request.kept)
         await self._sender.send_once(endpoint, self._state, self._request, http, self._progressed, resend=resend)
         if self._request.broken_off:
             raise ServerDiedError(_BROKEN_OFF)
@@ -454,6 +482,8 @@ class _RequestAttempts:
         if _is_refusal(error):
             self._state.limiter.refused()
         progressed = self._request.lost()
+        if self._span is not None:
+            self._span.lost(error, self._request.kept)
         if self._on_progress is not None:
             self._on_progress()
         if self._request.broken_off:

@@ -31,6 +31,7 @@ from aiohttp.client_exceptions import UnixClientConnectorError
 from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
+from managed_vllm import tracing
 from managed_vllm.request.bodies import RequestBody
 from managed_vllm.request.bounds import closed_error
 from managed_vllm.request.event_loops import PerLoop
@@ -155,7 +156,9 @@ class ConnectionPool:
             only = body.parts[0] if len(body.parts) == 1 else None
             data = only if isinstance(only, bytes) and len(only) <= _PIECE_BYTES else _BodyPayload(body)
             del body, only
-        headers = None if session is None else {SESSION_HEADER: quote(session)}
+        headers = tracing.headers()
+        if session is not None:
+            headers[SESSION_HEADER] = quote(session)
         return await self._session.request(method, url, data=data, headers=headers, allow_redirects=False)
 
     async def open(
@@ -164,6 +167,8 @@ class ConnectionPool:
         """As `request`, with the caller's own absolute path and headers; a compressed response stays compressed."""
         data = _BodyPayload(RequestBody((body,))) if body is not None and len(body) > _PIECE_BYTES else body
         url = self._origin.join(URL(path, encoded=True))
+        given = {name.lower() for name, _ in headers}
+        headers = headers + [one for one in tracing.headers().items() if one[0] not in given]
         return await self._session.request(
             method, url, data=data, headers=headers, allow_redirects=False, auto_decompress=False
         )

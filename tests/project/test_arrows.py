@@ -10,12 +10,13 @@ import arrows
 # -- arrows ------------------------------------------------------------------------------------------------------------
 
 VALUES = {"masking", "status", "errors", "policies", "forks", "urls", "paths", "socket_paths"}
-VALUES |= {"standard_error", "green_threads", "engine_state", "health"}
+VALUES |= {"standard_error", "green_threads", "engine_state", "health", "tracing"}
 """What every room may use: values, exceptions, and small functions without any state but the fork hooks."""
 ALLOWED: dict[str, set[str]] = {
     "masking": set(),
     "engine_state": set(),
     "health": set(),
+    "tracing": set(),
     "status": {"engine_state", "health", "masking"},
     "errors": {"status"},
     "policies": {"errors", "status"},
