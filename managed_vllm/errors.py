@@ -257,6 +257,9 @@ class StartupError(ServerError):
         super().__init__("\n".join(lines), instance=instance, log_path=log_path)
         self.diagnosis = diagnosis
 
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n  doctor: managed-vllm doctor looks for what is wrong with this machine"
+
 
 class ModelUnavailableError(StartupError):
     """The model can't be had: no such path or id, offline, gated, or a folder without a config."""

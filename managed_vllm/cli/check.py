@@ -46,6 +46,8 @@ def check(given: argparse.Namespace) -> int:
         print(json.dumps({"url": url, "ok": ok, "checks": [asdict(r) for r in results], "error": problem}, indent=2))
     else:
         _print_table(url, results)
+        if not ok:
+            print("managed-vllm doctor looks for what is wrong with this machine.")
     if error is not None and not given.json:
         raise error
     return 0 if ok else 1

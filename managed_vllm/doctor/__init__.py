@@ -33,6 +33,7 @@ def examine(python: str | None = None, *, network: bool = True) -> Iterator[Find
         ("state directory", servers.state_directory),
         ("dead servers", servers.dead_servers),
         ("strays", servers.strays),
+        ("strays", servers.others_strays),
         ("scratch folders", servers.scratch_folders),
         ("open files", machine.open_files),
         ("memory", machine.memory),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import email.utils
+import errno
 import os
 import platform
 import resource
@@ -28,7 +31,9 @@ _FILES = 4096
 _FEW_FILES = 1024
 _GIB = 2**30
 _HUB_S = 10.0
-_FOLDER_ROOM = {"state": 0.05, "temporary": 1.0, "cache": 2.0, "models": 10.0}
+_SKEW_S = 300.0
+"""Seconds by which a clock may be wrong: what a signed URL or a token allows."""
+_FOLDER_ROOM = {"state": 0.05, "temporary": 1.0, "cache": 2.0, "model": 10.0}
 """GiB below which a disk is said to be nearly full, by what lies on it."""
 
 
@@ -108,7 +113,7 @@ def disks() -> Iterator[Finding]:
         ("state", Path(os.environ.get("MANAGED_VLLM_HOME") or "/tmp").expanduser()),
         ("temporary", Path(tempfile.gettempdir())),
         ("cache", cache),
-        ("models", hub),
+        ("model", hub),
     ):
         there = next((each for each in (folder, *folder.parents) if each.exists()), Path("/"))
         free = shutil.disk_usage(there).free / _GIB
@@ -158,12 +163,17 @@ def clock() -> Iterator[Finding]:
 
 
 def loopback() -> Iterator[Finding]:
-    """A server's port must be reachable on 127.0.0.1."""
+    """A server's port must be there, and reachable on 127.0.0.1."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as failure:
-        yield error("loopback", f"127.0.0.1 can't be reached: {failure}", "ip link set lo up")
+        if failure.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+            ports = (_first_line("/proc/sys/net/ipv4/ip_local_port_range") or "?").replace("\t", " to ")
+            text = f"no port is free: programs hold those that the system gives away, {ports}"
+            yield error("loopback", text, "end what holds them (ss -tanp), or widen net.ipv4.ip_local_port_range")
+        else:
+            yield error("loopback", f"127.0.0.1 can't be reached: {failure}", "ip link set lo up")
 
 
 def kernel() -> Iterator[Finding]:
@@ -185,10 +195,19 @@ def model_hub() -> Iterator[Finding]:
     url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     host = urllib.parse.urlsplit(url).hostname
     try:
-        requests.head(url, timeout=_HUB_S, allow_redirects=True)
+        answer = requests.head(url, timeout=_HUB_S, allow_redirects=True)
         yield ok("model hub", f"{host} answers")
+        yield from _clock_against(host, answer.headers.get("Date", ""))
     except (requests.RequestException, ValueError) as failure:
         why = "it did not answer in time" if isinstance(failure, requests.Timeout) else type(failure).__name__
         yield warning(
             "model hub", f"{host} can't be reached: {why}", "give models as folders, or set HF_ENDPOINT or a proxy"
         )
+
+
+def _clock_against(host: str | None, date: str) -> Iterator[Finding]:
+    with contextlib.suppress(TypeError, ValueError):  # it gives none
+        skew_s = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+        if abs(skew_s) > _SKEW_S:
+            way = "fast" if skew_s > 0 else "slow"
+            yield warning("clock", f"{abs(skew_s) / 60:.0f} minutes {way}, says {host}", "set the clock, or run NTP")

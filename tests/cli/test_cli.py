@@ -490,6 +490,7 @@ def test_check_says_what_is_wrong(cli: Cli) -> None:
             done = cli("check", *words)
             assert done.returncode == 1
             assert "failed" in done.stdout
+            assert "managed-vllm doctor" in done.stdout
             assert f"error: {'nothing' if words == [nobody] else 'the server at'}" in done.stderr
             assert message in done.stderr
         told = json.loads(cli("check", nobody, "--json").stdout)

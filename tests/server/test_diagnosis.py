@@ -710,6 +710,7 @@ def test_every_cause_is_reached_and_has_an_error_class_and_a_remedy() -> None:
         assert found.remedy
         error = error_for(found, instance="demo-1", log_path="/logs/server.log")
         assert type(error) is not StartupError
+        assert "managed-vllm doctor" in str(error)
         assert found.remedy in str(error)
         assert "/logs/server.log" in str(error)
         assert error.diagnosis is found
