@@ -1,7 +1,8 @@
 # make demo   set up .venv and run the main job
 # make test   set up, then lint, the fast tests, two at a time, and those against the real vLLM: all of them are run,
 #             and at the end it says which failed
-# make soak   what takes hours: 500 chaos runs with the stand-in, 20 with the real vLLM, every matrix in full
+# make soak   what takes hours: 500 chaos runs with the stand-in, 20 with the real vLLM, half an hour of one server with
+#             each, every matrix in full
 # make test-vllm VLLM=0.33.0   what compares with vLLM's own code, and needs neither GPU nor server, against that version
 # make setup  only set up; MANAGED_VLLM_SETUP=gpu|cpu|none chooses the server, otherwise what the machine has decides
 # make lint   ruff, mypy and the documentation
@@ -40,6 +41,8 @@ test-vllm: setup
 soak: setup
 	$(BIN)/python tests/chaos/run.py --runs 500 --jobs 2
 	$(BIN)/python tests/chaos/run.py --real --runs 20
+	$(BIN)/python tests/chaos/soak.py --minutes 30
+	$(BIN)/python tests/chaos/soak.py --minutes 30 --real
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 lint: setup

@@ -53,6 +53,7 @@ from managed_vllm.server.process import ServerProcess
 from managed_vllm.server.restarts import GiveUp, Restarts
 from managed_vllm.server.starter import NotForkedError, ServerStarter
 from managed_vllm.server.startup_log import StartupLog
+from managed_vllm.server.supervisor_log import BoundedLog, write_output_to
 from managed_vllm.status import Cause, Connection, Diagnosis, Progress, ServerState, ServerStatus, Stage
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ def main() -> None:
     for descriptor in (message["life"], message["lock"]):
         os.set_inheritable(descriptor, False)
     instance = Instance(Path(message["home"]), message["id"])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    handlers = [BoundedLog(instance.supervisor_log)]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     life = [message["life"]]
 
@@ -301,7 +303,7 @@ class Supervisor:
         if self._order.address.uds:
             self._restart()  # its socket was in the folder
         self._write_record()
-        _write_output_to(self._instance.supervisor_log)
+        write_output_to(self._instance.supervisor_log)
 
     def _folder_lost(self) -> None:
         self._leases.close()  # as if we had been killed: the users find the other supervisor
@@ -612,14 +614,6 @@ def _make_probe(connection: Connection, is_vllm: bool) -> Probe:
 
     anyio.run(anyio.lowlevel.checkpoint)
     return Probe(connection, is_vllm=is_vllm)
-
-
-def _write_output_to(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        for stream in (1, 2):
-            os.dup2(descriptor, stream)
-        os.close(descriptor)
 
 
 def _files_to_serve(spec: ServerSpec, before: Files | None) -> Files:

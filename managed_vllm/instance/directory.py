@@ -328,6 +328,7 @@ def _is_ours(name: str) -> bool:
         "server.log.1",
         "image.log",
         "supervisor.log",
+        "supervisor.log.1",
         START_LOCK,
         SUPERVISOR_LOCK,
     )

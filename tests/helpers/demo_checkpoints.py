@@ -8,7 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from managed_vllm import demo
+
+_RANK = 4
 
 Stored = tuple[str, list[int], bytes]
 """A tensor: its dtype, shape and data."""
@@ -65,3 +69,22 @@ def with_rows_swapped(folder: Path, one: int, other: int) -> None:
         return dtype, shape, data
 
     rewritten(folder, swapped)
+
+
+def make_adapter(folder: Path) -> Path:
+    """A LoRA adapter of the embedded model, in peft's format: random, and strong enough to change the answers."""
+    numpy = pytest.importorskip("numpy")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    config = json.loads((demo.weights_path() / "config.json").read_text())
+    hidden, heads = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
+    rng = numpy.random.default_rng(0)
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        weights[f"{name}.lora_A.weight"] = rng.normal(size=(_RANK, hidden)).astype("float32")
+        weights[f"{name}.lora_B.weight"] = rng.normal(size=(heads, _RANK)).astype("float32")
+    folder.mkdir()
+    safetensors.save_file(weights, folder / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": _RANK, "lora_alpha": 8, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**described, "target_modules": ["q_proj"]}))
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -11,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from demo_checkpoints import copy_of_demo, with_rows_swapped
+from demo_checkpoints import copy_of_demo, make_adapter, with_rows_swapped
 from processes import HANG_S, eventually, own_state, tree
 
 from managed_vllm import ManagedVLLM, RestartPolicy, demo
@@ -21,26 +20,6 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
 POLICY = RestartPolicy(max_restarts=20, backoff_initial_s=0.1, backoff_factor=1.0)
 PROMPT = demo.random_screen(random.Random(1)).prompt()
-RANK = 4
-
-
-def make_adapter(folder: Path, seed: int = 0) -> Path:
-    """A LoRA adapter of the embedded model, in peft's format: random, and strong enough to change the answers."""
-    numpy = pytest.importorskip("numpy")
-    safetensors = pytest.importorskip("safetensors.numpy")
-    config = json.loads((demo.weights_path() / "config.json").read_text())
-    hidden, heads = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
-    rng = numpy.random.default_rng(seed)
-    weights = {}
-    for layer in range(config["num_hidden_layers"]):
-        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        weights[f"{name}.lora_A.weight"] = rng.normal(size=(RANK, hidden)).astype("float32")
-        weights[f"{name}.lora_B.weight"] = rng.normal(size=(heads, RANK)).astype("float32")
-    folder.mkdir()
-    safetensors.save_file(weights, folder / "adapter_model.safetensors")
-    described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 8, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps({**described, "target_modules": ["q_proj"]}))
-    return folder
 
 
 @pytest.fixture(scope="module")
