@@ -200,6 +200,7 @@ def timed_out(stage: Progress, *, limit_s: float, silent: bool) -> Diagnosis:
 
 
 _SLOW: dict[Stage, str] = {
+    Stage.WAITING: "others hold the devices: managed-vllm status",
     Stage.LAUNCHING: "the interpreter may be on a slow or hanging file system",
     Stage.IMPORTING: "imports are slow where the environment is on a network file system",
     Stage.CONFIGURING: "the hub may be unreachable (set HF_HUB_OFFLINE=1 for a cached model), or the devices may hang",
