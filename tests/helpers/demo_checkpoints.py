@@ -71,13 +71,13 @@ def with_rows_swapped(folder: Path, one: int, other: int) -> None:
     rewritten(folder, swapped)
 
 
-def make_adapter(folder: Path) -> Path:
+def make_adapter(folder: Path, seed: int = 0) -> Path:
     """A LoRA adapter of the embedded model, in peft's format: random, and strong enough to change the answers."""
     numpy = pytest.importorskip("numpy")
     safetensors = pytest.importorskip("safetensors.numpy")
     config = json.loads((demo.weights_path() / "config.json").read_text())
     hidden, heads = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
-    rng = numpy.random.default_rng(0)
+    rng = numpy.random.default_rng(seed)
     weights = {}
     for layer in range(config["num_hidden_layers"]):
         name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"

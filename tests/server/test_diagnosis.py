@@ -23,12 +23,16 @@ from managed_vllm.server import failure_rules
 from managed_vllm.server.diagnosis import (
     could_not_launch,
     crash_loop,
+    devices_busy,
     diagnose,
     diagnose_first_request,
     engine_not_restored,
+    no_places,
     not_forked,
     timed_out,
+    too_few_devices,
     unwell,
+    weights_lost,
 )
 from managed_vllm.server.startup_log import StartupLog
 from managed_vllm.status import Cause, Diagnosis, Progress, Stage
@@ -696,6 +700,10 @@ def every_diagnosis() -> list[Diagnosis]:
         *(unwell(cause, "x") for cause in UNWELL),
         not_forked("x"),
         engine_not_restored("x", permanent=True),
+        devices_busy(1, ["pid 7"], wanted="2 GPUs", waited_s=60),
+        too_few_devices("2 GPUs", ["GPU 0"]),
+        no_places("x"),
+        weights_lost("step-7"),
         diagnose([], returncode=-9),
         diagnose([], returncode=127),
         diagnose(["OSError: [Errno 28] No space left on device"], returncode=1),
