@@ -18,6 +18,7 @@ from typing import Any
 
 from managed_vllm.engine_state import EngineState
 from managed_vllm.errors import ConfigError, NoServerError, SupervisorError
+from managed_vllm.health import HealthChecks
 from managed_vllm.instance import cleanup, directory, external
 from managed_vllm.instance.admission import is_of_another_version
 from managed_vllm.instance.channel import Channel
@@ -25,6 +26,9 @@ from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.names import drop_names, named
 from managed_vllm.instance.startup_view import describe
 from managed_vllm.status import ServerState, ServerStatus
+
+WIDE = 110
+"""Columns of a terminal from which on all columns of a table fit."""
 
 GONE_WITHIN_S = 60.0
 """How long a server that is being stopped may take; the supervisor itself allows 5 s before SIGKILL."""
@@ -116,6 +120,7 @@ def status(given: argparse.Namespace) -> int:
         print("No server is running. Start one: managed-vllm up --model demo")
     for row in rows:
         if given.which:
+            print(", ".join(details(row)))
             if row["devices"]:
                 print(f"devices: {', '.join(row['devices'])}")
             for user in row["users"]:
@@ -197,28 +202,39 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("id", "name", "state", "model", "URL"):
-        table.add_column(head, overflow="fold")
-    for head in ("epoch", "restarts", "users", "pid", "up"):
-        table.add_column(head, justify="right")
+    where = console()
+    wide = where.width >= WIDE
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1) if wide else (0, 0, 0, 1))
+    for head in ("id", "name", "state", "model", "URL") if wide else ("id", "state", "URL"):
+        table.add_column(head, overflow="fold", no_wrap=head == "id")
+    for head in ("epoch", "restarts", "users", "pid", "up") if wide else ("users", "up"):
+        table.add_column(head, justify="right", no_wrap=True)
     colours = {"ready": "green", "dead": "red", "failed": "red", "unresponsive": "red"}
     for row in rows:
         users = f"{len(row['users'])}{' + pin' if row['pinned'] else ''}"
-        cells = [
-            row["id"],
-            " ".join(row["names"]),
-            Text(state_text(row), style=colours.get(row["state"], "yellow")),
-            row["model"] or "",
-            row["uds"] or row["base_url"] or "",
-            str(row["epoch"]),
-            str(row["restarts"]),
-            users,
-            str(row["server_pid"] or ""),
-            duration_text(time.time() - row["ready_at"]) if row["ready_at"] else "",
-        ]
+        state = Text(state_text(row), style=colours.get(row["state"], "yellow"))
+        address = row["uds"] or row["base_url"] or ""
+        up = duration_text(time.time() - row["ready_at"]) if row["ready_at"] else ""
+        cells = [row["id"], " ".join(row["names"]), state, row["model"] or "", address]
+        cells += [str(row["epoch"]), str(row["restarts"]), users, str(row["server_pid"] or ""), up]
+        if not wide:
+            cells = ["\n".join([row["id"], *row["names"]]), state, address, users, up]
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
-    console().print(table)
+    where.print(table)
+
+
+def details(row: Mapping[str, Any]) -> list[str]:
+    """What a row of `to_json` has that no table has a column for."""
+    checks, engine = HealthChecks.from_dict(row["health"]), row["engine"]
+    found = [f"restarts: {row['restarts']}"]
+    if checks.last_s is not None:
+        late = f", {checks.unanswered} checks not answered" if checks.unanswered else ""
+        found.append(f"/health in {1000 * checks.last_s:.1f} ms{late}")
+    if engine["weight_version"]:
+        found.append(f"weights: {engine['weight_version']}")
+    if engine["loras"]:
+        found.append(f"adapters: {' '.join(engine['loras'])}")
+    return found
 
 
 def console() -> Any:

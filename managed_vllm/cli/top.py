@@ -6,9 +6,11 @@ Looking takes no lease. Restarting does, for as long as that takes, as `managed-
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -19,12 +21,10 @@ from typing import Any
 from managed_vllm.cli import running
 from managed_vllm.cli.looks import Look, Looker
 from managed_vllm.errors import ConfigError
-from managed_vllm.health import HealthChecks
 from managed_vllm.instance import directory
 
-_WIDE = 110
-"""Columns of a terminal from which on all columns of the table fit."""
 _KEYS = "↑ ↓ choose   l log   r restart   s stop   q quit"
+_KEY = re.compile(r"\x1b[\[O][A-Z]|.", re.DOTALL)
 _UP, _DOWN = ("k", "\x1b[A", "\x1bOA"), ("j", "\x1b[B", "\x1bOB")
 
 
@@ -52,6 +52,7 @@ class _Screen:
 
     def __init__(self, looker: Looker, interval_s: float) -> None:
         self._looker = looker
+        self._keyboard = _Keyboard()
         self._interval_s = interval_s
         self._looks: list[Look] = []
         self._chosen: str | None = None
@@ -81,7 +82,7 @@ class _Screen:
             deadline = time.monotonic() + self._interval_s
             while True:
                 live.update(self._view(live.console.width), refresh=True)
-                key = _key(max(0.0, deadline - time.monotonic()))
+                key = self._keyboard.next(max(0.0, deadline - time.monotonic()))
                 if key == "q" or (key == "l" and self._chosen):
                     return key
                 if not key:
@@ -152,7 +153,7 @@ def _table(looks: Sequence[Look], chosen: str | None, width: int) -> Any:
 
     if not looks:
         return Text("No server is running. Start one: managed-vllm up --model demo")
-    wide = width >= _WIDE
+    wide = width >= running.WIDE
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1) if wide else (0, 0, 0, 1))
     rows = [_cells(look) for look in looks]
     for head, (_, always) in rows[0].items():
@@ -193,21 +194,9 @@ def _users(look: Look) -> Any:
     from rich.text import Text
 
     users = look.row["users"]
-    head = f"{look.row['id']}: " + ", ".join([*_details(look), f"users: {len(users)}"])
+    head = f"{look.row['id']}: " + ", ".join([*running.details(look.row), f"users: {len(users)}"])
     lines = [Text(f"{user['pid']:>8}  {user['what']}", no_wrap=True, overflow="ellipsis") for user in users]
     return Group(Text(head, style="bold", no_wrap=True, overflow="ellipsis"), *lines, Text(""))
-
-
-def _details(look: Look) -> list[str]:
-    """What the table has no column for."""
-    checks, engine = HealthChecks.from_dict(look.row["health"]), look.row["engine"]
-    found = [f"restarts: {look.row['restarts']}"]
-    if checks.last_s is not None:
-        late = f", {checks.unanswered} not answered" if checks.unanswered else ""
-        found.append(f"/health in {1000 * checks.last_s:.1f} ms{late}")
-    if engine["weight_version"]:
-        found.append(f"weights: {engine['weight_version']}")
-    return found
 
 
 def _count(number: int | None) -> str:
@@ -243,8 +232,16 @@ def _keys_unbuffered() -> Iterator[None]:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
-def _key(wait_s: float) -> str:
-    """The next key, an arrow as its escape sequence; empty where none comes within `wait_s`, "q" at the end."""
-    if not select.select([sys.stdin], [], [], wait_s)[0]:
-        return ""
-    return os.read(sys.stdin.fileno(), 8).decode(errors="replace") or "q"
+class _Keyboard:
+    """The keys that were pressed, one by one, also where several have come while nobody was looking."""
+
+    def __init__(self) -> None:
+        self._pressed: collections.deque[str] = collections.deque()
+
+    def next(self, wait_s: float) -> str:
+        """The next key, an arrow as its escape sequence; empty where none comes in time, "q" at the input's end."""
+        if not self._pressed:
+            if not select.select([sys.stdin], [], [], wait_s)[0]:
+                return ""
+            self._pressed += _KEY.findall(os.read(sys.stdin.fileno(), 256).decode(errors="replace")) or ["q"]
+        return self._pressed.popleft()

@@ -82,12 +82,28 @@ def test_top_on_a_terminal_restarts_the_chosen_server_and_ends(home: Path) -> No
             read = threading.Thread(target=_until_closed, args=(master, said := bytearray()), daemon=True)
             read.start()
             eventually(lambda: str(llm.id).encode() in said, "the table is shown")
-            os.write(master, b"r")
+            os.write(master, b"j\x1b[Ar")  # at once, as they come to one that is busy with looking
             eventually(lambda: llm.status().epoch == 2 and b"serves again" in said, "restarted")
             os.write(master, b"q")
             assert running.wait(HANG_S) == 0
         finally:
             os.close(master)
+
+
+def test_status_on_a_narrow_terminal_cuts_no_word(home: Path) -> None:
+    with ManagedVLLM("m", name="a-name-of-some-length", command=standin.command(), keep_alive=0) as llm:
+        master, slave = pty.openpty()
+        said = bytearray()
+        read = threading.Thread(target=_until_closed, args=(master, said), daemon=True)
+        read.start()
+        environment = {**os.environ, "COLUMNS": "80"}
+        done = subprocess.run([*PROGRAM, "status"], stdin=slave, stdout=slave, env=environment, timeout=HANG_S)
+        os.close(slave)
+        read.join(HANG_S)
+        os.close(master)
+        assert done.returncode == 0
+        words = re.sub(r"\x1b\[[\d;]*m", "", said.decode()).split()
+        assert {str(llm.id), "a-name-of-some-length", "ready", llm.base_url} <= set(words)
 
 
 def _until_closed(terminal: int, said: bytearray) -> None:
