@@ -48,6 +48,8 @@ _HOME_OF = {
     "embedded": "managed_vllm.agent.format",
     "json_actions": "managed_vllm.agent.format",
     "python_code": "managed_vllm.agent.model_formats",
+    "autoglm": "managed_vllm.agent.model_formats",
+    "glm_v": "managed_vllm.agent.model_formats",
     "qwen_vl": "managed_vllm.agent.model_formats",
     "run_agent_loop": "managed_vllm.agent.runners",
     "run_episode": "managed_vllm.agent.episode",
@@ -74,6 +76,8 @@ if TYPE_CHECKING:
     from managed_vllm.agent.format import tool_calls as tool_calls
     from managed_vllm.agent.format import ui_tars as ui_tars
     from managed_vllm.agent.image_store import ImageStore as ImageStore
+    from managed_vllm.agent.model_formats import autoglm as autoglm
+    from managed_vllm.agent.model_formats import glm_v as glm_v
     from managed_vllm.agent.model_formats import python_code as python_code
     from managed_vllm.agent.model_formats import qwen_vl as qwen_vl
     from managed_vllm.agent.prompting import History as History

@@ -1,8 +1,9 @@
-"""Formats of further models: Qwen-VL and its descendants (`qwen_vl`), and those that write pyautogui (`python_code`).
+"""Formats of further models: Qwen-VL and its descendants, those that write pyautogui, GLM-V, AutoGLM.
 
 What a model can do, and how it says it, is that of its card; the words are ours. The words that a model was trained
 with can be given as `prompt=`: they stand in Qwen's cookbooks (computer_use.ipynb and mobile_agent.ipynb of
-QwenLM/Qwen3-VL) and in OSWorld's mm_agents (qwen3vl_agent.py, opencua_agent.py).
+QwenLM/Qwen3-VL), in OSWorld's mm_agents (qwen3vl_agent.py, opencua_agent.py), in the README of zai-org/GLM-V, and in
+zai-org/Open-AutoGLM's phone_agent.
 """
 
 from __future__ import annotations
@@ -11,8 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from managed_vllm.agent.actions import Coordinates, ParsedResponse, parse_computer_use, parse_python_code
+from managed_vllm.agent.actions import (
+    Coordinates,
+    ParsedResponse,
+    parse_autoglm,
+    parse_computer_use,
+    parse_glm,
+    parse_python_code,
+)
 from managed_vllm.agent.actions.computer_use import Tool, tool_of
+from managed_vllm.agent.actions.glm import autoglm_calls_in_words, glm_calls_in_words
 from managed_vllm.agent.actions.python_code import calls_in_words
 from managed_vllm.agent.format import AgentFormat, ParseErrorPolicy, Pictured, Size
 from managed_vllm.agent.prompting import Chat
@@ -40,6 +49,26 @@ class PythonCodeParser(Pictured):
 
     def __call__(self, answer: CompletionOutput, size: Size, picture: Size | None = None) -> ParsedResponse:
         return parse_python_code(answer.text, size, **self.frame(picture))
+
+
+@dataclass(frozen=True, slots=True)
+class GLMParser(Pictured):
+    """`parse_glm` with its options."""
+
+    coordinates: Coordinates = "relative1000"
+
+    def __call__(self, answer: CompletionOutput, size: Size, picture: Size | None = None) -> ParsedResponse:
+        return parse_glm(answer.text, size, **self.frame(picture))
+
+
+@dataclass(frozen=True, slots=True)
+class AutoGLMParser(Pictured):
+    """`parse_autoglm` with its options."""
+
+    coordinates: Coordinates = "relative1000"
+
+    def __call__(self, answer: CompletionOutput, size: Size, picture: Size | None = None) -> ParsedResponse:
+        return parse_autoglm(answer.text, size, **self.frame(picture))
 
 
 _IN_WORDS: Mapping[Coordinates, str] = {
@@ -71,6 +100,30 @@ The calls, with constants as arguments:
 {calls}
 
 Coordinates are {frame}. End the task by computer.terminate, with status "success" or "failure".
+
+Task: {instruction}"""
+
+
+_GLM_PROMPT = """\
+You control a computer. Do the task, one action at a time. Answer each time in this form:
+
+Reason: why this is the next action
+Action: one call of those below
+
+{calls}
+
+Coordinates are {frame}; element_info names what is there.
+
+Task: {instruction}"""
+
+_AUTOGLM_PROMPT = """\
+You control a phone. Do the task, one action at a time. Answer each time in this form:
+
+<think>why this is the next action</think><answer>one call of those below</answer>
+
+{calls}
+
+Coordinates are {frame}.
 
 Task: {instruction}"""
 
@@ -144,3 +197,35 @@ def qwen_vl_mobile(coordinates: Coordinates = "relative1000", **options: Any) ->
 def opencua(coordinates: Coordinates = "resized", **options: Any) -> AgentFormat:
     """`python_code`, for OpenCUA."""
     return python_code(coordinates, **options)
+
+
+def glm_v(
+    coordinates: Coordinates = "relative1000",
+    *,
+    prompt: str | None = None,
+    show_text: bool = False,
+    on_parse_error: ParseErrorPolicy | None = None,
+) -> AgentFormat:
+    """GLM-4.5V and GLM-4.6V on a computer. The arguments are `python_code`'s."""
+    words = _GLM_PROMPT.replace("{calls}", glm_calls_in_words()).replace("{frame}", _IN_WORDS[coordinates])
+    return AgentFormat(
+        Chat(prompt=words if prompt is None else prompt, show_text=show_text, coordinates=coordinates),
+        GLMParser(coordinates),
+        on_parse_error or ParseErrorPolicy(),
+    )
+
+
+def autoglm(
+    coordinates: Coordinates = "relative1000",
+    *,
+    prompt: str | None = None,
+    show_text: bool = False,
+    on_parse_error: ParseErrorPolicy | None = None,
+) -> AgentFormat:
+    """AutoGLM-Phone. The arguments are `python_code`'s."""
+    words = _AUTOGLM_PROMPT.replace("{calls}", autoglm_calls_in_words()).replace("{frame}", _IN_WORDS[coordinates])
+    return AgentFormat(
+        Chat(prompt=words if prompt is None else prompt, show_text=show_text, coordinates=coordinates),
+        AutoGLMParser(coordinates),
+        on_parse_error or ParseErrorPolicy(),
+    )

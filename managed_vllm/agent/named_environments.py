@@ -17,7 +17,15 @@ from typing import Any
 
 from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.format import AgentFormat, embedded, json_actions, tool_calls, ui_tars
-from managed_vllm.agent.model_formats import opencua, python_code, qwen2_5_vl, qwen_vl, qwen_vl_mobile
+from managed_vllm.agent.model_formats import (
+    autoglm,
+    glm_v,
+    opencua,
+    python_code,
+    qwen2_5_vl,
+    qwen_vl,
+    qwen_vl_mobile,
+)
 from managed_vllm.agent.run import MakeEnvironment
 from managed_vllm.agent.tasks import as_task
 from managed_vllm.agent.types import Limits, Task
@@ -33,6 +41,8 @@ FORMATS: dict[str, Callable[..., AgentFormat]] = {
     "qwen2.5-vl": qwen2_5_vl,
     "opencua": opencua,
     "python": python_code,
+    "glm-v": glm_v,
+    "autoglm": autoglm,
 }
 """How models are spoken to, by name."""
 

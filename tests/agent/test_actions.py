@@ -21,6 +21,7 @@ from managed_vllm.agent.actions import (
     UI_TARS_PROMPT,
     Action,
     ActionParseError,
+    Back,
     Button,
     CallUser,
     Click,
@@ -28,7 +29,9 @@ from managed_vllm.agent.actions import (
     Direction,
     Drag,
     Finished,
+    Home,
     Hotkey,
+    OpenApp,
     ParsedResponse,
     Scroll,
     Type,
@@ -272,7 +275,8 @@ def check(text: str, size: tuple[int, int], coordinates: Any) -> None:
         if not (isinstance(action, Type) and not action.enter and action.text.endswith("\n")):
             again = to_ui_tars(action, size, coordinates)
             assert parse_ui_tars(again, size, coordinates=coordinates).actions == (action,)
-    compile(to_pyautogui(response.actions), "answer", "exec")
+    of_desktops = [action for action in response.actions if not isinstance(action, OpenApp | Home | Back)]
+    compile(to_pyautogui(of_desktops), "answer", "exec")
 
 
 FRAMES = st.sampled_from(["resized", "relative1000", "absolute"])

@@ -6,6 +6,7 @@
 - `osworld_answers`: the same as OSWorld's own agent reads them.
 - `json_actions`: JSON and tool calls, for other models.
 - `computer_use`: Qwen-VL's tools, and what came of them. `python_code`: pyautogui's calls in a code block.
+- `glm`: GLM-V and AutoGLM. `hosted_tools`: calls in Gemini's and OpenAI's shapes. `rows`: action spaces as tables.
 - `pyautogui_source`: as source for OSWorld.
 - `coordinates`, `keys`: numbers and names that the parsers share.
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 from managed_vllm.agent.actions.computer_use import parse_computer_use
 from managed_vllm.agent.actions.coordinates import Coordinates, OffScreen, smart_resize
 from managed_vllm.agent.actions.descriptions import describe
+from managed_vllm.agent.actions.glm import parse_autoglm, parse_glm
+from managed_vllm.agent.actions.hosted_tools import parse_hosted
 from managed_vllm.agent.actions.json_actions import (
     ACTION_JSON_SCHEMA,
     ACTION_TOOLS,
@@ -95,7 +98,10 @@ __all__ = [
     "action_to_dict",
     "action_tools",
     "describe",
+    "parse_autoglm",
     "parse_computer_use",
+    "parse_glm",
+    "parse_hosted",
     "parse_json_actions",
     "parse_like_osworld",
     "parse_python_code",

@@ -23,9 +23,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from managed_vllm.agent.actions.coordinates import (
     FACTOR,
@@ -34,9 +33,9 @@ from managed_vllm.agent.actions.coordinates import (
     Coordinates,
     Frame,
     OffScreen,
-    OffScreenError,
 )
 from managed_vllm.agent.actions.json_actions import Reader, values_in
+from managed_vllm.agent.actions.rows import ActionRow, Field, Point, Values, pressed, read_row
 from managed_vllm.agent.actions.values import (
     Action,
     Back,
@@ -67,44 +66,13 @@ from managed_vllm.agent.actions.values import (
 from managed_vllm.errors import ActionParseError
 
 Tool = Literal["computer_use", "mobile_use"]
-Point = tuple[float, float]
-Values = Mapping[str, Any]
-
-
-class Field(NamedTuple):
-    """A field of an action: one of `_KINDS`, and whether it must be there."""
-
-    kind: str
-    required: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class ActionRow:
-    """One action of a tool.
-
-    Attributes:
-        what: in words, for the model; empty: it is not told of, only understood.
-        fields: by their names.
-        make: the actions, from the values of the fields.
-    """
-
-    what: str
-    fields: Mapping[str, Field]
-    make: Callable[[Values], Sequence[Action]]
-
-
 # -- what the actions are ----------------------------------------------------------------------------------------------
 
 
 def _click(button: Button, clicks: int = 1) -> Callable[[Values], Sequence[Action]]:
     def make(values: Values) -> Sequence[Action]:
-        point: Point | None = values.get("coordinate")
-        if point is None:  # where the pointer is
-            pressed: Sequence[Action] = (MouseDown(button), MouseUp(button)) * clicks
-        else:
-            pressed = (Click(*point, button, clicks),)
         held = values.get("text") or ()
-        return (*map(KeyDown, held), *pressed, *map(KeyUp, reversed(held)))
+        return (*map(KeyDown, held), *pressed(values.get("coordinate"), button, clicks), *map(KeyUp, reversed(held)))
 
     return make
 
@@ -467,61 +435,5 @@ class _Calls:
         return self._acted(arguments)
 
     def _acted(self, given: Mapping[str, Any]) -> list[Action]:
-        name = given.get("action")
-        row = self._rows.get(name) if isinstance(name, str) else None
-        if row is None:
-            self.reader.fail(f"there is no action {name!r:.80}; the actions are {', '.join(self._rows)}")
-        values: dict[str, Any] = {}
-        for key, value in given.items():
-            if key == "action" or value is None:
-                continue
-            if key not in row.fields:
-                self.reader.fail(f"{name} has no field {key!r:.80}; its fields are {', '.join(row.fields) or 'none'}")
-            values[key] = self._value(row.fields[key].kind, value, f"{key} of {name}")
-        for key, field in row.fields.items():
-            if field.required and key not in values:
-                self.reader.fail(f"{name} needs {key}")
-        if (either := _EITHER.get(str(name))) and set(either) <= row.fields.keys() and not set(either) & values.keys():
-            self.reader.fail(f"{name} needs {' or '.join(either)}")
-        return list(row.make(values))
-
-    def _value(self, kind: str, value: Any, where: str) -> Any:
-        if kind == "point":
-            return self._point(value, where)
-        if kind == "status":
-            if value not in ("success", "failure"):
-                self.reader.fail(f"{where} must be success or failure, not {value!r:.80}")
-            return value
-        return _READ[kind](self.reader, value, where)
-
-    def _point(self, value: Any, where: str) -> Point:
-        if isinstance(value, str):  # some write the list as a text
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                self.reader.fail(f"{where} must be [x, y]")
-        if not isinstance(value, list | tuple) or len(value) != 2:
-            self.reader.fail(f"{where} must be [x, y]")
-        x, y = (self.reader.decimal(each, where) for each in value)
-        try:
-            return self.reader.frame.point(x, y)
-        except OffScreenError as error:
-            self.reader.fail(f"the point is off the screen: {error}")
-
-
-def _number(reader: Reader, value: Any, where: str) -> float:
-    number = reader.number(value, where)
-    if abs(number) > 1_000_000:
-        reader.fail(f"{where} must be from -1000000 to 1000000")
-    return float(number)
-
-
-_READ: Mapping[str, Callable[[Reader, Any, str], Any]] = {
-    "text": Reader.string,
-    "keys": Reader.keys,
-    "number": _number,
-    "seconds": Reader.seconds,
-    "truth": Reader.truth,
-    "direction": Reader.direction,
-    "amount": Reader.whole,
-}
+        name, rest = given.get("action"), {key: value for key, value in given.items() if key != "action"}
+        return read_row(self.reader, self._rows, name, rest, _EITHER)

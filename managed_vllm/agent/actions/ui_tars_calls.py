@@ -13,16 +13,20 @@ from typing import NamedTuple, NoReturn, Protocol
 from managed_vllm.agent.actions.keys import key_of, keys_of
 from managed_vllm.agent.actions.values import (
     Action,
+    Back,
     Button,
     CallUser,
     Click,
     Direction,
     Drag,
     Finished,
+    Home,
     Hotkey,
     KeyDown,
     KeyUp,
+    LongPress,
     Move,
+    OpenApp,
     Scroll,
     Type,
     Wait,
@@ -66,6 +70,10 @@ FUNCTIONS: dict[str, Function] = {
     "release": _ONE_KEY,
     "keyup": _ONE_KEY,
     "wait": Function({"time": "word"}),
+    "long_press": Function({"start_box": "box", "time": "word"}, ("start_box",)),
+    "open_app": Function({"app_name": "text"}, ("app_name",)),
+    "press_home": Function({}),
+    "press_back": Function({}),
     "finished": Function({"content": "text"}),
     "call_user": Function({"content": "text"}),
 }
@@ -147,12 +155,28 @@ def _held(scanner: Scanner, name: str, values: Mapping[str, Value]) -> Action:
 
 
 def _wait(scanner: Scanner, name: str, values: Mapping[str, Value]) -> Action:
+    return Wait(_seconds(scanner, name, values))
+
+
+def _long_press(scanner: Scanner, name: str, values: Mapping[str, Value]) -> Action:
+    return LongPress(*values["start_box"].point, _seconds(scanner, name, values))
+
+
+def _seconds(scanner: Scanner, name: str, values: Mapping[str, Value]) -> float | None:
     if "time" not in values:
-        return Wait()
+        return None
     value = values["time"]
     if _SECONDS.fullmatch(value.word) is None or float(value.word) > _MOST_SECONDS:
-        scanner.fail(f"wait takes seconds, {_MOST_SECONDS} at most", value.start, value.end)
-    return Wait(float(value.word))
+        scanner.fail(f"{name} takes seconds, {_MOST_SECONDS} at most", value.start, value.end)
+    return float(value.word)
+
+
+def _open_app(scanner: Scanner, name: str, values: Mapping[str, Value]) -> Action:
+    return OpenApp(scanner.text_of(values["app_name"]))
+
+
+def _of_phones(scanner: Scanner, name: str, values: Mapping[str, Value]) -> Action:
+    return Home() if name == "press_home" else Back()
 
 
 def _finished(scanner: Scanner, name: str, values: Mapping[str, Value]) -> Action:
@@ -173,6 +197,10 @@ BUILD: dict[str, Callable[[Scanner, str, Mapping[str, Value]], Action]] = {
     **dict.fromkeys(("press", "keydown", "release", "keyup"), _held),
     "scroll": _scroll,
     "wait": _wait,
+    "long_press": _long_press,
+    "open_app": _open_app,
+    "press_home": _of_phones,
+    "press_back": _of_phones,
     "finished": _finished,
     "call_user": _call_user,
 }

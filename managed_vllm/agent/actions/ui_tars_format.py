@@ -14,15 +14,19 @@ from managed_vllm.agent.actions.coordinates import FACTOR, MAX_PIXELS, MIN_PIXEL
 from managed_vllm.agent.actions.ui_tars import parse_in
 from managed_vllm.agent.actions.values import (
     Action,
+    Back,
     Button,
     CallUser,
     Click,
     Drag,
     Finished,
+    Home,
     Hotkey,
     KeyDown,
     KeyUp,
+    LongPress,
     Move,
+    OpenApp,
     Scroll,
     Type,
     Wait,
@@ -125,6 +129,14 @@ def _written(action: Action, frame: Frame, decimals: int | None) -> str:
             return f"keydown(key='{_escaped(key)}')"
         case KeyUp(key):
             return f"keyup(key='{_escaped(key)}')"
+        case LongPress(x, y, seconds):
+            return f"long_press(start_box={box(x, y)}{_held(seconds)})"
+        case OpenApp(name):
+            return f"open_app(app_name='{_escaped(name)}')"
+        case Home():
+            return "press_home()"
+        case Back():
+            return "press_back()"
         case Wait(None):
             return "wait()"
         case Wait(float() | int() as seconds):
@@ -134,6 +146,10 @@ def _written(action: Action, frame: Frame, decimals: int | None) -> str:
         case CallUser(content):
             return f"call_user(content='{_escaped(content)}')" if content else "call_user()"
     raise ValueError(f"UI-TARS's format can't say {action!r:.200}")
+
+
+def _held(seconds: float | None) -> str:
+    return "" if seconds is None else f", time='{seconds:g}'"
 
 
 def _combined(keys: tuple[str, ...]) -> str:
