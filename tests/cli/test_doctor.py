@@ -142,7 +142,7 @@ def test_an_interpreter_without_vllm_is_an_error(home: Path) -> None:
 def test_a_vllm_that_can_not_be_imported_is_diagnosed(home: Path, vllm_without_gpu: str) -> None:
     code, findings = doctor(python=vllm_without_gpu)
     assert code == 1
-    assert "known are 0.20 to 0.33" in found("vLLM", findings, "warning")[0]["text"]
+    assert "known are 0.26 to 0.33" in found("vLLM", findings, "warning")[0]["text"]
     (error,) = found("vLLM", findings, "error")
     assert "libcudart.so.12" in error["text"]
     assert error["remedy"]
@@ -304,4 +304,4 @@ def test_what_it_prints_is_to_be_read(home: Path) -> None:
     assert done.returncode == 1
     assert "ERROR  vLLM: " in done.stdout
     assert "→ " in done.stdout
-    assert "findings: 1 errors" in done.stdout
+    assert "findings: 1 error," in done.stdout
