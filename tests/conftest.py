@@ -11,7 +11,7 @@ from moved_clock import Clock
 from processes import own_state
 from scripted_server import Act, Script
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["pytester", "browsing"]
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -164,8 +164,12 @@ class AttemptLog:
 
     def read(self, entry: AttemptEntry) -> tuple[bytes, bytes]:
         """The line and the block of an attempt, not looked at yet."""
+        return self.read_line(entry), self.read_block(entry)
+
+    def read_line(self, entry: AttemptEntry) -> bytes:
+        """The line of an attempt, not looked at yet."""
         with translated_errors(self._path):
-            return read_at(self._lines, entry.size, entry.offset), self.read_block(entry)
+            return read_at(self._lines, entry.size, entry.offset)
 
     def read_block(self, entry: AttemptEntry) -> bytes:
         """The block of an attempt, not looked at yet."""
@@ -229,6 +233,11 @@ def trajectory_of(entry: AttemptEntry, line: bytes, block: bytes) -> Trajectory:
         return trajectory_codec.decode(body, numbers_of(entry, block))
     except ValueError as error:
         raise DamagedError(Damage(*where, str(error))) from error
+
+
+def body_of(line: bytes) -> bytes:
+    """The body's JSON of a line. Raises `ValueError` if it is damaged."""
+    return _split(line)[1]
 
 
 class DamagedError(ValueError):

@@ -110,6 +110,10 @@ class AttemptLogs:
         """The line and the block of an attempt, not looked at yet."""
         return self._log_of(entry).read(entry)
 
+    def read_line(self, entry: AttemptEntry) -> bytes:
+        """The line of an attempt, not looked at yet."""
+        return self._log_of(entry).read_line(entry)
+
     def read_block(self, entry: AttemptEntry) -> bytes:
         """The block of an attempt, not looked at yet."""
         return self._log_of(entry).read_block(entry)

@@ -22,6 +22,8 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from managed_vllm.agent.actions import Action, Custom, action_from_dict, action_to_dict
 from managed_vllm.agent.types import (
     Failure,
@@ -96,6 +98,29 @@ def decode(text: bytes, numbers: bytes) -> Trajectory:
         return made
     except (KeyError, TypeError, IndexError, AttributeError, RecursionError, struct.error, zlib.error) as error:
         raise ValueError(f"no trajectory: {type(error).__name__}: {error}") from error
+
+
+class _Named(msgspec.Struct):
+    instruction: str = ""
+
+
+class _Outline(msgspec.Struct):
+    """What a line of a list shows of an attempt beside its head. The rest is skipped, not made into values."""
+
+    task: _Named
+    instruction: str = ""
+    failure: dict[str, Any] | None = None
+
+
+def outline(text: bytes) -> tuple[str, str]:
+    """Of a record: what the model was told to do, and why it failed; empty where it did not. Raises `ValueError`."""
+    try:
+        found = msgspec.json.decode(text, type=_Outline)
+    except msgspec.DecodeError:  # half a surrogate pair, which only `json` takes
+        found = msgspec.convert(json.loads(text), _Outline)
+    failure = found.failure
+    why = "" if failure is None else str(_build(Failure, {**failure, "kind": FailureClass(failure["kind"])}))
+    return found.instruction or found.task.instruction, why
 
 
 def as_json(value: Any) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import webbrowser
 from pathlib import Path
@@ -10,12 +11,15 @@ from pathlib import Path
 from managed_vllm.agent import export as exports
 from managed_vllm.agent.report import printable, summary_table
 from managed_vllm.agent.store import RunStore
-from managed_vllm.agent.viewer import write_html
+from managed_vllm.agent.viewer import RunServer, write_html
 from managed_vllm.cli.running import console
+from managed_vllm.cli.serve import terminable
 
 
 def view(given: argparse.Namespace) -> int:
     """`managed-vllm view`."""
+    if given.serve:
+        return _serve(given)
     folder = Path(given.folder)
     with RunStore.open(folder) as store:
         out = folder / "view.html" if given.out is None else Path(given.out)
@@ -26,6 +30,20 @@ def view(given: argparse.Namespace) -> int:
     if given.open and not webbrowser.open(page.path.absolute().as_uri()):
         print(f"error: no browser was found here; open {page.path} yourself", file=sys.stderr)
         return 1
+    return 0
+
+
+def _serve(given: argparse.Namespace) -> int:
+    with (
+        RunStore.open(given.folder) as store,
+        contextlib.closing(RunServer(store, port=given.port, title=given.title, success_at=given.success_at)) as server,
+        terminable(),
+    ):
+        print(f"serving {len(store)} attempts at {server.url}", flush=True)
+        print("  for whoever has this address, on this machine; Ctrl-C ends it", flush=True)
+        if given.open:
+            webbrowser.open(server.url)
+        server.serve_forever()
     return 0
 
 

@@ -31,6 +31,8 @@ MAX_BYTES = 200_000_000
 """Of images in the page. Chromium opens one of that size in seconds; several times that, and tabs die."""
 
 _SUFFIXES = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/gif": "gif", "image/bmp": "bmp"}
+MIMES = {suffix: mime for mime, suffix in _SUFFIXES.items()}
+"""By a file's suffix."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -123,6 +125,7 @@ def write_html(
             stored = _write_images(refs, read, pictures, beside, max_bytes)
             pieces = template.generate(
                 title=title,
+                served=False,
                 policy=_policy(script, style),
                 style=_Safe(style),
                 script=_Safe(script),
@@ -148,6 +151,25 @@ def write_html(
         raise ManagedVLLMError(f"the page {out} can't be written, and is as it was: {error}") from error
     count = len(refs) - len(stored.missing)
     return WrittenPage(out, beside if stored.beside else None, tuple(made), count, stored.size, stored.missing, damaged)
+
+
+def served_page(title: str, success_at: float) -> tuple[bytes, str]:
+    """The page without a run, which asks its server for it; and its content security policy. Raises `ConfigError`."""
+    template, script, style = _template()
+    script = files("managed_vllm.agent.viewer").joinpath("served.js").read_text(encoding="utf-8") + script
+    policy = _policy(script, style, "connect-src 'self'; img-src 'self' data:")
+    run = {"title": title, "successAt": success_at, "served": True, "folder": "image", "suffixes": _SUFFIXES}
+    text = template.render(
+        title=title,
+        served=True,
+        policy=policy,
+        style=_Safe(style),
+        script=_Safe(script),
+        run=_Safe(to_json({**run, "written": None, "missing": {}, "damaged": [], "rows": []})),
+        records=(),
+        images=(),
+    )
+    return text.encode("utf-8", "replace"), policy
 
 
 class _Safe(str):
@@ -179,14 +201,14 @@ def _template() -> tuple[Any, str, str]:
     return template, script, style
 
 
-def _policy(script: str, style: str) -> str:
+def _policy(script: str, style: str, more: str = "img-src data: 'self' file:") -> str:
     """The page's content security policy: our own script and style by their hashes, images from here, nothing else."""
 
     def source(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
     return (
-        f"default-src 'none'; script-src {source(script)}; style-src {source(style)}; img-src data: 'self' file:; "
+        f"default-src 'none'; script-src {source(script)}; style-src {source(style)}; {more}; "
         "base-uri 'none'; form-action 'none'"
     )
 

@@ -43,14 +43,14 @@ def row_record(row: Row) -> dict[str, Any]:
         "rollout": row.rollout,
         "attempt": row.attempt,
         "round": row.group_round,
-        "reward": _number(row.reward),
+        "reward": number_record(row.reward),
         "stop": str(row.stop_reason),
         "failure": None if row.failure is None else str(row.failure),
         "why": row.failure_text[:400],
         "steps": row.steps,
         "tokens": row.tokens,
-        "started": _number(row.started_at),
-        "seconds": _number(row.duration_s),
+        "started": number_record(row.started_at),
+        "seconds": number_record(row.duration_s),
         "ok": row.ok,
         "stands": row.stands,
     }
@@ -82,8 +82,8 @@ class TrajectoryRecord:
                 "step": failure.step,
                 "details": _cut(failure.details),
             },
-            "resetSeconds": _number(trajectory.reset_s),
-            "evaluateSeconds": _number(trajectory.evaluate_s),
+            "resetSeconds": number_record(trajectory.reset_s),
+            "evaluateSeconds": number_record(trajectory.evaluate_s),
             "info": self._plain(trajectory.info),
             "final": self._image(trajectory.final_screenshot),
             "steps": steps,
@@ -101,21 +101,21 @@ class TrajectoryRecord:
             "promptTokens": len(step.prompt_token_ids),
             "response": _cut(step.response),
             "tokens": [int(token) for token in step.response_token_ids],
-            "logprobs": None if logprobs is None else [_number(float(each), 4) for each in logprobs],
+            "logprobs": None if logprobs is None else [number_record(float(each), 4) for each in logprobs],
             "finish": step.finish_reason,
             "thought": _cut(step.thought),
             "actions": [self._action(action) for action in step.actions],
             "executed": step.executed,
             "parseError": None if step.parse_error is None else _cut(step.parse_error),
-            "reward": _number(step.reward),
+            "reward": number_record(step.reward),
             "terminated": step.terminated,
             "truncated": step.truncated,
             "info": self._plain(step.info),
-            "started": _number(timings.started_at),
-            "queue": _number(timings.queue_s),
-            "model": _number(timings.model_s),
-            "environment": _number(timings.environment_s),
-            "total": _number(timings.total_s),
+            "started": number_record(timings.started_at),
+            "queue": number_record(timings.queue_s),
+            "model": number_record(timings.model_s),
+            "environment": number_record(timings.environment_s),
+            "total": number_record(timings.total_s),
             "modelName": step.model,
             "epoch": step.epoch,
             "attempts": step.attempts,
@@ -159,7 +159,7 @@ class TrajectoryRecord:
         if isinstance(value, int):
             return int(value) if abs(value) < _EXACT_INTEGER else str(int(value))
         if isinstance(value, float):
-            return _number(float(value))
+            return number_record(float(value))
         if isinstance(value, ImageRef):
             return {"$image": self._image(value)}
         if depth < _MOST_NESTED:
@@ -170,7 +170,7 @@ class TrajectoryRecord:
         return _cut(repr(value))
 
 
-def _number(value: float | None, decimals: int = 6) -> float | str | None:
+def number_record(value: float | None, decimals: int = 6) -> float | str | None:
     """A float that JSON can hold; nan and infinity by the names that JavaScript has for them."""
     if value is None or math.isfinite(value):
         return value if value is None else round(value, decimals)

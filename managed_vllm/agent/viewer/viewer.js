@@ -65,9 +65,10 @@
   const counts = (row) => row.ok && row.stands;
   const success = (row) => row.reward !== null && number(row.reward) >= run.successAt;
   const byKey = new Map();
+  const keyOf = (row) => `#${encodeURIComponent(wellFormed(row.task))}/${row.rollout}/${row.round}.${row.attempt}`;
   rows.forEach((row, index) => {
     row.index = index;
-    const base = `#${encodeURIComponent(wellFormed(row.task))}/${row.rollout}/${row.round}.${row.attempt}`;
+    const base = keyOf(row);
     row.key = base;
     for (let again = 2; byKey.has(row.key); again++) row.key = `${base}.${again}`;
     byKey.set(row.key, row);
@@ -87,6 +88,7 @@
 
   let last = { index: -1, record: null };
   function recordOf(row) { // undefined: not read yet; null: not there, the file was cut
+    if (served) return servedRecord(row);
     if (last.index !== row.index) {
       const text = held(`t${row.index}`);
       if (text === undefined || text === null) return text;
@@ -99,9 +101,26 @@
     return last.record;
   }
 
+  async function fetched(row) {
+    try {
+      last = { index: row.number, record: await served.record(row) };
+    } catch (error) {
+      last = { index: row.number, record: null, why: String(error.message || error) };
+    }
+    if (open && open.row === row) reopen();
+  }
+
+  function servedRecord(row) {
+    if (last.index === row.number) return last.record;
+    last = { index: row.number, record: undefined };
+    fetched(row);
+    return undefined;
+  }
+
   function sourceOf([sha256, mime]) { // [address, why there is none]
     if (Object.hasOwn(run.missing, sha256)) return [null, `image is missing: ${run.missing[sha256]}`];
     const suffix = Object.hasOwn(run.suffixes, mime) ? run.suffixes[mime] : null;
+    if (served) return [served.image(`${sha256}.${suffix || "bin"}`), ""];
     if (run.folder !== null) return [`${encodeURIComponent(run.folder)}/${sha256}.${suffix || "bin"}`, ""];
     const data = held(`i${sha256}`);
     if (data === undefined) return [null, "is being read"];
@@ -115,7 +134,7 @@
     { name: "task", head: "Task", width: "24%", value: (row) => row.task },
     { name: "rollout", head: "Rollout", number: true, width: "70px", value: (row) => row.rollout },
     { name: "attempt", head: "Attempt", number: true, width: "76px", value: (row) => row.round * 1e6 + row.attempt },
-    { name: "reward", head: "Reward", number: true, width: "78px", value: (row) => number(row.reward) },
+    { name: "reward", head: "Reward", number: true, width: "90px", value: (row) => number(row.reward) },
     { name: "stop", head: "Stop reason", width: "140px", value: (row) => row.stop },
     { name: "failure", head: "Failure", width: "auto", value: (row) => (row.failure ? row.failure + row.why : null) },
     { name: "steps", head: "Steps", number: true, width: "66px", value: (row) => row.steps },
@@ -124,7 +143,16 @@
     { name: "started", head: "Started (UTC)", width: "176px", value: (row) => number(row.started) },
   ];
   let order = { column: null, down: false }; // as recorded, to begin with
-  let shown = rows;
+  // What is shown, whoever has it. A row of `get` is undefined while its page is on its way.
+  const local = { rows, length: rows.length, get: (at) => local.rows[at], indexOf: (row) => local.rows.indexOf(row) };
+  const served = run.served ? globalThis.servedRun(run, onServed) : null;
+  const shown = served
+    ? Object.assign(served.attempts, { indexOf: indexServed })
+    : local;
+  function indexServed(row) { // by its number: pages are read anew while the run goes on
+    const there = row.at >= 0 && row.at < shown.length ? shown.get(row.at) : undefined;
+    return there && there.number === row.number ? row.at : -1;
+  }
   let chosen = 0; // number within `shown`
   let drawn = [-1, -1];
 
@@ -140,29 +168,45 @@
       for (const row of rows) found.set(row[key], (found.get(row[key]) || 0) + 1);
       return [...found].filter(([name]) => name !== null).sort((a, b) => b[1] - a[1]);
     };
-    const option = (value, text) => element("option", { value }, text);
-    $("f-stop").append(option("", "any"), ...tally("stop").map(([name, many]) => option(name, `${name} (${many})`)));
     $("f-reward").append(
       option("", "any"), option("success", `success: ≥ ${run.successAt}`), option("below", `below ${run.successAt}`),
       option("none", "none"));
-    $("f-failure").append(
-      option("", "any"), option("-", "none"), option("+", "some"),
-      ...tally("failure").map(([name, many]) => option(name, `${name} (${many})`)));
-    $("filters").addEventListener("input", filter);
+    options(tally("stop"), tally("failure"));
+    $("filters").addEventListener("input", served ? soon : filter);
     $("filters").addEventListener("reset", () => queueMicrotask(() => setTimeout(filter)));
     $("filters").addEventListener("submit", (event) => event.preventDefault());
     $("rows").addEventListener("scroll", () => draw());
     new ResizeObserver(() => draw()).observe($("rows"));
     $("body").addEventListener("click", (event) => {
       const line = event.target.closest("tr[data-at]");
-      if (line && !event.target.closest("a") && !String(getSelection())) go(shown[Number(line.dataset.at)].key);
+      const row = line && shown.get(Number(line.dataset.at));
+      if (row && !event.target.closest("a") && !String(getSelection())) go(row.key);
     });
-    $("written").textContent = `written ${moment(run.written)}`;
+    $("written").textContent = served ? "" : `written ${moment(run.written)}`;
+    note();
+    if (served) {
+      $("f-text").placeholder = 'task, stop reason, failure';
+      $("f-text").title = 'words of these; "in quotes" the whole id of a task';
+      buildGroups();
+    }
+  }
+
+  const option = (value, text) => element("option", { value }, text);
+  function options(stops, failures) { // anew as a run goes on: what was chosen stays so
+    const stop = $("f-stop").value, failure = $("f-failure").value;
+    const many = ([name, count]) => option(name, `${name} (${count})`);
+    $("f-stop").replaceChildren(option("", "any"), ...stops.map(many));
+    $("f-failure").replaceChildren(option("", "any"), option("-", "none"), option("+", "some"), ...failures.map(many));
+    $("f-stop").value = stop;
+    $("f-failure").value = failure;
+  }
+
+  function note() {
     const notes = [];
     if (run.damaged.length) notes.push(`${run.damaged.length} damaged records of the run are not here; the first: ${run.damaged[0]}`);
     const missing = Object.values(run.missing);
     if (missing.length) notes.push(`${missing.length} images are missing; the first: ${missing[0]}`);
-    if (run.folder !== null) notes.push(`The images are in the folder ${run.folder}, which belongs to this file.`);
+    if (run.folder !== null && !served) notes.push(`The images are in the folder ${run.folder}, which belongs to this file.`);
     $("notes").textContent = notes.join("\n");
     $("notes").hidden = !notes.length;
   }
@@ -173,12 +217,39 @@
     filter();
   }
 
-  function filter() {
-    const words = $("f-text").value.toLowerCase().split(/\s+/).filter(Boolean);
-    const stop = $("f-stop").value, reward = $("f-reward").value, failure = $("f-failure").value;
-    const from = $("f-from").value === "" ? null : Number($("f-from").value);
-    const to = $("f-to").value === "" ? null : Number($("f-to").value);
-    const stands = $("f-stands").checked;
+  // What the filter says, in words that a server takes, too.
+  const filterNow = () => ({
+    text: $("f-text").value.trim(), stop: $("f-stop").value, reward: $("f-reward").value, failure: $("f-failure").value,
+    from: $("f-from").value, to: $("f-to").value, stands: $("f-stands").checked,
+  });
+
+  let typing = 0;
+  function soon() { // a server is not asked at each key
+    clearTimeout(typing);
+    typing = setTimeout(filter, 150);
+  }
+
+  async function filter() {
+    markOrder();
+    if (served) {
+      shown.version = -1;
+      if (grouping()) return selectGroups();
+      await shown.select({ ...filterNow(), sort: order.column, down: order.down });
+      await served.tally().catch(() => {});
+      chosen = 0;
+    } else filterHere();
+    summarize();
+    $("none").hidden = shown.length > 0;
+    $("none").textContent = (served ? run.total : rows.length) ? "No attempt fits the filter." : "This run has no attempts yet.";
+    $("rows").scrollTop = 0;
+    draw(true);
+  }
+
+  function filterHere() {
+    const { text, stop, reward, failure, stands, ...bounds } = filterNow();
+    const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+    const from = bounds.from === "" ? null : Number(bounds.from);
+    const to = bounds.to === "" ? null : Number(bounds.to);
     const fits = (row) => {
       if (stands && !row.stands) return false;
       if (stop && row.stop !== stop) return false;
@@ -190,23 +261,22 @@
       if (to !== null && !(row.reward !== null && number(row.reward) <= to)) return false;
       return words.every((word) => row.haystack.includes(word));
     };
-    const before = shown[chosen];
-    shown = rows.filter(fits);
+    const before = shown.get(chosen);
+    local.rows = rows.filter(fits);
+    local.length = local.rows.length;
     const column = COLUMNS.find((each) => each.name === order.column);
-    if (column) shown.sort((a, b) => compare(column.value(a), column.value(b)) || a.index - b.index);
+    if (column) local.rows.sort((a, b) => compare(column.value(a), column.value(b)) || a.index - b.index);
+    chosen = Math.max(0, shown.indexOf(before));
+  }
+
+  function markOrder() {
     for (const each of COLUMNS) {
       const head = $(`h-${each.name}`);
-      const sorted = each === column;
+      const sorted = each.name === order.column;
       if (sorted) head.setAttribute("aria-sort", order.down ? "descending" : "ascending");
       else head.removeAttribute("aria-sort");
       head.firstChild.textContent = each.head + (sorted ? (order.down ? " ▼" : " ▲") : "");
     }
-    chosen = Math.max(0, shown.indexOf(before));
-    summarize();
-    $("none").hidden = shown.length > 0;
-    $("none").textContent = rows.length ? "No attempt fits the filter." : "This run has no attempts yet.";
-    $("rows").scrollTop = 0;
-    draw(true);
   }
 
   function compare(a, b) { // what has no value comes last, either way
@@ -216,32 +286,44 @@
     return order.down ? -found : found;
   }
 
-  function summarize() {
+  function summaryHere() {
+    const shown = local.rows;
     const counting = shown.filter(counts);
     const rewarded = counting.filter((row) => row.reward !== null);
     const good = rewarded.filter(success).length;
-    const mean = (values, digits) => (values.length ? short(sum(values) / values.length, digits) : "–");
+    const mean = (values) => (values.length ? sum(values) / values.length : null);
     const failed = new Map();
     for (const row of shown) {
       const name = row.failure || (row.stop === "cancelled" ? "cancelled" : null);
       if (name) failed.set(name, (failed.get(name) || 0) + 1);
     }
-    const rollouts = new Set(shown.map((row) => JSON.stringify([row.task, row.rollout]))).size;
+    return {
+      attempts: shown.length, rollouts: new Set(shown.map((row) => JSON.stringify([row.task, row.rollout]))).size,
+      counting: counting.length, rewarded: rewarded.length, successes: good,
+      reward: mean(rewarded.map((row) => number(row.reward))), steps: mean(counting.map((row) => row.steps)),
+      tokens: sum(shown.map((row) => row.tokens)), failures: [...failed].sort((a, b) => b[1] - a[1]),
+    };
+  }
+
+  function summarize() {
+    if (served && (!shown.head || grouping())) return;
+    const its = served ? shown.head.summary : summaryHere();
+    const total = served ? shown.head.total : rows.length;
     const tile = (name, title, ...value) =>
       element("div", { class: name === "Failures" && "wide", title },
         element("dt", {}, name), element("dd", { "data-tile": name.toLowerCase() }, ...value));
-    const all = shown.length === rows.length;
+    const all = its.attempts === total;
     $("summary").replaceChildren(
-      tile("Attempts", "lines below", all ? grouped(rows.length) : `${grouped(shown.length)} of ${grouped(rows.length)}`),
-      tile("Rollouts", "different rollouts among them", grouped(rollouts)),
-      tile("That count", "nothing failed, not cancelled, and no other attempt stands for the rollout", grouped(counting.length)),
+      tile("Attempts", "lines below", all ? grouped(total) : `${grouped(its.attempts)} of ${grouped(total)}`),
+      tile("Rollouts", "different rollouts among them", grouped(its.rollouts)),
+      tile("That count", "nothing failed, not cancelled, and no other attempt stands for the rollout", grouped(its.counting)),
       tile("Success", `reward of ${run.successAt} or more, among those that count and have a reward`,
-        rewarded.length ? `${((100 * good) / rewarded.length).toFixed(1)} % (${grouped(good)}/${grouped(rewarded.length)})` : "–"),
-      tile("Mean reward", "over those that count and have a reward", mean(rewarded.map((row) => number(row.reward)), 3)),
-      tile("Steps", "mean over those that count", mean(counting.map((row) => row.steps), 1)),
-      tile("Tokens", "of all answers shown", grouped(sum(shown.map((row) => row.tokens)))),
+        its.rewarded ? `${((100 * its.successes) / its.rewarded).toFixed(1)} % (${grouped(its.successes)}/${grouped(its.rewarded)})` : "–"),
+      tile("Mean reward", "over those that count and have a reward", short(its.reward, 3)),
+      tile("Steps", "mean over those that count", short(its.steps, 1)),
+      tile("Tokens", "of all answers shown", grouped(its.tokens)),
       tile("Failures", "of all attempts shown, those that were retried included",
-        failed.size ? [...failed].sort((a, b) => b[1] - a[1]).map(([name, many]) => chip(`${many} ${name}`, "bad")) : "none"));
+        its.failures.length ? its.failures.map(([name, many]) => chip(`${grouped(many)} ${name}`, "bad")) : "none"));
   }
 
   function draw(anew = false) { // only the lines in sight, between two gaps
@@ -260,11 +342,26 @@
         element("td", { colspan: COLUMNS.length }));
     box.querySelector("table").setAttribute("aria-rowcount", shown.length + 1);
     $("body").replaceChildren(
-      ...[gap(first), ...shown.slice(first, end).map((row, n) => line(row, first + n)), gap(shown.length - end)].filter(Boolean));
+      ...[gap(first), ...span(first, end).map((at) => same(lines, at, [shown.get(at), at === chosen], () => line(shown.get(at), at))), gap(shown.length - end)].filter(Boolean));
     if (at !== null) focusLine(Number(at));
   }
 
+  // A line that has not changed stays the same element: a run that goes on is drawn anew while somebody clicks on it.
+  const lines = new Map(), groupLines = new Map(); // by place: [what it shows, the element]
+  function same(drawn, at, shows, make) {
+    const text = JSON.stringify(shows);
+    const found = drawn.get(at);
+    if (found && found[0] === text) return found[1];
+    const made = make();
+    if (drawn.size > 500) drawn.clear();
+    drawn.set(at, [text, made]);
+    return made;
+  }
+
+  const span = (first, end) => Array.from({ length: Math.max(0, end - first) }, (_, n) => first + n);
+
   function line(row, at) {
+    if (row === undefined) return element("tr", { "data-at": at, class: "waiting" }, element("td", { colspan: COLUMNS.length }, "…"));
     const reward = row.reward === null ? element("span", { class: "soft" }, "–")
       : chip(short(row.reward), success(row) ? "good" : "");
     const attempt = row.round ? `${row.attempt}, round ${row.round}` : String(row.attempt);
@@ -387,7 +484,8 @@
       about();
       if (record) strip();
       else {
-        const text = record === undefined ? "This trajectory is being read …" : "This trajectory is not in the file: it was cut off.";
+        const gone = served ? `This trajectory can't be read: ${last.why}` : "This trajectory is not in the file: it was cut off.";
+        const text = record === undefined ? "This trajectory is being read …" : gone;
         $("strip").replaceChildren();
         $("stage").replaceChildren(element("p", { class: "blank" }, text));
         $("side").replaceChildren();
@@ -400,7 +498,7 @@
     const { row, record } = open;
     const at = shown.indexOf(row);
     const neighbour = (by, text, key) =>
-      element("button", { type: "button", disabled: !shown[at + by] || at < 0, title: `${text} trajectory (${key})`, on: { click: () => move(by) } }, text);
+      element("button", { type: "button", disabled: at < 0 || at + by < 0 || at + by >= shown.length, title: `${text} trajectory (${key})`, on: { click: () => move(by) } }, text);
     const failure = record && record.failure;
     const parts = [
       element("div", { class: "line" },
@@ -642,20 +740,23 @@
   }
 
   function move(by) {
-    const next = shown[shown.indexOf(open.row) + by];
-    if (next && shown.includes(open.row)) go(next.key);
+    const at = shown.indexOf(open.row);
+    const next = at < 0 ? undefined : shown.get(at + by);
+    if (next) go(next.key);
   }
 
   function route() {
     const hash = location.hash;
     const cut = hash.lastIndexOf("/");
-    const row = byKey.get(hash) || byKey.get(hash.slice(0, cut));
+    const keys = served ? served.known : byKey;
+    const row = keys.get(hash) || keys.get(hash.slice(0, cut));
+    if (!row && served && hash.includes("/") && routeByServer(hash)) return;
     const listed = !row;
     const before = open && open.row;
     $("list").hidden = !listed;
     $("trajectory").hidden = listed;
     if (row) {
-      showTrajectory(row, byKey.has(hash) ? "0" : hash.slice(cut + 1));
+      showTrajectory(row, keys.has(hash) ? "0" : hash.slice(cut + 1));
       if (before !== row) $("stage").focus({ preventScroll: true });
       const at = shown.indexOf(row);
       if (at >= 0) chosen = at;
@@ -663,8 +764,142 @@
     }
     open = null;
     document.title = run.title;
+    if (served) showViews();
     draw(true);
-    if (before) choose(chosen);
+    if (before && !grouping()) choose(chosen);
+  }
+
+  // A link to an attempt whose page is not here. False: it leads to none.
+  const nowhere = new Set();
+  function routeByServer(hash) {
+    const found = /^#([^/]*)\/(\d+)\/(\d+)\.(\d+)(?:\.\d+)?(?:\/[^/]*)?$/.exec(hash);
+    if (!found || nowhere.has(hash)) return false;
+    let task;
+    try {
+      task = decodeURIComponent(found[1]);
+    } catch {
+      return false;
+    }
+    served.row({ ...filterNow(), sort: order.column, down: order.down }, task, found[2], found[3], found[4])
+      .catch(() => {}).then(() => {
+        nowhere.add(hash); // if it is known now, this is not asked again
+        if (location.hash === hash) route();
+      });
+    return true;
+  }
+
+  // -- a run that is served, and may go on ----------------------------------------------------------------------------
+
+  function onServed(what, ...news) {
+    if (what === "row") news[0].key = keyOf(news[0]);
+    else if (what === "live") {
+      const [well, why] = news;
+      $("live").className = well ? "going" : "lost";
+      const now = new Date().toTimeString().slice(0, 8);
+      $("live").textContent = well ? `live, looked at ${now}` : `no answer since ${now}: ${why}`;
+    } else if (what === "tally") {
+      options(run.stops, run.failures);
+      note();
+    } else if (news[0] === served.tasks) drawGroups(true);
+    else {
+      summarize();
+      $("none").hidden = shown.length > 0;
+      draw(true);
+    }
+  }
+
+  const grouping = () => location.hash === "#tasks";
+  const GROUP_COLUMNS = [
+    { name: "task", head: "Task", width: "26%" }, { name: "rollouts", head: "Rollouts", number: true, width: "80px" },
+    { name: "success", head: "Success", number: true, width: "110px", title: "rollouts with a reward of a success, of those that have one" },
+    { name: "passn", head: "pass@n", number: true, width: "76px", title: "whether any rollout of the group is a success" },
+    { name: "reward", head: "Mean reward", number: true, width: "122px" },
+    { name: "spread", head: "Spread", number: true, width: "80px", title: "standard deviation of the rewards within the group: without any, a group teaches nothing" },
+    { name: "rewards", head: "Rewards", width: "auto", title: "one bar a rollout, by number" },
+    { name: "steps", head: "Steps", number: true, width: "70px" }, { name: "tokens", head: "Tokens", number: true, width: "90px" },
+    { name: "failures", head: "Failures", number: true, width: "80px" },
+  ];
+  let groupOrder = { column: null, down: false };
+
+  function buildGroups() {
+    for (const column of GROUP_COLUMNS) {
+      const sort = () => {
+        if (column.name === "rewards") return;
+        groupOrder = groupOrder.column !== column.name ? { column: column.name, down: false }
+          : groupOrder.down ? { column: null, down: false } : { column: column.name, down: true };
+        selectGroups();
+      };
+      const head = element("th", { scope: "col", class: column.number && "number", id: `g-${column.name}`, title: column.title },
+        element("button", { type: "button", on: { click: sort } }, column.head));
+      head.style.width = column.width;
+      $("group-heads").append(head);
+    }
+    $("groups").addEventListener("scroll", () => drawGroups());
+    new ResizeObserver(() => drawGroups()).observe($("groups"));
+    $("group-body").addEventListener("click", (event) => {
+      const line = event.target.closest("tr[data-at]");
+      if (!line || line.dataset.task === undefined) return;
+      event.preventDefault();
+      $("f-text").value = `"${line.dataset.task}"`;
+      go("#");
+      filter();
+    });
+  }
+
+  function showViews() {
+    $("rows").hidden = grouping();
+    $("groups").hidden = !grouping();
+    $("to-attempts").toggleAttribute("aria-current", !grouping());
+    $("to-tasks").toggleAttribute("aria-current", grouping());
+    if (grouping()) selectGroups();
+    else if (shown.version < 0) filter();
+    else summarize();
+  }
+
+  async function selectGroups() {
+    for (const each of GROUP_COLUMNS) {
+      const sorted = each.name === groupOrder.column;
+      if (sorted) $(`g-${each.name}`).setAttribute("aria-sort", groupOrder.down ? "descending" : "ascending");
+      else $(`g-${each.name}`).removeAttribute("aria-sort");
+      $(`g-${each.name}`).firstChild.textContent = each.head + (sorted ? (groupOrder.down ? " ▼" : " ▲") : "");
+    }
+    $("groups").scrollTop = 0;
+    await served.tasks.select({ ...filterNow(), sort: groupOrder.column, down: groupOrder.down });
+  }
+
+  let drawnGroups = "";
+  function drawGroups(anew = false) {
+    if (!grouping() || !served.tasks.head) return;
+    const box = $("groups");
+    const first = Math.max(0, Math.floor(box.scrollTop / ROW) - 12);
+    const end = Math.min(served.tasks.length, Math.ceil((box.scrollTop + box.clientHeight) / ROW) + 12);
+    if (!anew && drawnGroups === `${first} ${end}`) return;
+    drawnGroups = `${first} ${end}`;
+    const gap = (lines) => lines > 0 && element("tr", { class: "gap", "aria-hidden": "true", style: { height: `${lines * ROW}px` } }, element("td", { colspan: GROUP_COLUMNS.length }));
+    $("group-body").replaceChildren(
+      ...[gap(first), ...span(first, end).map((at) => same(groupLines, at, [served.tasks.get(at)], () => groupLine(served.tasks.get(at), at))), gap(served.tasks.length - end)].filter(Boolean));
+    const tile = (name, ...value) => element("div", {}, element("dt", {}, name), element("dd", { "data-tile": name.toLowerCase() }, ...value));
+    $("summary").replaceChildren(tile("Tasks", grouped(served.tasks.length)),
+      ...served.tasks.head.passes.map(([k, share]) => tile(`pass@${k}`, `${(100 * share).toFixed(1)} %`)));
+  }
+
+  function groupLine(row, at) {
+    if (row === undefined) return element("tr", { "data-at": at, class: "waiting" }, element("td", { colspan: GROUP_COLUMNS.length }, "…"));
+    const rewards = element("span", { class: "rewards" }, row.rewards.map((reward) => {
+      const its = number(reward);
+      const share = Math.max(0.06, Math.min(1, Number.isFinite(its) ? its : 0));
+      return element("i", { class: its >= run.successAt && "good", title: `reward ${short(reward)}` }, element("b", { style: { height: `${100 * share}%` } }));
+    }));
+    const counting = row.counting === row.rollouts ? String(row.rollouts) : `${row.counting} of ${row.rollouts}`;
+    const cells = [
+      element("a", { href: "#" }, row.task), counting,
+      row.rewarded ? `${Math.round(100 * row.success)} % (${row.successes}/${row.rewarded})` : "–",
+      row.passn === null ? "–" : chip(row.passn ? "yes" : "no", row.passn ? "good" : ""),
+      short(row.reward), short(row.spread), rewards, short(row.steps, 1), grouped(row.tokens),
+      row.failures ? element("span", { class: "why" }, String(row.failures)) : "",
+    ];
+    return element("tr", { "data-at": at, "data-task": row.task, "aria-rowindex": at + 2 },
+      cells.map((cell, n) => element("td", { class: GROUP_COLUMNS[n].number && "number", title: n === 0 ? row.task : null }, cell)));
   }
 
   document.addEventListener("keydown", (event) => {
@@ -674,6 +909,7 @@
       if (event.key === "Escape") typing.blur();
       return;
     }
+    if (!open && served && grouping()) return;
     const act = open ? inTrajectory(event.key) : inList(event.key, event.target);
     if (act) {
       event.preventDefault();
@@ -693,7 +929,7 @@
 
   function inList(key, target) {
     const page = Math.max(1, Math.floor($("rows").clientHeight / ROW) - 2);
-    if (key === "Enter") return target.closest("a, button") || !shown[chosen] ? null : () => go(shown[chosen].key);
+    if (key === "Enter") return target.closest("a, button") || !shown.get(chosen) ? null : () => go(shown.get(chosen).key);
     return {
       j: () => choose(chosen + 1), ArrowDown: () => choose(chosen + 1), k: () => choose(chosen - 1), ArrowUp: () => choose(chosen - 1),
       PageDown: () => choose(chosen + page), PageUp: () => choose(chosen - page), Home: () => choose(0), End: () => choose(shown.length - 1),
@@ -707,14 +943,16 @@
   window.addEventListener("hashchange", route);
   new ResizeObserver(size).observe($("stage"));
   route();
-  // What was opened by a link while the file was still being read.
+  function reopen() { // it was opened while it was still being read
+    const { row } = open;
+    const hash = location.hash;
+    open = null;
+    showTrajectory(row, row.key === hash ? "0" : hash.slice(hash.lastIndexOf("/") + 1));
+  }
+
+  if (served) served.every(() => (grouping() ? served.tasks.look(Math.floor($("groups").scrollTop / ROW)) : shown.look(Math.floor($("rows").scrollTop / ROW))));
   document.addEventListener("DOMContentLoaded", () => {
     document.body.dataset.read = "whole";
-    if (open) {
-      const { row } = open;
-      const hash = location.hash;
-      open = null;
-      showTrajectory(row, byKey.has(hash) ? "0" : hash.slice(hash.lastIndexOf("/") + 1));
-    }
+    if (open) reopen();
   });
 })();

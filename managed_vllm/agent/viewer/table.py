@@ -1,0 +1,354 @@
+"""A run as a table that is looked at page by page: filtered, sorted and summed up from the index of its attempts.
+
+Only the rows of a page are read from the run's folder, for what the index has not: the instruction, and why an attempt
+failed. A run that still grows is looked at anew once a second at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from managed_vllm.agent import trajectory_codec
+from managed_vllm.agent.attempt_log import AttemptEntry, body_of
+from managed_vllm.agent.attempt_logs import AttemptLogs
+from managed_vllm.agent.report import Row
+from managed_vllm.agent.store import RunStore
+from managed_vllm.agent.viewer.record import TrajectoryRecord, number_record, row_record
+from managed_vllm.errors import RunStoreError
+
+T = TypeVar("T")
+
+MOST_ROWS = 500
+"""Of one page."""
+_REFRESH_S = 1.0
+_KEPT_QUERIES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Which attempts, and in which order.
+
+    Attributes:
+        text: words that must stand in the task's id, the stop reason or the failure's class; `"t-1"` in quotes is the
+            whole of a task's id.
+        stop, failure: a `StopReason`, a `FailureClass`; of the latter also `-`: none, and `+`: some. Empty: any.
+        reward: `success`, `below` (that), `none`; empty: any.
+        low, high: the least and the highest reward.
+        stands: only the one attempt that stands for its rollout.
+        sort: a column of `COLUMNS` or `TASK_COLUMNS`; empty: as recorded. down: the highest first.
+    """
+
+    text: str = ""
+    stop: str = ""
+    failure: str = ""
+    reward: str = ""
+    low: float | None = None
+    high: float | None = None
+    stands: bool = False
+    sort: str = ""
+    down: bool = False
+
+
+COLUMNS: dict[str, Callable[[AttemptEntry], Any]] = {
+    "task": lambda one: one.task_id,
+    "rollout": lambda one: one.rollout,
+    "attempt": lambda one: (one.group_round, one.attempt),
+    "reward": lambda one: one.reward,
+    "stop": lambda one: str(one.stop_reason),
+    "failure": lambda one: None if one.failure is None else str(one.failure),
+    "steps": lambda one: one.steps,
+    "tokens": lambda one: one.response_tokens,
+    "seconds": lambda one: one.duration_s,
+    "started": lambda one: one.started_at,
+}
+TASK_COLUMNS = ("task", "rollouts", "success", "pass1", "passn", "reward", "spread", "steps", "tokens", "failures")
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What a query has found: `numbers` of attempts, and what they come to."""
+
+    version: int
+    numbers: Sequence[int]
+    summary: dict[str, Any]
+
+
+class RunTable:
+    """Thread-safe. The store stays the caller's to close.
+
+    Args:
+        store: the run, opened for reading.
+        success_at: the reward from which on a rollout is a success.
+    """
+
+    def __init__(self, store: RunStore, success_at: float) -> None:
+        self.store = store
+        self.success_at = success_at
+        self._mutex = threading.RLock()
+        self._lines = AttemptLogs(store.path)
+        self._entries: list[AttemptEntry] = []
+        self._stands: list[bool] = []
+        self._looked = -math.inf
+        self._found: OrderedDict[Query, Selected] = OrderedDict()
+        self._tasks: tuple[tuple[int, Query], list[dict[str, Any]]] | None = None
+
+    def close(self) -> None:
+        with self._mutex:
+            self._lines.close()
+
+    @property
+    def version(self) -> int:
+        """Counts up with what has come. Looks for it, once a second at most."""
+        with self._mutex:
+            if time.monotonic() - self._looked > _REFRESH_S:
+                self.store.refresh()
+                entries = self.store.entries()
+                if len(entries) != len(self._entries):
+                    standing = {id(entry) for entry in self.store.counting()}
+                    self._stands = [id(entry) in standing for entry in entries]
+                self._entries = entries
+                self._looked = time.monotonic()
+            return len(self._entries)
+
+    def overview(self) -> dict[str, Any]:
+        """What the page needs to know of the run before it shows any row."""
+        with self._mutex:
+            self.version  # noqa: B018 - looks
+            stops = Counter(str(one.stop_reason) for one in self._entries)
+            failures = Counter(str(one.failure) for one in self._entries if one.failure is not None)
+            return {
+                "total": len(self._entries),
+                "stops": stops.most_common(),
+                "failures": failures.most_common(),
+                "damaged": [str(each) for each in self.store.damaged],
+            }
+
+    def page(self, query: Query, offset: int, limit: int) -> dict[str, Any]:
+        """Rows of what the query finds, with the sum of all of it."""
+        with self._mutex:
+            found = self._select(query)
+            numbers = found.numbers[offset : offset + min(limit, MOST_ROWS)]
+            return {
+                "version": found.version,
+                "total": len(self._entries),
+                "length": len(found.numbers),
+                "summary": found.summary,
+                "offset": offset,
+                "rows": [self._row(number) for number in numbers],
+            }
+
+    def find(self, query: Query, task: str, rollout: int, group_round: int, attempt: int) -> dict[str, Any] | None:
+        """The row of an attempt, with its place in what the query finds (`at`); None without one."""
+        with self._mutex:
+            found = self._select(query)
+            wanted = (task, rollout, group_round, attempt)
+            for number, one in enumerate(self._entries):
+                if (one.task_id, one.rollout, one.group_round, one.attempt) == wanted:
+                    at = next((at for at, each in enumerate(found.numbers) if each == number), -1)
+                    return {**self._row(number), "at": at}
+            return None
+
+    def trajectory(self, number: int) -> dict[str, Any] | None:
+        """What a film strip shows; None without such an attempt. Raises `RunStoreError`: it is damaged."""
+        with self._mutex:
+            self.version  # noqa: B018 - looks
+            if not 0 <= number < len(self._entries):
+                return None
+            entry = self._entries[number]
+        value: dict[str, Any] = TrajectoryRecord(self.store.load(entry)).value
+        return value
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def _row(self, number: int) -> dict[str, Any]:
+        one = self._entries[number]
+        instruction, why = self._outline(one)
+        row = Row(
+            task=one.task_id,
+            kind="",
+            instruction=instruction,
+            rollout=one.rollout,
+            attempt=one.attempt,
+            group_round=one.group_round,
+            stop_reason=one.stop_reason,
+            reward=one.reward,
+            failure=one.failure,
+            failure_text=why,
+            steps=one.steps,
+            tokens=one.response_tokens,
+            started_at=one.started_at,
+            duration_s=one.duration_s,
+            ok=one.ok,
+            stands=self._stands[number],
+        )
+        return {**row_record(row), "number": number}
+
+    def _outline(self, entry: AttemptEntry) -> tuple[str, str]:
+        """Instruction, and why it failed."""
+        try:
+            return trajectory_codec.outline(body_of(self._lines.read_line(entry)))
+        except (ValueError, RunStoreError):
+            return "", "its record is damaged"
+
+    # -- selecting -----------------------------------------------------------------------------------------------------
+
+    def _select(self, query: Query) -> Selected:
+        version = self.version
+        found = self._found.pop(query, None)
+        if found is None or found.version != version:
+            chosen = [
+                number for number, one in enumerate(self._entries) if self._fits(query, one, self._stands[number])
+            ]
+            if query.sort in COLUMNS:
+                value = COLUMNS[query.sort]
+                chosen = _in_order(chosen, lambda number: value(self._entries[number]), down=query.down)
+            found = Selected(version, chosen, self._sum(chosen))
+        self._found[query] = found
+        if len(self._found) > _KEPT_QUERIES:
+            self._found.popitem(last=False)
+        return found
+
+    def _fits(self, query: Query, one: AttemptEntry, stands: bool) -> bool:
+        if query == _ALL:
+            return True
+        failure = "" if one.failure is None else str(one.failure)
+        if query.stands and not stands:
+            return False
+        if query.stop and str(one.stop_reason) != query.stop:
+            return False
+        if query.failure and failure != {"-": "", "+": failure or None}.get(query.failure, query.failure):
+            return False
+        if not self._fits_reward(query, one.reward):
+            return False
+        return not query.text or _has_words(query.text, one, failure)
+
+    def _fits_reward(self, query: Query, reward: float | None) -> bool:
+        if query.reward == "none":
+            return reward is None
+        if not query.reward and query.low is None and query.high is None:
+            return True
+        if reward is None:
+            return False
+        if query.reward and (reward >= self.success_at) != (query.reward == "success"):
+            return False
+        return (query.low is None or reward >= query.low) and (query.high is None or reward <= query.high)
+
+    def _sum(self, numbers: Iterable[int]) -> dict[str, Any]:
+        """As the list's head shows it."""
+        some = [(self._entries[number], self._stands[number]) for number in numbers]
+        counting = [one for one, stands in some if one.ok and stands]
+        rewards = [one.reward for one in counting if one.reward is not None]
+        failures = Counter(_failure_of(one) for one, _ in some)
+        failures.pop("", None)
+        return {
+            "attempts": len(some),
+            "rollouts": len({one.key for one, _ in some}),
+            "counting": len(counting),
+            "rewarded": len(rewards),
+            "successes": sum(reward >= self.success_at for reward in rewards),
+            "reward": number_record(math.fsum(rewards) / len(rewards)) if rewards else None,
+            "steps": sum(one.steps for one in counting) / len(counting) if counting else None,
+            "tokens": sum(one.response_tokens for one, _ in some),
+            "failures": failures.most_common(),
+        }
+
+    # -- tasks ---------------------------------------------------------------------------------------------------------
+
+    def tasks(self, query: Query, offset: int, limit: int) -> dict[str, Any]:
+        """A row for each task of what the query finds: its group of rollouts, how far they spread, pass@k."""
+        with self._mutex:
+            attempts = self._select(dataclasses.replace(query, sort="", down=False))
+            key = attempts.version, query
+            if self._tasks is None or self._tasks[0] != key:
+                groups: dict[str, list[int]] = {}
+                for number in attempts.numbers:
+                    groups.setdefault(self._entries[number].task_id, []).append(number)
+                rows = [self._task(task, numbers) for task, numbers in groups.items()]
+                if query.sort in TASK_COLUMNS:
+                    rows = _in_order(rows, lambda row: row[query.sort], down=query.down)
+                self._tasks = key, rows
+            rows = self._tasks[1]
+            return {
+                "version": attempts.version,
+                "length": len(rows),
+                "offset": offset,
+                "passes": pass_at([(row["rewarded"], row["successes"]) for row in rows]),
+                "rows": rows[offset : offset + min(limit, MOST_ROWS)],
+            }
+
+    def _task(self, task: str, numbers: list[int]) -> dict[str, Any]:
+        some = [self._entries[number] for number in numbers]
+        counting = sorted(
+            (one for one, number in zip(some, numbers, strict=True) if one.ok and self._stands[number]),
+            key=lambda one: one.rollout,
+        )
+        rewards = [one.reward for one in counting if one.reward is not None]
+        n, c = len(rewards), sum(reward >= self.success_at for reward in rewards)
+        finite = [reward for reward in rewards if math.isfinite(reward)]
+        mean = math.fsum(finite) / len(finite) if finite else None
+        return {
+            "task": task,
+            "rollouts": len({one.rollout for one in some}),
+            "counting": len(counting),
+            "rewarded": n,
+            "successes": c,
+            "success": c / n if n else None,
+            "pass1": c / n if n else None,
+            "passn": float(c > 0) if n else None,
+            "reward": mean,
+            "spread": None if mean is None else math.sqrt(sum((each - mean) ** 2 for each in finite) / len(finite)),
+            "rewards": [number_record(reward) for reward in rewards[:64]],
+            "steps": sum(one.steps for one in counting) / len(counting) if counting else None,
+            "tokens": sum(one.response_tokens for one in some),
+            "failures": sum(one.failure is not None for one in some),
+        }
+
+
+def pass_at(groups: Sequence[tuple[int, int]]) -> list[tuple[int, float]]:
+    """pass@k for k = 1, 2, 4, … over groups of (rollouts, successes): the mean of 1 - C(n-c, k) / C(n, k).
+
+    Each over the groups that are large enough, up to the size of most of them: the last ones of a run that goes on are
+    not complete yet.
+    """
+    sizes = Counter(n for n, _ in groups if n)
+    most = max(sizes, key=lambda n: (sizes[n], n), default=0)
+    ks = sorted({*(2**power for power in range(most.bit_length())), most} - {0})
+    found = []
+    for k in ks:
+        enough = [1 - math.comb(n - c, k) / math.comb(n, k) for n, c in groups if n >= k]
+        found.append((k, math.fsum(enough) / len(enough)))
+    return found
+
+
+_ALL = Query()
+
+
+def _has_words(text: str, one: AttemptEntry, failure: str) -> bool:
+    if len(text) > 2 and text[0] == text[-1] == '"':
+        return one.task_id == text[1:-1]
+    haystack = f"{one.task_id}\n{one.stop_reason}\n{failure}".lower()
+    return all(word in haystack for word in text.lower().split())
+
+
+def _failure_of(one: AttemptEntry) -> str:
+    if one.failure is not None:
+        return str(one.failure)
+    return "cancelled" if one.stop_reason == "cancelled" else ""
+
+
+def _in_order(some: list[T], value: Callable[[T], Any], *, down: bool) -> list[T]:
+    """Sorted; what has no value comes last either way."""
+
+    def none(found: Any) -> bool:
+        return found is None or (isinstance(found, float) and math.isnan(found))
+
+    known = [each for each in some if not none(value(each))]
+    known.sort(key=value, reverse=down)
+    return [*known, *(each for each in some if none(value(each)))]
