@@ -159,7 +159,8 @@ class SupervisionPolicy:
     `first_request_timeout_s` bounds the one-token request that proves readiness; it may compile kernels. `stop_grace_s`
     is the time between SIGTERM and SIGKILL, and `gpu_release_timeout_s` bounds the wait until the driver has given an
     ended server's GPU memory back; both may be 0. `wait_for_devices_s` bounds the wait in line for free devices
-    (`devices="auto"`); 0: there is none, `math.inf`: for ever.
+    (`devices="auto"`); 0: there is none, `math.inf`: for ever. `shares`: the server gives its devices to those that
+    wait for them while nobody uses it (`share="sleep"`).
 
     `warm` says whether the server is forked from an image, a process that has vLLM's imports done: `"auto"` where that
     is safe, and else launched plainly; True: a start that can't be forked fails; False: never.
@@ -171,6 +172,7 @@ class SupervisionPolicy:
     stop_grace_s: float = 5.0
     gpu_release_timeout_s: float = 30.0
     wait_for_devices_s: float = 3600.0
+    shares: bool = False
     warm: Warm = "auto"
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     hang: HangPolicy = field(default_factory=HangPolicy)

@@ -86,6 +86,8 @@ class ManagedVLLM(RequestMethods):
             all that it sees.
         cores: how many cores each Worker of a server on a CPU takes with `devices="auto"`; None: all there are.
         wait_for_devices: seconds to wait in that line; 0: not at all, `math.inf`: for ever.
+        share: `"sleep"`: servers with `devices="auto"` take turns. One that nobody uses gives its devices to those that
+            wait for them, and takes some again when it is used.
         wait: whether entering waits until the server is ready; if not, the first use does.
         progress: whether to show the start-up; None: only on a terminal.
         retry: how often a request whose answer was lost is sent again (`RetryPolicy`).
@@ -130,6 +132,7 @@ class ManagedVLLM(RequestMethods):
         devices: Literal["auto"] | None = None,
         cores: int | None = None,
         wait_for_devices: float = 3600.0,
+        share: Literal["sleep"] | None = None,
         wait: bool = True,
         progress: bool | None = None,
         restart: RestartPolicy | None = None,
@@ -154,7 +157,7 @@ class ManagedVLLM(RequestMethods):
             where = {"name": name, "host": host, "port": port, "uds": uds or None}
             how = {"env": env or None, "python": python, "command": command, "warm": warm or None}
             how["for_training"] = for_training or None
-            which = {"devices": devices, "cores": cores}
+            which = {"devices": devices, "cores": cores, "share": share}
             kept = {"restart": restart, "hang": hang}
             external.check_applicable(
                 {**set_in_arguments(engine_args), **where, **how, **which, **kept}, explicit=bool(given)
@@ -195,6 +198,7 @@ class ManagedVLLM(RequestMethods):
                 stop_grace_s=stop_grace,
                 gpu_release_timeout_s=gpu_release_timeout,
                 wait_for_devices_s=wait_for_devices,
+                shares=_shares(share, devices),
                 restart=restart or RestartPolicy(),
                 hang=hang or HangPolicy(),
                 warm=_warm(warm, command),
@@ -557,6 +561,14 @@ def _checked_max_in_flight(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"max_in_flight must be 1 or more, a whole number, not {value!r}", field="max_in_flight")
     return value
+
+
+def _shares(share: object, devices: object) -> bool:
+    if share not in (None, "sleep"):
+        raise ConfigError(f"share must be 'sleep' or None, not {share!r}", field="share")
+    if share is not None and devices is None:
+        raise ConfigError("share='sleep' goes with devices='auto': what it shares is what it has taken", field="share")
+    return share is not None
 
 
 def _warm(given: bool | Literal["auto"] | None, command: Sequence[str] | None) -> bool | Literal["auto"]:

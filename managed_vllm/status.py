@@ -25,7 +25,7 @@ class ServerState(enum.StrEnum):
     READY = "ready"
     """Healthy, lists its model, and has generated a token."""
     SLEEPING = "sleeping"
-    """Asleep by request (vLLM's sleep mode); memory is released."""
+    """It has given its devices to another server (`share="sleep"`), or is about to; started again when it is used."""
     RESTARTING = "restarting"
     """It crashed or hung, or a restart was asked for; the next epoch is coming up."""
     FAILED = "failed"

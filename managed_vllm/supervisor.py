@@ -34,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from managed_vllm import served_files
 from managed_vllm.config import PROTOCOL, ServerSpec, SupervisorOrder
@@ -54,6 +54,7 @@ from managed_vllm.server.restarts import GiveUp, Restarts
 from managed_vllm.server.starter import NotForkedError, ServerStarter
 from managed_vllm.server.startup_log import StartupLog
 from managed_vllm.server.supervisor_log import BoundedLog, write_output_to
+from managed_vllm.server.turns import GaveWay, Turns, first
 from managed_vllm.status import Cause, Connection, Diagnosis, Progress, ServerState, ServerStatus, Stage
 
 if TYPE_CHECKING:
@@ -71,7 +72,12 @@ TRANSITIONS: Mapping[ServerState, frozenset[ServerState]] = {
             ServerState.STOPPING,
         }
     ),
-    ServerState.READY: frozenset({ServerState.RESTARTING, ServerState.FAILED, ServerState.STOPPING}),
+    ServerState.READY: frozenset(
+        {ServerState.SLEEPING, ServerState.RESTARTING, ServerState.FAILED, ServerState.STOPPING}
+    ),
+    ServerState.SLEEPING: frozenset(
+        {ServerState.READY, ServerState.RESTARTING, ServerState.FAILED, ServerState.STOPPING}
+    ),
     ServerState.RESTARTING: frozenset(
         {ServerState.READY, ServerState.RESTARTING, ServerState.FAILED, ServerState.STOPPING}
     ),
@@ -199,6 +205,10 @@ class RestartRequested:
     """How an epoch ended: a user asked for a restart. That is no crash, and is not counted as one."""
 
 
+_Watch = Coroutine[Any, Any, Diagnosis | GaveWay | None]
+"""Runs until it has seen something, and returns that."""
+
+
 class _NotLaunchedError(Exception):
     """The operating system refused to run the server's program."""
 
@@ -224,6 +234,7 @@ class Supervisor:
         self._ending = asyncio.Event()
         self._restart_requested = asyncio.Event()
         self._predecessor = instance.read_record()
+        self._footprint = Footprint(order, instance.id, self._predecessor)
         self._engine = Engine(
             self._predecessor,
             sleeps=bool(order.spec.engine_args.get("enable_sleep_mode")) or order.spec.command is not None,
@@ -239,6 +250,7 @@ class Supervisor:
             ),
             on_end=self._end,
             on_restart=self._restart,
+            on_use=self._footprint.devices.asked_for.set,
             on_deaths=lambda epochs: self._restarts.forgive(epochs),
             listens_and_serves=lambda: (self._port, self._files),
             engine=self._engine,
@@ -250,7 +262,6 @@ class Supervisor:
         self._process: ServerProcess | None = None
         self._port: int | None = None
         self._files: Files | None = None
-        self._footprint = Footprint(order, instance.id, self._predecessor)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -259,7 +270,7 @@ class Supervisor:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        loop.add_signal_handler(signal.SIGCHLD, lambda: _reap(self._process))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, f"signal {number.name}")
         with contextlib.suppress(TypeError, ValueError):
@@ -278,7 +289,8 @@ class Supervisor:
             else:  # the user that started us may not have connected yet, and must learn why it failed
                 await self._leases.wait_for_first(FIRST_LEASE_S)
             self._leases.close()
-            await self._leave()
+            await self._footprint.remove()
+            await _remove_folder(self._instance, self._hold)
 
     async def _serve_until_the_end(self) -> None:
         """Serves until the server has failed or is not wanted any more."""
@@ -309,29 +321,13 @@ class Supervisor:
         self._leases.close()  # as if we had been killed: the users find the other supervisor
         self._end("the state folder was removed, and another supervisor has come up in the new one")
 
-    async def _leave(self) -> None:
-        """Removes the folder, unless another user is about to start a server in it: then it is theirs.
-
-        While we hold `supervisor.lock`, `start.lock` is never kept for longer than it takes to see that we do.
-        """
-        await self._footprint.remove()
-        if not self._hold.regain():
-            return
-        # Names before the folder: a name must never stand for a folder of somebody else's.
-        await asyncio.to_thread(names.drop_names, self._instance.home, self._instance.id)
-        with contextlib.suppress(OSError):
-            self._instance.socket_path.unlink()
-        with contextlib.suppress(OSError):
-            await asyncio.to_thread(cleanup.remove_own_instance, self._instance)
-
     async def _serve(self) -> None:
         """Starts the server, and starts it again as long as the policy says so. Returns once it has failed."""
         await self._footprint.clear_after_predecessor(self._instance, self._predecessor)
-        if (refused := await self._footprint.devices.take(self._show_progress)) is not None:
-            return await self._fail(refused)
-        self._status = dataclasses.replace(self._status, devices=self._footprint.devices.taken.labels)
+        if not await self._take_devices():
+            return
         policy = self._order.policy
-        if (self._predecessor or {}).get("state") in (ServerState.READY, ServerState.RESTARTING):
+        if (self._predecessor or {}).get("state") in (ServerState.READY, ServerState.SLEEPING, ServerState.RESTARTING):
             self._restarts.record_ready()
         state = ServerState.STARTING
         while True:
@@ -339,8 +335,10 @@ class Supervisor:
             state = ServerState.RESTARTING
             if self._status.ready_at is not None:
                 self._restarts.record_ready()
-            if isinstance(ended, RestartRequested):
+            if isinstance(ended, RestartRequested | GaveWay):
                 await self._stop_server(policy.stop_grace_s)
+                if isinstance(ended, GaveWay) and not await self._sleep():
+                    return
                 continue
             log.error("epoch %d ended: %s (%s)", self._status.epoch, ended.summary, ended.root_line)
             if self._status.ready_at is None and self._starter.start_failed(ended):
@@ -362,7 +360,24 @@ class Supervisor:
             await self._stop_server(0)
             await asyncio.sleep(decision.delay_s)
 
-    async def _one_epoch(self, state: ServerState) -> Diagnosis | RestartRequested:
+    async def _take_devices(self) -> bool:
+        """Takes what `devices="auto"` asks for; False if that can't be had, so that the server has failed."""
+        if (refused := await self._footprint.devices.take(self._show_progress)) is not None:
+            await self._fail(refused)
+        self._status = dataclasses.replace(self._status, devices=self._footprint.devices.taken.labels)
+        return refused is None
+
+    async def _sleep(self) -> bool:
+        """Leaves the devices to others until somebody uses the server; as `_take_devices`."""
+        devices = self._footprint.devices
+        await asyncio.to_thread(devices.give_back)
+        self._status = dataclasses.replace(self._status, devices=(), ready_at=None)
+        self._leases.publish()
+        await devices.asked_for.wait()
+        self._move(ServerState.RESTARTING, diagnosis=None, stage="", detail="")
+        return await self._take_devices()
+
+    async def _one_epoch(self, state: ServerState) -> Diagnosis | RestartRequested | GaveWay:
         """One life of the server, from the launch to its end; returns the reason of the end."""
         self._restart_requested.clear()
         self._move(
@@ -411,8 +426,8 @@ class Supervisor:
 
     async def _ready(
         self, launched: launch.Launch, process: ServerProcess, probe: Probe
-    ) -> Diagnosis | RestartRequested:
-        """Serves until the server ends, stops working or is to be restarted; returns which of these."""
+    ) -> Diagnosis | RestartRequested | GaveWay:
+        """Serves until the server ends, stops working, gives way or is to be restarted; returns which of these."""
         from managed_vllm.server.hangs import HangWatch
 
         if self._restart_requested.is_set():  # since it has generated its token
@@ -431,7 +446,11 @@ class Supervisor:
         watch = HangWatch(
             probe, process, self._order.policy.hang, lambda: self._engine.may_stand_still, self._count_health_check
         )
-        ended = await self._until_settled(process, watch.until_unwell(), _READY_LOOK_S)
+        watching: list[_Watch] = [watch.until_unwell()]
+        if self._order.policy.shares:
+            turns = Turns(self._footprint.devices, self._engine, probe, started_at=self._status.started_at)
+            watching.append(turns.until_given_way(lambda door: self._show_door(door and launched.connection)))
+        ended = await self._until_settled(process, first(*watching), _READY_LOOK_S)
         assert ended is not None  # a watch over a server that works does not return
         return ended
 
@@ -471,8 +490,8 @@ class Supervisor:
         return launched, process
 
     async def _until_settled(
-        self, process: ServerProcess, watching: Coroutine[Any, Any, Diagnosis | None], look_s: float
-    ) -> Diagnosis | RestartRequested | None:
+        self, process: ServerProcess, watching: _Watch, look_s: float
+    ) -> Diagnosis | RestartRequested | GaveWay | None:
         """Runs a watch until it returns, which is our result, the server ends, or a user asks for a restart.
 
         The shared memory of the server is recorded every `look_s` seconds meanwhile.
@@ -525,7 +544,12 @@ class Supervisor:
 
     def _restart(self) -> None:
         self._restart_requested.set()
+        self._footprint.devices.asked_for.set()
         self._leave_ready(None)
+
+    def _show_door(self, connection: Connection | Literal[False]) -> None:
+        """Users find the server there, or are to wait while it finishes what it has."""
+        self._move(ServerState.READY if connection else ServerState.SLEEPING, connection=connection or None)
 
     def _leave_ready(self, reason: Diagnosis | None) -> None:
         """At once when the epoch is to be ended: whoever comes while the server is stopped waits for the next one."""
@@ -536,22 +560,6 @@ class Supervisor:
         log.info("ending: %s", reason)
         self._leases.refuse_new()
         self._ending.set()
-
-    def _reap(self) -> None:
-        """SIGCHLD: the server's exit, and the orphans that fall to us as subreaper."""
-        while True:
-            try:
-                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                break
-            if found is None:
-                break
-            # The exit code of the server must be left for `subprocess` to collect.
-            if self._process is not None and found.si_pid == self._process.pid:
-                self._process.reap()
-            else:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(found.si_pid, os.WNOHANG)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -603,6 +611,38 @@ class Supervisor:
                 self._instance.write_record(record)
         except OSError as error:  # a full disk must not take the server down
             log.warning("can't write the record: %s", error)
+
+
+async def _remove_folder(instance: Instance, hold: FolderHold) -> None:
+    """Removes the folder, unless another user is about to start a server in it: then it is theirs.
+
+    While we hold `supervisor.lock`, `start.lock` is never kept for longer than it takes to see that we do.
+    """
+    if not hold.regain():
+        return
+    # Names before the folder: a name must never stand for a folder of somebody else's.
+    await asyncio.to_thread(names.drop_names, instance.home, instance.id)
+    with contextlib.suppress(OSError):
+        instance.socket_path.unlink()
+    with contextlib.suppress(OSError):
+        await asyncio.to_thread(cleanup.remove_own_instance, instance)
+
+
+def _reap(server: ServerProcess | None) -> None:
+    """SIGCHLD: the server's exit, and the orphans that fall to us as subreaper."""
+    while True:
+        try:
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            break
+        if found is None:
+            break
+        # The exit code of the server must be left for `subprocess` to collect.
+        if server is not None and found.si_pid == server.pid:
+            server.reap()
+        else:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(found.si_pid, os.WNOHANG)
 
 
 def _make_probe(connection: Connection, is_vllm: bool) -> Probe:

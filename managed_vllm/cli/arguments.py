@@ -386,6 +386,7 @@ def _add_server(parser: argparse.ArgumentParser, *, keep_alive: str, env: str = 
     model.add_argument(
         "--gpu-memory-utilization", type=float, metavar="SHARE", help="share of the GPU's memory, 0 to 1"
     )
+    model.add_argument("--share", choices=("sleep",), help="give them to others while nobody uses the server")
     model.add_argument("--devices", choices=("auto",), help="take free GPUs, or cores, and wait in line for them")
     model.add_argument(
         "--cores", type=_positive, metavar="N", help="for each Worker on a CPU, with --devices auto (all)"

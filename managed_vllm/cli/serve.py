@@ -123,6 +123,7 @@ def handle(given: argparse.Namespace, model: str | None, arguments: dict[str, An
         devices=given.devices,
         cores=given.cores,
         wait_for_devices=given.wait_for_devices,
+        share=given.share,
         warm=_WARM[given.warm],
         for_training=given.for_training,
         **more,

@@ -438,7 +438,7 @@ class Attachment:
                 return False
             if status.state is ServerState.READY:
                 return after_epoch is None or status.epoch > after_epoch
-            return status.state in _OVER
+            return status.state in _OVER or (status.state is ServerState.SLEEPING and after_epoch is None)
 
         while True:
             channel = self._channel
@@ -451,6 +451,10 @@ class Attachment:
             with _not_ready_within(timeout), self._shown(channel, progress):
                 left = None if deadline is None else left_s(deadline)
                 status = channel.wait_until(settled, left)
+                if status is not None and status.state is ServerState.SLEEPING:
+                    self._ask("use")
+                    channel.wait_until(lambda now: now is None or now.state is not ServerState.SLEEPING, left)
+                    continue
             if status is not None and status.state is ServerState.READY and not channel.closed:
                 return status
             if channel.given_back:

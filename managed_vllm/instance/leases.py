@@ -122,6 +122,7 @@ class _Asked:
 
     end: Callable[[str], None]
     restart: Callable[[], None]
+    use: Callable[[], None]
     deaths: Callable[[Sequence[int]], list[int]]
     engine: EngineCalls | None
 
@@ -137,6 +138,7 @@ class Leases:
         status: Callable[[], ServerStatus],
         on_end: Callable[[str], None],
         on_restart: Callable[[], None],
+        on_use: Callable[[], None] = lambda: None,
         on_deaths: Callable[[Sequence[int]], list[int]] = list,
         listens_and_serves: Callable[[], tuple[int | None, Files | None]] = lambda: (None, None),
         engine: EngineCalls | None = None,
@@ -145,7 +147,8 @@ class Leases:
     ) -> None:
         """`status` returns the server's present status; what concerns the users is filled in here.
 
-        `on_end` is called with the reason when the server is to end, `on_restart` when a user asks for a restart.
+        `on_end` is called with the reason when the server is to end, `on_restart` when a user asks for a restart,
+        `on_use` when one needs the server to serve.
         `on_deaths` is called with the epochs that ended under one request, and returns those that died.
         `listens_and_serves` tells the port on which the server listens, and which files it has read, as far as known.
         `engine` does what users call for; such a call may take a while, and holds nobody up.
@@ -154,7 +157,7 @@ class Leases:
         self._instance = instance
         self._order = order
         self._status = status
-        self._asked = _Asked(on_end, on_restart, on_deaths, engine)
+        self._asked = _Asked(on_end, on_restart, on_use, on_deaths, engine)
         self._listens_and_serves = listens_and_serves
         self._users: set[_User] = set()
         self._calls: set[asyncio.Task[None]] = set()
@@ -290,6 +293,7 @@ class Leases:
 
     def _begin_call(self, user: _User, message: Mapping[str, Any]) -> None:
         """A call of the engine goes on beside all else, and to its end if its user goes: half an update is none."""
+        self._asked.use()
         task = asyncio.create_task(self._call_engine(user, message))
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
@@ -316,6 +320,9 @@ class Leases:
                 self._on_retention()
                 self._users_changed()
                 return {"ok": True, "status": self.status().to_dict()}
+            case "use":
+                self._asked.use()
+                return {"ok": True}
             case "restart":
                 self._asked.restart()
                 return {"ok": True, "epoch": self._status().epoch}

@@ -6,6 +6,7 @@ With `devices="auto"`; else there is nothing to take, and all of this does nothi
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import time
@@ -48,7 +49,11 @@ class DeviceClaim:
         self._preferred = _places_in(record)
         self._places: dict[str, int] = {}
         self._folder: PlacesFolder | None = None
+        self._holder = Occupant(os.getuid(), instance, os.getpid(), time.time())
+        self._is_free: Callable[[str], bool] = devices.is_free
         self.taken = TakenDevices()
+        self.asked_for = asyncio.Event()
+        """Set when a user asks for a server that has given way."""
 
     def to_record(self) -> dict[str, Any]:
         """What a successor takes again if it can."""
@@ -59,6 +64,7 @@ class DeviceClaim:
         if not self._order.spec.auto_devices:
             return None
         pool = await asyncio.to_thread(devices.pool, self._order.spec)
+        self._is_free = devices.is_free if pool.kind == "GPU" else lambda _: True
         if len(pool.devices) < pool.wanted:
             return diagnosis.too_few_devices(pool.number(pool.wanted), pool.labelled([d.place for d in pool.devices]))
         try:
@@ -67,12 +73,46 @@ class DeviceClaim:
         except StateDirectoryError as error:
             return diagnosis.no_places(error.message)
 
+    def is_wanted(self) -> bool:
+        """Whether one in the line wants places of ours, and lacks some."""
+        return self._lacks() is not None
+
+    def tell(self, *, used_at: float, in_use: bool) -> None:
+        """Tells the others when our server was last used, and whether it still is."""
+        self._holder = dataclasses.replace(self._holder, used_at=used_at, in_use=in_use)
+        for place in self._places:
+            if self._folder is not None:
+                self._folder.note(place, self._holder)
+
+    def is_first_to_give_way(self) -> bool:
+        """Whether those whose turn it is before ours would not be enough for the one that waits, if they gave way."""
+        lacking = self._lacks()
+        if self._folder is None or lacking is None:
+            return False
+        missing, held = lacking
+        holders = [self._folder.holder(place) for place in held]
+        sharing = [one for one in holders if one is not None and one.used_at is not None]
+        return sum(_rank(one) < _rank(self._holder) for one in sharing) < missing
+
+    def _lacks(self) -> tuple[int, list[str]] | None:
+        """How many places the first in the line lacks that wants some of ours, and which others of them are held."""
+        folder, ours = self._folder, set(self._places)
+        ticket = None if folder is None else next((one for one in folder.line() if one.places & ours), None)
+        if folder is None or ticket is None:
+            return None
+        others = sorted(ticket.places - ours)
+        held = [place for place in others if folder.is_held(place)]
+        free = [place for place in others if place not in held and self._is_free(place)]
+        return None if len(free) >= ticket.wanted else (ticket.wanted - len(free), held)
+
     def give_back(self) -> None:
-        """After the end of the server: others may have the devices."""
+        """After the end of the server: others may have the devices. It may take some again."""
         if self._folder is not None:
             for place in self._places:
                 self._folder.forget(place)
+            self._preferred = frozenset(self._places)
             give_back(self._places)
+            self.taken = TakenDevices()
             self._folder.close()
             self._folder = None
 
@@ -105,16 +145,15 @@ class DeviceClaim:
         return None
 
     def _try(self, folder: PlacesFolder, waiting: Waiting, pool: Pool, places: Sequence[str]) -> bool:
-        is_free = devices.is_free if pool.kind == "GPU" else lambda _: True
-        self._places = waiting.take(places, pool.wanted, is_free)
+        self._places = waiting.take(places, pool.wanted, self._is_free)
         if not self._places:
             return False
         self.taken = TakenDevices(
             pool.labelled([*self._places]), pool.variables([*self._places]), tuple(self._places.values())
         )
-        holder = Occupant(os.getuid(), self._instance, os.getpid(), time.time())
+        self._holder = Occupant(os.getuid(), self._instance, os.getpid(), time.time())
         for place in self._places:
-            folder.note(place, holder)
+            folder.note(place, self._holder)
         return True
 
 
@@ -152,6 +191,15 @@ class _View:
 
     def _strangers(self, places: Collection[str]) -> list[str]:
         return [f"{label} in use by other programs" for label in self._pool.labelled(sorted(places))]
+
+
+def _rank(holder: Occupant) -> tuple[bool, float, str, int]:
+    """In the order in which they give way: the least recently used first; of those in use the one that is so longest.
+
+    When one was used is told with some delay: among those in use each would take the other for the one used before.
+    """
+    when = holder.since if holder.in_use else holder.used_at or 0.0
+    return holder.in_use, when, holder.instance, holder.pid
 
 
 def _before(ticket: Ticket) -> str:

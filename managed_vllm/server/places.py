@@ -47,12 +47,18 @@ _OPEN_TO_ALL_S = 2.0
 
 @dataclass(frozen=True)
 class Occupant:
-    """Who holds a place or waits for some. The kernel vouches for `uid`; the rest is what that user's process says."""
+    """Who holds a place or waits for some. The kernel vouches for `uid`; the rest is what that user's process says.
+
+    `used_at` is when its server was last used, if it gives way to others (`managed_vllm.server.turns`), and `in_use`
+    whether it still is.
+    """
 
     uid: int
     instance: str
     pid: int
     since: float
+    used_at: float | None = None
+    in_use: bool = False
 
     def __str__(self) -> str:
         return f"instance {self.instance} of user {_user(self.uid)}, pid {self.pid}, since {_clock(self.since)}"
@@ -391,4 +397,8 @@ def _occupant(text: str, uid: int) -> Occupant | None:
         return None
     if not isinstance(pid, int) or not isinstance(since, int | float) or not 0 <= since < 1e11:
         return None
-    return Occupant(uid=uid, instance=instance, pid=pid, since=float(since))
+    used_at = found.get("used_at")
+    used = float(used_at) if isinstance(used_at, int | float) and 0 <= used_at < 1e11 else None
+    return Occupant(
+        uid=uid, instance=instance, pid=pid, since=float(since), used_at=used, in_use=found.get("in_use") is True
+    )
