@@ -72,13 +72,13 @@ class Turns:
 
         `show_door` is called with False when users are to wait from now on, with True if they need not after all.
         """
-        self._claim.asked_for.clear()
         await asyncio.to_thread(self._claim.tell, used_at=self._used_at, in_use=True)
         while True:
             await asyncio.sleep(_LOOK_S)
             if not await self._is_to_give_way():
                 continue
             log.info("others wait for our devices: we give way")
+            self._claim.asked_for.clear()  # from now on it is one who waits for us
             show_door(False)
             if await self._drained():
                 return GaveWay()
