@@ -432,14 +432,6 @@ class Attachment:
     ) -> ServerStatus:
         """Waits until the server is ready, as `ManagedVLLM.wait_ready` does."""
         deadline = _deadline(timeout)
-
-        def settled(status: ServerStatus | None) -> bool:
-            if status is None:
-                return False
-            if status.state is ServerState.READY:
-                return after_epoch is None or status.epoch > after_epoch
-            return status.state in _OVER or (status.state is ServerState.SLEEPING and after_epoch is None)
-
         while True:
             channel = self._channel
             if channel is None or channel.closed:
@@ -450,7 +442,7 @@ class Attachment:
                 after_epoch = None  # another supervisor counts its epochs anew
             with _not_ready_within(timeout), self._shown(channel, progress):
                 left = None if deadline is None else left_s(deadline)
-                status = channel.wait_until(settled, left)
+                status = channel.wait_until(functools.partial(_is_settled, after_epoch), left)
                 if status is not None and status.state is ServerState.SLEEPING:
                     self._ask("use")
                     channel.wait_until(lambda now: now is None or now.state is not ServerState.SLEEPING, left)
@@ -574,6 +566,15 @@ class Attachment:
             ATTACH_VARIABLE: self.known.instance.id,
             external.URL_VARIABLE: "",
         }
+
+
+def _is_settled(after_epoch: int | None, status: ServerStatus | None) -> bool:
+    """Whether a user that waits for the server, or for a later epoch of it, has something to do."""
+    if status is None:
+        return False
+    if status.state is ServerState.READY:
+        return after_epoch is None or status.epoch > after_epoch
+    return status.state in _OVER or (status.state is ServerState.SLEEPING and after_epoch is None)
 
 
 def report_deaths(attachment: Attachment, request: str, epochs: Sequence[int]) -> list[int] | None:
