@@ -72,6 +72,7 @@ class Turns:
 
         `show_door` is called with False when users are to wait from now on, with True if they need not after all.
         """
+        await self._is_at_rest()
         await asyncio.to_thread(self._claim.tell, used_at=self._used_at, in_use=True)
         while True:
             await asyncio.sleep(_LOOK_S)
@@ -110,13 +111,13 @@ class Turns:
 
     async def _is_at_rest(self) -> bool:
         """Whether nothing is in flight; never of a server that does not tell."""
-        signs = await self._probe.signs_of_life() or ""
-        counts = _IN_FLIGHT.findall(signs)
+        signs = await self._probe.signs_of_life()
+        counts = _IN_FLIGHT.findall(signs or "")
         self._tells = bool(counts)
         rests = self._tells and not any(float(count) for count in counts)
-        if not rests or signs != self._signs:
+        if signs is not None and (not rests or signs != self._signs):
             self._used_at = time.time()
-        self._signs = signs
+            self._signs = signs
         return rests
 
     async def _drained(self) -> bool:

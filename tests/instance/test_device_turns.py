@@ -54,6 +54,11 @@ def holders_note(folder: Path, index: int = 0) -> Path:
     return next((folder / "devices").glob(f"GPU-{index:08d}*.holder-*"))
 
 
+def says_idle(note: Path) -> bool:
+    said = json.loads(note.read_text())
+    return said["used_at"] is not None and not said["in_use"]
+
+
 def test_two_models_take_turns_on_one_gpu(gpus: FakeGpus, tmp_path: Path) -> None:
     with server(tmp_path, "policy") as policy, server(tmp_path, "judge") as judge:
         assert judge.status().devices == ("GPU 0",)
@@ -91,8 +96,7 @@ def test_the_least_recently_used_gives_way(gpus: FakeGpus, tmp_path: Path) -> No
         with ThreadPoolExecutor(1) as pool:
             using = pool.submit(keep_using)
             try:
-                note = holders_note(tmp_path, 1)
-                eventually(lambda: not json.loads(note.read_text())["in_use"], "it says that nobody uses it")
+                eventually(lambda: says_idle(holders_note(tmp_path, 1)), "it says that nobody uses it")
                 with server(tmp_path, "c") as c:
                     ask(c, "hello")
                     assert b.status().state is ServerState.SLEEPING
