@@ -74,8 +74,15 @@ class DeviceClaim:
             return diagnosis.no_places(error.message)
 
     def is_wanted(self) -> bool:
-        """Whether one in the line wants places of ours, and lacks some."""
-        return self._lacks() is not None
+        """Whether one in the line wants places of ours, and lacks some.
+
+        Nobody, as far as can be seen, where the directory has been removed under us: that ends no server.
+        """
+        try:
+            return self._lacks() is not None
+        except OSError as error:
+            log.debug("no line: %s", error)
+            return False
 
     def tell(self, *, used_at: float, in_use: bool) -> None:
         """Tells the others when our server was last used, and whether it still is."""
@@ -86,11 +93,11 @@ class DeviceClaim:
 
     def is_first_to_give_way(self) -> bool:
         """Whether those whose turn it is before ours would not be enough for the one that waits, if they gave way."""
-        lacking = self._lacks()
-        if self._folder is None or lacking is None:
+        lacking, folder = self._lacks(), self._folder
+        if folder is None or lacking is None:
             return False
         missing, held = lacking
-        holders = [self._folder.holder(place) for place in held]
+        holders = [folder.holder(place) for place in held]
         sharing = [one for one in holders if one is not None and one.used_at is not None]
         return sum(_rank(one) < _rank(self._holder) for one in sharing) < missing
 

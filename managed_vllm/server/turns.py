@@ -15,6 +15,7 @@ What must hold:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -100,8 +101,9 @@ class Turns:
             return False
         self._wanted_at = self._wanted_at or time.monotonic()
         waited_s = time.monotonic() - self._wanted_at
-        if waited_s < _TOLD_S or not await asyncio.to_thread(self._claim.is_first_to_give_way):
-            return waited_s > _LONG_PATIENCE_S
+        with contextlib.suppress(OSError):  # the directory has been removed meanwhile
+            if waited_s < _TOLD_S or not await asyncio.to_thread(self._claim.is_first_to_give_way):
+                return waited_s > _LONG_PATIENCE_S
         return at_rest or waited_s > _PATIENCE_S
 
     @property

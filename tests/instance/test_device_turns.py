@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -132,6 +133,15 @@ def test_without_sharing_it_keeps_what_it_has(gpus: FakeGpus, tmp_path: Path) ->
         assert ask(selfish, "mine").epoch == 1
         selfish.close()
         judge.wait_ready(HANG_S)
+
+
+def test_a_directory_that_is_removed_ends_no_server(gpus: FakeGpus, tmp_path: Path) -> None:
+    with server(tmp_path, "a") as a:
+        before = a.status()
+        shutil.rmtree(tmp_path / "devices")
+        eventually(lambda: a.status().health.answered > before.health.answered + 1, "it was looked at several times")
+        assert a.status().supervisor_pid == before.supervisor_pid
+        assert ask(a, "still there?").epoch == 1
 
 
 def test_it_goes_with_devices_auto() -> None:
