@@ -62,6 +62,7 @@ _FAULTS = (
     *("garbage", "halfstream", "hang-api", "slow"),
 )
 _LOOK_S = 1.0
+_LET_GO_S = 20.0
 _EVERY_S = {"visit": 3.0, "fault": 4.0, "update": 5.0, "adapter": 7.0, "restart": 61.0}
 
 
@@ -164,6 +165,17 @@ class Report:
         size = max(1, len(self.samples) // 3)
         return max(map(what, self.samples[:size])), max(map(what, self.samples[-size:]))
 
+    def kept(self, after: Sample) -> list[str]:
+        """What the supervisor has not let go of."""
+        before, found = self.quiet[0], []
+        if after.descriptors > before.descriptors + _MORE_DESCRIPTORS:
+            found.append(f"{before.descriptors} descriptors became {after.descriptors}")
+        if after.processes > before.processes:
+            found.append(f"{before.processes} processes became {after.processes}")
+        if after.threads > before.threads + _POOL:
+            found.append(f"{before.threads} threads became {after.threads}")
+        return found
+
     def violations(self) -> list[str]:
         """What should hold and does not; see the module's docstring."""
         found = list(self.broken)
@@ -173,13 +185,7 @@ class Report:
                 found.append(f"{name} of {max(map(what, self.samples)):,} bytes")
             if last - first > GROWTH_BYTES:
                 found.append(f"{name} grew from {first:,} to {last:,} bytes")
-        before, after = self.quiet
-        if after.descriptors > before.descriptors + _MORE_DESCRIPTORS:
-            found.append(f"{before.descriptors} descriptors became {after.descriptors}")
-        if after.processes > before.processes:
-            found.append(f"{before.processes} processes became {after.processes}")
-        if after.threads > before.threads + _POOL:
-            found.append(f"{before.threads} threads became {after.threads}")
+        found += self.kept(self.quiet[1])
         for name, size in self.logs.items():
             if size > _LOG_BYTES[name.removesuffix(".1")]:
                 found.append(f"{name} has {size:,} bytes")
@@ -232,6 +238,11 @@ class Soak:
             self._go_on(seconds)
             self._see_off_all()
             report.quiet.append(self._quiet())
+            with contextlib.suppress(
+                AssertionError
+            ):  # a connection that is just being closed, a process that just ends
+                eventually(lambda: not report.kept(sample(self._supervisor())), "it has let go", _LET_GO_S)
+                report.quiet[1] = sample(self._supervisor())
             status = llm.status()
             report.restarts = status.restarts
             folder = Path(str(status.log_path)).parent
