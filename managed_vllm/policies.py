@@ -162,6 +162,8 @@ class SupervisionPolicy:
     (`devices="auto"`); 0: there is none, `math.inf`: for ever. `shares`: the server gives its devices to those that
     wait for them while nobody uses it (`share="sleep"`).
 
+    `idle_sleep_s` is the time without a request after which the engine sleeps; `math.inf`: it never does.
+
     `warm` says whether the server is forked from an image, a process that has vLLM's imports done: `"auto"` where that
     is safe, and else launched plainly; True: a start that can't be forked fails; False: never.
     """
@@ -173,12 +175,13 @@ class SupervisionPolicy:
     gpu_release_timeout_s: float = 30.0
     wait_for_devices_s: float = 3600.0
     shares: bool = False
+    idle_sleep_s: float = math.inf
     warm: Warm = "auto"
     restart: RestartPolicy = field(default_factory=RestartPolicy)
     hang: HangPolicy = field(default_factory=HangPolicy)
 
     def __post_init__(self) -> None:
-        for name in ("startup_timeout_s", "startup_silence_s", "first_request_timeout_s"):
+        for name in ("startup_timeout_s", "startup_silence_s", "first_request_timeout_s", "idle_sleep_s"):
             seconds(name, getattr(self, name), positive=True, endless=True)
         seconds("wait_for_devices_s", self.wait_for_devices_s, endless=True)
         for name in ("stop_grace_s", "gpu_release_timeout_s"):  # finite: the end of a server must not take for ever

@@ -99,6 +99,8 @@ class ManagedVLLM(RequestMethods):
             and is back sooner after a crash. `"auto"`: where that is safe, else it is launched plainly, as always with
             `command=`; True: a start that can't be forked fails; False: never. None: what `MANAGED_VLLM_WARM` says
             (`auto`, `on`, `off`), else "auto".
+        idle_sleep: seconds without a request after which the engine sleeps (`llm.engine.sleep`), until the next one
+            wakes it; None: it does not. On GPUs only.
         for_training: a server that a trainer drives by vLLM's own routes: development mode, `processed_logprobs`, any
             number of logprobs, weight transfer by NCCL where there are GPUs; what you give yourself stays as it is.
         on_status: called with the new `ServerStatus` at each change of state (ready, restarting, failed, …): one call
@@ -126,6 +128,7 @@ class ManagedVLLM(RequestMethods):
         first_request_timeout: float = 300.0,
         stop_grace: float = 5.0,
         gpu_release_timeout: float = 30.0,
+        idle_sleep: float | None = None,
         env: Mapping[str, str] | None = None,
         python: str | os.PathLike[str] | None = None,
         command: Sequence[str] | None = None,
@@ -158,17 +161,16 @@ class ManagedVLLM(RequestMethods):
             how = {"env": env or None, "python": python, "command": command, "warm": warm or None}
             how["for_training"] = for_training or None
             which = {"devices": devices, "cores": cores, "share": share}
-            kept = {"restart": restart, "hang": hang}
+            kept = {"restart": restart, "hang": hang, "idle_sleep": idle_sleep}
             external.check_applicable(
                 {**set_in_arguments(engine_args), **where, **how, **which, **kept}, explicit=bool(given)
             )
         elif model is not None:
-            if for_training:
-                vllm, folder = installed_vllm(python), vllm_folder(python)
-                engine_args, env = training.with_preset(engine_args, env, vllm=vllm, folder=folder)
-            spec = ServerSpec.of(
+            spec = spec_of(
                 model,
-                engine_args=engine_args,
+                engine_args,
+                for_training=for_training,
+                idle_sleep=idle_sleep,
                 env=env,
                 python=python,
                 command=command,
@@ -199,6 +201,7 @@ class ManagedVLLM(RequestMethods):
                 gpu_release_timeout_s=gpu_release_timeout,
                 wait_for_devices_s=wait_for_devices,
                 shares=_shares(share, devices),
+                idle_sleep_s=math.inf if idle_sleep is None else idle_sleep,
                 restart=restart or RestartPolicy(),
                 hang=hang or HangPolicy(),
                 warm=_warm(warm, command),
@@ -537,6 +540,30 @@ async def _ask_supervisor(attachment: Attachment, timeout_s: float | None) -> Su
     with contextlib.suppress(ManagedVLLMError, TimeoutError):
         return await asyncio.wait_for(asyncio.wrap_future(in_thread(ask, "managed-vllm-metrics")), timeout_s)
     return None
+
+
+def spec_of(
+    model: str | os.PathLike[str],
+    engine_args: Mapping[str, Any],
+    *,
+    for_training: bool,
+    idle_sleep: float | None,
+    env: Mapping[str, str] | None,
+    python: str | os.PathLike[str] | None,
+    command: Sequence[str] | None,
+    devices: Literal["auto"] | None,
+    cores: int | None,
+) -> ServerSpec:
+    """The server that these arguments of `ManagedVLLM` mean. Raises `ConfigError`."""
+    if for_training:
+        vllm, folder = installed_vllm(python), vllm_folder(python)
+        ours = command is None
+        engine_args, env = training.with_preset(engine_args, env, vllm=vllm, folder=folder, has_extension=ours)
+    if idle_sleep is not None and command is None:
+        engine_args = training.with_idle_sleep(engine_args, vllm=installed_vllm(python))
+    return ServerSpec.of(
+        model, engine_args=engine_args, env=env, python=python, command=command, devices=devices, cores=cores
+    )
 
 
 def _keep_alive_s(given: float | None) -> float:

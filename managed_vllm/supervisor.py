@@ -46,7 +46,7 @@ from managed_vllm.instance.leases import FIRST_LEASE_S, Leases, Retention
 from managed_vllm.instance.spawn import FAILED, LISTENS
 from managed_vllm.masking import Secret, masked_words
 from managed_vllm.served_files import Files
-from managed_vllm.server import diagnosis, event_log, launch, stacks, weight_calls
+from managed_vllm.server import diagnosis, engine_parts, event_log, launch, stacks
 from managed_vllm.server.engine import Engine
 from managed_vllm.server.footprint import Footprint
 from managed_vllm.server.process import ServerProcess
@@ -240,8 +240,9 @@ class Supervisor:
             sleeps=bool(order.spec.engine_args.get("enable_sleep_mode")) or order.spec.command is not None,
             on_change=self._engine_changed,
             on_restart=self._restart,
+            gpu_memory=lambda: self._footprint.gpu_memory(),
         )
-        weight_calls.add_to(self._engine, order)
+        engine_parts.add_to(self._engine, order)
         self._leases = Leases(
             instance,
             self._order,

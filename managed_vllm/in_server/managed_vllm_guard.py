@@ -18,6 +18,8 @@ which remembers it. That key opens everything.
 Its first request finds vLLM's routes imported: then it has them say which weights made an answer
 (`managed_vllm_weight_versions`).
 
+It counts the requests of users, by which the supervisor knows whether the engine is used (`idle_sleep=`).
+
 It also keeps the supervisor's looks at `/health` and `/metrics`, one every few seconds, out of the server's access log.
 """
 
@@ -31,6 +33,11 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+USE = "/managed_vllm/use"
+"""For the supervisor: how many requests of users are in this process, and how many have come."""
+SUPERVISOR_AGENT = b"managed-vllm-supervisor"
+"""The user agent of the supervisor's own requests for a token, which are no use of the server."""
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
 
@@ -87,6 +94,7 @@ class KeyGuard:
         control_key = os.environ.get(CONTROL_KEY, "")
         self._control = _digest(control_key.encode()) if key and control_key else None
         self._dev_paths: frozenset[str] | None = None
+        self._in_flight = self._requests = 0
         self._bearer = b"Bearer " + key.encode()
         self._controlled = frozenset(os.environ.get(CONTROLLED, "").split()) if control_key else frozenset()
         logging.getLogger("uvicorn.access").addFilter(_is_news)
@@ -97,6 +105,8 @@ class KeyGuard:
             scope = {**scope, "headers": [_as_bearer(name, value) for name, value in scope["headers"]]}
         if scope["type"] == "lifespan" or self._is_open(scope):
             await self._app(scope, receive, send)
+        elif scope["type"] == "http" and _path_of(scope) == USE and self._has_a_key(scope):
+            await _answer(send, 200, self._use())
         elif self._has_key(scope, self._control):
             headers = [(name, self._bearer if _is_authorization(name) else value) for name, value in scope["headers"]]
             await self._app({**scope, "headers": headers}, receive, send)
@@ -104,13 +114,28 @@ class KeyGuard:
             if self._is_controlled(scope):
                 await _refuse(send, 403, _NOT_FOR_USERS)
             else:
-                await self._app(scope, receive, send)
+                await self._pass_on(scope, receive, send)
         elif self._cors is not None and _is_preflight(scope):
             await self._cors(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
             await _refuse(send, 401, _REFUSAL)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Counts what may need the engine."""
+        if scope["type"] == "http" and (scope["method"] != "POST" or _is_the_supervisors(scope)):
+            await self._app(scope, receive, send)
+            return
+        self._in_flight += 1
+        self._requests += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._in_flight -= 1
+
+    def _use(self) -> bytes:
+        return b'{"in_flight": %d, "requests": %d}' % (self._in_flight, self._requests)
 
     def _is_controlled(self, scope: Scope) -> bool:
         if scope["type"] != "http" or not self._controlled:
@@ -137,6 +162,9 @@ class KeyGuard:
     def _is_open(self, scope: Scope) -> bool:
         return scope["type"] == "http" and _path_of(scope) in OPEN_PATHS
 
+    def _has_a_key(self, scope: Scope) -> bool:
+        return self._has_key(scope, self._control) or self._has_key(scope, self._expected)
+
     def _has_key(self, scope: Scope, expected: bytes | None) -> bool:
         if expected is None:
             return False
@@ -158,11 +186,19 @@ def _install_weight_versions() -> None:
 
 
 async def _refuse(send: Send, status: int, body: bytes) -> None:
+    await _answer(send, status, body)
+
+
+async def _answer(send: Send, status: int, body: bytes) -> None:
     headers = [(b"content-type", b"application/json")]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _is_the_supervisors(scope: Scope) -> bool:
+    return any(name.lower() == b"user-agent" and value == SUPERVISOR_AGENT for name, value in scope["headers"])
 
 
 def _path_of(scope: Scope) -> str:

@@ -41,6 +41,27 @@ class Weights:
     checksum: str | None
 
 
+@dataclass(frozen=True)
+class GpuMemoryChange:
+    """What a server's GPUs had in use before and after, in bytes, by NVML's index; by whomever, others included."""
+
+    before: Mapping[int, int]
+    after: Mapping[int, int]
+
+    @property
+    def freed(self) -> int:
+        """Bytes that were given back on all of them; below 0: taken."""
+        return sum(self.before.values()) - sum(self.after.values())
+
+    @classmethod
+    def of(cls, reply: Mapping[str, Any]) -> GpuMemoryChange | None:
+        """Of a supervisor's reply; None where it could not measure: no NVML, no GPU."""
+        before, after = reply.get("gpu_memory") or (None, None)
+        if before is None or after is None:
+            return None
+        return cls(*({int(index): int(used) for index, used in one.items()} for one in (before, after)))
+
+
 def call_engine(channel: Channel, name: str, deadline: float, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """One call, on the very connection to which what it holds is tied. `deadline` is of the monotonic clock."""
     left = max(0.0, deadline - time.monotonic())

@@ -23,7 +23,7 @@ from managed_vllm.errors import (
 )
 from managed_vllm.instance.attach import Attachment
 from managed_vllm.instance.channel import Channel
-from managed_vllm.instance.engine_calls import CALL_S, UPDATE_S, Weights, call_engine
+from managed_vllm.instance.engine_calls import CALL_S, UPDATE_S, GpuMemoryChange, Weights, call_engine
 from managed_vllm.instance.weight_sync import AsyncWeightSyncClient, WeightSyncClient
 from managed_vllm.policies import seconds
 
@@ -76,18 +76,22 @@ class EngineControl:
 
     # -- sleep ---------------------------------------------------------------------------------------------------------
 
-    def sleep(self, level: int = 1, *, mode: PauseMode = "keep", timeout: float = CALL_S) -> None:
+    def sleep(self, level: int = 1, *, mode: PauseMode = "keep", timeout: float = CALL_S) -> GpuMemoryChange | None:
         """Puts the engine to sleep until `wake`: its GPU memory is free for others. New requests wait.
 
         Level 1 keeps the weights in the host's memory, 2 discards them: load others before requests go on. Both need
         `enable_sleep_mode=True`, which vLLM has on GPUs only. Level 0 only pauses. `mode` is as for `pause`; the KV
-        cache is dropped, so that what is kept is computed anew.
+        cache is dropped, so that what is kept is computed anew. Returns what that frees; None: it can't be measured.
         """
-        self._call("sleep", timeout, level=_checked_level(level), mode=_checked_mode(mode))
+        return GpuMemoryChange.of(self._call("sleep", timeout, level=_checked_level(level), mode=_checked_mode(mode)))
 
-    def wake(self, tags: Sequence[str] | None = None, *, timeout: float = CALL_S) -> None:
-        """Wakes the engine. With `tags` (`["weights"]`, `["kv_cache"]`) that part only; it serves once all is awake."""
-        self._call("wake", timeout, tags=None if tags is None else [str(tag) for tag in tags])
+    def wake(self, tags: Sequence[str] | None = None, *, timeout: float = CALL_S) -> GpuMemoryChange | None:
+        """Wakes the engine. With `tags` (`["weights"]`, `["kv_cache"]`) that part only; it serves once all is awake.
+
+        Returns how much memory that takes; None: it can't be measured.
+        """
+        tags = None if tags is None else [str(tag) for tag in tags]
+        return GpuMemoryChange.of(self._call("wake", timeout, tags=tags))
 
     def is_sleeping(self, *, timeout: float = CALL_S) -> bool:
         """Whether it sleeps, at whatever level."""
@@ -318,13 +322,15 @@ class AsyncEngineControl:
         async with self._entered(self._control.paused(mode, timeout=timeout)):
             yield
 
-    async def sleep(self, level: int = 1, *, mode: PauseMode = "keep", timeout: float = CALL_S) -> None:
+    async def sleep(
+        self, level: int = 1, *, mode: PauseMode = "keep", timeout: float = CALL_S
+    ) -> GpuMemoryChange | None:
         """See `EngineControl.sleep`."""
-        await self._run(lambda: self._control.sleep(level, mode=mode, timeout=timeout))
+        return await self._run(lambda: self._control.sleep(level, mode=mode, timeout=timeout))
 
-    async def wake(self, tags: Sequence[str] | None = None, *, timeout: float = CALL_S) -> None:
+    async def wake(self, tags: Sequence[str] | None = None, *, timeout: float = CALL_S) -> GpuMemoryChange | None:
         """See `EngineControl.wake`."""
-        await self._run(lambda: self._control.wake(tags, timeout=timeout))
+        return await self._run(lambda: self._control.wake(tags, timeout=timeout))
 
     async def is_sleeping(self, *, timeout: float = CALL_S) -> bool:
         """See `EngineControl.is_sleeping`."""

@@ -20,7 +20,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from managed_vllm.engine_state import PAUSE_MODES, SLEEP_LEVELS, EngineState, PauseMode
 from managed_vllm.errors import (
@@ -35,6 +35,7 @@ from managed_vllm.masking import Secret
 from managed_vllm.server import diagnosis
 from managed_vllm.server.engine_routes import EngineRoutes
 from managed_vllm.server.engine_turn import Turn
+from managed_vllm.server.gpu_memory import GpuMemory
 from managed_vllm.server.weight_checks import checksum_of, faults_of
 from managed_vllm.status import Connection, Diagnosis, ServerState
 
@@ -83,14 +84,20 @@ class _Hold:
     value: Any
 
 
-class Watcher(Protocol):
-    """Does something of its own when a user, or the server, is gone."""
+class Watcher:
+    """Does something of its own when users and servers come and go; does nothing unless it says what."""
 
     def user_gone(self, user: Hashable) -> None:
         """A user's connection has ended."""
 
+    def server_came(self, routes: EngineRoutes) -> None:
+        """A server is there, in the state that the last one had."""
+
     def server_left(self) -> None:
         """The server has ended, or is about to; what was reserved is free."""
+
+    async def before(self, call: Call) -> None:
+        """A user's call is about to be done."""
 
 
 class Engine:
@@ -103,10 +110,12 @@ class Engine:
         sleeps: bool,
         on_change: Callable[[], None],
         on_restart: Callable[[], None],
+        gpu_memory: Callable[[], Awaitable[GpuMemory | None]] | None = None,
     ) -> None:
         """`predecessor` is the record of a supervisor that was killed. `sleeps`: the server has vLLM's sleep mode.
 
-        `on_change` is called when the state has changed, `on_restart` when the server must be started again.
+        `on_change` is called when the state has changed, `on_restart` when the server must be started again;
+        `gpu_memory` measures what its GPUs have in use.
         """
         self.state = EngineState()
         self._unreadable = ""
@@ -118,6 +127,7 @@ class Engine:
         self._sleeps = sleeps
         self._on_change = on_change
         self._on_restart = on_restart
+        self._gpu_memory = gpu_memory
         self._asked: dict[str, Any] = {"pause": self.state.paused, "sleep": self.state.sleep_level}
         self._holds: list[_Hold] = []
         self.turn = Turn()
@@ -176,6 +186,8 @@ class Engine:
             raise
         self._routes = routes
         self.turn.server_came()
+        for watcher in self._watchers:
+            watcher.server_came(routes)
         return None
 
     def leave(self) -> None:
@@ -266,6 +278,8 @@ class Engine:
         do = self._calls.get(call.name)
         if do is None:
             raise EngineUnsupportedError(f"this supervisor knows no call {call.name!r}", call=call.name)
+        for watcher in self._watchers:
+            await watcher.before(call)
         if call.name in self._own_turn:
             return await do(call)
         async with self.turn_for(call):
@@ -351,19 +365,25 @@ class Engine:
                 "sleep(0) and pause() give no memory back, but work everywhere",
                 call=call.name,
             )
+        before = await self._measured()
         async with self._undone_if_it_fails():
             await self.routes_for(call).sleep(level, mode=mode, timeout_s=call.left_s)
         self._note(call, "sleep", level)
         self.become(replace(self.state, sleep_level=level))
-        return {}
+        return {"gpu_memory": [before, await self._measured()]}
+
+    async def _measured(self) -> dict[str, int] | None:
+        """Bytes in use of each of the server's GPUs; None where that can't be measured."""
+        found = None if self._gpu_memory is None else await self._gpu_memory()
+        return None if found is None else {str(index): used for index, used in found.used.items()}
 
     async def _wake(self, call: Call) -> dict[str, Any]:
         tags = [str(tag) for tag in call.arguments.get("tags") or ()]
-        if tags and not await self.routes_for(call).wake(tags, timeout_s=call.left_s):
-            return {"sleep_level": self.state.sleep_level}  # until the rest is awake, too
-        self._forget(call, "sleep")
-        await self._release(call)
-        return {"sleep_level": self.state.sleep_level}
+        before = await self._measured()
+        if not tags or await self.routes_for(call).wake(tags, timeout_s=call.left_s):  # else until the rest is, too
+            self._forget(call, "sleep")
+            await self._release(call)
+        return {"sleep_level": self.state.sleep_level, "gpu_memory": [before, await self._measured()]}
 
     async def _is_sleeping(self, call: Call) -> dict[str, Any]:
         return {"is_sleeping": self.state.sleep_level is not None}

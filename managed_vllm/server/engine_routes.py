@@ -16,6 +16,7 @@ import httpx
 
 from managed_vllm.engine_state import PauseMode
 from managed_vllm.errors import EngineControlError, EngineLostError, EngineTimeoutError, EngineUnsupportedError
+from managed_vllm.in_server.managed_vllm_guard import USE
 from managed_vllm.masking import Secret
 from managed_vllm.status import Connection
 
@@ -74,6 +75,11 @@ class EngineRoutes:
         except httpx.HTTPError as error:
             raise EngineLostError(f"{path}: {type(error).__name__} {error}".rstrip(), call="offers") from error
         return response.status_code != 404
+
+    async def use(self, *, timeout_s: float) -> tuple[int, int]:
+        """How many requests of users are in the server, and how many have come since it started; our guard counts."""
+        found = await self._ask("idle_sleep", "GET", USE, timeout_s=timeout_s, needs="our guard, and one API server")
+        return int(found["in_flight"]), int(found["requests"])
 
     # -- scheduling ----------------------------------------------------------------------------------------------------
 

@@ -45,6 +45,10 @@ class Footprint:
             **self.devices.to_record(),
         }
 
+    async def gpu_memory(self) -> gpu_memory.GpuMemory | None:
+        """What is in use on the server's GPUs, by whomever; None without NVML or GPU."""
+        return await asyncio.to_thread(gpu_memory.used_memory, self._cuda_devices)
+
     @property
     def _cuda_devices(self) -> str | None:
         """The GPUs that the servers see, as in `CUDA_VISIBLE_DEVICES`; None: all."""
@@ -53,7 +57,7 @@ class Footprint:
     async def prepare(self) -> Path:
         """Before a launch: notes how much GPU memory was used before us, and returns the scratch folder."""
         if self._gpu_at_first is None:
-            self._gpu_at_first = await asyncio.to_thread(gpu_memory.used_memory, self._cuda_devices)
+            self._gpu_at_first = await self.gpu_memory()
         if self.scratch is None:
             self.scratch = cleanup.make_scratch()
             self._hold(self.scratch)

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from managed_vllm.in_server import managed_vllm_guard
 from managed_vllm.status import Connection
 
 _GENERATE = (
@@ -60,7 +61,8 @@ class Probe:
     def __init__(self, connection: Connection, *, is_vllm: bool = True) -> None:
         """`is_vllm` is False for a server of some other kind, which may lack `/health`."""
         self.is_vllm = is_vllm
-        self._key = {"Authorization": f"Bearer {connection.api_key.reveal()}"}
+        agent = managed_vllm_guard.SUPERVISOR_AGENT.decode()
+        self._key = {"Authorization": f"Bearer {connection.api_key.reveal()}", "User-Agent": agent}
         self._model = connection.model
         self._root = connection.base_url.removesuffix("/v1")
         self._base_url = connection.base_url

@@ -38,7 +38,7 @@ from managed_vllm.errors import (
 )
 from managed_vllm.server import checkpoints
 from managed_vllm.server.checkpoints import Checkpoint
-from managed_vllm.server.engine import Call, Engine
+from managed_vllm.server.engine import Call, Engine, Watcher
 from managed_vllm.server.engine_routes import EngineRoutes
 from managed_vllm.server.good_weights import (
     CHECKSUM_LIMIT,
@@ -77,7 +77,7 @@ class _Transfer:
     finishing: bool = False
 
 
-class WeightTransfers:
+class WeightTransfers(Watcher):
     """Does what `llm.engine.weight_sync_client()` asks for; see the module's docstring."""
 
     def __init__(self, engine: Engine, good: GoodWeights, *, drain_s: float = DRAIN_S) -> None:

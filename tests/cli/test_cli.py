@@ -233,6 +233,11 @@ def test_a_home_whose_name_is_no_text_starts_a_server(cli: Cli) -> None:
 # -- serve -------------------------------------------------------------------------------------------------------------
 
 
+def test_up_names_the_server_that_it_has_started_also_with_a_preset(cli: Cli) -> None:
+    row = cli.up("--for-training", "--idle-sleep", "600")
+    assert [one["id"] for one in cli.status()] == [row["id"]]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_serve_shows_the_log_and_leaves_nothing_when_it_is_ended(cli: Cli, number: int, code: int) -> None:
     serving = cli.start("serve", "--model", "m", *STANDIN, "--api-key", "geheim", **standin.orders(tree=True))

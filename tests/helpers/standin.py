@@ -45,6 +45,7 @@ instead. `command()` gives the words for `ManagedVLLM(command=…)`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import mmap
@@ -301,7 +302,8 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(float(body.get("standin_sleep", 0)))
         kind = None if asked.is_probe else self.faults.claim()
         try:
-            with self.control.in_flight(self._client_is_gone):
+            used = self.control.in_use() if not asked.is_probe else contextlib.nullcontext()
+            with used, self.control.in_flight(self._client_is_gone):
                 self._generate(asked, kind, float(body.get("standin_token_s", self.token_s)))
         except EngineDead:
             self._error(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")

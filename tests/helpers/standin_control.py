@@ -57,6 +57,8 @@ class Control:
         versions: str = "change",
     ) -> None:
         self.loras: dict[str, str] = {}
+        self._used_by = self._uses = 0
+        self._counting = threading.Lock()
         self._hangs = hangs
         self._has_canary = canary
         self._without = without
@@ -92,6 +94,18 @@ class Control:
                 self._in_flight -= 1
                 self._count.notify_all()
 
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Counts a request of a user, as our guard does in a vLLM."""
+        with self._counting:
+            self._used_by += 1
+            self._uses += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._used_by -= 1
+
     def may_run(self) -> bool:
         """Whether requests are worked on; waits a little where they are not."""
         return self._runs.wait(0.05)
@@ -104,7 +118,7 @@ class Control:
         return name == model or name in self.loras
 
     def has(self, path: str) -> bool:
-        return path in ROUTES and not self._without
+        return path in (*ROUTES, "/managed_vllm/use") and not self._without
 
     def models(self, model: str) -> list[dict[str, Any]]:
         cards: list[dict[str, Any]] = [{"id": model, "object": "model", "parent": None, "root": model}]
@@ -115,6 +129,8 @@ class Control:
         parts = urlsplit(url)
         if not self.has(parts.path):
             return None
+        if parts.path == "/managed_vllm/use":
+            return 200, {"in_flight": self._used_by, "requests": self._uses}
         if parts.path == self._hangs:
             time.sleep(3600)
         query = {name: values[-1] for name, values in parse_qs(parts.query).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from scripted_server import Act, Script, hangs, says
 
 from managed_vllm.engine_state import EngineState
+from managed_vllm.instance.engine_calls import GpuMemoryChange
 from managed_vllm.masking import Secret
 from managed_vllm.server import engine
 from managed_vllm.server.engine import Engine
+from managed_vllm.server.gpu_memory import GpuMemory
 from managed_vllm.status import Cause, Connection
 
 KEY = Secret("control")
@@ -51,6 +54,26 @@ def test_a_state_that_can_not_be_read_is_no_reason_to_serve_something_else(scrip
 @pytest.mark.parametrize("record", [None, {"state": "ready"}, {"state": "failed", "engine": LOADED.to_dict()}])
 def test_what_was_said_to_have_failed_is_not_tried_for_ever(record: dict[str, Any] | None) -> None:
     assert make(record).state == EngineState()
+
+
+def test_sleep_and_wake_tell_what_the_gpus_had_in_use(script: Callable[..., Script]) -> None:
+    used = iter([{0: 70, 1: 50}, {0: 10, 1: 5}, {0: 10, 1: 5}, {0: 71, 1: 50}])
+
+    async def measured() -> GpuMemory:
+        return GpuMemory(next(used))
+
+    async def scenario() -> list[GpuMemoryChange | None]:
+        measuring = Engine(None, sleeps=True, on_change=lambda: None, on_restart=lambda: None, gpu_memory=measured)
+        await measuring.restore(connection(script(says({}), says({}))), KEY)
+        replies = [await measuring.answer("user", {"call": call, "budget_s": 30}) for call in ("sleep", "wake")]
+        return [GpuMemoryChange.of(json.loads(json.dumps(reply["result"]))) for reply in replies]
+
+    asleep, awake = asyncio.run(scenario())
+    assert asleep == GpuMemoryChange({0: 70, 1: 50}, {0: 10, 1: 5})
+    assert asleep is not None
+    assert awake is not None
+    assert (asleep.freed, awake.freed) == (105, -106)
+    assert GpuMemoryChange.of({}) is GpuMemoryChange.of({"gpu_memory": [None, None]}) is None
 
 
 REFUSES = says({"error": {"message": "Failed to resume generation"}}, 500)

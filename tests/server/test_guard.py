@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from managed_vllm.in_server import managed_vllm_guard
 from managed_vllm.in_server.managed_vllm_guard import KeyGuard
 
 applications = pytest.importorskip("starlette.applications", reason="it comes with vLLM")
@@ -33,6 +34,10 @@ def stack(*origins: str) -> Any:
 
 
 def ask(app: Any, method: str, headers: dict[str, str], path: str = "/v1/x") -> tuple[int, dict[str, str]]:
+    return answer_of(app, method, headers, path)[:2]
+
+
+def answer_of(app: Any, method: str, headers: dict[str, str], path: str) -> tuple[int, dict[str, str], bytes]:
     said: list[Any] = []
 
     async def receive() -> dict[str, Any]:
@@ -44,7 +49,8 @@ def ask(app: Any, method: str, headers: dict[str, str], path: str = "/v1/x") -> 
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "root_path": "", "query_string": b"", "headers": raw}
     asyncio.run(app({**scope, "http_version": "1.1", "scheme": "http"}, receive, send))
-    return said[0]["status"], {name.decode(): value.decode() for name, value in said[0]["headers"]}
+    found = {name.decode(): value.decode() for name, value in said[0]["headers"]}
+    return said[0]["status"], found, b"".join(one.get("body", b"") for one in said[1:])
 
 
 @pytest.fixture(autouse=True)
@@ -161,3 +167,20 @@ def test_without_a_key_of_the_supervisors_all_is_as_vllm_has_it(monkeypatch: pyt
     assert ask(app, "POST", {"Authorization": "Bearer secret"}, "/pause")[0] == 200
     for no_key in ("", "control"):
         assert ask(app, "POST", {"Authorization": f"Bearer {no_key}"}, "/pause")[0] == 401
+
+
+def test_it_tells_how_much_of_the_server_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANAGED_VLLM_CONTROL_KEY", "control")
+    key, guard = {"Authorization": "Bearer secret"}, stack()
+
+    def use(name: str) -> bytes:
+        status, _, body = answer_of(guard, "GET", {"Authorization": f"Bearer {name}"}, managed_vllm_guard.USE)
+        assert status == 200
+        return body
+
+    assert use("control") == use("secret") == b'{"in_flight": 0, "requests": 0}'
+    ask(guard, "POST", key)
+    ask(guard, "POST", {**key, "User-Agent": managed_vllm_guard.SUPERVISOR_AGENT.decode()})
+    ask(guard, "POST", {})
+    assert use("control") == b'{"in_flight": 0, "requests": 1}'
+    assert ask(guard, "GET", {}, managed_vllm_guard.USE)[0] == 401
