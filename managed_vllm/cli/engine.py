@@ -66,7 +66,8 @@ def _said(call: str, found: dict[str, Any]) -> str:
 def _lines(state: EngineState) -> list[str]:
     lines = [f"lora      {name}  {path}" for name, path in sorted(state.loras.items())]
     if state.weights is not None or state.weight_version:
-        lines.append(f"weights   {state.weight_version or '-'}  {state.weights or '-'}")
+        source = "from a trainer, in no checkpoint" if state.weights_unsaved else state.weights or "-"
+        lines.append(f"weights   {state.weight_version or '-'}  {source}")
     if state.paused is not None:
         lines.append(f"paused    {state.paused}")
     if state.sleep_level is not None:

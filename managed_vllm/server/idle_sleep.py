@@ -53,9 +53,8 @@ class IdleSleep(Watcher):
         watching, self._watching = self._watching, None
         if watching is not None:
             watching.cancel()
-        if self._sleeps:
-            self._sleeps = False
-            self._engine.user_gone(self)
+        self._sleeps = False
+        self._engine.user_gone(self)
 
     async def before(self, call: Call) -> None:
         """Wakes it for a call of a user's."""
@@ -93,7 +92,7 @@ class IdleSleep(Watcher):
 
     async def _wake(self) -> None:
         async with self._turning:
-            if self._sleeps and await self._ask("wake"):
+            if self._sleeps and (await self._ask("wake") or self._engine.state.sleep_level is None):
                 self._sleeps = False
 
     async def _ask(self, call: str, **arguments: object) -> bool:
