@@ -28,7 +28,9 @@ def generates(llm: ManagedVLLM) -> bool:
     return bool(llm.generate("Hi", max_tokens=2)[0].outputs[0].token_ids)
 
 
-def falls_asleep(llm: ManagedVLLM) -> None:
+def falls_asleep(llm: ManagedVLLM, times: int = 1) -> None:
+    """Waits until it has: `times` says how often, in one life of the server."""
+    eventually(lambda: llm.logs(500).count("CONTROL /sleep?level=1&mode=keep") >= times, "it was put to sleep")
     eventually(lambda: llm.status().engine == EngineState(sleep_level=1), "asleep")
 
 
@@ -36,10 +38,9 @@ def test_it_falls_asleep_and_the_next_request_wakes_it(home: Path) -> None:
     with server() as llm:
         falls_asleep(llm)
         assert generates(llm)
-        falls_asleep(llm)
+        falls_asleep(llm, times=2)
         assert generates(llm)
         assert llm.status().epoch == 1
-        assert llm.logs(500).count("CONTROL /sleep?level=1&mode=keep") >= 2
 
 
 def test_a_call_of_the_engine_wakes_it_and_a_question_does_not(home: Path) -> None:
