@@ -26,6 +26,15 @@ def asked(call: str, **arguments: Any) -> dict[str, Any]:
     return {"call": call, "arguments": arguments, "budget_s": 60}
 
 
+async def with_transfers(server: Script, on_restart: Callable[[], None]) -> Engine:
+    engine = Engine(None, sleeps=False, on_change=lambda: None, on_restart=on_restart)
+    spec = ServerSpec.of("stand-in", engine_args={}, env=None, python=None, command=["x", "{port}"])
+    order = SupervisorOrder.first(spec, Address(), SupervisionPolicy())
+    WeightTransfers(engine, GoodWeights(engine, order), drain_s=0.1)
+    await engine.restore(Connection(f"{server.url}/v1", Secret("the-key"), "m"), Secret("control"))
+    return engine
+
+
 @pytest.mark.parametrize("waits_in", ["init_weight_transfer_engine", "receive_weights"])
 def test_workers_that_wait_for_a_trainer_that_is_gone_are_started_again(
     script: Callable[..., Script], waits_in: str
@@ -34,11 +43,7 @@ def test_workers_that_wait_for_a_trainer_that_is_gone_are_started_again(
 
     async def scenario() -> None:
         started_again = asyncio.Event()
-        engine = Engine(None, sleeps=False, on_change=lambda: None, on_restart=started_again.set)
-        spec = ServerSpec.of("stand-in", engine_args={}, env=None, python=None, command=["x", "{port}"])
-        order = SupervisorOrder.first(spec, Address(), SupervisionPolicy())
-        WeightTransfers(engine, GoodWeights(engine, order), drain_s=0.1)
-        await engine.restore(Connection(f"{server.url}/v1", Secret("the-key"), "m"), Secret("control"))
+        engine = await with_transfers(server, started_again.set)
         if waits_in == "receive_weights":
             assert (await engine.answer("trainer", asked("start_weight_update")))["ok"]
         waiting = asyncio.create_task(engine.answer("trainer", asked(waits_in, init_info={}, update_info={})))
@@ -48,6 +53,18 @@ def test_workers_that_wait_for_a_trainer_that_is_gone_are_started_again(
         await asyncio.wait_for(started_again.wait(), 60)
         waiting.cancel()
         assert engine.state == EngineState()
+
+    asyncio.run(scenario())
+
+
+def test_an_update_that_takes_longer_than_it_may_is_taken_back(script: Callable[..., Script]) -> None:
+    server = script(CANARY, says({}), says({}))
+
+    async def scenario() -> None:
+        started_again = asyncio.Event()
+        engine = await with_transfers(server, started_again.set)
+        assert (await engine.answer("trainer", asked("start_weight_update", limit_s=0.1)))["ok"]
+        await asyncio.wait_for(started_again.wait(), 60)  # its model is no folder that could be loaded again
 
     asyncio.run(scenario())
 
