@@ -186,6 +186,11 @@ class SupervisionPolicy:
         seconds("wait_for_devices_s", self.wait_for_devices_s, endless=True)
         for name in ("stop_grace_s", "gpu_release_timeout_s"):  # finite: the end of a server must not take for ever
             seconds(name, getattr(self, name))
+        if self.shares and self.idle_sleep_s != math.inf:
+            raise ConfigError(
+                "share='sleep' and idle_sleep= exclude each other: an engine that sleeps has its devices still",
+                field="idle_sleep",
+            )
         if self.warm not in (True, False, "auto"):
             raise ConfigError(f'warm must be "auto", True or False, not {self.warm!r}', field="warm")
 

@@ -75,6 +75,7 @@ def test_what_sleeps_nowhere_is_refused_before_anything_is_started(home: Path, m
         {"enable_sleep_mode": False},
         {"api_server_count": 2},
         {"idle_sleep": 0},
+        {"devices": "auto", "share": "sleep"},
         {"idle_sleep": -1},
     )
     for wrong in wrongs:
