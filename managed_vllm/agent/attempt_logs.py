@@ -140,7 +140,8 @@ class AttemptLogs:
 
     def index(self, entries: list[AttemptEntry], *, closing: bool = False) -> None:
         """Writes the index of the log that is written here, if enough is new. `entries`: of all logs, none damaged."""
-        if self._own is not None and self._written >= (1 if closing else FEWEST):
+        # Each time a tenth more: all of them together are no more than a few times the last one.
+        if self._own is not None and self._written >= (1 if closing else max(FEWEST, len(entries) // 10)):
             self._written = 0
             mine = [entry for entry in entries if entry.writer == self._own]
             if len(mine) >= FEWEST:

@@ -9,6 +9,7 @@ writer.lock    held by the one process that writes, or shared by those that writ
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -31,6 +32,8 @@ FORMAT = "managed-vllm run"
 VERSION = 1
 
 RUN, LINES, ARRAYS, IMAGES = "run.json", "trajectories.jsonl", "arrays.bin", "images"
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
+"""A file system without locks: writers that have joined agree without them."""
 _LOCK, _WRITER, _MADE_OF = "writer.lock", "writer.json", "made_of.json"
 
 
@@ -219,7 +222,11 @@ def take_lock(folder: Path, *, shared: bool = False) -> io.FileIO:
     with translated_errors(folder):
         lock = io.FileIO(folder / _LOCK, "a+")
         try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except OSError as error:
+                if not shared or error.errno not in _NO_LOCKS:
+                    raise
             if not shared and living_writers(folder, folder / _LOCK):
                 raise BlockingIOError
         except BaseException as error:

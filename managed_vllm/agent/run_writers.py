@@ -42,7 +42,7 @@ LEASE_S = 60.0
 """After which a writer on another host, of which nothing was heard, is taken for dead."""
 _RENEWALS = 6
 """Within a lease."""
-_MOST_LINKS = 30_000
+MOST_LINKS = 30_000
 """Of a token: ext4 allows 65,000."""
 
 
@@ -126,7 +126,7 @@ class RunWriter:
     def link(self, path: Path) -> bool:
         """Makes `path` a claim of ours; False: there is one already. Raises `RunStoreError`."""
         with self._mutex:
-            if self._links >= _MOST_LINKS:
+            if self._links >= MOST_LINKS:
                 self._add_token()
             for folder in ((), (path.parent,)):
                 try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import functools
 import json
 import os
@@ -25,7 +27,7 @@ from counting_world import CountingWorld, Worlds, hang, right, tasks
 from processes import HANG_S, eventually
 
 from managed_vllm import VLLMClient
-from managed_vllm.agent import RetryRollouts, RunStore, StreamingTaskScheduler, Trajectory, ui_tars
+from managed_vllm.agent import RetryRollouts, RunStore, StreamingTaskScheduler, Trajectory, run_writers, ui_tars
 from managed_vllm.agent.claims import Claim
 from managed_vllm.agent.export import export
 from managed_vllm.errors import ConfigError, RunStoreError
@@ -123,6 +125,42 @@ def test_a_task_may_have_any_id(path: Path) -> None:
         assert store.claim(odd, 0)[0] is Claim.OURS
         assert other.claim(odd, 0)[0] is Claim.HELD
         assert other.claim(odd, 10)[0] is Claim.OURS
+
+
+def test_a_writer_of_more_claims_than_a_file_may_have_links_renews_and_frees_all_of_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_writers, "MOST_LINKS", 4)
+    keys = [("t-1", rollout) for rollout in range(10)]
+    with RunStore.join(path) as other:
+        with RunStore.join(path) as one:
+            assert [one.claim(*key)[0] for key in keys] == [Claim.OURS] * 10
+            assert len(list(path.glob("writers/*/token-*"))) == 4
+            assert [other.claim(*key)[0] for key in keys] == [Claim.HELD] * 10
+        assert [other.claim(*key)[0] for key in keys] == [Claim.INHERITED] * 10
+
+
+def test_a_file_system_without_locks_is_good_enough(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with RunStore.join(path) as one, RunStore.join(path) as other:
+        assert one.claim(*KEY)[0] is Claim.OURS
+        assert other.claim(*KEY)[0] is Claim.HELD
+    with pytest.raises(RunStoreError, match="No locks"):
+        RunStore.create(path)
+
+
+def test_a_file_system_without_hard_links_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunStore.join(path) as store:
+
+        def refuse(*_: Any) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+        with pytest.raises(RunStoreError, match="has no hard links"):
+            store.claim(*KEY)
 
 
 # -- writers that die --------------------------------------------------------------------------------------------------
@@ -435,3 +473,27 @@ def test_three_writers_killed_20_times_have_every_rollout_exactly_once(path: Pat
 @pytest.mark.soak
 def test_three_writers_killed_very_often_have_every_rollout_exactly_once(path: Path, server: ActingServer) -> None:
     killed_at_random_moments(path, path.with_name("resets"), server, 150, seed=int(time.time()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_two_commands_share_a_run(path: Path) -> None:
+    words = [sys.executable, "-m", "managed_vllm.cli", "rollout", "--env", "desktop", "--tasks", "12", "--n", "2"]
+    words += ["--out", str(path), "--join", "--json", "--max-steps", "2", "--format", "ui-tars"]
+    with acting(lambda messages: "Thought: None of my business.\nAction: finished(content='')") as server:
+        environment = {**os.environ, "VLLM_SERVER_URL": server.url, "VLLM_MODEL_NAME": "acting"}
+        start = functools.partial(
+            subprocess.Popen, words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        both = [start() for _ in range(2)]
+        try:
+            said = [process.communicate(timeout=HANG_S) for process in both]
+        finally:
+            for process in both:
+                process.kill()
+                process.wait()
+    for process, (out, errors) in zip(both, said, strict=True):
+        assert process.returncode == 0, errors
+        assert (json.loads(out)["done"], json.loads(out)["rollouts"]) == (24, 24)
+    with RunStore.open(path) as store:
+        assert len(store) == len(store.finished()) == 24
