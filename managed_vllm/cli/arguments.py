@@ -307,9 +307,9 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     update.add_argument("--expect", dest="checksum", metavar="CHECKSUM", help="what they must have")
     update.add_argument(
         "--on-update",
-        choices=("finish", "continue"),
+        choices=("finish", "restart", "continue"),
         default="finish",
-        help="requests in flight are finished first, or go on with the new weights (finish)",
+        help="requests in flight are finished first, begin anew, or go on with the new weights (finish)",
     )
 
 

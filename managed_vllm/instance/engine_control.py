@@ -28,7 +28,7 @@ from managed_vllm.instance.weight_sync import AsyncWeightSyncClient, WeightSyncC
 from managed_vllm.policies import seconds
 
 T = TypeVar("T")
-OnUpdate = Literal["finish", "continue"]
+OnUpdate = Literal["finish", "restart", "continue"]
 
 
 class EngineControl:
@@ -178,7 +178,9 @@ class EngineControl:
             version: what the weights are called from then on; None: the folder's name.
             expect: the checksum that they must have, as `weights()` gave it for this checkpoint at another time.
             on_update: what becomes of requests in flight. "finish": they are finished first, while new ones wait.
-                "continue": they go on with the new weights where they are, and their prompts are computed anew.
+                "restart": those of our clients begin anew with the new weights; streams that have given tokens to their
+                callers go on instead; other clients are told the finish_reason "abort". "continue": all go on with the
+                new weights where they are. What goes on is computed anew from its tokens, and its answer says so.
             timeout: seconds; what has begun is taken back then.
 
         Raises `CheckpointError` with all that speaks against the checkpoint, and what else calls raise.
@@ -272,7 +274,7 @@ def _checked_mode(mode: object) -> PauseMode:
 
 def _check_on_update(on_update: object) -> None:
     if on_update not in get_args(OnUpdate):
-        raise ConfigError(f"on_update is 'finish' or 'continue', not {on_update!r}", field="on_update")
+        raise ConfigError(f"on_update is 'finish', 'restart' or 'continue', not {on_update!r}", field="on_update")
 
 
 def _check_texts(**texts: object) -> None:

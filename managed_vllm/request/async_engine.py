@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from managed_vllm.errors import BadRequestError, UnsupportedMethodError, UnsupportedParameterError
 from managed_vllm.request.arguments import BeamParams, Prompt
-from managed_vllm.request.async_requests import AsyncRequests, deadline_of
+from managed_vllm.request.async_requests import AsyncRequests, deadline_of, raise_if_missing
 from managed_vllm.request.batches import named
 from managed_vllm.request.beam_search import BeamSearchOutput, BeamSearchParams
 from managed_vllm.request.calls import checked_shape
@@ -104,6 +104,15 @@ class AsyncEngineMethods(AsyncRequests):
         left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
         return dataclasses.replace(found, supervisor=await self._ask_supervisor(left_s))
 
+    async def get_weight_version(self, /) -> str:
+        """What the weights are called. See `EngineMethods.get_weight_version`."""
+        return str(await self._look("get_weight_version", "/weight_info", "weight_version"))
+
+    async def get_world_size(self, /, include_dp: bool = True) -> int:
+        """How many processes compute. See `EngineMethods.get_world_size`."""
+        path = f"/get_world_size?include_dp={str(bool(include_dp)).lower()}"
+        return int(await self._look("get_world_size", path, "world_size"))
+
     async def start_profile(
         self,
         /,
@@ -124,6 +133,16 @@ class AsyncEngineMethods(AsyncRequests):
     async def stop_profile(self, /) -> None:
         """Stops the profiler. See `EngineMethods.stop_profile`."""
         await self._command("stop_profile", "/stop_profile", _PROFILER)
+
+    async def _look(self, method: str, path: str, key: str) -> Any:
+        """What a route of the development mode says. Raises `UnsupportedMethodError` where it is missing."""
+        try:
+            with named(None, self._instance):
+                answer, _ = await self._request(path, None, key, None)
+            return answer[key]
+        except BadRequestError as error:
+            raise_if_missing(method, path, _DEV_MODE, error)
+            raise
 
     async def _model_root(self) -> str:
         """The folder or Hugging Face id from which the server has its model."""

@@ -70,10 +70,8 @@ class AsyncRequests(WithoutTheRest):
                     request = CommandRequest(path, body or {})
                     await self.sender.send(request, None, only=server)
         except BadRequestError as error:
-            if error.status != 404 or isinstance(error, ModelNotFoundError):
-                raise
-            message = f"{method}() needs a server that has the route {path.partition('?')[0]}: {needs}"
-            raise UnsupportedMethodError(message, method=method) from error
+            raise_if_missing(method, path, needs, error)
+            raise
         return request.answer()
 
     async def _batch(
@@ -96,6 +94,13 @@ class AsyncRequests(WithoutTheRest):
             instance=self._instance,
             deadline=deadline,
         )
+
+
+def raise_if_missing(method: str, path: str, needs: str, error: BadRequestError) -> None:
+    """Raises `UnsupportedMethodError` where the error is that the server lacks the route."""
+    if error.status == 404 and not isinstance(error, ModelNotFoundError):
+        message = f"{method}() needs a server that has the route {path.partition('?')[0]}: {needs}"
+        raise UnsupportedMethodError(message, method=method) from error
 
 
 def deadline_of(timeout_s: float | None) -> float | None:

@@ -98,6 +98,20 @@ class EngineMethods(WithoutTheRest):
         """
         return portal.run(lambda: self.async_client.metrics(timeout=timeout))
 
+    def get_weight_version(self, /) -> str:
+        """What the weights that are served are called; "default" where nobody has named them.
+
+        Raises `UnsupportedMethodError` for a server without `VLLM_SERVER_DEV_MODE=1`, which those that we start have.
+        """
+        return portal.run(lambda: self.async_client.get_weight_version())
+
+    def get_world_size(self, /, include_dp: bool = True) -> int:
+        """How many processes compute: tensor times pipeline times data parallel, the last only with `include_dp`.
+
+        Raises as `get_weight_version`.
+        """
+        return portal.run(lambda: self.async_client.get_world_size(include_dp))
+
     def start_profile(
         self,
         /,

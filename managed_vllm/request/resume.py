@@ -27,7 +27,7 @@ import msgspec
 from managed_vllm.request.deaths import content_of
 from managed_vllm.request.pending import HTTPRequest
 from managed_vllm.request.responses import MALFORMED, ParsedResponse, is_cut, parse, parse_dict
-from managed_vllm.request.retry import ResponseLostError, ServerFaultError
+from managed_vllm.request.retry import AbortedError, ServerFaultError
 from managed_vllm.request.streamed import Extent, StreamedAnswer
 
 STREAM_INTERVAL = 8
@@ -166,6 +166,7 @@ class Generation:
         self._streamed: StreamedAnswer | None = None
         self._doubtful = 0  # n: the text of the last tokens is due for the n-th time; 0: all kept tokens are certain
         self._whole: ParsedResponse | None = None
+        self._aborted = False
         self.kept = 0
 
     @property
@@ -256,12 +257,25 @@ class Generation:
             choices = chunk.get("choices")
             if choices:
                 self._received.add(chunk, choices[0], continued=self._asked_for == "rest")
+                self._begin_anew_after_update()
                 self.complete = self._received.finish is not None
                 self._tell_if_cut()
             elif choices is None:
                 raise _error_in_stream(chunk, event)
         except MALFORMED as error:
             raise ServerFaultError(f"no part of an answer: {event[:200]!r}") from error
+        except AbortedError:
+            self._aborted = True
+            raise
+
+    def _begin_anew_after_update(self) -> None:
+        """An answer that was aborted goes on with the same weights only; where tokens were given out, with any.
+
+        So requests that an update has aborted (`on_update="restart"`) are answered by the new weights alone.
+        """
+        if self._aborted and self._given_out is _NOTHING and self._received.versions.goes_on_otherwise:
+            self._start_over()
+            raise AbortedError("the weights were replaced: the answer begins anew")
 
     def _tell_if_cut(self) -> None:
         received = self._received
@@ -438,7 +452,7 @@ def _check_whole(parsed: ParsedResponse, *, chat: bool) -> None:
         raise ServerFaultError(f"the answer has no choices: {str(parsed.raw)[:500]}")
     for choice in choices:
         if choice.finish_reason == "abort":
-            raise ResponseLostError("the server aborted the request")
+            raise AbortedError("the server aborted the request")
         if chat:
             message = choice.message
             if message is None:

@@ -10,6 +10,8 @@ from managed_vllm.policies import RetryPolicy
 
 _MAX_RETRY_AFTER_S = 60.0
 """The longest wait that a server may ask for. Beyond it the header rather says "not today"; we ask again."""
+MOST_ABORTS = 1000
+"""Aborts in a row. They are no failures: each update of the weights may abort what is in flight, again and again."""
 _VARYING = re.compile(r"0x[0-9a-fA-F]+|[0-9a-fA-F]{8,}|\d+")
 """What differs between two tellings of the same error: addresses of objects, ids of requests, numbers."""
 
@@ -42,11 +44,16 @@ class ServerFaultError(ResponseLostError):
         return _VARYING.sub("#", str(self))
 
 
+class AbortedError(ResponseLostError):
+    """The server has aborted the answer: it goes down, or its weights are being replaced (`on_update="restart"`)."""
+
+
 class Retries:
     """Counts the losses of one request.
 
     Attributes:
         ever_lost: whether any response was lost.
+        aborted: responses that were aborted, in a row.
         lost: responses lost in a row, without progress, since the last epoch began.
         deaths: the epochs that died under the request without progress.
         sent: whether it may have reached the server in this epoch.
@@ -56,6 +63,7 @@ class Retries:
     def __init__(self, policy: RetryPolicy) -> None:
         self._policy = policy
         self.ever_lost = False
+        self.aborted = 0
         self.lost = 0
         self.deaths: tuple[int, ...] = ()
         self.repeated = False
@@ -75,11 +83,15 @@ class Retries:
         words = loss.words if isinstance(loss, ServerFaultError) else None
         self.repeated, self._words = words is not None and words == self._words, words
         self.ever_lost = True
-        self.lost += 1
+        if isinstance(loss, AbortedError):
+            self.aborted += 1
+        else:
+            self.lost, self.aborted = self.lost + 1, 0
         self.sent = self.sent or loss.sent
         self._status = loss.status
         self._reason = str(loss)
-        longest = min(self._policy.backoff_max_s, self._policy.backoff_initial_s * 2.0 ** min(self.lost - 1, 60))
+        doublings = min(max(self.lost - 1, 0), 60)
+        longest = min(self._policy.backoff_max_s, self._policy.backoff_initial_s * 2.0**doublings)
         asked_s = min(loss.retry_after_s or 0.0, _MAX_RETRY_AFTER_S)
         return asked_s + random.uniform(0, longest)
 
@@ -92,13 +104,15 @@ class Retries:
     @property
     def exhausted(self) -> bool:
         """Whether the policy allows no further attempt."""
-        return len(self.deaths) >= self._policy.max_deaths or self.lost >= self._policy.max_lost
+        lost = self.lost >= self._policy.max_lost or self.aborted >= MOST_ABORTS
+        return lost or len(self.deaths) >= self._policy.max_deaths
 
     def error(self, cause: ResponseLostError | None = None) -> RequestError:
         """What to tell the caller once there is no further attempt."""
         if len(self.deaths) >= self._policy.max_deaths:
             return self._deadly(cause)
-        times = "once" if self.lost == 1 else f"{self.lost} times in a row"
+        count = max(self.lost, self.aborted)
+        times = "once" if count == 1 else f"{count} times in a row"
         why = f"the answer was lost {times}, without a new epoch of the server. At last: {self._reason}"
         busy = self._status == 429
         error: RequestError = ServerBusyError(f"the server is busy: {why}") if busy else ServerDiedError(why)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from managed_vllm.request.retry import ResponseLostError
+from managed_vllm.request.retry import AbortedError, ResponseLostError
 from managed_vllm.request.weight_versions import VersionedParts
 
 
@@ -139,7 +139,7 @@ class StreamedAnswer:
 
     def _end(self, finish_reason: Any, stop_reason: Any) -> None:
         if finish_reason == "abort":  # vLLM 0.32 sends that, with HTTP 200, while it goes down
-            raise ResponseLostError("the server aborted the request")
+            raise AbortedError("the server aborted the request")
         if type(finish_reason) is not str or type(stop_reason) not in (int, str, type(None)):
             raise TypeError
         if not (self._started or self.ids or self.reasoning or self.tool_calls):

@@ -13,7 +13,7 @@ from managed_vllm.errors import UnsupportedMethodError
 _ENGINE = "the engine is in the server's process"
 _WEIGHTS = (
     "the weights are the server's, and shared by all its users: llm.engine.update_weights() takes those of another "
-    "checkpoint, llm.engine.weights() tells their version; a trainer sends its own with "
+    "checkpoint, llm.engine.weights() tells which they are; a trainer sends its own with "
     "llm.engine.weight_sync_client() (for_training=True)"
 )
 _QUEUE = "requests are on their way at once: generate() or chat() with all of them, or tasks with async_client"
@@ -27,11 +27,8 @@ NOT_HERE: Mapping[str, str] = {
     "wait_for_completion": _QUEUE,
     "get_metrics": "metrics() has them as one typed snapshot, of all users; GET /metrics of the server, with its key, "
     "has the text for Prometheus",
-    "get_world_size": "it is tensor_parallel_size × pipeline_parallel_size × data_parallel_size, as the server was "
-    "asked for; status() has its processes",
     "release_kv_cache_memory": "sleep() gives the memory of the weights back as well, and keeps what is in flight",
     "finish_weight_update": _WEIGHTS,
-    "get_weight_version": _WEIGHTS,
     "init_weight_transfer_engine": _WEIGHTS,
     "shutdown_weight_transfer_engine": _WEIGHTS,
     "start_draft_weight_update": _WEIGHTS,

@@ -37,6 +37,13 @@ class VersionedParts:
             self._starts = self._joined(count)
         self._begin, self._told = count, None
 
+    @property
+    def goes_on_otherwise(self) -> bool:
+        """Whether the newest part began with other weights than those of the last token before it."""
+        if not self._starts or not self._told:
+            return False
+        return self._starts[-1][0] != self._told[0][0]
+
     def spans(self, count: int) -> list[dict[str, Any]] | None:
         """The spans of the first `count` tokens, in vLLM's shape; None: not of each is known whose it is."""
         if not self._is_known or (self._told is None and (count > self._begin or not self._starts)):

@@ -27,8 +27,8 @@ from managed_vllm.server.weight_checks import checksum_by, faults_of
 
 log = logging.getLogger("managed_vllm.supervisor")
 
-OnUpdate = Literal["finish", "continue"]
-PAUSES: Mapping[str, PauseMode] = {"finish": "wait", "continue": "keep"}
+OnUpdate = Literal["finish", "restart", "continue"]
+PAUSES: Mapping[str, PauseMode] = {"finish": "wait", "restart": "abort", "continue": "keep"}
 
 CHECKSUM_LIMIT = 4 << 30
 """Bytes of weights above which no checksum is made unless one is expected: vLLM makes it on a CPU, at 1-2 GB/s."""
@@ -98,8 +98,10 @@ class GoodWeights:
 
     async def pause(self, routes: EngineRoutes, mode: PauseMode, timeout_s: float) -> None:
         """Pauses, unless a user has it paused already. All users see it: the clocks of rollouts stand still."""
-        if self._engine.state.paused is None:
+        is_paused = self._engine.state.paused is not None
+        if not is_paused:
             self._engine.become(replace(self._engine.state, updating=mode))
+        if not is_paused or mode == "abort":
             await routes.pause(mode, timeout_s=timeout_s)
 
     async def go_on(self, routes: EngineRoutes) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 from demo_checkpoints import copy_of_demo, edit_json, rewritten, with_rows_swapped
@@ -36,7 +36,8 @@ FIRST, UNUSED = 299, 700
 UPDATES = 20
 
 Answers = list[tuple[int, ...]]
-OnUpdate = Literal["finish", "continue"]
+OnUpdate = Literal["finish", "restart", "continue"]
+HOW: tuple[OnUpdate, ...] = get_args(OnUpdate)
 
 
 @dataclass
@@ -144,7 +145,7 @@ def test_twenty_updates_under_load_of_which_one_in_five_is_bad(trainer: Trainer)
         else:
             served = trainer.versions[f"v{number}"] = "ab"[number % 2]
             began = time.monotonic()
-            how: OnUpdate = "finish" if number % 3 else "continue"
+            how: OnUpdate = HOW[number % 3]
             llm.engine.update_weights(trainer.good[served], version=f"v{number}", on_update=how)
             seconds.append(time.monotonic() - began)
         assert trainer.ask() == trainer.answers[served]

@@ -68,6 +68,16 @@ def test_the_attribute_error_of_a_property_is_shown_as_it_is() -> None:
         Broken(URL, None, "m").half  # noqa: B018
 
 
+def test_what_the_engine_says_of_its_weights_and_its_size(script: Callable[..., Script]) -> None:
+    server = script(says({"weight_version": "v7"}), says({"world_size": 4}), says({"detail": "Not Found"}, 404))
+    with client_of(server) as client:
+        assert client.get_weight_version() == "v7"
+        assert client.get_world_size(include_dp=False) == 4
+        with pytest.raises(UnsupportedMethodError, match="/weight_info"):
+            client.get_weight_version()
+    assert [path for path, _ in server.requests[:2]] == ["/weight_info", "/get_world_size?include_dp=false"]
+
+
 # -- pooling -----------------------------------------------------------------------------------------------------------
 
 POOLED = {"data": [{"data": [[0.5], [1.0]]}]}

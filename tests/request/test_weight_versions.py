@@ -6,13 +6,14 @@ import asyncio
 import json
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import standin
 from demo_checkpoints import copy_of_demo
-from processes import INSTANT
+from processes import HANG_S, INSTANT, eventually
 from scripted_server import ANSWER, Script, client_of, says
 
 from managed_vllm import ManagedVLLM, RestartPolicy
@@ -78,6 +79,35 @@ def test_what_is_resumed_after_a_crash_joins_its_parts(home: Path, tmp_path: Pat
         output = llm.generate("Hi", {"temperature": 0, "max_tokens": 200}, resume=True)[0]
     assert output.resumed_tokens > 0
     assert spans(output) == ([("v2", 0, 200)] if known else None)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_an_update_restarts_is_answered_by_the_new_weights_alone(home: Path, tmp_path: Path, resume: bool) -> None:
+    with server(token_s=0.005) as llm:
+        first = copy_of_demo(tmp_path / "v1"), copy_of_demo(tmp_path / "v2")
+        asking = ThreadPoolExecutor(1).submit(llm.generate, "Hi", {"temperature": 0, "max_tokens": 200}, resume=resume)
+        for path in first:
+            eventually(lambda: (llm.metrics().running or 0) > 0, "it is generated")
+            llm.engine.update_weights(path, on_update="restart")
+        output = asking.result(HANG_S)[0]
+    assert list(output.outputs[0].token_ids) == standin.continuation(standin.prompt_ids("Hi"), 200)
+    assert spans(output) == [("v2", 0, 200)]
+    assert output.attempts > 2
+    assert output.epoch == 1
+
+
+def test_a_stream_that_has_given_tokens_goes_on_after_a_restart(home: Path, tmp_path: Path) -> None:
+    with server(token_s=0.005) as llm:
+        ids: list[int] = []
+        for part in llm.stream("Hi", {"temperature": 0, "max_tokens": 200}):
+            if not ids:
+                llm.engine.update_weights(copy_of_demo(tmp_path / "v2"), on_update="restart")
+            ids += part.outputs[0].token_ids
+    assert ids == standin.continuation(standin.prompt_ids("Hi"), 200)
+    found = spans(part)
+    assert found is not None
+    assert [version for version, _, _ in found] == ["default", "v2"]
+    assert found[-1][2] == 200
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
