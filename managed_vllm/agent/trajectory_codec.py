@@ -59,6 +59,8 @@ def encode(trajectory: Trajectory) -> Record:
     for step in trajectory.steps:
         where = f"steps[{step.index}]"
         values = packer.fields(step, where, except_for=_APART)
+        if step.weight_versions == ():  # nearly always
+            del values["weight_versions"]
         values["messages"] = messages.of_step(step.messages, f"{where}.messages")
         values["numbers"] = numbers.of_step(step, where)
         values["actions"] = [

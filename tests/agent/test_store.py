@@ -141,6 +141,7 @@ steps = some.builds(
     info=mappings,
     timings=some.builds(StepTimings, floats, floats),
     weight_version=some.none() | texts,
+    weight_versions=sequences(some.tuples(texts, some.integers(0, 9), some.integers(0, 9))),
 )
 failures = some.builds(Failure, some.sampled_from(FailureClass), texts, texts, texts, some.none() | some.integers())
 trajectories = some.builds(
