@@ -14,12 +14,15 @@ from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.viewer import RunServer, write_html
 from managed_vllm.cli.running import console
 from managed_vllm.cli.serve import terminable
+from managed_vllm.errors import ConfigError
 
 
 def view(given: argparse.Namespace) -> int:
     """`managed-vllm view`."""
     if given.serve:
         return _serve(given)
+    if given.against is not None:
+        raise ConfigError("--against compares runs in the browser: give --serve, too", field="against")
     folder = Path(given.folder)
     with RunStore.open(folder) as store:
         out = folder / "view.html" if given.out is None else Path(given.out)
@@ -36,7 +39,10 @@ def view(given: argparse.Namespace) -> int:
 def _serve(given: argparse.Namespace) -> int:
     with (
         RunStore.open(given.folder) as store,
-        contextlib.closing(RunServer(store, port=given.port, title=given.title, success_at=given.success_at)) as server,
+        contextlib.nullcontext() if given.against is None else RunStore.open(given.against) as against,
+        contextlib.closing(
+            RunServer(store, port=given.port, title=given.title, success_at=given.success_at, against=against)
+        ) as server,
         terminable(),
     ):
         print(f"serving {len(store)} attempts at {server.url}", flush=True)

@@ -228,6 +228,20 @@ def test_a_run_that_grows_is_seen_and_one_that_does_not_costs_nothing(server: Ru
     assert api(server, "row", of="task-10", rollout=0, round=0, attempt=0) == {"row": None}
 
 
+def test_two_runs_are_compared_task_by_task(run: RunStore, tmp_path: Path) -> None:
+    with RunStore.create(tmp_path / "earlier") as earlier:
+        for rollout in range(2):
+            earlier.append(sample_trajectory(earlier.images, task_id="task-3", rollout=rollout, steps=1, reward=0.0))
+            earlier.append(sample_trajectory(earlier.images, task_id="gone", rollout=rollout, steps=1))
+        with RunStore.open(run.path) as store, RunServer(store, against=earlier) as server:
+            found = api(server, "tasks", sort="change", down="true")
+    first = found["rows"][0]
+    assert (first["task"], first["change"], first["other"]["rewarded"]) == ("task-3", 0.75, 2)
+    assert [row["other"] for row in found["rows"][1:]] == [None] * 5
+    assert (found["length"], found["common"]) == (6, 1)
+    assert (found["passes"][0], found["others"][0]) == ([1, 0.75], [1, 0.0])
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 

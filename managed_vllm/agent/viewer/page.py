@@ -153,12 +153,19 @@ def write_html(
     return WrittenPage(out, beside if stored.beside else None, tuple(made), count, stored.size, stored.missing, damaged)
 
 
-def served_page(title: str, success_at: float) -> tuple[bytes, str]:
+def served_page(title: str, success_at: float, *, against: str | None = None) -> tuple[bytes, str]:
     """The page without a run, which asks its server for it; and its content security policy. Raises `ConfigError`."""
     template, script, style = _template()
     script = files("managed_vllm.agent.viewer").joinpath("served.js").read_text(encoding="utf-8") + script
     policy = _policy(script, style, "connect-src 'self'; img-src 'self' data:")
-    run = {"title": title, "successAt": success_at, "served": True, "folder": "image", "suffixes": _SUFFIXES}
+    run = {
+        "title": title,
+        "successAt": success_at,
+        "served": True,
+        "folder": "image",
+        "suffixes": _SUFFIXES,
+        "against": against,
+    }
     text = template.render(
         title=title,
         served=True,

@@ -81,8 +81,9 @@ globalThis.servedRun = (run, changed) => {
   let tallied = -1;
 
   async function tally() {
-    if (tallied === attempts.version) return;
-    tallied = attempts.version;
+    const version = Math.max(attempts.version, tasks.version);
+    if (tallied === version) return;
+    tallied = version;
     Object.assign(run, await ask("api/run"));
     changed("tally");
   }

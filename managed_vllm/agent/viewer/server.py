@@ -58,6 +58,7 @@ class RunServer:
         title: of the page; None: the folder's name.
         success_at: the reward from which on a rollout is a success.
         token: what must be known to look; None: a random one.
+        against: another run, opened for reading, with which the tasks of this one are compared.
 
     Raises `ConfigError`: the port is taken, or jinja2 is missing.
 
@@ -73,11 +74,13 @@ class RunServer:
         title: str | None = None,
         success_at: float = SUCCESS_AT,
         token: str | None = None,
+        against: RunStore | None = None,
     ) -> None:
         self.token = token or secrets.token_urlsafe(24)
-        self._table = RunTable(store, success_at)
+        other = None if against is None else RunTable(against, success_at)
+        self._table = RunTable(store, success_at, other)
         title = store.path.name if title is None else title
-        page, policy = served_page(title, success_at)
+        page, policy = served_page(title, success_at, against=None if against is None else against.path.name)
         try:
             self._server = _Server(("127.0.0.1", port), _Handler)
         except OSError as error:
@@ -104,7 +107,9 @@ class RunServer:
             self._thread.join()
             self._thread = None
         self._server.server_close()
-        self._table.close()
+        for table in (self._table, self._table.against):
+            if table is not None:
+                table.close()
 
     def __enter__(self) -> RunServer:
         self._thread = threading.Thread(target=self.serve_forever, name="managed-vllm-view", daemon=True)

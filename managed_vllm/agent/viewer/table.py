@@ -68,7 +68,7 @@ COLUMNS: dict[str, Callable[[AttemptEntry], Any]] = {
     "seconds": lambda one: one.duration_s,
     "started": lambda one: one.started_at,
 }
-TASK_COLUMNS = ("task", "rollouts", "success", "pass1", "passn", "reward", "spread", "steps", "tokens", "failures")
+TASK_COLUMNS = ("task", "rollouts", "success", "passn", "reward", "spread", "steps", "tokens", "failures", "change")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +86,12 @@ class RunTable:
     Args:
         store: the run, opened for reading.
         success_at: the reward from which on a rollout is a success.
+        against: another run, with which the tasks of this one are compared; None: with none.
     """
 
-    def __init__(self, store: RunStore, success_at: float) -> None:
+    def __init__(self, store: RunStore, success_at: float, against: RunTable | None = None) -> None:
         self.store = store
+        self.against = against
         self.success_at = success_at
         self._mutex = threading.RLock()
         self._lines = AttemptLogs(store.path)
@@ -97,7 +99,7 @@ class RunTable:
         self._stands: list[bool] = []
         self._looked = -math.inf
         self._found: OrderedDict[Query, Selected] = OrderedDict()
-        self._tasks: tuple[tuple[int, Query], list[dict[str, Any]]] | None = None
+        self._tasks: tuple[Any, list[dict[str, Any]]] | None = None
 
     def close(self) -> None:
         with self._mutex:
@@ -264,24 +266,34 @@ class RunTable:
     def tasks(self, query: Query, offset: int, limit: int) -> dict[str, Any]:
         """A row for each task of what the query finds: its group of rollouts, how far they spread, pass@k."""
         with self._mutex:
-            attempts = self._select(dataclasses.replace(query, sort="", down=False))
-            key = attempts.version, query
+            version = self.version
+            key = version, self.against and self.against.version, query
             if self._tasks is None or self._tasks[0] != key:
-                groups: dict[str, list[int]] = {}
-                for number in attempts.numbers:
-                    groups.setdefault(self._entries[number].task_id, []).append(number)
-                rows = [self._task(task, numbers) for task, numbers in groups.items()]
+                rows = self.groups(query)
+                if self.against is not None:
+                    rows = _compared(rows, self.against.groups(Query()))
                 if query.sort in TASK_COLUMNS:
-                    rows = _in_order(rows, lambda row: row[query.sort], down=query.down)
+                    rows = _in_order(rows, lambda row: row.get(query.sort), down=query.down)
                 self._tasks = key, rows
             rows = self._tasks[1]
+            others = [row["other"] for row in rows if row.get("other")]
             return {
-                "version": attempts.version,
+                "version": version,
                 "length": len(rows),
                 "offset": offset,
-                "passes": pass_at([(row["rewarded"], row["successes"]) for row in rows]),
+                "passes": _passes([row for row in rows if row["other"]] if others else rows),
+                "others": _passes(others),
+                "common": len(others),
                 "rows": rows[offset : offset + min(limit, MOST_ROWS)],
             }
+
+    def groups(self, query: Query) -> list[dict[str, Any]]:
+        """A row for each task of what the query finds, as they appeared."""
+        with self._mutex:
+            groups: dict[str, list[int]] = {}
+            for number in self._select(dataclasses.replace(query, sort="", down=False)).numbers:
+                groups.setdefault(self._entries[number].task_id, []).append(number)
+            return [self._task(task, numbers) for task, numbers in groups.items()]
 
     def _task(self, task: str, numbers: list[int]) -> dict[str, Any]:
         some = [self._entries[number] for number in numbers]
@@ -300,7 +312,6 @@ class RunTable:
             "rewarded": n,
             "successes": c,
             "success": c / n if n else None,
-            "pass1": c / n if n else None,
             "passn": float(c > 0) if n else None,
             "reward": mean,
             "spread": None if mean is None else math.sqrt(sum((each - mean) ** 2 for each in finite) / len(finite)),
@@ -309,6 +320,21 @@ class RunTable:
             "tokens": sum(one.response_tokens for one in some),
             "failures": sum(one.failure is not None for one in some),
         }
+
+
+def _compared(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with that of the same task in the other run (`other`), and by how much its mean reward changed."""
+    by_task = {row["task"]: row for row in others}
+    made = []
+    for row in rows:
+        other = by_task.get(row["task"])
+        known = other is not None and other["reward"] is not None and row["reward"] is not None
+        made.append({**row, "other": other, "change": row["reward"] - other["reward"] if known and other else None})
+    return made
+
+
+def _passes(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return pass_at([(row["rewarded"], row["successes"]) for row in rows])
 
 
 def pass_at(groups: Sequence[tuple[int, int]]) -> list[tuple[int, float]]:

@@ -810,21 +810,26 @@
 
   const grouping = () => location.hash === "#tasks";
   const GROUP_COLUMNS = [
-    { name: "task", head: "Task", width: "26%" }, { name: "rollouts", head: "Rollouts", number: true, width: "80px" },
+    { name: "task", head: "Task", width: run.against ? "auto" : "26%" }, { name: "rollouts", head: "Rollouts", number: true, width: "80px" },
     { name: "success", head: "Success", number: true, width: "110px", title: "rollouts with a reward of a success, of those that have one" },
     { name: "passn", head: "pass@n", number: true, width: "76px", title: "whether any rollout of the group is a success" },
     { name: "reward", head: "Mean reward", number: true, width: "122px" },
     { name: "spread", head: "Spread", number: true, width: "80px", title: "standard deviation of the rewards within the group: without any, a group teaches nothing" },
-    { name: "rewards", head: "Rewards", width: "auto", title: "one bar a rollout, by number" },
+    { name: "rewards", head: "Rewards", width: run.against ? "120px" : "auto", title: "one bar a rollout, by number" },
     { name: "steps", head: "Steps", number: true, width: "70px" }, { name: "tokens", head: "Tokens", number: true, width: "90px" },
     { name: "failures", head: "Failures", number: true, width: "80px" },
   ];
+  if (run.against) GROUP_COLUMNS.splice(7, 0, // beside the rewards
+    { name: "other", head: `Success in ${run.against}`, number: true, width: "160px" },
+    { name: "others", head: "Rewards there", width: "120px" },
+    { name: "change", head: "Change", number: true, width: "86px", title: `of the mean reward, from ${run.against} to this run` });
+  const UNSORTED = new Set(["rewards", "other", "others"]);
   let groupOrder = { column: null, down: false };
 
   function buildGroups() {
     for (const column of GROUP_COLUMNS) {
       const sort = () => {
-        if (column.name === "rewards") return;
+        if (UNSORTED.has(column.name)) return;
         groupOrder = groupOrder.column !== column.name ? { column: column.name, down: false }
           : groupOrder.down ? { column: null, down: false } : { column: column.name, down: true };
         selectGroups();
@@ -879,23 +884,32 @@
     $("group-body").replaceChildren(
       ...[gap(first), ...span(first, end).map((at) => same(groupLines, at, [served.tasks.get(at)], () => groupLine(served.tasks.get(at), at))), gap(served.tasks.length - end)].filter(Boolean));
     const tile = (name, ...value) => element("div", {}, element("dt", {}, name), element("dd", { "data-tile": name.toLowerCase() }, ...value));
-    $("summary").replaceChildren(tile("Tasks", grouped(served.tasks.length)),
-      ...served.tasks.head.passes.map(([k, share]) => tile(`pass@${k}`, `${(100 * share).toFixed(1)} %`)));
+    const { passes, others, common } = served.tasks.head;
+    const there = new Map(others);
+    const percent = (share) => `${(100 * share).toFixed(1)} %`;
+    $("summary").replaceChildren(
+      tile("Tasks", run.against ? `${grouped(served.tasks.length)}, ${grouped(common)} in both` : grouped(served.tasks.length)),
+      ...passes.map(([k, share]) => tile(`pass@${k}`, percent(share),
+        there.has(k) ? element("span", { class: "soft", title: `in ${run.against}, of the tasks that both have` }, `  from ${percent(there.get(k))}`) : null)));
   }
 
   function groupLine(row, at) {
     if (row === undefined) return element("tr", { "data-at": at, class: "waiting" }, element("td", { colspan: GROUP_COLUMNS.length }, "…"));
-    const rewards = element("span", { class: "rewards" }, row.rewards.map((reward) => {
-      const its = number(reward);
-      const share = Math.max(0.06, Math.min(1, Number.isFinite(its) ? its : 0));
-      return element("i", { class: its >= run.successAt && "good", title: `reward ${short(reward)}` }, element("b", { style: { height: `${100 * share}%` } }));
+    const bars = (its) => element("span", { class: "rewards" }, its.rewards.map((reward) => {
+      const value = number(reward);
+      const share = Math.max(0.06, Math.min(1, Number.isFinite(value) ? value : 0));
+      return element("i", { class: value >= run.successAt && "good", title: `reward ${short(reward)}` }, element("b", { style: { height: `${100 * share}%` } }));
     }));
+    const successes = (its) => (its && its.rewarded ? `${Math.round(100 * its.success)} % (${its.successes}/${its.rewarded})` : "–");
+    const changed = row.change ? chip(`${row.change > 0 ? "+" : ""}${short(row.change)}`, row.change > 0 ? "good" : "bad") : short(row.change === undefined ? null : row.change);
     const counting = row.counting === row.rollouts ? String(row.rollouts) : `${row.counting} of ${row.rollouts}`;
     const cells = [
       element("a", { href: "#" }, row.task), counting,
-      row.rewarded ? `${Math.round(100 * row.success)} % (${row.successes}/${row.rewarded})` : "–",
+      successes(row),
       row.passn === null ? "–" : chip(row.passn ? "yes" : "no", row.passn ? "good" : ""),
-      short(row.reward), short(row.spread), rewards, short(row.steps, 1), grouped(row.tokens),
+      short(row.reward), short(row.spread), bars(row),
+      ...(run.against ? [successes(row.other), row.other ? bars(row.other) : null, changed] : []),
+      short(row.steps, 1), grouped(row.tokens),
       row.failures ? element("span", { class: "why" }, String(row.failures)) : "",
     ];
     return element("tr", { "data-at": at, "data-task": row.task, "aria-rowindex": at + 2 },
