@@ -46,7 +46,7 @@ from managed_vllm.instance.leases import FIRST_LEASE_S, Leases, Retention
 from managed_vllm.instance.spawn import FAILED, LISTENS
 from managed_vllm.masking import Secret, masked_words
 from managed_vllm.served_files import Files
-from managed_vllm.server import diagnosis, engine_parts, event_log, launch, stacks
+from managed_vllm.server import diagnosis, engine_parts, event_log, heap, launch, stacks
 from managed_vllm.server.engine import Engine
 from managed_vllm.server.footprint import Footprint
 from managed_vllm.server.process import ServerProcess
@@ -134,6 +134,7 @@ def main() -> None:
     if os.fork():
         os._exit(0)
     os.setsid()
+    heap.use_one_arena()
     _forget_starter()
     for descriptor in (message["life"], message["lock"]):
         os.set_inheritable(descriptor, False)
@@ -539,6 +540,7 @@ class Supervisor:
             if remaining:
                 log.error("could not end %s", [p.pid for p in remaining])
             await self._footprint.clear(process.pids_ever)
+            heap.trim()
         self._status = dataclasses.replace(self._status, server_pid=None)
         if self._hold.is_intact:
             self._instance.uds_path.unlink(missing_ok=True)
