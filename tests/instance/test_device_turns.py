@@ -177,7 +177,7 @@ def storm(folder: Path, *, users: int, requests: int, kills: int) -> None:
             for one in using:
                 one.result(HANG_S * 5)
         for llm in llms:  # the folder of a supervisor that was killed waits for the next user
-            assert llm.status()
+            assert llm.status().supervisor_pid
             ask(llm, "at the end")
 
 
