@@ -80,7 +80,7 @@ class Canary:
         self._weight_update_active = False
         if (engine := getattr(self, "weight_transfer_engine", None)) is not None:
             engine.reset_weight_update_target()
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError, AttributeError):  # a vLLM that loads in another way
             from vllm.model_executor.model_loader.reload import layerwise
 
             model, begun = self.get_model(), False  # type: ignore[attr-defined]
