@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import fake_vllm
@@ -32,6 +35,17 @@ def start(folder: Path, changes: dict[str, str] | None = None, **variables: str)
     )
 
 
+@contextlib.contextmanager
+def as_subreaper() -> Iterator[None]:
+    """What is orphaned below this process falls to it, as to a supervisor: a server that falls to init ends itself."""
+    prctl, of_children = ctypes.CDLL(None).prctl, 36  # PR_SET_CHILD_SUBREAPER
+    assert prctl(of_children, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        prctl(of_children, 0, 0, 0, 0)
+
+
 def test_a_forked_server_has_the_descriptors_that_it_is_to_inherit_and_the_image_has_not(tmp_path: Path) -> None:
     held = os.open(tmp_path / "held", os.O_RDWR | os.O_CREAT)
 
@@ -46,10 +60,12 @@ def test_a_forked_server_has_the_descriptors_that_it_is_to_inherit_and_the_image
             assert not has_it(image.pid)
         finally:
             os.kill(server.pid, signal.SIGKILL)
+            await asyncio.to_thread(os.waitpid, server.pid, 0)
             os.close(server.output)
             image.end()
 
-    asyncio.run(body())
+    with as_subreaper():
+        asyncio.run(body())
     os.close(held)
 
 
