@@ -177,11 +177,18 @@ def python_code(
         on_parse_error: what an answer that is no action leads to.
     """
     words = _CODE_PROMPT.replace("{calls}", calls_in_words()).replace("{frame}", _IN_WORDS[coordinates])
-    return AgentFormat(
-        Chat(prompt=words if prompt is None else prompt, show_text=show_text, coordinates=coordinates),
-        PythonCodeParser(coordinates),
-        on_parse_error or ParseErrorPolicy(),
-    )
+    return _written(PythonCodeParser(coordinates), words if prompt is None else prompt, show_text, on_parse_error)
+
+
+def _written(
+    parser: PythonCodeParser | GLMParser | AutoGLMParser,
+    prompt: str,
+    show_text: bool,
+    on_parse_error: ParseErrorPolicy | None,
+) -> AgentFormat:
+    """A format in which all is said in text."""
+    chat = Chat(prompt=prompt, show_text=show_text, coordinates=parser.coordinates)
+    return AgentFormat(chat, parser, on_parse_error or ParseErrorPolicy())
 
 
 def qwen2_5_vl(coordinates: Coordinates = "resized", **options: Any) -> AgentFormat:
@@ -208,11 +215,7 @@ def glm_v(
 ) -> AgentFormat:
     """GLM-4.5V and GLM-4.6V on a computer. The arguments are `python_code`'s."""
     words = _GLM_PROMPT.replace("{calls}", glm_calls_in_words()).replace("{frame}", _IN_WORDS[coordinates])
-    return AgentFormat(
-        Chat(prompt=words if prompt is None else prompt, show_text=show_text, coordinates=coordinates),
-        GLMParser(coordinates),
-        on_parse_error or ParseErrorPolicy(),
-    )
+    return _written(GLMParser(coordinates), words if prompt is None else prompt, show_text, on_parse_error)
 
 
 def autoglm(
@@ -224,8 +227,4 @@ def autoglm(
 ) -> AgentFormat:
     """AutoGLM-Phone. The arguments are `python_code`'s."""
     words = _AUTOGLM_PROMPT.replace("{calls}", autoglm_calls_in_words()).replace("{frame}", _IN_WORDS[coordinates])
-    return AgentFormat(
-        Chat(prompt=words if prompt is None else prompt, show_text=show_text, coordinates=coordinates),
-        AutoGLMParser(coordinates),
-        on_parse_error or ParseErrorPolicy(),
-    )
+    return _written(AutoGLMParser(coordinates), words if prompt is None else prompt, show_text, on_parse_error)

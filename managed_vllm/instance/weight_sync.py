@@ -44,7 +44,8 @@ class WeightSyncClient:
 
     Attributes:
         version: what the next weights are called, if `finish_weight_update` is not told; vLLM's trainers don't tell.
-        checkpoint: a folder that has the same weights as the next ones, or None.
+        checkpoint: a folder that has the same weights as the next ones, or None. Both are None again after
+            `finish_weight_update`: they say nothing of the weights after the next ones.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class WeightSyncClient:
         """Has the server use what has come; returns once requests are answered with it."""
         version = self.version if weight_version is None else weight_version
         checkpoint = None if self.checkpoint is None else paths.argument(os.fspath(self.checkpoint))
+        self.version = self.checkpoint = None
         found = self._go_on("finish_weight_update", version=version, checkpoint=checkpoint)
         self._channel = None
         return Weights(found["path"], found["version"], found["checksum"])
@@ -108,13 +110,13 @@ class WeightSyncClient:
             version: what they are called from then on; None: as `self.version` says.
             checkpoint: a folder that has the same weights; None: as `self.checkpoint` says.
         """
-        if checkpoint is not None:
-            self.checkpoint = checkpoint
         self.start_weight_update()
         try:
             for part in _parts(tensors):
                 with _shared(part) as update_info:
                     self.update_weights(update_info)
+            if checkpoint is not None:
+                self.checkpoint = checkpoint
             return self.finish_weight_update(version)
         except BaseException:
             with contextlib.suppress(EngineControlError):

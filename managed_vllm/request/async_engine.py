@@ -90,12 +90,13 @@ class AsyncEngineMethods(AsyncRequests):
         """What the server does, and has done in this epoch. See `EngineMethods.metrics`."""
         from managed_vllm.request import server_metrics
 
-        if len(servers := await self.sender.servers(deadline_of(timeout))) > 1:
+        deadline = deadline_of(timeout)
+        if len(servers := await self.sender.servers(deadline)) > 1:
             raise UnsupportedMethodError(f"metrics() is of one server, not of {len(servers)}", method="metrics")
         request = TextRequest("/metrics")
         try:
             with named(None, self._instance):
-                stats = await self.sender.send(request, deadline := deadline_of(timeout))
+                stats = await self.sender.send(request, deadline)
             found = server_metrics.parse(request.text, epoch=stats.epoch)
         except (BadRequestError, ValueError) as error:
             raise UnsupportedMethodError(f"metrics(): the server has no /metrics: {error}", method="metrics") from error

@@ -63,16 +63,17 @@ class AsyncRequests(WithoutTheRest):
 
         Raises `UnsupportedMethodError` where it is missing.
         """
-        request = CommandRequest(path, body or {})
+        answer: dict[str, Any] = {}
         try:
             with named(None, self._instance):
                 for server in await self.sender.servers(None):
                     request = CommandRequest(path, body or {})
                     await self.sender.send(request, None, only=server)
+                    answer = request.answer()
         except BadRequestError as error:
             raise_if_missing(method, path, needs, error)
             raise
-        return request.answer()
+        return answer
 
     async def _batch(
         self,

@@ -30,6 +30,10 @@ from managed_vllm.errors import (
     ServerUnreachableError,
     UnsupportedMethodError,
 )
+from managed_vllm.masking import Secret
+from managed_vllm.request.connections import Transport
+from managed_vllm.request.health import is_healthy
+from managed_vllm.status import Connection
 
 KEY = "one-key-for-all"
 
@@ -212,6 +216,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def is_taken_in(url: str) -> bool:
+    """Whether a server that was down would count as up again."""
+    connection = Connection(base_url=url, api_key=Secret(KEY), model="stand-in")
+
+    async def look() -> bool:
+        transport = Transport()
+        try:
+            return await is_healthy(transport, connection, with_model=True)
+        finally:
+            await transport.aclose()
+
+    return asyncio.run(look())
+
+
 def test_a_server_that_does_not_answer_is_left_out_until_it_does(home: Path) -> None:
     port = free_port()
     with server(1) as first:
@@ -222,11 +240,12 @@ def test_a_server_that_does_not_answer_is_left_out_until_it_does(home: Path) -> 
             assert not llm.supervised
             late = ManagedVLLM("late", command=standin.command(), api_key=KEY, keep_alive=0, port=port)
             with late:  # of another model: that is not taken in
-                llm.generate("hi")
+                assert not is_taken_in(urls[1])
             same = standin.command()
             with ManagedVLLM(
                 "stand-in", command=same, env={"NUMBER": "2"}, api_key=KEY, keep_alive=0, port=port
             ) as second:
+                assert is_taken_in(urls[1])
                 eventually(lambda: answered_by(llm) == pid_of(second), "the second server is in use")
 
 

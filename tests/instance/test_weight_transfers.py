@@ -258,6 +258,19 @@ def test_weights_that_a_checkpoint_has_are_there_again(home: Path, good: Path, k
         assert (found.path, found.version) == (before.path, "v3")
 
 
+def test_checkpoint_and_version_are_those_of_one_update(home: Path, good: Path) -> None:
+    """Those after it are in no file until their trainer says so: a restart must not bring the older ones as theirs."""
+    with server() as llm:
+        client, found = llm.engine.weight_sync_client(checkpoint=good, version="v1"), []
+        for _ in range(2):
+            client.start_weight_update()
+            client.update_weights({"a": 1})
+            found.append(client.finish_weight_update())
+        assert (found[0].path, found[0].version) == (str(good), "v1")
+        assert found[1].path is None
+        assert found[1].version != "v1"
+
+
 def test_a_checkpoint_beside_the_weights_is_looked_at_as_any_other(home: Path, good: Path) -> None:
     with server() as llm:
         before = llm.engine.update_weights(good)

@@ -24,18 +24,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
-from managed_vllm.agent.actions.coordinates import (
-    FACTOR,
-    MAX_PIXELS,
-    MIN_PIXELS,
-    Coordinates,
-    Frame,
-    OffScreen,
-)
+from managed_vllm.agent.actions.coordinates import Coordinates, Frame, FrameOptions
 from managed_vllm.agent.actions.json_actions import Reader, values_in
-from managed_vllm.agent.actions.rows import ActionRow, Field, Point, Values, pressed, read_row
+from managed_vllm.agent.actions.rows import ActionRow, Field, Point, Values, call_in, pressed, read_row
 from managed_vllm.agent.actions.values import (
     Action,
     Back,
@@ -307,11 +300,7 @@ def parse_computer_use(
     tool: Tool = "computer_use",
     tool_calls: Sequence[Mapping[str, Any]] = (),
     coordinates: Coordinates = "relative1000",
-    min_pixels: int = MIN_PIXELS,
-    max_pixels: int = MAX_PIXELS,
-    factor: int = FACTOR,
-    off_screen: OffScreen = "error",
-    picture: tuple[int, int] | None = None,
+    **options: Unpack[FrameOptions],
 ) -> ParsedResponse:
     """The thought and the actions of an answer.
 
@@ -321,20 +310,12 @@ def parse_computer_use(
         tool: whose actions these are.
         tool_calls: the answer's calls, where the server took them out of the text (`CompletionOutput.tool_calls`); the
             text is the thought then.
-        coordinates, min_pixels, max_pixels, factor, off_screen, picture: as for `parse_ui_tars`. Qwen3-VL: thousandths,
+        coordinates, options: as for `parse_ui_tars`. Qwen3-VL: thousandths,
             the default; Qwen2.5-VL: `"resized"`.
 
     Raises `ActionParseError` if the answer is no action, `ConfigError` if another argument is wrong.
     """
-    frame = Frame.of(
-        image_size,
-        coordinates,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        factor=factor,
-        off_screen=off_screen,
-        picture=picture,
-    )
+    frame = Frame.of(image_size, coordinates, **options)
     if tool_calls:
         return _of_calls(tool_calls, text, _Calls(tool, Reader(frame, text)))
     calls = _Calls(tool, Reader(frame, text))
@@ -361,7 +342,7 @@ def _of_calls(tool_calls: Sequence[Mapping[str, Any]], thought: str, calls: _Cal
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping):
             calls.reader.fail("a tool call must have a function")
-        actions += calls.called(function.get("name"), function.get("arguments"))
+        actions += calls.called(*call_in(calls.reader, call))
     return ParsedResponse(thought.strip(), tuple(actions))
 
 
@@ -416,20 +397,12 @@ class _Calls:
             return [action for each in value for action in self.of(each)]
         if not isinstance(value, Mapping):
             self.reader.fail(f"a call must be an object, not {type(value).__name__}")
-        if isinstance(value.get("function"), Mapping):  # OpenAI's shape, written out
-            value = value["function"]
-        if "arguments" in value:
-            return self.called(value.get("name"), value["arguments"])
-        return self._acted(value)
+        name, arguments = call_in(self.reader, value)
+        return self._acted(value) if arguments is None else self.called(name, arguments)
 
     def called(self, name: Any, arguments: Any) -> list[Action]:
         if _NAMES.get(name) != self._tool:
             self.reader.fail(f"there is no tool {name!r:.80}; the tool is {self._tool}")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError) as error:
-                self.reader.fail(f"the arguments of the tool call are no JSON: {error}")
         if not isinstance(arguments, Mapping):
             self.reader.fail("the arguments of a tool call must be an object")
         return self._acted(arguments)

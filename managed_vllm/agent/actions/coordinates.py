@@ -17,12 +17,23 @@ import math
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from managed_vllm.errors import ConfigError
 
 Coordinates = Literal["resized", "relative1000", "relative1", "absolute"]
 OffScreen = Literal["error", "clamp"]
+
+
+class FrameOptions(TypedDict, total=False):
+    """What parsers are told of the picture, beside what the numbers are: arguments of `Frame.of`."""
+
+    min_pixels: int
+    max_pixels: int
+    factor: int
+    off_screen: OffScreen
+    picture: tuple[int, int] | None
+
 
 FACTOR = 28
 MIN_PIXELS = 100 * 28**2

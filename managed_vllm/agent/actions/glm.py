@@ -17,16 +17,9 @@ import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
-from managed_vllm.agent.actions.coordinates import (
-    FACTOR,
-    MAX_PIXELS,
-    MIN_PIXELS,
-    Coordinates,
-    Frame,
-    OffScreen,
-)
+from managed_vllm.agent.actions.coordinates import Coordinates, Frame, FrameOptions
 from managed_vllm.agent.actions.json_actions import Reader
 from managed_vllm.agent.actions.rows import ActionRow, Field, Values, pressed, read_row
 from managed_vllm.agent.actions.values import (
@@ -202,25 +195,13 @@ def parse_glm(
     image_size: tuple[int, int],
     *,
     coordinates: Coordinates = "relative1000",
-    min_pixels: int = MIN_PIXELS,
-    max_pixels: int = MAX_PIXELS,
-    factor: int = FACTOR,
-    off_screen: OffScreen = "error",
-    picture: tuple[int, int] | None = None,
+    **options: Unpack[FrameOptions],
 ) -> ParsedResponse:
     """The thought and the action of an answer of GLM-V. The arguments are `parse_ui_tars`'s.
 
     Raises `ActionParseError` if the answer is no action, `ConfigError` if another argument is wrong.
     """
-    frame = Frame.of(
-        image_size,
-        coordinates,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        factor=factor,
-        off_screen=off_screen,
-        picture=picture,
-    )
+    frame = Frame.of(image_size, coordinates, **options)
     answer = _Answer(text, frame)
     boxes = list(_BOX.finditer(text, answer.start))
     labels = list(_ACTION.finditer(text, answer.start))
@@ -240,22 +221,10 @@ def parse_autoglm(
     image_size: tuple[int, int],
     *,
     coordinates: Coordinates = "relative1000",
-    min_pixels: int = MIN_PIXELS,
-    max_pixels: int = MAX_PIXELS,
-    factor: int = FACTOR,
-    off_screen: OffScreen = "error",
-    picture: tuple[int, int] | None = None,
+    **options: Unpack[FrameOptions],
 ) -> ParsedResponse:
     """The thought and the action of an answer of AutoGLM-Phone. As `parse_glm` otherwise."""
-    frame = Frame.of(
-        image_size,
-        coordinates,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        factor=factor,
-        off_screen=off_screen,
-        picture=picture,
-    )
+    frame = Frame.of(image_size, coordinates, **options)
     answer = _Answer(text, frame)
     found = list(_ANSWER.finditer(text, answer.start))
     if found:

@@ -14,18 +14,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
-from managed_vllm.agent.actions.coordinates import (
-    FACTOR,
-    MAX_PIXELS,
-    MIN_PIXELS,
-    Coordinates,
-    Frame,
-    OffScreen,
-)
+from managed_vllm.agent.actions.coordinates import Coordinates, Frame, FrameOptions
 from managed_vllm.agent.actions.json_actions import Reader, values_in
-from managed_vllm.agent.actions.rows import ActionRow, Field, Values, pressed, read_row
+from managed_vllm.agent.actions.rows import ActionRow, Field, Values, call_in, pressed, read_row
 from managed_vllm.agent.actions.values import (
     Action,
     Back,
@@ -137,11 +130,7 @@ def parse_hosted(
     shape: Shape,
     tool_calls: Sequence[Mapping[str, Any]] = (),
     coordinates: Coordinates | None = None,
-    min_pixels: int = MIN_PIXELS,
-    max_pixels: int = MAX_PIXELS,
-    factor: int = FACTOR,
-    off_screen: OffScreen = "error",
-    picture: tuple[int, int] | None = None,
+    **options: Unpack[FrameOptions],
 ) -> ParsedResponse:
     """The thought and the actions of tool calls in one of these shapes.
 
@@ -151,19 +140,11 @@ def parse_hosted(
         shape: whose calls these are.
         tool_calls: the answer's calls; without any they are looked for in the text.
         coordinates: None: thousandths with Gemini's, pixels of the screenshot with OpenAI's.
-        min_pixels, max_pixels, factor, off_screen, picture: as for `parse_ui_tars`.
+        options: as for `parse_ui_tars`.
 
     Raises `ActionParseError` if the answer is no action, `ConfigError` if another argument is wrong.
     """
-    frame = Frame.of(
-        image_size,
-        coordinates or _GRID[shape],
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        factor=factor,
-        off_screen=off_screen,
-        picture=picture,
-    )
+    frame = Frame.of(image_size, coordinates or _GRID[shape], **options)
     reader, actions = Reader(frame, text), []
     if tool_calls:
         for call in tool_calls:
@@ -183,14 +164,7 @@ def _read(reader: Reader, shape: Shape, call: Any) -> list[Action]:
         return [action for each in call for action in _read(reader, shape, each)]
     if not isinstance(call, Mapping):
         reader.fail(f"a call must be an object, not {type(call).__name__}")
-    if isinstance(call.get("function"), Mapping):
-        call = call["function"]
-    name, given = call.get("name"), call.get("arguments", call.get("args"))
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except (ValueError, RecursionError) as error:
-            reader.fail(f"the arguments of the tool call are no JSON: {error}")
+    name, given = call_in(reader, call)
     if shape == "openai":
         action = call if given is None else given
         action = action.get("action", action) if isinstance(action, Mapping) else action

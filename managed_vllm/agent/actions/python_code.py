@@ -24,17 +24,9 @@ import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 
-from managed_vllm.agent.actions.coordinates import (
-    FACTOR,
-    MAX_PIXELS,
-    MIN_PIXELS,
-    Coordinates,
-    Frame,
-    OffScreen,
-    OffScreenError,
-)
+from managed_vllm.agent.actions.coordinates import Coordinates, Frame, FrameOptions, OffScreenError
 from managed_vllm.agent.actions.json_actions import Reader
 from managed_vllm.agent.actions.values import (
     Action,
@@ -114,11 +106,7 @@ def parse_python_code(
     image_size: tuple[int, int],
     *,
     coordinates: Coordinates = "relative1",
-    min_pixels: int = MIN_PIXELS,
-    max_pixels: int = MAX_PIXELS,
-    factor: int = FACTOR,
-    off_screen: OffScreen = "error",
-    picture: tuple[int, int] | None = None,
+    **options: Unpack[FrameOptions],
 ) -> ParsedResponse:
     """The thought and the actions of an answer with pyautogui's calls in it.
 
@@ -127,15 +115,7 @@ def parse_python_code(
 
     Raises `ActionParseError` if the answer is no action, `ConfigError` if another argument is wrong.
     """
-    frame = Frame.of(
-        image_size,
-        coordinates,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        factor=factor,
-        off_screen=off_screen,
-        picture=picture,
-    )
+    frame = Frame.of(image_size, coordinates, **options)
     thought, code, start = _found(text)
     actions = _Code(frame, text, code, start).actions()
     return ParsedResponse(thought, actions)

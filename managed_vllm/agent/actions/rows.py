@@ -72,6 +72,21 @@ def read_row(
     return list(row.make(values))
 
 
+def call_in(reader: Reader, value: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Name and arguments of a tool call in one of the shapes that models write: OpenAI's, or `name` with `arguments` or
+    `args`. Arguments that are a text are read as JSON; None where there are none. Raises `ActionParseError`.
+    """
+    if isinstance(value.get("function"), Mapping):
+        value = value["function"]
+    given = value.get("arguments", value.get("args"))
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError) as error:
+            reader.fail(f"the arguments of the tool call are no JSON: {error}")
+    return value.get("name"), given
+
+
 def pressed(point: Point | None, button: Button = Button.LEFT, clicks: int = 1) -> Sequence[Action]:
     """Clicks at a point; None: where the pointer is."""
     return (MouseDown(button), MouseUp(button)) * clicks if point is None else (Click(*point, button, clicks),)
