@@ -255,12 +255,41 @@ class Connection:
 
 
 @dataclass(frozen=True)
+class RouterStatus:
+    """The router in front of a server's replicas, for clients that are not ours (`managed_vllm.server.router`).
+
+    Attributes:
+        pid: of its process, if there is one now.
+        base_url: where clients reach it, ending in `/v1`; stays the same for its life. None before its first start.
+        ready: it answers there now.
+        restarts: how often its process was started again.
+        reason: why it is not ready, empty if it is; also for good, where this machine can't have one.
+    """
+
+    pid: int | None = None
+    base_url: str | None = None
+    ready: bool = False
+    restarts: int = 0
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RouterStatus:
+        """Back from `to_dict`; fields of a newer version are ignored."""
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+
+
+@dataclass(frozen=True)
 class ServerStatus:
     """Everything known about a server at one moment. Times are seconds since the epoch (Unix time).
 
     `launch` says how this epoch was started: `"forked"` from the warm image, whose pid is `image_pid`, `"plain"`, or
     `"plain: "` and the reason why it could not be forked. `engine` is what users have made of the engine, `health` what
     the supervisor's checks have shown. `devices` are those that it took with `devices="auto"`, as `("GPU 2", "GPU 3")`.
+    `router` is what stands in front of several replicas; None where there is only one server.
     """
 
     state: ServerState
@@ -282,6 +311,7 @@ class ServerStatus:
     engine: EngineState = field(default_factory=EngineState)
     health: HealthChecks = field(default_factory=HealthChecks)
     devices: tuple[str, ...] = ()
+    router: RouterStatus | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -306,6 +336,8 @@ class ServerStatus:
             known["engine"] = EngineState.from_dict(known["engine"])
         if "health" in known:
             known["health"] = HealthChecks.from_dict(known["health"])
+        if known.get("router"):
+            known["router"] = RouterStatus.from_dict(known["router"])
         return cls(**known)
 
 
