@@ -53,6 +53,7 @@ _HOME_OF = {
     "qwen_vl": "managed_vllm.agent.model_formats",
     "run_agent_loop": "managed_vllm.agent.runners",
     "run_episode": "managed_vllm.agent.episode",
+    "run_on_ray": "managed_vllm.agent.ray_rollouts",
     "tool_calls": "managed_vllm.agent.format",
     "ui_tars": "managed_vllm.agent.format",
 }
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from managed_vllm.agent.model_formats import python_code as python_code
     from managed_vllm.agent.model_formats import qwen_vl as qwen_vl
     from managed_vllm.agent.prompting import History as History
+    from managed_vllm.agent.ray_rollouts import run_on_ray as run_on_ray
     from managed_vllm.agent.rollout_policies import GroupPolicy as GroupPolicy
     from managed_vllm.agent.rollout_policies import RetryRollouts as RetryRollouts
     from managed_vllm.agent.runners import run_agent_loop as run_agent_loop

@@ -50,6 +50,11 @@ class Claims:
         self._mutex = threading.Lock()
         self._held: dict[Key, tuple[Path, int]] = {}
 
+    @property
+    def token(self) -> Path:
+        """The writer's own file, see `RunWriter.token`."""
+        return self._writer.token
+
     def take(self, key: Key) -> Claim:
         """Claims a rollout. It stays ours until `finished`, `failed` or `let_go`."""
         with self._mutex:

@@ -123,6 +123,11 @@ class RunWriter:
         self._add_token()
         threading.Thread(target=self._keep_alive, name="managed-vllm-lease", daemon=True).start()
 
+    @property
+    def token(self) -> Path:
+        """A file that only those see who share this very folder."""
+        return self._tokens[0]
+
     def link(self, path: Path) -> bool:
         """Makes `path` a claim of ours; False: there is one already. Raises `RunStoreError`."""
         with self._mutex:

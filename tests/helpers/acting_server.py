@@ -63,7 +63,9 @@ class ActingServer:
         most_images: int = 99,
         tokens_of_image: int | None = None,
         model: str = MODEL,
+        port: int = 0,
     ) -> None:
+        self.port = port
         self.answer = answer
         self.requests: list[dict[str, Any]] = []
         self.in_flight = self.most = 0
@@ -104,7 +106,7 @@ class ActingServer:
         app.router.add_get("/v1/models", self._models)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        listening = socket.create_server(("127.0.0.1", 0), backlog=4096)
+        listening = socket.create_server(("127.0.0.1", self.port), backlog=4096)
         await web.SockSite(self._runner, listening, backlog=4096).start()
         self.port = listening.getsockname()[1]
 

@@ -150,6 +150,17 @@ def test_vllm_is_started_with_the_guard_and_without_the_key_in_its_words() -> No
     assert not any("key=" in word or "--api-key" in word for word in argv)
 
 
+def test_ray_s_executor_goes_through_without_what_its_workers_would_not_find() -> None:
+    arguments: dict[str, Any] = {"distributed_executor_backend": "ray", "tensor_parallel_size": 8}
+    across = ServerSpec.of("some/model", engine_args={**arguments, "pipeline_parallel_size": 2})
+    argv = dataclasses.replace(across, vllm="vllm 0.32.0").argv(host="h", port=1, uds=None)
+    assert "--distributed-executor-backend=ray" in argv
+    assert {"--tensor-parallel-size=8", "--pipeline-parallel-size=2"} <= set(argv)
+    assert "--worker-extension-cls" not in argv
+    plain = dataclasses.replace(spec(), command=None, vllm="vllm 0.32.0")
+    assert "--worker-extension-cls" in plain.argv(host="h", port=1, uds=None)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
