@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from processes import eventually
+from processes import HANG_S, eventually
 
 HELPERS = Path(__file__).resolve().parent
 OBJECT_STORE_BYTES = 75 << 20
@@ -103,6 +103,7 @@ def main(home: Path, count: int) -> None:
         variables = {"NODE": str(len(nodes)), "MANAGED_VLLM_HOME": str(folder / "home")}
         nodes.append(
             cluster.add_node(
+                wait=False,
                 num_cpus=1,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
@@ -111,6 +112,7 @@ def main(home: Path, count: int) -> None:
                 env_vars=variables,
             )
         )
+        cluster.wait_for_nodes(timeout=HANG_S)
 
     for _ in range(count):
         add()
