@@ -133,6 +133,7 @@ class ServerSpec:
     command: tuple[str, ...] | None = None
     auto_devices: bool = False
     cores: int | None = None
+    replicas: int = 1
 
     @classmethod
     def of(
@@ -145,6 +146,7 @@ class ServerSpec:
         command: Sequence[str] | None = None,
         devices: str | None = None,
         cores: int | None = None,
+        replicas: int = 1,
     ) -> ServerSpec:
         """The spec for a user's arguments: paths absolute, the demo model's defaults filled in, variables captured."""
         if python is not None and command is not None:
@@ -185,6 +187,7 @@ class ServerSpec:
             command=None if command is None else _checked_command(command),
             auto_devices=devices is not None,
             cores=cores,
+            replicas=_checked_replicas(replicas),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,6 +215,8 @@ class ServerSpec:
         flat.update({f"env {name}": value for name, value in {**spec["env"], **spec["devices"]}.items()})
         if self.auto_devices:
             flat.update({"devices": "auto", "cores": self.cores})
+        if self.replicas > 1:
+            flat["replicas"] = self.replicas
         return flat
 
     @property
@@ -294,6 +299,14 @@ class ServerSpec:
         return {**reveal(self.env), **self.devices, **secrets}
 
 
+def _check_replicated(address: Address, policy: SupervisionPolicy) -> None:
+    """Raises `ConfigError` for what several replicas can't have."""
+    if address.uds:
+        raise ConfigError("uds=True is for one server: leave it out, or replicas=", field="uds")
+    if policy.shares:
+        raise ConfigError("share='sleep' is for one server: leave it out, or replicas=", field="share")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SupervisorOrder:
     """What a supervisor is to do: what to serve, where, how to watch it, and what every life of the server shares.
@@ -322,6 +335,8 @@ class SupervisorOrder:
                 "give model= and the rest again"
             )
         spec.check()
+        if spec.replicas > 1:
+            _check_replicated(address, policy)
         python = spec.python or sys.executable or None
         if python is None and spec.command is None:
             raise ConfigError(
@@ -442,6 +457,16 @@ def _check_devices(devices: object, cores: object, arguments: Mapping[str, Any],
 
 
 _BOUND_CORES = "VLLM_CPU_OMP_THREADS_BIND"
+
+_MOST_REPLICAS = 64
+
+
+def _checked_replicas(replicas: object) -> int:
+    if isinstance(replicas, bool) or not isinstance(replicas, int) or not 1 <= replicas <= _MOST_REPLICAS:
+        raise ConfigError(
+            f"replicas must be a whole number between 1 and {_MOST_REPLICAS}, not {replicas!r}", field="replicas"
+        )
+    return replicas
 
 
 def _checked_command(command: Sequence[str]) -> tuple[str, ...]:

@@ -88,6 +88,10 @@ class ManagedVLLM(RequestMethods):
         wait_for_devices: seconds to wait in that line; 0: not at all, `math.inf`: for ever.
         share: `"sleep"`: servers with `devices="auto"` take turns. One that nobody uses gives its devices to those that
             wait for them, and takes some again when it is used.
+        replicas: so many servers of the model on this machine, as one: started, watched, restarted and controlled
+            together, with the devices divided among them (tensor × pipeline × data parallel size for each). Requests go
+            to the one with the fewest in flight, those of one `session_id` to one server; one that dies is left in the
+            same moment.
         wait: whether entering waits until the server is ready; if not, the first use does.
         progress: whether to show the start-up; None: only on a terminal.
         retry: how often a request whose answer was lost is sent again (`RetryPolicy`).
@@ -136,6 +140,7 @@ class ManagedVLLM(RequestMethods):
         cores: int | None = None,
         wait_for_devices: float = 3600.0,
         share: Literal["sleep"] | None = None,
+        replicas: int = 1,
         wait: bool = True,
         progress: bool | None = None,
         restart: RestartPolicy | None = None,
@@ -160,7 +165,7 @@ class ManagedVLLM(RequestMethods):
             where = {"name": name, "host": host, "port": port, "uds": uds or None}
             how = {"env": env or None, "python": python, "command": command, "warm": warm or None}
             how["for_training"] = for_training or None
-            which = {"devices": devices, "cores": cores, "share": share}
+            which = {"devices": devices, "cores": cores, "share": share, "replicas": None if replicas == 1 else replicas}
             kept = {"restart": restart, "hang": hang, "idle_sleep": idle_sleep}
             external.check_applicable(
                 {**set_in_arguments(engine_args), **where, **how, **which, **kept}, explicit=bool(given)
@@ -176,10 +181,12 @@ class ManagedVLLM(RequestMethods):
                 command=command,
                 devices=devices,
                 cores=cores,
+                replicas=replicas,
             )
-        elif engine_args or command or python or env or for_training or devices or cores:
+        elif engine_args or command or python or env or for_training or devices or cores or replicas != 1:
             raise ConfigError(
-                "engine arguments, env=, python=, command=, devices= and for_training= need a model=", field="model"
+                "engine arguments, env=, python=, command=, devices=, replicas= and for_training= need a model=",
+                field="model",
             )
         options = AttachOptions(
             model=external.model_for(urls, asked) if urls else asked,
@@ -553,6 +560,7 @@ def spec_of(
     command: Sequence[str] | None,
     devices: Literal["auto"] | None,
     cores: int | None,
+    replicas: int = 1,
 ) -> ServerSpec:
     """The server that these arguments of `ManagedVLLM` mean. Raises `ConfigError`."""
     if for_training:
@@ -562,7 +570,14 @@ def spec_of(
     if idle_sleep is not None and command is None:
         engine_args = training.with_idle_sleep(engine_args, vllm=installed_vllm(python))
     return ServerSpec.of(
-        model, engine_args=engine_args, env=env, python=python, command=command, devices=devices, cores=cores
+        model,
+        engine_args=engine_args,
+        env=env,
+        python=python,
+        command=command,
+        devices=devices,
+        cores=cores,
+        replicas=replicas,
     )
 
 

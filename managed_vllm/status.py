@@ -289,7 +289,10 @@ class ServerStatus:
     `launch` says how this epoch was started: `"forked"` from the warm image, whose pid is `image_pid`, `"plain"`, or
     `"plain: "` and the reason why it could not be forked. `engine` is what users have made of the engine, `health` what
     the supervisor's checks have shown. `devices` are those that it took with `devices="auto"`, as `("GPU 2", "GPU 3")`.
-    `router` is what stands in front of several replicas; None where there is only one server.
+
+    `replicas` are the servers of an instance with `replicas=`, in order, each with what concerns it alone; none for a
+    single server. Then the rest is said of all of them together: READY while one is, `epoch` is the newest, for epochs
+    are counted through all replicas, and `connection` is where everybody is served: by the `router` in front of them.
     """
 
     state: ServerState
@@ -312,6 +315,7 @@ class ServerStatus:
     health: HealthChecks = field(default_factory=HealthChecks)
     devices: tuple[str, ...] = ()
     router: RouterStatus | None = None
+    replicas: tuple[ServerStatus, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -319,6 +323,7 @@ class ServerStatus:
         data: dict[str, Any] = reveal(asdict(self))
         data["diagnosis"] = self.diagnosis.to_dict() if self.diagnosis else None
         data["engine"] = self.engine.to_dict()
+        data["replicas"] = [replica.to_dict() for replica in self.replicas]
         return data
 
     @classmethod
@@ -332,6 +337,7 @@ class ServerStatus:
         if known.get("diagnosis"):
             known["diagnosis"] = Diagnosis.from_dict(known["diagnosis"])
         known["devices"] = tuple(known.get("devices", ()))
+        known["replicas"] = tuple(map(cls.from_dict, known.get("replicas", ())))
         if "engine" in known:
             known["engine"] = EngineState.from_dict(known["engine"])
         if "health" in known:
