@@ -165,7 +165,8 @@ class ManagedVLLM(RequestMethods):
             where = {"name": name, "host": host, "port": port, "uds": uds or None}
             how = {"env": env or None, "python": python, "command": command, "warm": warm or None}
             how["for_training"] = for_training or None
-            which = {"devices": devices, "cores": cores, "share": share, "replicas": None if replicas == 1 else replicas}
+            which = {"devices": devices, "cores": cores, "share": share}
+            which["replicas"] = None if replicas == 1 else replicas
             kept = {"restart": restart, "hang": hang, "idle_sleep": idle_sleep}
             external.check_applicable(
                 {**set_in_arguments(engine_args), **where, **how, **which, **kept}, explicit=bool(given)

@@ -62,7 +62,15 @@ _OURS = {
 """Variables that each server gets from us, and why nobody else can set them."""
 
 _NOT_INHERITED = frozenset(
-    {lifeline.MARKER, lifeline.SUPERVISOR, lifeline.ROOT, managed_vllm_arguments.VARIABLE, "PYTHONHOME", "VLLM_API_KEY"}
+    {
+        lifeline.MARKER,
+        lifeline.SUPERVISOR,
+        lifeline.ROOT,
+        lifeline.REPLICA,
+        managed_vllm_arguments.VARIABLE,
+        "PYTHONHOME",
+        "VLLM_API_KEY",
+    }
     | {managed_vllm_guard.CONTROL_KEY, managed_vllm_guard.CONTROLLED}
 )
 """Variables that belong to one process or server: a starter may itself run inside of another server."""

@@ -27,6 +27,7 @@ well, so that the next server has nothing left to import.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -212,6 +213,8 @@ class _Image:
     def _become_server(self, request: dict[str, Any], output: int, imports: int) -> None:
         """What the launch of a new interpreter would have done for the server."""
         os.environ[lifeline.ROOT] = str(os.getpid())
+        if (replica := request["set"].get(lifeline.REPLICA)) is not None:
+            _show_in_environment(lifeline.REPLICA, replica)
         lifeline.fall_with_parent()
         os.setsid()
         null = os.open(os.devnull, os.O_RDONLY)
@@ -345,6 +348,25 @@ def _renew_random_state() -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
     multiprocessing.current_process().authkey = os.urandom(32)
+
+
+def _show_in_environment(name: str, text: str) -> None:
+    """Sets a variable of the image's own, whose value is as long, so that `/proc/PID/environ` shows it as well.
+
+    That is the memory with which the image was started: we, and what is forked from us, have a copy.
+    """
+    os.environ[name] = text
+    value, entry = text.encode(), f"\0{name}=".encode()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with open("/proc/self/environ", "rb") as environ, open("/proc/self/stat", "rb") as stat:
+            shown, fields = b"\0" + environ.read(), stat.read().rpartition(b")")[2].split()
+        at, start = shown.index(entry) + len(entry) - 1, int(fields[_ENV_START])
+        if start and shown[at + 1 :].find(b"\0") == len(value):
+            ctypes.memmove(start + at, value, len(value))
+
+
+_ENV_START = 47
+"""The address of the environment among the fields of `/proc/PID/stat` that follow the name (proc(5): field 50)."""
 
 
 def _set_title(title: str) -> None:

@@ -29,10 +29,26 @@ SUPERVISOR = "MANAGED_VLLM_SUPERVISOR"
 ROOT = "MANAGED_VLLM_SERVER_ROOT"
 """Environment variable set by the server's first interpreter: its pid."""
 
+REPLICA = "MANAGED_VLLM_REPLICA"
+"""Environment variable that tells the servers of one instance apart: a number of four digits."""
+
+NO_REPLICA = "----"
+"""Its value in the image, from which each of them is forked."""
+
 _PR_SET_PDEATHSIG = 1
 
 _TIED = ("--multiprocessing-fork", "multiprocessing.forkserver", "vllm.model_executor.models.registry")
 """Parts of the command line of the interpreters, other than the first, that fall with their parents."""
+
+
+def replica_value(number: int) -> str:
+    """What `REPLICA` is for the server with this number; always as long as `NO_REPLICA`."""
+    return f"{number:04d}"
+
+
+def replica_mark(number: int) -> bytes:
+    """Its entry in the environment of a process."""
+    return os.fsencode(f"{REPLICA}={replica_value(number)}")
 
 
 def register() -> None:

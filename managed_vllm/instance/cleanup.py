@@ -34,18 +34,20 @@ from managed_vllm.socket_paths import short_temporary_folder
 def marked_processes(instance: Instance, marker: str | None = None) -> list[psutil.Process]:
     """Every live process that carries the instance's marker in its environment, and is in our namespaces.
 
-    `marker` is the one that a server was started with, where the state directory was wiped since. vLLM's
-    setproctitle would wipe the environment of EngineCore and Worker (vLLM 0.32); the supervisor sets `SPT_NOENV=1`
-    against that.
+    Of one replica's where the instance is one. `marker` is the one that a server was started with, where the state
+    directory was wiped since. vLLM's setproctitle would wipe the environment of EngineCore and Worker (vLLM 0.32); the
+    supervisor sets `SPT_NOENV=1` against that.
     """
-    entry_of_ours = os.fsencode(f"{lifeline.MARKER}={marker or instance.marker}")
+    marks = {os.fsencode(f"{lifeline.MARKER}={marker or instance.marker}")}
+    if instance.replica is not None:
+        marks.add(lifeline.replica_mark(instance.replica))
     found = []
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
             with open(f"/proc/{entry.name}/environ", "rb") as environ:
-                if entry_of_ours in environ.read().split(b"\0") and not is_elsewhere(int(entry.name)):
+                if marks <= set(environ.read().split(b"\0")) and not is_elsewhere(int(entry.name)):
                     found.append(psutil.Process(int(entry.name)))
         except (OSError, psutil.Error):
             continue
@@ -226,6 +228,14 @@ def remove_recorded(record: Mapping[str, Any]) -> None:
     segments = record.get("shared_memory")
     if isinstance(segments, list):
         remove_shared_memory(path for path in segments if isinstance(path, str))
+    for replica in replicas_in(record):
+        remove_recorded(replica)
+
+
+def replicas_in(record: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """What a record says of each replica; empty for a single server."""
+    found = (record or {}).get("replicas")
+    return [replica for replica in found if isinstance(replica, dict)] if isinstance(found, list) else []
 
 
 def remove_instance(instance: Instance) -> None:

@@ -138,10 +138,24 @@ def check_private(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Instance:
-    """One instance's folder and the files in it. The folder need not exist."""
+    """One instance's folder and the files in it. The folder need not exist.
+
+    `replica` is the number of one server of an instance that has several: what concerns that one alone (its log, its
+    processes) is its own then, and the rest is the instance's.
+    """
 
     home: Path
     id: str
+    replica: int | None = None
+
+    def of_replica(self, number: int) -> Instance:
+        """The same instance, as its server with this number sees it."""
+        return Instance(self.home, self.id, number)
+
+    @property
+    def label(self) -> str:
+        """What people call it: the id, and the replica."""
+        return self.id if self.replica is None else f"{self.id}, replica {self.replica}"
 
     @property
     def folder(self) -> Path:
@@ -162,7 +176,7 @@ class Instance:
 
     @property
     def server_log(self) -> Path:
-        return self.folder / "server.log"
+        return self.folder / ("server.log" if self.replica is None else f"server-{self.replica}.log")
 
     @property
     def image_log(self) -> Path:
@@ -307,7 +321,8 @@ class Instance:
 
     def _keep(self, suffix: str, put: Callable[[Path], None]) -> Path | None:
         kept = self.home / "failed"
-        target = kept / f"{self.id}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{suffix}"
+        which = "" if self.replica is None else f"-{self.replica}"
+        target = kept / f"{self.id}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{which}{suffix}"
         try:
             kept.mkdir(mode=0o700, exist_ok=True)
             put(target)
@@ -318,15 +333,16 @@ class Instance:
         return target
 
 
+_OUR_FILES = r"\.instance\.json-\w+|.*events\.jsonl(\.1)?|server(-\d+)?\.log(\.1)?"
+
+
 def _is_ours(name: str) -> bool:
-    return re.fullmatch(r"\.instance\.json-\w+|.*events\.jsonl(\.1)?", name) is not None or name in (
+    return re.fullmatch(_OUR_FILES, name) is not None or name in (
         "instance.json",
         "image.log",
         "control.sock",
         "api.sock",
-        "server.log",
-        "server.log.1",
-        "image.log",
+        "router.log",
         "supervisor.log",
         "supervisor.log.1",
         START_LOCK,

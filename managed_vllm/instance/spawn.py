@@ -32,7 +32,7 @@ from managed_vllm.errors import SupervisorError
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance.directory import Instance, above_standard
 
-_NOT_INHERITED = (lifeline.MARKER, lifeline.SUPERVISOR, lifeline.ROOT, "PYTHONHOME")
+_NOT_INHERITED = (lifeline.MARKER, lifeline.SUPERVISOR, lifeline.ROOT, lifeline.REPLICA, "PYTHONHOME")
 """Variables that belong to one server's processes: the caller may itself run inside of another server."""
 
 _LOOK_S = 0.1

@@ -1,6 +1,7 @@
 """The devices of one supervisor's server: taken before the first start, kept over all restarts, given back at the end.
 
-With `devices="auto"`; else there is nothing to take, and all of this does nothing.
+With `devices="auto"`. Else there is nothing to take: a single server sees all that there are, and each of several
+replicas has its share of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from managed_vllm.config import SupervisorOrder
 from managed_vllm.errors import StateDirectoryError
+from managed_vllm.instance.directory import Instance
 from managed_vllm.server import devices, diagnosis
 from managed_vllm.server.devices import Pool, TakenDevices
 from managed_vllm.server.places import (
@@ -42,14 +44,14 @@ _NAMED = 4
 class DeviceClaim:
     """See the module's docstring. `taken` is what the server has; empty before, and without `devices="auto"`."""
 
-    def __init__(self, order: SupervisorOrder, instance: str, record: Mapping[str, Any] | None) -> None:
+    def __init__(self, order: SupervisorOrder, instance: Instance, record: Mapping[str, Any] | None) -> None:
         """`record` is that of the supervisor before us, if it was killed: its places are the first that we try."""
         self._order = order
         self._instance = instance
         self._preferred = _places_in(record)
         self._places: dict[str, int] = {}
         self._folder: PlacesFolder | None = None
-        self._holder = Occupant(os.getuid(), instance, os.getpid(), time.time())
+        self._holder = Occupant(os.getuid(), instance.label, os.getpid(), time.time())
         self._is_free: Callable[[str], bool] = devices.is_free
         self.taken = TakenDevices()
         self.asked_for = asyncio.Event()
@@ -62,7 +64,8 @@ class DeviceClaim:
     async def take(self, on_progress: Callable[[Progress], None]) -> Diagnosis | None:
         """Takes the places, and waits in the line for them if need be. Returns why there will be none."""
         if not self._order.spec.auto_devices:
-            return None
+            replica = self._instance.replica
+            return None if replica is None else await asyncio.to_thread(self._share, replica)
         pool = await asyncio.to_thread(devices.pool, self._order.spec)
         self._is_free = devices.is_free if pool.kind == "GPU" else lambda _: True
         if len(pool.devices) < pool.wanted:
@@ -72,6 +75,19 @@ class DeviceClaim:
             return await self._wait_in_line(self._folder, pool, on_progress)
         except StateDirectoryError as error:
             return diagnosis.no_places(error.message)
+
+    def _share(self, replica: int) -> Diagnosis | None:
+        """A replica's part of what they all see. Cores that the user has bound stay as they are."""
+        spec = self._order.spec
+        pool = devices.pool(spec)
+        wanted = pool.wanted * spec.replicas
+        if pool.kind == "core" and (len(pool.devices) < wanted or devices.binds_cores(spec)):
+            return None
+        if len(pool.devices) < wanted:
+            return diagnosis.too_few_devices(pool.number(wanted), pool.labelled([d.place for d in pool.devices]))
+        places = [device.place for device in pool.devices[replica * pool.wanted : (replica + 1) * pool.wanted]]
+        self.taken = TakenDevices(pool.labelled(places), pool.variables(places))
+        return None
 
     def is_wanted(self) -> bool:
         """Whether one in the line wants places of ours, and lacks some.
@@ -131,7 +147,7 @@ class DeviceClaim:
         self, folder: PlacesFolder, pool: Pool, on_progress: Callable[[Progress], None]
     ) -> Diagnosis | None:
         began, told_at = time.monotonic(), -_TELL_S
-        occupant = Occupant(os.getuid(), self._instance, os.getpid(), time.time())
+        occupant = Occupant(os.getuid(), self._instance.label, os.getpid(), time.time())
         places = sorted((device.place for device in pool.devices), key=lambda place: place not in self._preferred)
         waiting = await asyncio.to_thread(folder.join, places, pool.wanted, occupant)
         view = _View(folder, waiting, pool)
@@ -158,7 +174,7 @@ class DeviceClaim:
         self.taken = TakenDevices(
             pool.labelled([*self._places]), pool.variables([*self._places]), tuple(self._places.values())
         )
-        self._holder = Occupant(os.getuid(), self._instance, os.getpid(), time.time())
+        self._holder = Occupant(os.getuid(), self._instance.label, os.getpid(), time.time())
         for place in self._places:
             folder.note(place, self._holder)
         return True

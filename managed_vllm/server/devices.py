@@ -20,6 +20,8 @@ from typing import Any
 from managed_vllm.config import ServerSpec
 from managed_vllm.server import gpu_memory
 
+BOUND_CORES = "VLLM_CPU_OMP_THREADS_BIND"
+
 _FREE_SHARE, _FREE_BYTES = 0.05, 1 << 30
 """A GPU counts as free while no more of its memory is used than this share, or so many bytes: a desktop, a context."""
 
@@ -71,7 +73,7 @@ class Pool:
             return {"CUDA_VISIBLE_DEVICES": ",".join(words), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         size = len(words) // self.groups
         groups = [",".join(words[at : at + size]) for at in range(0, size * self.groups, size)]
-        return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(groups)}
+        return {BOUND_CORES: "|".join(groups)}
 
 
 def pool(spec: ServerSpec) -> Pool:
@@ -83,9 +85,14 @@ def pool(spec: ServerSpec) -> Pool:
         # CUDA gives a process one part of a divided GPU, and no more.
         return Pool("GPU", (gpus or [])[: 1 if divided else None], workers, workers)
     cores = usable_cores()
-    each = spec.cores or max(1, len(cores) // workers)
+    each = spec.cores or max(1, len(cores) // (workers * spec.replicas))
     named = [Device(f"core-{core}", f"core {core}", str(core)) for core in cores]
     return Pool("core", named, each * workers, workers)
+
+
+def binds_cores(spec: ServerSpec) -> bool:
+    """Whether the user says itself on which cores vLLM's threads run."""
+    return spec.variables().get(BOUND_CORES, "auto") != "auto"
 
 
 def _workers(arguments: Mapping[str, Any]) -> int:

@@ -27,8 +27,8 @@ log = logging.getLogger("managed_vllm.supervisor")
 class Footprint:
     """The footprint of one instance's servers, from the first epoch to the last."""
 
-    def __init__(self, order: SupervisorOrder, instance: str, predecessor: Mapping[str, Any] | None) -> None:
-        """`predecessor` is the record of a supervisor of this instance (its id) that was killed."""
+    def __init__(self, order: SupervisorOrder, instance: Instance, predecessor: Mapping[str, Any] | None) -> None:
+        """`predecessor` is the record of a supervisor of this instance that was killed."""
         self._order = order
         self.devices = DeviceClaim(order, instance, predecessor)
         self._gpu_at_first: gpu_memory.GpuMemory | None = None

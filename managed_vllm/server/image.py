@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from managed_vllm.in_server import managed_vllm_arguments, managed_vllm_guard
+from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance.directory import tail
 from managed_vllm.server.pidfd import pidfd_open
 
@@ -86,6 +87,8 @@ class Image:
         self._on_imports = on_imports
         self._log_path = log_path
         self._environment = {name: value for name, value in environment.items() if name not in _OF_THE_SERVER}
+        if lifeline.REPLICA in self._environment:
+            self._environment[lifeline.REPLICA] = lifeline.NO_REPLICA
         self._turn = asyncio.Lock()
         self._is_ready = False
         self.ended = asyncio.Event()

@@ -88,6 +88,7 @@ def _uds_path(instance: Instance, scratch: Path) -> Path:
 def _environment(order: SupervisorOrder, instance: Instance, scratch: Path) -> dict[str, str]:
     """The server's environment: its first starter's, what the spec says, and what marks and guards it."""
     in_server = str(Path(lifeline.__file__).parent)
+    replica = {} if instance.replica is None else {lifeline.REPLICA: lifeline.replica_value(instance.replica)}
     given = {**order.environment.reveal(), "PYTHONUNBUFFERED": "1", **order.spec.variables()}
     path = given.get("PYTHONPATH")
     if links := sorted(variables.service_links(os.environ)):
@@ -103,6 +104,7 @@ def _environment(order: SupervisorOrder, instance: Instance, scratch: Path) -> d
         "VLLM_API_KEY": reveal(order.address.api_key) or "",
         # vLLM's setproctitle would wipe the environment, and our marker with it.
         "SPT_NOENV": "1",
+        **replica,
         lifeline.MARKER: instance.marker,
         lifeline.SUPERVISOR: f"{os.getpid()}:{lifeline.start_time(os.getpid())}:{lifeline.pid_namespace()}",
     }

@@ -57,7 +57,7 @@ class NotForkedError(Exception):
 
 
 class ServerStarter:
-    """Starts the servers of one instance, one after the other; see the module's docstring.
+    """Starts the servers of one instance, whose replicas share one image; see the module's docstring.
 
     `how` says how the last one was started: "forked", "plain", or "plain: " and why it could not be forked.
     """
@@ -84,24 +84,24 @@ class ServerStarter:
         """The image's pid, if it runs."""
         return None if self._image is None else self._image.pid
 
-    async def start(self, launch: Launch, on_line: Callable[[str], None]) -> ServerProcess:
-        """Starts a server, whose output goes to `on_line` by lines, from a thread of its own.
+    async def start(self, launch: Launch, instance: Instance, on_line: Callable[[str], None]) -> ServerProcess:
+        """Starts a server of the instance, whose output goes to `on_line` by lines, from a thread of its own.
 
         Raises `OSError` if its program can't be run, `NotForkedError`.
         """
         self._launch = launch
         shared_memory = cleanup.NewSharedMemory()
-        forked = await self._fork(launch)
+        forked = await self._fork(launch, instance)
         if forked is None and self._order.policy.warm is True:
             raise NotForkedError(self._why_not)
         self.how = "forked" if forked else f"plain: {self._why_not}" if self._why_not else "plain"
         log.info("the server is started: %s", self.how)
         if forked is None:
-            return self._spawn_kept(launch, on_line)
+            return self._spawn_kept(launch, instance, on_line)
         return ServerProcess(
             ForkedChild(forked.pid),
             os.fdopen(forked.output, "rb", buffering=0),
-            instance=self._instance,
+            instance=instance,
             shared_memory=shared_memory,
             on_line=on_line,
             spared=lambda: self.image_pid,
@@ -138,19 +138,19 @@ class ServerStarter:
             self._end_image()
             await asyncio.to_thread(_end_marked, self._instance)
 
-    def _spawn_kept(self, launch: Launch, on_line: Callable[[str], None]) -> ServerProcess:
+    def _spawn_kept(self, launch: Launch, instance: Instance, on_line: Callable[[str], None]) -> ServerProcess:
         """Spawns a server, whose program may be anything; then a keeper ends it if we are killed."""
         spec = self._order.spec
         if spec.command is None and spec.python is None:
-            return self._spawn(launch, on_line)
+            return self._spawn(launch, instance, on_line)
         if self._keeper is None:
             self._keeper = Keeper({name: launch.environment[name] for name in (lifeline.MARKER, lifeline.SUPERVISOR)})
         self._keeper.begin()
-        process = self._spawn(launch, on_line)
+        process = self._spawn(launch, instance, on_line)
         self._keeper.watch(process.pid)
         return process
 
-    def _spawn(self, launch: Launch, on_line: Callable[[str], None]) -> ServerProcess:
+    def _spawn(self, launch: Launch, instance: Instance, on_line: Callable[[str], None]) -> ServerProcess:
         program, path = launch.argv[0], launch.environment.get("PATH")
         for more_tries in reversed(range(_SPAWNS)):
             try:
@@ -158,7 +158,7 @@ class ServerStarter:
                     launch.argv,
                     env=launch.environment,
                     cwd=self._instance.folder,
-                    instance=self._instance,
+                    instance=instance,
                     on_line=on_line,
                     secrets=self._order.secrets() | {launch.control_key.reveal()},
                     inherited=launch.places,
@@ -178,7 +178,7 @@ class ServerStarter:
         """Whether the next server is to be forked."""
         return self._order.policy.warm is not False and self._order.spec.command is None and not self._why_not
 
-    async def _fork(self, launch: Launch) -> ForkedServer | None:
+    async def _fork(self, launch: Launch, instance: Instance) -> ForkedServer | None:
         """A server forked from the image, which comes up first if need be; None: it is to be spawned."""
         while self._forks:
             image = self._image
@@ -187,8 +187,9 @@ class ServerStarter:
                 return await image.fork(launch.argv, launch.environment, inherited=launch.places)
             except ImageError as error:
                 self._lose(image, error)
-                # The fork may have been under way. No server is running, so whatever is marked is a part of it.
-                await asyncio.to_thread(_end_marked, self._instance)
+                # The fork may have been under way. No server is running, so whatever is marked is a part of it. (Of one
+                # of several replicas only what is marked as that one: it has not told us of itself, and ends by that.)
+                await asyncio.to_thread(_end_marked, instance)
         return None
 
     def _bring_up(self, launch: Launch) -> Image:

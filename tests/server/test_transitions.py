@@ -11,7 +11,7 @@ import standin
 
 from managed_vllm import ManagedVLLM, ServerState
 from managed_vllm.errors import ManagedVLLMError
-from managed_vllm.supervisor import TRANSITIONS, IllegalTransitionError
+from managed_vllm.server.life import TRANSITIONS, IllegalTransitionError
 
 ROOT = Path(__file__).resolve().parents[2]
 OVER = {ServerState.FAILED, ServerState.GONE}
@@ -47,9 +47,9 @@ def test_a_transition_that_the_table_lacks_fails_the_server_and_says_so(
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "if any('managed_vllm.supervisor' in word for word in sys.orig_argv):\n"
-        "    from managed_vllm import supervisor, status\n"
+        "    from managed_vllm import status; from managed_vllm.server import life\n"
         "    old = status.ServerState.STARTING\n"
-        "    supervisor.TRANSITIONS[old] = supervisor.TRANSITIONS[old] - {status.ServerState.READY}\n"
+        "    life.TRANSITIONS[old] = life.TRANSITIONS[old] - {status.ServerState.READY}\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     llm = ManagedVLLM("stand-in", command=standin.command(), env=standin.orders(), keep_alive=0)
