@@ -64,7 +64,7 @@ TRANSITIONS: Mapping[ServerState, frozenset[ServerState]] = {
         {ServerState.READY, ServerState.RESTARTING, ServerState.FAILED, ServerState.STOPPING}
     ),
     ServerState.STOPPING: frozenset({ServerState.GONE}),
-    ServerState.FAILED: frozenset(),
+    ServerState.FAILED: frozenset({ServerState.RESTARTING}),  # one replica of several, when a user asks for a restart
     ServerState.GONE: frozenset(),
 }
 """To which states each state may lead; docs/architecture.md says when."""
@@ -190,12 +190,19 @@ class Life:
     async def serve(self) -> None:
         """Starts the server, and starts it again as long as the policy says so. Returns once it has failed."""
         await self._footprint.clear_after_predecessor(self._instance, self._predecessor)
+        if (self._predecessor or {}).get("state") in (ServerState.READY, ServerState.SLEEPING, ServerState.RESTARTING):
+            self._restarts.record_ready()
+        await self._serve_from(ServerState.STARTING)
+
+    async def serve_again(self) -> None:
+        """As `serve`, for a server that has failed: as if it had never crashed."""
+        self._restarts = Restarts(self._order.policy.restart, chooses_port=self._order.address.port is None)
+        await self._serve_from(ServerState.RESTARTING)
+
+    async def _serve_from(self, state: ServerState) -> None:
         if not await self._take_devices():
             return
         policy = self._order.policy
-        if (self._predecessor or {}).get("state") in (ServerState.READY, ServerState.SLEEPING, ServerState.RESTARTING):
-            self._restarts.record_ready()
-        state = ServerState.STARTING
         while True:
             ended = self.engine.loss or await self._one_epoch(state)
             state = ServerState.RESTARTING

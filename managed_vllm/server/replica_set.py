@@ -54,6 +54,9 @@ class ReplicaSet:
         )
         self._started_at = time.time()
         self._was_up = (predecessor or {}).get("state") in (ServerState.READY, ServerState.RESTARTING)
+        self._serving: set[asyncio.Task[None]] = set()
+        self._begun = asyncio.Event()
+        """Set when a server is begun that had given up."""
         self._said: dict[str, Any] = {}
         """What the supervisor itself has said of the state, which then is no longer that of the servers."""
 
@@ -122,16 +125,16 @@ class ReplicaSet:
     async def serve(self) -> None:
         """Serves with all of them. Returns once they have failed."""
         await asyncio.to_thread(_end_strays, self._instance)
-        serving = {asyncio.create_task(life.serve()) for life in self._lives}
+        self._serving = {asyncio.create_task(life.serve()) for life in self._lives}
         try:
-            while serving and self.status.state is not ServerState.FAILED:
-                done, serving = await asyncio.wait(serving, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
+            while self.status.state is not ServerState.FAILED:
+                for task in await _first_done(self._serving, self._begun):
                     task.result()
+                    self._serving.discard(task)
         finally:
-            for task in serving:
+            for task in self._serving:
                 task.cancel()
-            await asyncio.gather(*serving, return_exceptions=True)
+            await asyncio.gather(*self._serving, return_exceptions=True)
 
     def move(self, state: ServerState, **changes: Any) -> None:
         """The supervisor begins, or ends, all of it: users are told."""
@@ -150,10 +153,13 @@ class ReplicaSet:
         return any([life.reap(pid) for life in self._lives])
 
     def restart(self) -> None:
-        """A user wants another start of every server."""
+        """A user wants another start of every server, of those that had given up as well."""
         for life in self._lives:
             if life.status.state is not ServerState.FAILED:
                 life.restart()
+            elif self._state([one.status for one in self._lives]) is not ServerState.FAILED:
+                self._serving.add(asyncio.create_task(life.serve_again()))
+                self._begun.set()
 
     def use(self) -> None:
         """A user needs the servers to serve."""
@@ -199,6 +205,17 @@ class ReplicaSet:
     def has_folder(self) -> bool:
         """As `life.Owner` says."""
         return self._owner.has_folder
+
+
+async def _first_done(serving: set[asyncio.Task[None]], begun: asyncio.Event) -> list[asyncio.Task[None]]:
+    """Those of them that have ended, once one has; none where others were begun meanwhile."""
+    begun.clear()
+    waiting = asyncio.create_task(begun.wait())
+    try:
+        await asyncio.wait({*serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+    return [task for task in serving if task.done()]
 
 
 _ORDER = (ServerState.FAILED, ServerState.STARTING, ServerState.RESTARTING, ServerState.SLEEPING, ServerState.READY)

@@ -1,0 +1,214 @@
+"""Several servers of one instance: started, watched and ended as one, each with what is its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_gpus
+import psutil
+import pytest
+import standin
+from processes import INSTANT, eventually, is_live
+
+from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, ServerStatus
+from managed_vllm.config import Address, ServerSpec, SupervisorOrder
+from managed_vllm.errors import ConfigError, StartupError
+from managed_vllm.instance import cleanup
+from managed_vllm.instance.directory import Instance
+from managed_vllm.policies import SupervisionPolicy
+from managed_vllm.server import devices
+from managed_vllm.server.device_claim import DeviceClaim
+
+
+def handle(count: int = 2, *, orders: dict[str, Any] | None = None, **arguments: Any) -> ManagedVLLM:
+    env = standin.orders(**(orders or {}))
+    return ManagedVLLM(
+        "stand-in", command=standin.command(), env=env, replicas=count, keep_alive=INSTANT, progress=False, **arguments
+    )
+
+
+@pytest.fixture
+def llm(home: Path) -> Iterator[ManagedVLLM]:
+    with handle() as entered:
+        yield entered
+
+
+def all_ready(llm: ManagedVLLM, *, after: int = 0) -> ServerStatus | None:
+    """The status once every replica serves, in a life later than `after`; None before."""
+    status = llm.status()
+    return status if all(one.state is ServerState.READY and one.epoch > after for one in status.replicas) else None
+
+
+def test_each_has_what_is_its_own(llm: ManagedVLLM, home: Path) -> None:
+    status = llm.status()
+    assert status.state is ServerState.READY
+    assert [one.state for one in status.replicas] == [ServerState.READY] * 2
+    assert sorted(one.epoch for one in status.replicas) == [1, 2]
+    assert status.epoch == 2
+    urls = {one.connection.base_url for one in status.replicas if one.connection}
+    assert len(urls) == len({one.server_pid for one in status.replicas}) == 2
+    folder = home / str(llm.id)
+    assert [one.log_path for one in status.replicas] == [str(folder / f"server-{number}.log") for number in range(2)]
+    assert all(Path(str(one.log_path)).stat().st_size for one in status.replicas)
+    assert [one.users for one in status.replicas] == [0, 0]
+    assert status.users == 1
+
+
+def test_one_that_is_killed_comes_back_beside_the_other(llm: ManagedVLLM) -> None:
+    before = llm.status()
+    kept, lost = before.replicas
+    states = set()
+    os.kill(lost.server_pid or 0, signal.SIGKILL)
+
+    def back() -> ServerStatus | None:
+        status = llm.status()
+        states.add(status.state)
+        one = status.replicas[1]
+        return status if one.epoch > before.epoch and one.state is ServerState.READY else None
+
+    after = eventually(back, "the replica is back")
+    assert states == {ServerState.READY}
+    assert after.replicas[0] == kept
+    assert after.epoch == after.replicas[1].epoch == 3
+    assert (after.restarts, after.replicas[1].restarts) == (1, 1)
+
+
+def test_a_restart_is_one_of_each(llm: ManagedVLLM) -> None:
+    before = llm.status()
+    llm.restart()
+    after = eventually(lambda: all_ready(llm, after=before.epoch), "both are back")
+    assert sorted(one.epoch for one in after.replicas) == [3, 4]
+    assert after.restarts == 0
+
+
+def test_one_that_gives_up_leaves_the_others_and_comes_back_when_asked(home: Path) -> None:
+    with handle(restart=RestartPolicy(max_restarts=0)) as llm:
+        before = llm.status()
+        os.kill(before.replicas[1].server_pid or 0, signal.SIGKILL)
+
+        def given_up() -> ServerStatus | None:
+            status = llm.status()
+            return status if status.replicas[1].state is ServerState.FAILED else None
+
+        found = eventually(given_up, "it has given up")
+        assert found.state is ServerState.READY
+        assert found.replicas[1].diagnosis is not None
+        assert Path(str(found.replicas[1].log_path)).parent == home / "failed"
+        llm.restart()
+        eventually(lambda: all_ready(llm, after=before.epoch), "both are back")
+
+
+def test_all_that_have_given_up_are_the_end(home: Path) -> None:
+    with handle(restart=RestartPolicy(max_restarts=0)) as llm:
+        for one in llm.status().replicas:
+            os.kill(one.server_pid or 0, signal.SIGKILL)
+        with pytest.raises(StartupError):
+            while True:
+                llm.wait_ready()
+
+
+def test_a_start_that_fails_is_told_once(home: Path) -> None:
+    llm = handle(orders={"exit": 3})
+    with pytest.raises(StartupError) as caught:
+        llm.start()
+    assert caught.value.diagnosis is not None
+    llm.close()
+
+
+def test_a_killed_supervisor_leaves_its_successor_all_of_them(llm: ManagedVLLM) -> None:
+    before = llm.status()
+    old = [psutil.Process(one.server_pid) for one in before.replicas]
+    os.kill(before.supervisor_pid or 0, signal.SIGKILL)
+    eventually(lambda: llm.status().supervisor_pid != before.supervisor_pid, "another supervisor")
+    after = eventually(lambda: all_ready(llm, after=before.epoch), "both are back")
+    assert sorted(one.epoch for one in after.replicas) == [3, 4]
+    assert not [process for process in old if is_live(process)]
+
+
+def test_the_processes_of_one_are_told_from_those_of_the_other(llm: ManagedVLLM, home: Path) -> None:
+    instance = Instance(home, str(llm.id))
+    status = llm.status()
+    for number, one in enumerate(status.replicas):
+        found = {process.pid for process in cleanup.marked_processes(instance.of_replica(number))}
+        assert one.server_pid in found
+        assert status.replicas[1 - number].server_pid not in found
+    everything = {process.pid for process in cleanup.marked_processes(instance)}
+    assert {one.server_pid for one in status.replicas} <= everything
+
+
+def test_the_record_has_all_of_them(llm: ManagedVLLM, home: Path) -> None:
+    record = Instance(home, str(llm.id)).read_record() or {}
+    pids = [one.server_pid for one in llm.status().replicas]
+    assert [one["server_pid"] for one in record["replicas"]] == pids
+    assert len({one["scratch"] for one in record["replicas"]}) == 2
+
+
+def test_what_several_can_not_have() -> None:
+    with pytest.raises(ConfigError, match="uds"):
+        handle(uds=True).start()
+    with pytest.raises(ConfigError, match="share"):
+        handle(devices="auto", share="sleep").start()
+    for wrong in (0, -1, 65, True, "2", 1.5):
+        with pytest.raises(ConfigError, match="replicas") as caught:
+            ManagedVLLM("stand-in", command=standin.command(), replicas=wrong)  # type: ignore[arg-type]
+        assert caught.value.field == "replicas"
+    with pytest.raises(ConfigError, match="replicas"):
+        ManagedVLLM(replicas=2)
+
+
+def spec(count: int, **arguments: Any) -> ServerSpec:
+    return ServerSpec.of("model", engine_args=arguments, command=["server", "{args}"], replicas=count)
+
+
+def test_how_many_is_a_part_of_the_identity() -> None:
+    assert spec(1).key == ServerSpec.of("model", engine_args={}, command=["server", "{args}"]).key
+    assert len({spec(count).key for count in (1, 2, 3)}) == 3
+    assert spec(2).differences(spec(3)) == {"replicas": (2, 3)}
+    assert ServerSpec.from_dict(spec(3).to_dict()) == spec(3)
+
+
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+def share(spec: ServerSpec, home: Path, replica: int) -> tuple[Any, dict[str, str]]:
+    order = SupervisorOrder(spec=spec, address=Address(), policy=SupervisionPolicy())
+    claim = DeviceClaim(order, Instance(home, "model-0123456789", replica), None)
+    refused = asyncio.run(claim.take(lambda _: None))
+    return refused, dict(claim.taken.variables)
+
+
+@pytest.mark.parametrize(("replica", "cores"), [(0, "0,1|2,3"), (1, "4,5|6,7")])
+def test_cores_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replica: int, cores: str) -> None:
+    fake_gpus.installed(tmp_path, monkeypatch)
+    (tmp_path / "gpus").write_text("null")
+    monkeypatch.setattr(devices, "usable_cores", lambda: list(range(9)))
+    refused, variables = share(spec(2, tensor_parallel_size=2), tmp_path, replica)
+    assert refused is None
+    assert variables == {devices.BOUND_CORES: cores}
+
+
+def test_cores_are_shared_where_they_are_too_few_or_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpus.installed(tmp_path, monkeypatch)
+    (tmp_path / "gpus").write_text("null")
+    monkeypatch.setattr(devices, "usable_cores", lambda: [0])
+    assert share(spec(2), tmp_path, 1) == (None, {})
+    monkeypatch.setattr(devices, "usable_cores", lambda: [0, 1])
+    bound = ServerSpec.of(
+        "model", engine_args={}, command=["server", "{args}"], replicas=2, env={devices.BOUND_CORES: "0-1"}
+    )
+    assert share(bound, tmp_path, 1) == (None, {})
+
+
+def test_gpus_are_divided_and_must_suffice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpus.installed(tmp_path, monkeypatch)
+    refused, variables = share(spec(2, tensor_parallel_size=2), tmp_path, 1)
+    assert (refused, variables["CUDA_VISIBLE_DEVICES"]) == (None, "2,3")
+    refused, variables = share(spec(3, tensor_parallel_size=2), tmp_path, 1)
+    assert refused is not None
+    assert "6 GPUs" in refused.summary
+    assert variables == {}
