@@ -104,12 +104,14 @@ def test_one_that_gives_up_leaves_the_others_and_comes_back_when_asked(home: Pat
 
 
 def test_all_that_have_given_up_are_the_end(home: Path) -> None:
-    with handle(restart=RestartPolicy(max_restarts=0)) as llm:
+    seen: list[ServerStatus] = []
+    with handle(restart=RestartPolicy(max_restarts=0), on_status=seen.append) as llm:
         for one in llm.status().replicas:
             os.kill(one.server_pid or 0, signal.SIGKILL)
-        with pytest.raises(StartupError):
-            while True:
-                llm.wait_ready()
+        failed = eventually(lambda: [one for one in seen if one.state is ServerState.FAILED], "the instance has failed")
+    assert [one.state for one in failed[0].replicas] == [ServerState.FAILED] * 2
+    assert failed[0].diagnosis is not None
+    assert failed[0].connection is None
 
 
 def test_a_start_that_fails_is_told_once(home: Path) -> None:
@@ -205,7 +207,7 @@ def test_cores_are_shared_where_they_are_too_few_or_bound(tmp_path: Path, monkey
 
 
 def test_gpus_are_divided_and_must_suffice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_gpus.installed(tmp_path, monkeypatch)
+    fake_gpus.installed(tmp_path, monkeypatch).are(4)
     refused, variables = share(spec(2, tensor_parallel_size=2), tmp_path, 1)
     assert (refused, variables["CUDA_VISIBLE_DEVICES"]) == (None, "2,3")
     refused, variables = share(spec(3, tensor_parallel_size=2), tmp_path, 1)
