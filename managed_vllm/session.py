@@ -88,10 +88,8 @@ class ManagedVLLM(RequestMethods):
         wait_for_devices: seconds to wait in that line; 0: not at all, `math.inf`: for ever.
         share: `"sleep"`: servers with `devices="auto"` take turns. One that nobody uses gives its devices to those that
             wait for them, and takes some again when it is used.
-        replicas: so many servers of the model on this machine, as one: started, watched, restarted and controlled
-            together, with the devices divided among them (tensor × pipeline × data parallel size for each). Requests go
-            to the one with the fewest in flight, those of one `session_id` to one server; one that dies is left in the
-            same moment.
+        replicas: so many servers of the model on this machine, as one, with the devices divided among them. A request
+            goes to the one with the fewest in flight, those of a `session_id` to one; one that dies is left at once.
         wait: whether entering waits until the server is ready; if not, the first use does.
         progress: whether to show the start-up; None: only on a terminal.
         retry: how often a request whose answer was lost is sent again (`RetryPolicy`).
