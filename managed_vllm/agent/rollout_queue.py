@@ -146,28 +146,34 @@ class RolloutQueue:
         self._closed = True
         await self._wake_if_over()
 
-    def put_later(self, job: Job, seconds: float) -> None:
-        """Puts the job in after a while, before all others; until then it counts as busy, so that no worker goes."""
+    def put_later(self, job: Job, seconds: float, *, last: bool = False) -> None:
+        """Puts the job in after a while, before all others or after them; until then it counts as busy, so that no
+        worker goes."""
         self._busy += 1
 
         def due() -> None:
             self._timers.discard(timer)
-            putting = asyncio.create_task(self._put_first(job))
+            putting = asyncio.create_task(self._put_due(job, last))
             self._putting.add(putting)
             putting.add_done_callback(self._putting.discard)
 
         timer = asyncio.get_running_loop().call_later(seconds, due)
         self._timers.add(timer)
 
+    @property
+    def put_off(self) -> int:
+        """How many are to come later."""
+        return len(self._timers)
+
     def abandon(self) -> None:
         """Nothing that was to come later comes any more."""
         for timer in self._timers:
             timer.cancel()
 
-    async def _put_first(self, job: Job) -> None:
+    async def _put_due(self, job: Job, last: bool) -> None:
         async with self._changed:
             self._busy -= 1
-            self._pending.appendleft(job)
+            (self._pending.append if last else self._pending.appendleft)(job)
             self._changed.notify()
 
     @property

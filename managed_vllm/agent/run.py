@@ -40,6 +40,9 @@ and for the `patience_s` of environments."""
 
 _LOOK_AGAIN_S = 0.5
 """Until a rollout is looked at again that another process of the same run plays."""
+_LOOKS_PER_S = 100.0
+"""At most, at all of these: each costs a few questions to a file system that may be far away. With thousands of them
+nothing else would be done, and no file server would bear a hundred processes that do so."""
 
 _HARMLESS = frozenset({FailureClass.MODEL_SERVER, FailureClass.PARSER})
 """Failures after which the environment is as good as before."""
@@ -242,7 +245,7 @@ class Run:
             await self._settle(job.group)
             return False
         if claim is Claim.HELD:
-            self._queue.put_later(job, _LOOK_AGAIN_S)
+            self._queue.put_later(job, max(_LOOK_AGAIN_S, self._queue.put_off / _LOOKS_PER_S), last=True)
             return False
         if entry is not None:
             job.attempt = max(job.attempt, entry.attempt + 1)

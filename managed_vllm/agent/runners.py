@@ -104,6 +104,7 @@ def run_agent_loop(
     on_parse_error: ParseErrorPolicy | None = None,
     exact: bool = True,
     on_trajectory: Callable[[Trajectory], None] | None = None,
+    join: bool = False,
 ) -> list[Trajectory]:
     """Plays one episode on each runner, all at once and each at its own pace; waits for all of them.
 
@@ -130,6 +131,9 @@ def run_agent_loop(
         on_parse_error: what an answer that is no action leads to.
         exact: whether the server must tell token ids and logprobs, as for `StreamingTaskScheduler`.
         on_trajectory: called with each trajectory as it is finished.
+        join: whether further processes have the same `data_dir`, also on other hosts (`RunStore.join`), each with
+            runners of its own: for other tasks, or for the same ones, each of which is played on one process's runner.
+            The others' trajectories of the latter are returned as if they had been played here.
 
     Returns one trajectory for each runner, in their order; one that failed says so in `failure` and has no reward.
 
@@ -147,6 +151,8 @@ def run_agent_loop(
     for runner in runners:
         if not _is_environment(runner):
             RunnerEnvironment(runner)  # is it one?
+    if join and data_dir is None:
+        raise ConfigError("join= is about the run in data_dir=: give one", field="join")
     if not runners:
         return []
     limits = limits or Limits(max_steps=max_steps, max_images=limit_images)
@@ -161,7 +167,15 @@ def run_agent_loop(
             {} if model_name is None else {"model": model_name},
         )
     notes = {"runners": len(runners)}
-    with contextlib.nullcontext() if data_dir is None else RunStore.create(data_dir, notes=notes) as store:
+    enter = RunStore.join if join else RunStore.create
+    played: set[tuple[str, int]] = set()
+
+    def on_attempt(trajectory: Trajectory) -> None:
+        played.add(trajectory.key)
+        if on_trajectory is not None:
+            on_trajectory(trajectory)
+
+    with contextlib.nullcontext() if data_dir is None else enter(data_dir, notes=notes) as store:
         scheduler = StreamingTaskScheduler(
             llm,
             lambda: _WithItsRunner(runner_of, limits),
@@ -171,7 +185,7 @@ def run_agent_loop(
             agent=agent,
             retry=RetryRollouts(max_attempts=1),  # a runner can't be reset
             store=store,
-            on_attempt=on_trajectory,
+            on_attempt=on_attempt,
             reuse_environments=False,
             exact=exact,
             stop_after_failures=None,
@@ -179,7 +193,10 @@ def run_agent_loop(
         found = list(scheduler.run_all(tasks))
         if store is not None:
             for number, trajectory in enumerate(found):
-                write_dart_folder(trajectory, store.images, store.path / folder_of(number, trajectory.task))
+                folder = store.path / folder_of(number, trajectory.task)
+                # What another process has played it also writes, perhaps at this moment.
+                if not join or trajectory.key in played or not folder.exists():
+                    write_dart_folder(trajectory, store.images, folder)
         return found
 
 

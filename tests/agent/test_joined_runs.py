@@ -381,6 +381,30 @@ def test_a_rollout_that_fails_for_good_in_one_holds_up_neither(path: Path, serve
         assert store.summary().finished == 3
 
 
+def test_what_many_others_play_on_a_slow_file_system_keeps_nobody_from_what_is_free(
+    path: Path, server: ActingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tasks(201, 1)
+    with RunStore.join(path) as other, RunStore.join(path) as store:
+        for task in given[:-1]:
+            other.claim(task.id, 0)
+        claim = store.claim
+
+        def slowly(task_id: str, rollout: int) -> Any:
+            time.sleep(0.005)  # as over NFS: to look at all of them takes longer than until they are looked at again
+            return claim(task_id, rollout)
+
+        monkeypatch.setattr(store, "claim", slowly)
+
+        async def first() -> Trajectory:
+            async with asyncio.timeout(HANG_S):
+                async for trajectory in scheduler(server, store, Worlds(), max_concurrency=2).run(given):
+                    return trajectory
+            raise AssertionError("nothing was played")
+
+        assert asyncio.run(first()).task == given[-1]
+
+
 def test_a_run_that_was_broken_off_leaves_its_rollouts_to_others(path: Path, server: ActingServer) -> None:
     with RunStore.join(path) as store, RunStore.join(path) as other:
 

@@ -75,6 +75,34 @@ def test_it_is_called_as_the_old_code_calls_it(client: VLLMClient, tmp_path: Pat
                      "action_parse_res_factor", "limit_images", "data_dir", "model_name"]  # fmt: skip
 
 
+def test_processes_that_join_have_one_run_and_play_a_task_of_both_once(client: VLLMClient, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"data_dir": str(tmp_path / "d"), "coordinates": "absolute", "show_text": True}
+    runners = {"one": [Runner(1, "a"), Runner(2, "both")], "other": [Runner(1, "b"), Runner(2, "both")]}
+    found: dict[str, Any] = {}
+
+    def play(who: str) -> None:
+        found[who] = run_agent_loop(client, runners[who], begun("x", "y"), PARAMS, None, 5, join=True, **options)
+
+    threads = [threading.Thread(target=play, args=(who,)) for who in runners]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(HANG_S)
+    assert [one.task.id for one in found["one"]] == ["runner-0-a", "runner-1-both"]
+    assert found["one"][1] == found["other"][1]
+    assert [one.reward for each in found.values() for one in each] == [1.0] * 4
+    assert sorted(len(each[1].executed) for each in runners.values()) == [0, 2], "on one of the runners"
+    with RunStore.open(tmp_path / "d") as store:
+        assert len(store) == len(store.finished()) == 3
+    folders = sorted(path.parent.name for path in (tmp_path / "d").glob("*/reward.txt"))
+    assert folders == ["runner_0_a", "runner_0_b", "runner_1_both"]
+
+
+def test_to_join_needs_a_folder(client: VLLMClient) -> None:
+    with pytest.raises(ConfigError, match="data_dir"):
+        run_agent_loop(client, [Runner(1)], begun("x"), PARAMS, join=True)
+
+
 def test_runners_of_a_folder_that_are_finished_are_not_played_again(client: VLLMClient, tmp_path: Path) -> None:
     options: dict[str, Any] = {"data_dir": str(tmp_path / "d"), "coordinates": "absolute", "show_text": True}
     runners = [Runner(1, "a"), Runner(99, "b")]
