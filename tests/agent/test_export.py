@@ -18,7 +18,7 @@ from agent_samples import IM_END, IMAGE_PAD, sample_failure, sample_trajectory
 from PIL import Image as pillow
 
 from managed_vllm.agent.actions import Custom
-from managed_vllm.agent.export import ExportReport, TrajectoryID, export, load_skyrl, load_verl
+from managed_vllm.agent.export import ExportReport, TrajectoryID, export, load_skyrl, load_verl, samples_of
 from managed_vllm.agent.export.samples import turns_of
 from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.types import FailureClass, Step, StopReason, Task, Trajectory
@@ -110,6 +110,20 @@ def test_a_trajectory_is_one_sample_where_each_prompt_goes_on(store: RunStore, o
     assert rows[-1][:2] == (IM_END, 1)
     assert [image.tobytes() for image in sample["multi_modal_data"]["images"]] == opened(store, last)
     assert sample["extra_fields"]["is_last_step"] is True
+
+
+def test_samples_without_a_folder_are_those_of_an_export(store: RunStore, out: Path) -> None:
+    given = put(store)
+    export(store, "verl", out)
+    written = list(load_verl(out))
+    made = list(samples_of(given))
+    for mine, theirs in zip(made, written, strict=True):
+        assert mine.prompt_ids == theirs["prompt_ids"]
+        assert mine.response_ids == theirs["response_ids"]
+        assert mine.mask == theirs["response_mask"]
+        assert mine.logprobs == theirs["response_logprobs"]
+    with pytest.raises(ExportError, match="exact=False"):
+        list(samples_of(dataclasses.replace(given, exact=False)))
 
 
 def check_pieces(given: Trajectory, out: Path, spans: list[tuple[int, int]]) -> None:

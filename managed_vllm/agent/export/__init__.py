@@ -1,7 +1,8 @@
 """Runs in the formats of trainers and viewers: verl, SkyRL, ATIF, dart-gui.
 
 `export` writes a folder: `samples.jsonl` or one file a trajectory, `images/`, and `export.json`, which says what is in
-it. `load_verl` and `load_skyrl` read it as the trainer wants it. What must hold:
+it. `load_verl` and `load_skyrl` read it as the trainer wants it; `samples_of` is for one in the same process, which has
+the trajectories. What must hold:
 
 1. Every token id and every logprob is the server's own. Nothing is tokenized here; what is missing or does not fit
    together is an `ExportError`, which names trajectory and step.
@@ -32,14 +33,25 @@ from managed_vllm.agent.export.atif import AtifWriter
 from managed_vllm.agent.export.dart import DartWriter
 from managed_vllm.agent.export.image_files import ExportedImages
 from managed_vllm.agent.export.lines import ABOUT, LinesWriter
-from managed_vllm.agent.export.samples import Per
+from managed_vllm.agent.export.samples import Per, Sample, samples_of
 from managed_vllm.agent.export.skyrl import TrajectoryID, load_skyrl
 from managed_vllm.agent.export.verl import load_verl
 from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.types import StopReason, Trajectory
 from managed_vllm.errors import ExportError, RunStoreError
 
-__all__ = ["ExportReport", "Format", "Include", "Per", "TrajectoryID", "export", "load_skyrl", "load_verl"]
+__all__ = [
+    "ExportReport",
+    "Format",
+    "Include",
+    "Per",
+    "Sample",
+    "TrajectoryID",
+    "export",
+    "load_skyrl",
+    "load_verl",
+    "samples_of",
+]
 
 log = logging.getLogger(__name__)
 

@@ -57,8 +57,19 @@ class Sample:
             raise ExportError(f"{name_of(self.trajectory)}: ids, mask and logprobs are not equally long: {lengths}")
 
 
-def samples_of(trajectory: Trajectory, per: Per, *, logprobs: bool) -> Iterator[Sample]:
-    """The samples of a trajectory, in the order of its steps. Raises `ExportError`."""
+def samples_of(trajectory: Trajectory, per: Per = "step", *, logprobs: bool = True) -> Iterator[Sample]:
+    """The samples of a trajectory, in the order of its steps, as `export` makes them.
+
+    Args:
+        trajectory: any; whether a failed one is learnt from is for the caller to say.
+        per: as in `export`.
+        logprobs: whether they must be there; else they are left out.
+
+    Raises:
+        ExportError: token ids or logprobs are missing, or are not those that were sampled.
+    """
+    if not trajectory.exact:
+        raise ExportError(f"{name_of(trajectory)} was played with exact=False: its token ids are not those sampled")
     if per == "trajectory":
         yield from _pieces(trajectory, logprobs)
         return
