@@ -47,16 +47,23 @@ class EngineState:
         """Whether requests are worked on: it neither sleeps nor is paused, nor are its weights being replaced."""
         return self.sleep_level is None and self.paused is None and self.updating is None
 
+    @property
+    def weight_fields(self) -> dict[str, Any]:
+        """Those of its fields that say which weights it serves."""
+        return {
+            "weights": self.weights,
+            "weight_version": self.weight_version,
+            "weight_checksum": self.weight_checksum,
+            "weights_unsaved": self.weights_unsaved,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {
             "sleep_level": self.sleep_level,
             "paused": self.paused,
             "loras": dict(self.loras),
-            "weights": self.weights,
-            "weight_version": self.weight_version,
-            "weight_checksum": self.weight_checksum,
-            "weights_unsaved": self.weights_unsaved,
+            **self.weight_fields,
             "updating": self.updating,
         }
 

@@ -313,6 +313,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         default="finish",
         help="requests in flight are finished first, begin anew, or go on with the new weights (finish)",
     )
+    update.add_argument("--rolling", action="store_true", help="one replica after the other, so that the others answer")
 
 
 def _add_rollout(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from managed_vllm.instance.engine_calls import CALL_S, UPDATE_S, call_engine
 from managed_vllm.instance.engine_control import where
 from managed_vllm.status import ServerStatus
 
-_ARGUMENTS = ("mode", "level", "tags", "name", "path", "replace", "version", "checksum", "on_update")
+_ARGUMENTS = ("mode", "level", "tags", "name", "path", "replace", "version", "checksum", "on_update", "rolling")
 
 
 def show(given: argparse.Namespace) -> int:

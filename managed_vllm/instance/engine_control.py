@@ -164,6 +164,7 @@ class EngineControl:
         version: str | None = None,
         expect: str | None = None,
         on_update: OnUpdate = "finish",
+        rolling: bool = False,
         timeout: float = UPDATE_S,
     ) -> Weights:
         """Has the server take the weights of another checkpoint of the same model, or leaves everything as it was.
@@ -181,14 +182,19 @@ class EngineControl:
                 "restart": those of our clients begin anew with the new weights; streams that have given tokens to their
                 callers go on instead; other clients are told the finish_reason "abort". "continue": all go on with the
                 new weights where they are. What goes on is computed anew from its tokens, and its answer says so.
+            rolling: with several replicas: one after the other, so that the others answer meanwhile, with either
+                version until this returns. Else all of them at once: no answer is of the new weights before all have
+                them. What fails on one is taken back on all, in the same way. Of no meaning for a single server.
             timeout: seconds; what has begun is taken back then.
 
         Raises `CheckpointError` with all that speaks against the checkpoint, and what else calls raise.
         """
         _check_on_update(on_update)
         _check_texts(version=version, expect=expect)
+        if not isinstance(rolling, bool):
+            raise ConfigError(f"rolling is True or False, not {rolling!r}", field="rolling")
         path = paths.argument(os.fspath(path_or_id))
-        asked = {"path": path, "version": version, "checksum": expect, "on_update": on_update}
+        asked = {"path": path, "version": version, "checksum": expect, "on_update": on_update, "rolling": rolling}
         found = self._call("update_weights", timeout, **asked)
         return Weights(found["path"], found["version"], found["checksum"])
 
@@ -377,12 +383,13 @@ class AsyncEngineControl:
         version: str | None = None,
         expect: str | None = None,
         on_update: OnUpdate = "finish",
+        rolling: bool = False,
         timeout: float = UPDATE_S,
     ) -> Weights:
         """See `EngineControl.update_weights`."""
         return await self._run(
             lambda: self._control.update_weights(
-                path_or_id, version=version, expect=expect, on_update=on_update, timeout=timeout
+                path_or_id, version=version, expect=expect, on_update=on_update, rolling=rolling, timeout=timeout
             )
         )
 

@@ -36,6 +36,7 @@ from managed_vllm.server import diagnosis
 from managed_vllm.server.engine_routes import EngineRoutes
 from managed_vllm.server.engine_turn import Turn
 from managed_vllm.server.gpu_memory import GpuMemory
+from managed_vllm.server.two_phase import ALONE, AbortedError, Participant
 from managed_vllm.server.weight_checks import checksum_of, faults_of
 from managed_vllm.status import Connection, Diagnosis, ServerState
 
@@ -54,12 +55,25 @@ _DEATH_S = 10.0
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a user: its connection, what it asks for, and until when (monotonic clock)."""
+    """One call of a user: its connection, what it asks for, until when (monotonic clock), and who else does it."""
 
     name: str
     user: Hashable
     arguments: Mapping[str, Any]
     deadline: float
+    part: Participant = ALONE
+
+    @classmethod
+    def of(cls, user: Hashable, message: Mapping[str, Any]) -> Call:
+        """A user's message on the control channel."""
+        limit_s = min(max(0.0, float(message.get("budget_s", 0.0))), _LONGEST_S)
+        arguments = message.get("arguments")
+        return cls(
+            str(message.get("call")),
+            user,
+            arguments if isinstance(arguments, Mapping) else {},
+            time.monotonic() + limit_s,
+        )
 
     @property
     def left_s(self) -> float:
@@ -73,6 +87,17 @@ class Call:
 
     def refused(self, why: str) -> EngineControlError:
         return EngineControlError(f"{self.name}: {why}", call=self.name)
+
+
+async def answered(doing: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """The reply to a call, as it goes over the control channel."""
+    try:
+        return {"ok": True, "result": await doing}
+    except EngineControlError as error:
+        kind = next((name for name, kind in ENGINE_ERRORS.items() if isinstance(error, kind)), "EngineControlError")
+        found = {"checkpoint": error.to_dict()} if isinstance(error, CheckpointError) else {}
+        said = {"error": error.message, "kind": kind, "call": error.call, "http_status": error.status}
+        return {"ok": False, **said, **found}
 
 
 @dataclass(frozen=True)
@@ -144,18 +169,19 @@ class Engine:
             "is_sleeping": self._is_sleeping,
             "reset_prefix_cache": self._reset_prefix_cache,
             "reset_mm_cache": self._reset_mm_cache,
-            "load_lora": self._load_lora,
-            "unload_lora": self._unload_lora,
-            "loras": self._loras,
             "weights": self._weights,
         }
 
     # -- for the supervisor --------------------------------------------------------------------------------------------
 
-    def to_record(self) -> dict[str, Any]:
+    @property
+    def lasting(self) -> EngineState:
         """What a successor puts back: all but what users hold, whose connections end with us."""
-        lasting = replace(self.state, paused=self._asked["pause"], sleep_level=self._asked["sleep"], updating=None)
-        return {"engine": lasting.to_dict()}
+        return replace(self.state, paused=self._asked["pause"], sleep_level=self._asked["sleep"], updating=None)
+
+    def to_record(self) -> dict[str, Any]:
+        """The lasting state, as plain JSON values."""
+        return {"engine": self.lasting.to_dict()}
 
     @property
     def may_stand_still(self) -> bool:
@@ -205,6 +231,13 @@ class Engine:
         self.leave()
         self._on_restart()
 
+    def restart_as(self, lasting: EngineState) -> None:
+        """As `restart`; the next server is in that state before it is ready. What users hold they hold on."""
+        self._asked = {"pause": lasting.paused, "sleep": lasting.sleep_level}
+        self.state = lasting
+        self._become_wanted()
+        self.restart()
+
     async def _close(self, routes: EngineRoutes) -> None:
         async with self.turn:
             await routes.close()
@@ -240,21 +273,7 @@ class Engine:
 
     async def answer(self, user: Hashable, message: Mapping[str, Any]) -> dict[str, Any]:
         """The reply to a user's call, which is there by the call's deadline."""
-        limit_s = min(max(0.0, float(message.get("budget_s", 0.0))), _LONGEST_S)
-        arguments = message.get("arguments")
-        call = Call(
-            str(message.get("call")),
-            user,
-            arguments if isinstance(arguments, Mapping) else {},
-            time.monotonic() + limit_s,
-        )
-        try:
-            return {"ok": True, "result": await self._do(call)}
-        except EngineControlError as error:
-            kind = next((name for name, kind in ENGINE_ERRORS.items() if isinstance(error, kind)), "EngineControlError")
-            found = {"checkpoint": error.to_dict()} if isinstance(error, CheckpointError) else {}
-            said = {"error": error.message, "kind": kind, "call": error.call, "http_status": error.status}
-            return {"ok": False, **said, **found}
+        return await answered(self.do(Call.of(user, message)))
 
     def add_call(self, name: str, do: Callable[[Call], Awaitable[dict[str, Any]]]) -> None:
         """One more call for the users, which takes the turn itself (`turn_for`)."""
@@ -274,7 +293,8 @@ class Engine:
             log.info("a user that held the engine (%s) is gone", ", ".join(sorted({hold.kind for hold in held})))
             self._release_soon()
 
-    async def _do(self, call: Call) -> dict[str, Any]:
+    async def do(self, call: Call) -> dict[str, Any]:
+        """What comes of a call. Raises `EngineControlError`."""
         do = self._calls.get(call.name)
         if do is None:
             raise EngineUnsupportedError(f"this supervisor knows no call {call.name!r}", call=call.name)
@@ -295,6 +315,7 @@ class Engine:
             said = f"{call.name}: its time was up before the server could be asked"
             raise EngineTimeoutError(said, call=call.name) from None
         try:
+            await call.part.started()
             yield
         finally:
             self.turn.release()
@@ -304,6 +325,10 @@ class Engine:
         if self._routes is None:
             raise EngineLostError(f"{call.name}: the server ended", call=call.name)
         return self._routes
+
+    def has_left(self, routes: EngineRoutes) -> bool:
+        """Whether the server of these routes has ended or is about to: the next one comes in the present state."""
+        return self._routes is not routes
 
     def become(self, state: EngineState) -> None:
         """The engine is in this state now: recorded, and told to the users."""
@@ -341,6 +366,7 @@ class Engine:
         if self.state.sleep_level is None:  # else it is paused once it wakes
             async with self._undone_if_it_fails():
                 await self.routes_for(call).pause(mode, timeout_s=call.left_s)
+                await call.part.prepared()
         self._note(call, "pause", mode)
         self.become(replace(self.state, paused=self._wanted("pause")))
         return {}
@@ -368,8 +394,9 @@ class Engine:
         before = await self._measured()
         async with self._undone_if_it_fails():
             await self.routes_for(call).sleep(level, mode=mode, timeout_s=call.left_s)
+            self.become(replace(self.state, sleep_level=level))
+            await call.part.prepared()
         self._note(call, "sleep", level)
-        self.become(replace(self.state, sleep_level=level))
         return {"gpu_memory": [before, await self._measured()]}
 
     async def _measured(self) -> dict[str, int] | None:
@@ -407,7 +434,7 @@ class Engine:
                 await routes.pause("keep", timeout_s=timeout_s)
         elif level is None and paused is None:
             await routes.resume(timeout_s=timeout_s)
-        self.become(replace(self.state, sleep_level=level, paused=paused))
+        self._become_wanted()
 
     @contextlib.asynccontextmanager
     async def _undone_if_it_fails(self) -> AsyncIterator[None]:
@@ -416,9 +443,28 @@ class Engine:
             yield
         except EngineUnsupportedError:
             raise
+        except AbortedError:
+            await self._undo_stop()
+            raise
         except EngineControlError:
             self._release_soon()
             raise
+
+    async def _undo_stop(self) -> None:
+        """Undoes a pause or sleep that other replicas could not do. Discarded weights come with another start."""
+        if self._routes is None:  # another one comes
+            self._become_wanted()
+        elif self.state.sleep_level == 2 != self._wanted("sleep"):
+            self._become_wanted()
+            self.restart()
+        else:
+            try:
+                await self._settle(self._routes, _RELEASE_S)
+            except EngineControlError:
+                self._release_soon()
+
+    def _become_wanted(self) -> None:
+        self.become(replace(self.state, sleep_level=self._wanted("sleep"), paused=self._wanted("pause")))
 
     def _release_soon(self) -> None:
         self.in_background(self._release_for_certain())
@@ -443,7 +489,7 @@ class Engine:
                 self.turn.release()
             await asyncio.sleep(_RELEASE_AGAIN_S)
         log.error("the engine does not resume: it is started again")
-        self.become(replace(self.state, sleep_level=self._wanted("sleep"), paused=self._wanted("pause")))
+        self._become_wanted()
         self.restart()
 
     # -- caches --------------------------------------------------------------------------------------------------------
@@ -456,28 +502,6 @@ class Engine:
     async def _reset_mm_cache(self, call: Call) -> dict[str, Any]:
         await self.routes_for(call).reset_mm_cache(timeout_s=call.left_s)
         return {}
-
-    # -- adapters ------------------------------------------------------------------------------------------------------
-
-    async def _load_lora(self, call: Call) -> dict[str, Any]:
-        name, path = (str(call.arguments.get(field, "")) for field in ("name", "path"))
-        again = call.arguments.get("replace") is True
-        if not again and self.state.loras.get(name) == path:
-            return {}  # several users may ask for the same one
-        await self.routes_for(call).load_lora(name, path, replace=again, timeout_s=call.left_s)
-        if again:  # what the cache has of it was made with the old one
-            await self.routes_for(call).reset_prefix_cache(running=True, timeout_s=max(call.left_s, 1.0))
-        self.become(replace(self.state, loras={**self.state.loras, name: path}))
-        return {}
-
-    async def _unload_lora(self, call: Call) -> dict[str, Any]:
-        name = str(call.arguments.get("name", ""))
-        await self.routes_for(call).unload_lora(name, timeout_s=call.left_s)
-        self.become(replace(self.state, loras={n: path for n, path in self.state.loras.items() if n != name}))
-        return {}
-
-    async def _loras(self, call: Call) -> dict[str, Any]:
-        return {"loras": await self.routes_for(call).loras(timeout_s=call.left_s)}
 
     # -- weights -------------------------------------------------------------------------------------------------------
 

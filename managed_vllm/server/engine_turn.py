@@ -38,15 +38,30 @@ class Turn:
         """Returns with the turn taken, while the server is there and the engine free, or reserved for `user`."""
         while True:
             await self._serving.wait()
-            if not self._may_go(user):
+            if not self.is_free(user):
                 await self._free.wait()
                 continue
             await self._lock.acquire()
-            if self._serving.is_set() and self._may_go(user):
+            if self._serving.is_set() and self.is_free(user):
                 return
             self._lock.release()
 
-    def _may_go(self, user: Hashable) -> bool:
+    @property
+    def is_serving(self) -> bool:
+        """Whether the server is there."""
+        return self._serving.is_set()
+
+    async def until_serving(self) -> None:
+        """Returns while the server is there."""
+        await self._serving.wait()
+
+    async def until_free(self, user: Hashable = None) -> None:
+        """Returns while the engine is not reserved, or is for `user`."""
+        while not self.is_free(user):
+            await self._free.wait()
+
+    def is_free(self, user: Hashable = None) -> bool:
+        """Whether the engine is not reserved, or is for `user`."""
         return self._free.is_set() or (user is not None and self._user == user)
 
     def release(self) -> None:

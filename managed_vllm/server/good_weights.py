@@ -109,16 +109,18 @@ class GoodWeights:
         if self._engine.state.paused is not None or self._poisoned is routes:
             return
         try:
-            await routes.resume(timeout_s=_RESUME_S)
+            if not self._engine.has_left(routes):
+                await routes.resume(timeout_s=_RESUME_S)
         except EngineControlError as error:
             self.start_again(routes, f"the engine does not resume: {error}")
         self._engine.become(replace(self._engine.state, updating=None))
 
     def start_again(self, routes: EngineRoutes, why: str) -> None:
         """Another server, which gets the weights that are remembered before it is ready."""
-        log.error("%s: the server is started again", why)
         self._poisoned = routes
-        self._engine.restart()
+        if not self._engine.has_left(routes):  # else it comes anyway
+            log.error("%s: the server is started again", why)
+            self._engine.restart()
 
     async def make_valid(self, routes: EngineRoutes, version: str, timeout_s: float) -> None:
         """Has all computed anew that was computed with other weights (vLLM 0.32 keeps it), and sets the version."""
@@ -133,6 +135,8 @@ class GoodWeights:
 
         A connection that was lost may mean that the server has ended, or not.
         """
+        if self._engine.has_left(routes):
+            return
         began_at = time.monotonic()
         try:
             if isinstance(error, EngineLostError):

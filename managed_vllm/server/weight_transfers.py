@@ -175,6 +175,7 @@ class WeightTransfers(Watcher):
         try:
             yield
         except BaseException as error:
+            call.part.abort()
             await self._undo(transfer, error)
             if type(error) is EngineControlError and error.status is not None:
                 said = f"vLLM can't take the weights: {error.message}"
@@ -226,6 +227,7 @@ class WeightTransfers(Watcher):
         transfer = self._begin(call)
         async with self._undone_if_it_fails(call, transfer):
             await self._prepare(call, transfer, on_update)
+            await call.part.prepared()
         transfer.limit = asyncio.get_running_loop().call_later(
             min(max(limit_s, 0.0), _LONGEST_S),
             lambda: self._engine.in_background(self._give_up(transfer, f"not finished within {limit_s:g} s")),
@@ -254,14 +256,17 @@ class WeightTransfers(Watcher):
         async with self._undone_if_it_fails(call, transfer):
             _compare(transfer, call.arguments.get("update_info"))
             await transfer.routes.receive_weights(call.arguments.get("update_info"), timeout_s=call.left_s)
-        transfer.needs_user = False
+            transfer.needs_user = False
+            await call.part.prepared()
         return {}
 
     async def _finish(self, call: Call) -> dict[str, Any]:
         transfer = self._mine(call)
         transfer.finishing = True
         async with self._undone_if_it_fails(call, transfer):
-            state = await self._take(call, transfer)
+            found = await self._take(call, transfer)
+            await call.part.prepared(found)
+        state = replace(self._engine.state, **found)
         self._engine.become(state)
         await self._good.go_on(transfer.routes)
         if transfer.before is not None:
@@ -271,8 +276,8 @@ class WeightTransfers(Watcher):
         log.info("weights of a trainer: version %s, %.3f s", state.weight_version, took_s)
         return {"path": state.weights, "version": state.weight_version, "checksum": state.weight_checksum}
 
-    async def _take(self, call: Call, transfer: _Transfer) -> EngineState:
-        """The state with the weights that have come; the engine is still paused."""
+    async def _take(self, call: Call, transfer: _Transfer) -> dict[str, Any]:
+        """What is new in the state with the weights that have come; the engine is still paused."""
         version, checkpoint = (call.arguments.get(name) for name in ("version", "checkpoint"))
         if not all(one is None or (isinstance(one, str) and one) for one in (version, checkpoint)):
             raise call.refused(f"wrong arguments: {dict(call.arguments)}")
@@ -286,12 +291,11 @@ class WeightTransfers(Watcher):
         if faults := await faults_of(transfer.routes, call.left_s) - known:
             raise BadWeightsError(f"the weights that came can't be served: {_listed(sorted(faults))}", call=call.name)
         checksum = None if sums is None else await checksum_by(transfer.routes, call.left_s)
-        state = self._engine.state
-        name = version or _next_version(state.weight_version)
+        name = version or _next_version(self._engine.state.weight_version)
         await self._good.make_valid(transfer.routes, name, call.left_s)
         path = None if folder is None else str(folder.folder)
-        found: dict[str, Any] = {"weights": path, "weight_version": name, "weight_checksum": checksum}
-        return replace(state, **found, weights_unsaved=path is None)
+        state = EngineState(weights=path, weight_version=name, weight_checksum=checksum, weights_unsaved=path is None)
+        return state.weight_fields
 
 
 # -- what comes --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ Whatever fails after 2: the weights from before serve again (`managed_vllm.serve
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from managed_vllm.server.good_weights import (
     GoodWeights,
     OnUpdate,
 )
+from managed_vllm.server.two_phase import ALONE
 from managed_vllm.server.weight_checks import checksum_by, faults_of
 from managed_vllm.status import CheckpointFault as Fault
 
@@ -40,6 +42,8 @@ log = logging.getLogger("managed_vllm.supervisor")
 
 _NOT_WRITTEN = "write each checkpoint into a folder of its own, and update when that is finished"
 _MOST_FAULTS = 5
+_UNDO_S = 600.0
+"""Seconds in which an update that is done has begun to be undone, where a later replica could not do it."""
 _DAMAGED = "the files pass for good ones, but this model is not what they were saved from: save them again"
 
 
@@ -93,22 +97,38 @@ class WeightUpdates:
         before = await self._good.note(call, routes, with_checksum=with_checksum)
         async with self._good.paused(call, routes, PAUSES[asked.on_update]):
             await self._good.keep_copy(before, routes, call.left_s)
+            known = self._engine.state
             try:
-                state = await self._load(call, asked, routes, checkpoint, before)
+                found = await self._load(call, asked, routes, checkpoint, before)
+                await call.part.prepared(found)
             except BaseException as error:
+                call.part.abort()
                 await self._good.take_back(routes, before, error)
                 raise
+            state = replace(self._engine.state, **found)
             self._engine.become(state)
+        call.part.undo_with(functools.partial(self._undo, call, asked, before, known))
         await self._good.drop_copy(before, routes)
         log.info("weights: %s, version %s", state.weights, state.weight_version)
         return {"path": state.weights, "version": state.weight_version, "checksum": state.weight_checksum}
 
+    async def _undo(self, call: Call, asked: _Asked, before: Before, known: EngineState) -> None:
+        """After an update: the weights from before it, in place or with another start."""
+        call = replace(call, part=ALONE, deadline=time.monotonic() + _UNDO_S)
+        async with self._engine.turn_for(call):
+            routes = self._engine.routes_for(call)
+            async with self._good.paused(call, routes, PAUSES[asked.on_update]):
+                await self._good.take_back(routes, before, call.refused("another replica could not do it"))
+                self._engine.become(replace(self._engine.state, **known.weight_fields))
+
     # -- before --------------------------------------------------------------------------------------------------------
 
     async def _checked(self, call: Call, asked: _Asked) -> Checkpoint:
+        served = self._good.served
+        check = functools.partial(asyncio.to_thread, checkpoints.check, asked.path, served, self._good.environment)
         try:
             async with asyncio.timeout(call.left_s):
-                return await asyncio.to_thread(checkpoints.check, asked.path, self._good.served, self._good.environment)
+                return await call.part.once((asked.path, served), check)
         except TimeoutError:
             said = f"{call.name}: its time was up before {asked.path} was looked at"
             raise EngineTimeoutError(said, call=call.name) from None
@@ -117,8 +137,8 @@ class WeightUpdates:
 
     async def _load(
         self, call: Call, asked: _Asked, routes: EngineRoutes, checkpoint: Checkpoint, before: Before
-    ) -> EngineState:
-        """The state after it; the engine is still paused."""
+    ) -> dict[str, Any]:
+        """What is new in the state after it; the engine is still paused."""
         began_at = time.monotonic()
         if checkpoint.has_changed():
             raise _bad(asked, "its files have changed since they were looked at", _NOT_WRITTEN)
@@ -139,9 +159,8 @@ class WeightUpdates:
         version = checkpoint.folder.name if asked.version is None else asked.version
         await self._good.make_valid(routes, version, call.left_s)
         log.info("weights loaded in %.3f s", time.monotonic() - began_at)
-        state = self._engine.state
-        found: dict[str, Any] = {"weights": str(checkpoint.folder), "weight_checksum": checksum}
-        return replace(state, **found, weight_version=version, weights_unsaved=False)
+        state = EngineState(weights=str(checkpoint.folder), weight_version=version, weight_checksum=checksum)
+        return state.weight_fields
 
     async def _compare(self, asked: _Asked, checkpoint: Checkpoint, checksum: str, before: Before) -> None:
         if asked.checksum is not None and checksum != asked.checksum:

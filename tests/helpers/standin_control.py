@@ -12,7 +12,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -45,7 +45,8 @@ class VersionSpans:
 class Control:
     """One server's. `hangs`: a route that never answers; `without`: it has none of them;
     `canary`: whether its workers can look at their weights; `versions`: when it tells which of them an answer is of, at
-    each "change", at the "end" of a stream, or "never"."""
+    each "change", at the "end" of a stream, or "never"; `name`: of one server among several, for `standin.json`;
+    `refuses`: routes that answer with an error."""
 
     def __init__(
         self,
@@ -55,12 +56,17 @@ class Control:
         paused: bool = False,
         canary: bool = True,
         versions: str = "change",
+        name: str = "",
+        refuses: Sequence[str] = (),
     ) -> None:
         self.loras: dict[str, str] = {}
         self._used_by = self._uses = 0
         self._counting = threading.Lock()
         self._hangs = hangs
         self._has_canary = canary
+        self._name = name
+        self._refuses = refuses
+        self._salt = ""
         self._without = without
         self._says_paused = paused
         self._weights = ""
@@ -133,6 +139,8 @@ class Control:
             return 200, {"in_flight": self._used_by, "requests": self._uses}
         if parts.path == self._hangs:
             time.sleep(3600)
+        if parts.path in self._refuses:
+            return 500, {"error": {"message": f"{parts.path} is refused"}}
         query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         print(f"CONTROL {url}", flush=True)
         do = getattr(self, "do_" + parts.path.strip("/").replace("/", "_"))
@@ -181,13 +189,20 @@ class Control:
         return getattr(self, f"_{method}")(asked)  # type: ignore[no-any-return]
 
     def _reload(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
-        """`standin.json` in the folder: {"poisons": true}, {"hangs": true}, {"ignored": true}, {"broken": […]}."""
+        """`standin.json` in the folder: {"poisons": true}, {"hangs": true}, {"ignored": true}, {"broken": […]}.
+
+        {"waits_for": path}: until that exists; {"salted": true}: another checksum; {"only": name}: on that server.
+        """
         path = (asked.get("kwargs") or {}).get("weights_path", "")
         print(f"RELOAD {path}", flush=True)
         if self._poisoned or (path and not Path(path).is_dir()):
             return 500, {"error": {"message": f"Cannot find any model weights with `{path}`"}}
         acts = Path(path) / "standin.json"
         behaves = json.loads(acts.read_text()) if path and acts.is_file() else {}
+        if behaves.get("only", self._name) != self._name:
+            behaves = {}
+        while "waits_for" in behaves and not Path(behaves["waits_for"].format(name=self._name)).exists():
+            time.sleep(0.01)
         if behaves.get("hangs"):
             time.sleep(3600)
         if behaves.get("poisons"):
@@ -196,6 +211,7 @@ class Control:
         if not behaves.get("ignored"):
             self._coming = None
             self._weights, self._broken = path, behaves.get("broken", [])
+            self._salt = self._name if behaves.get("salted") else ""
         return 200, {"results": [None]}
 
     def _keep(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
@@ -219,7 +235,7 @@ class Control:
         return 200, {"results": [{"broken": self._broken, "logits": "finite"}]}
 
     def do_weight_checker(self, asked: Mapping[str, Any]) -> tuple[int, Any]:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self._salt.encode())
         digest.update(self._weights.encode() if self._weights.startswith("[") else b"")
         for path in sorted(Path(self._weights).iterdir()) if self._weights.startswith("/") else ():
             digest.update(path.read_bytes())
