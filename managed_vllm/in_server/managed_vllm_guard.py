@@ -52,7 +52,7 @@ _HARMLESS = frozenset(
 )
 """Routes of the dev mode that only look, or empty a cache: the ordinary key is enough for them."""
 
-_CONTROL_PATHS = {
+CONTROL_PATHS = {
     DEV_MODE: frozenset(
         {"/sleep", "/wake_up", "/release_kv_cache_memory", "/pause", "/resume", "/abort_requests", "/collective_rpc"}
         | {"/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/start_weight_update"}
@@ -90,9 +90,9 @@ class KeyGuard:
         self._app = app
         self._cors = _cors_of(app)
         key = os.environ.get("VLLM_API_KEY", "")
-        self._expected = _digest(key.encode()) if key else None
+        self._expected = digest(key.encode()) if key else None
         control_key = os.environ.get(CONTROL_KEY, "")
-        self._control = _digest(control_key.encode()) if key and control_key else None
+        self._control = digest(control_key.encode()) if key and control_key else None
         self._dev_paths: frozenset[str] | None = None
         self._in_flight = self._requests = 0
         self._bearer = b"Bearer " + key.encode()
@@ -102,7 +102,7 @@ class KeyGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
-            scope = {**scope, "headers": [_as_bearer(name, value) for name, value in scope["headers"]]}
+            scope = {**scope, "headers": [as_bearer(name, value) for name, value in scope["headers"]]}
         if scope["type"] == "lifespan" or self._is_open(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "http" and _path_of(scope) == USE and self._has_a_key(scope):
@@ -142,7 +142,7 @@ class KeyGuard:
             return False
         path = _path_of(scope)
         for variable in self._controlled:
-            if path in _CONTROL_PATHS.get(variable, ()):
+            if path in CONTROL_PATHS.get(variable, ()):
                 return True
         if LORA_UPDATING in self._controlled and path.startswith("/adapters/"):
             return True
@@ -171,7 +171,7 @@ class KeyGuard:
         for name, value in scope["headers"]:
             if _is_authorization(name):
                 scheme, _, token = value.partition(b" ")
-                return scheme.lower() == b"bearer" and hmac.compare_digest(_digest(token.strip()), expected)
+                return scheme.lower() == b"bearer" and hmac.comparedigest(digest(token.strip()), expected)
         return False
 
 
@@ -210,7 +210,7 @@ def _is_authorization(name: bytes) -> bool:
     return name.lower() == b"authorization"
 
 
-def _as_bearer(name: bytes, value: bytes) -> tuple[bytes, bytes]:
+def as_bearer(name: bytes, value: bytes) -> tuple[bytes, bytes]:
     """A header; one of Basic authentication becomes that of a bearer of the password."""
     scheme, _, token = value.partition(b" ")
     if name.lower() != b"authorization" or scheme.lower() != b"basic":
@@ -249,5 +249,6 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (said[1] == "GET" and said[2] in ("/health", "/metrics") and said[4] == 200)
 
 
-def _digest(value: bytes) -> bytes:
+def digest(value: bytes) -> bytes:
+    """What secrets are compared by: its length says nothing of theirs."""
     return hashlib.sha256(value).digest()
