@@ -171,7 +171,7 @@ class KeyGuard:
         for name, value in scope["headers"]:
             if _is_authorization(name):
                 scheme, _, token = value.partition(b" ")
-                return scheme.lower() == b"bearer" and hmac.comparedigest(digest(token.strip()), expected)
+                return scheme.lower() == b"bearer" and hmac.compare_digest(digest(token.strip()), expected)
         return False
 
 

@@ -197,7 +197,6 @@ class RouterKeeper:
             if url not in self._adding:
                 self._added.add(url)
                 self._adding[url] = asyncio.create_task(self._add(url))
-                self._adding[url].add_done_callback(lambda _, url=url: self._adding.pop(url, None))
         if self._adding and self._guard.router is None:
             await asyncio.wait(set(self._adding.values()), timeout=_LOOK_S)
         return True

@@ -77,7 +77,7 @@ class _ChatCompletion(msgspec.Struct):
     stream_options: _StreamOptions | None = None
 
 
-_READ = {
+_READ: dict[str, msgspec.json.Decoder[Any]] = {
     "/v1/completions": msgspec.json.Decoder(_Completion),
     "/v1/chat/completions": msgspec.json.Decoder(_ChatCompletion),
 }

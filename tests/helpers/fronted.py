@@ -77,7 +77,13 @@ class Front:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        given = {"host": None, "port": None, "api_key": Secret(KEY), "marks": {}, "on_change": lambda: None}
+        given: dict[str, Any] = {
+            "host": None,
+            "port": None,
+            "api_key": Secret(KEY),
+            "marks": {},
+            "on_change": lambda: None,
+        }
         self.router = Router(log_path=self.log_path, **{**given, **options})
         self._run(self.router.start())
 
