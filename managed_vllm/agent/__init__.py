@@ -34,6 +34,8 @@ _HOME_OF = {
     "Observation": "managed_vllm.agent.types",
     "ParseErrorPolicy": "managed_vllm.agent.format",
     "ProcessEnvironment": "managed_vllm.agent.environments.process_environment",
+    "RecordedEpisode": "managed_vllm.agent.recording.episodes",
+    "RecordingGateway": "managed_vllm.agent.recording.gateway",
     "RetryRollouts": "managed_vllm.agent.rollout_policies",
     "RunStore": "managed_vllm.agent.store",
     "Step": "managed_vllm.agent.types",
@@ -51,6 +53,7 @@ _HOME_OF = {
     "autoglm": "managed_vllm.agent.model_formats",
     "glm_v": "managed_vllm.agent.model_formats",
     "qwen_vl": "managed_vllm.agent.model_formats",
+    "recorder": "managed_vllm.agent.recording.gateway",
     "run_agent_loop": "managed_vllm.agent.runners",
     "run_episode": "managed_vllm.agent.episode",
     "run_on_ray": "managed_vllm.agent.ray_rollouts",
@@ -83,6 +86,9 @@ if TYPE_CHECKING:
     from managed_vllm.agent.model_formats import qwen_vl as qwen_vl
     from managed_vllm.agent.prompting import History as History
     from managed_vllm.agent.ray_rollouts import run_on_ray as run_on_ray
+    from managed_vllm.agent.recording.episodes import RecordedEpisode as RecordedEpisode
+    from managed_vllm.agent.recording.gateway import RecordingGateway as RecordingGateway
+    from managed_vllm.agent.recording.gateway import recorder as recorder
     from managed_vllm.agent.rollout_policies import GroupPolicy as GroupPolicy
     from managed_vllm.agent.rollout_policies import RetryRollouts as RetryRollouts
     from managed_vllm.agent.runners import run_agent_loop as run_agent_loop

@@ -173,7 +173,7 @@ class _Asked:
         self.choices = int(body.get("n") or 1)
         self.with_ids = bool(body.get("return_token_ids"))
         self.with_versions = body.get("return_weight_versions") is True
-        self.with_logprobs = body.get("logprobs") not in (None, False)
+        self.with_logprobs = body.get("logprobs") is not None and body["logprobs"] is not False  # 0 is a number of them
         self.tokens_as_ids = bool(body.get("return_tokens_as_token_ids"))
         self.with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
         limit = body.get("max_tokens", body.get("max_completion_tokens"))

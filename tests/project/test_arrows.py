@@ -34,13 +34,14 @@ ALLOWED: dict[str, set[str]] = {
     "served_files": VALUES | {"config"},
     "instance": VALUES | {"config", "served_files", "in_server"},
     "server": VALUES | {"config", "variables", "served_files", "instance", "in_server"},
+    "loopback": VALUES,
     "request": VALUES,
     "client": VALUES | {"request"},
     "training": VALUES | {"engine_arguments", "in_server"},
     "session": VALUES | {"instance", "client", "request", "config", "training"},
     "supervisor": VALUES | {"server", "instance", "config", "in_server"},
     "doctor": VALUES | {"config", "variables", "instance", "server", "in_server"},
-    "agent": VALUES | {"client", "request", "demo"},
+    "agent": VALUES | {"client", "request", "loopback", "demo"},
     "cli": VALUES
     | {
         "session",
@@ -60,7 +61,10 @@ UPWARD: set[tuple[str, str]] = set()
 """Arrows that lead up all the same: at most two, each with its reason."""
 DOORS = {
     ("server", "instance"): {"instance.directory", "instance.cleanup"},
-    ("agent", "request"): {"request.images", "request.outputs", "request.sampling"},
+    ("agent", "request"): {
+        *("request.images", "request.outputs", "request.sampling"),
+        *("request.pending", "request.relay", "request.relayed_answers"),
+    },
     ("agent", "demo"): {"demo.screen"},
     ("cli", "request"): {"request.images", "request.outputs", "request.sampling", "request.server_metrics"},
     ("engine_arguments", "in_server"): {"in_server.managed_vllm_arguments"},

@@ -98,6 +98,12 @@ def test_async_images(server_url: str, tmp_path: Path) -> None:
     assert [f"echo What colour is screen {number}?" in said for number in range(8)] == [True] * 8
 
 
+def test_record_an_agent(server_url: str, tmp_path: Path) -> None:
+    environment = _environment(VLLM_SERVER_URL=server_url, MANAGED_VLLM_HOME=str(tmp_path))
+    said = _run("11_record_an_agent.py", environment)
+    assert [f"screen-{number} 0.0 " in said for number in range(4)] == [True] * 4  # an echo does not click
+
+
 @pytest.fixture(scope="module")
 def real_demo() -> Iterator[dict[str, str]]:
     """The environment in which one server of the demo model runs, for all examples that ask for it."""
@@ -122,7 +128,7 @@ def test_an_example_with_a_third_party_says_how_to_install_it(example: str) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not demo.weights_path().is_dir(), reason="the demo model's weights are not there")
-@pytest.mark.parametrize("example", sorted({path.name for path in EXAMPLES.glob("0*.py")} - ELSEWHERE))
+@pytest.mark.parametrize("example", sorted({path.name for path in EXAMPLES.glob("[01]*.py")} - ELSEWHERE))
 def test_with_the_real_model(real_demo: dict[str, str], example: str) -> None:
     _skip_without_third_party(example)
     said = _run(example, real_demo, timeout_s=500)
