@@ -184,6 +184,11 @@ class Instance:
         return self.folder / "image.log"
 
     @property
+    def router_log(self) -> Path:
+        """What the router in front of several replicas has said."""
+        return self.folder / "router.log"
+
+    @property
     def supervisor_log(self) -> Path:
         return self.folder / "supervisor.log"
 
@@ -333,7 +338,7 @@ class Instance:
         return target
 
 
-_OUR_FILES = r"\.instance\.json-\w+|.*events\.jsonl(\.1)?|server(-\d+)?\.log(\.1)?"
+_OUR_FILES = r"\.instance\.json-\w+|.*events\.jsonl(\.1)?|(server(-\d+)?|router)\.log(\.1)?"
 
 
 def _is_ours(name: str) -> bool:
@@ -342,7 +347,6 @@ def _is_ours(name: str) -> bool:
         "image.log",
         "control.sock",
         "api.sock",
-        "router.log",
         "supervisor.log",
         "supervisor.log.1",
         START_LOCK,

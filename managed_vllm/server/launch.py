@@ -105,6 +105,13 @@ def _environment(order: SupervisorOrder, instance: Instance, scratch: Path) -> d
         # vLLM's setproctitle would wipe the environment, and our marker with it.
         "SPT_NOENV": "1",
         **replica,
+        **marks(instance),
+    }
+
+
+def marks(instance: Instance) -> dict[str, str]:
+    """What marks a process as one of the instance's, and as begun by us."""
+    return {
         lifeline.MARKER: instance.marker,
         lifeline.SUPERVISOR: f"{os.getpid()}:{lifeline.start_time(os.getpid())}:{lifeline.pid_namespace()}",
     }

@@ -16,15 +16,19 @@ import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from managed_vllm.config import SupervisorOrder
 from managed_vllm.instance import cleanup
 from managed_vllm.instance.directory import Instance
+from managed_vllm.masking import Secret
 from managed_vllm.served_files import Files
-from managed_vllm.server.engine import Engine
+from managed_vllm.server import launch
+from managed_vllm.server.every_engine import EveryEngine
 from managed_vllm.server.life import Life, Owner
+from managed_vllm.server.router import Router
 from managed_vllm.server.starter import ServerStarter
-from managed_vllm.status import Progress, ServerState, ServerStatus
+from managed_vllm.status import Connection, Progress, ServerState, ServerStatus
 
 log = logging.getLogger("managed_vllm.supervisor")
 
@@ -44,13 +48,22 @@ class ReplicaSet:
         self._instance = instance
         self._owner = owner
         self.starter: ServerStarter = owner.starter
-        recorded = cleanup.replicas_in(predecessor)
+        recorded = [_with_agreed(one, predecessor) for one in cleanup.replicas_in(predecessor)]
         self._epochs = itertools.count(1 + max((_epoch_in(one) for one in recorded), default=0))
         own_address = dataclasses.replace(order.address, host=None, port=None)
         self._order = dataclasses.replace(order, address=own_address)
         self._lives = tuple(
             Life(instance.of_replica(number), self._order, self, predecessor=before)
             for number, before in itertools.zip_longest(range(order.spec.replicas), recorded[: order.spec.replicas])
+        )
+        self.engine = EveryEngine([life.engine for life in self._lives], on_change=self._tell)
+        self._router = Router(
+            host=order.address.host,
+            port=order.address.port,
+            api_key=order.address.api_key or Secret(""),
+            log_path=instance.router_log,
+            marks=launch.marks(instance),
+            on_change=self._tell,
         )
         self._started_at = time.time()
         self._was_up = (predecessor or {}).get("state") in (ServerState.READY, ServerState.RESTARTING)
@@ -63,13 +76,10 @@ class ReplicaSet:
     # -- for the supervisor --------------------------------------------------------------------------------------------
 
     @property
-    def engine(self) -> Engine:
-        return self._lives[0].engine
-
-    @property
     def port(self) -> int | None:
-        """Where everybody is served."""
-        return None
+        """Where the router listens."""
+        url = self._router.status.base_url
+        return None if url is None else urlsplit(url).port
 
     @property
     def files(self) -> Files | None:
@@ -91,7 +101,7 @@ class ReplicaSet:
             detail="" if ready and state is ServerState.READY else shown.detail,
             started_at=self._started_at,
             ready_at=min((one.ready_at for one in ready if one.ready_at is not None), default=None),
-            connection=ready[0].connection if ready and state is ServerState.READY else None,
+            connection=self._door(ready[0].connection) if ready and state is ServerState.READY else None,
             diagnosis=None if state is ServerState.READY else shown.diagnosis,
             log_path=shown.log_path,
             restarts=sum(one.restarts for one in replicas),
@@ -100,9 +110,17 @@ class ReplicaSet:
             image_pid=self.starter.image_pid,
             engine=self.engine.state,
             devices=tuple(itertools.chain.from_iterable(one.devices for one in replicas)),
+            router=self._router.status,
             replicas=replicas,
         )
         return dataclasses.replace(together, **self._said)
+
+    def _door(self, first: Connection | None) -> Connection | None:
+        """Where everybody is served: by the router, or else by the first that is ready."""
+        router = self._router.status
+        if first is None or router.base_url is None or not router.ready:
+            return first
+        return dataclasses.replace(first, base_url=router.base_url)
 
     def _state(self, replicas: Sequence[ServerStatus]) -> ServerState:
         states = [one.state for one in replicas]
@@ -120,11 +138,13 @@ class ReplicaSet:
             "epoch": status.epoch,
             "server_pid": None,
             "replicas": [life.to_record() for life in self._lives],
+            **self.engine.to_record(),
         }
 
     async def serve(self) -> None:
         """Serves with all of them. Returns once they have failed."""
         await asyncio.to_thread(_end_strays, self._instance)
+        await self._router.start()
         self._serving = {asyncio.create_task(life.serve()) for life in self._lives}
         try:
             while self.status.state is not ServerState.FAILED:
@@ -154,10 +174,12 @@ class ReplicaSet:
 
     def restart(self) -> None:
         """A user wants another start of every server, of those that had given up as well."""
-        for life in self._lives:
+        has_failed = self._state([life.status for life in self._lives]) is ServerState.FAILED
+        for number, life in enumerate(self._lives):
             if life.status.state is not ServerState.FAILED:
                 life.restart()
-            elif self._state([one.status for one in self._lives]) is not ServerState.FAILED:
+            elif not has_failed:
+                self.engine.take_in(number)
                 self._serving.add(asyncio.create_task(life.serve_again()))
                 self._begun.set()
 
@@ -177,7 +199,7 @@ class ReplicaSet:
 
     async def stop(self, grace_s: float) -> None:
         """Ends all of them."""
-        await asyncio.gather(*(life.stop(grace_s) for life in self._lives))
+        await asyncio.gather(self._router.close(), *(life.stop(grace_s) for life in self._lives))
 
     async def remove_footprint(self) -> None:
         """As `Life.remove_footprint`."""
@@ -195,11 +217,21 @@ class ReplicaSet:
         if not self._was_up and all(life.status.state is ServerState.READY for life in self._lives):
             self._was_up = True
             self.keep_record()
+        statuses = [life.status for life in self._lives]
+        for number, status in enumerate(statuses):
+            if status.state is ServerState.FAILED:
+                self.engine.leave_out(number)
+        self._router.serve([one.connection.base_url for one in statuses if one.connection is not None])
         self._owner.changed(droppable=droppable)
 
     def keep_record(self) -> None:
         """As `life.Owner` says."""
         self._owner.keep_record()
+
+    def _tell(self) -> None:
+        """The router has changed, or what is agreed of the engines."""
+        self.keep_record()
+        self._owner.changed()
 
     @property
     def has_folder(self) -> bool:
@@ -224,6 +256,11 @@ _ORDER = (ServerState.FAILED, ServerState.STARTING, ServerState.RESTARTING, Serv
 def _least(replicas: Sequence[ServerStatus]) -> ServerStatus:
     """The one that is farthest from serving."""
     return min(replicas, key=lambda one: _ORDER.index(one.state))
+
+
+def _with_agreed(replica: Mapping[str, Any], record: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What a record says of one replica, whose engine becomes what was agreed of all."""
+    return {**replica, "engine": (record or {}).get("engine", replica.get("engine", {}))}
 
 
 def _epoch_in(record: Mapping[str, Any]) -> int:
