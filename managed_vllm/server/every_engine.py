@@ -110,6 +110,11 @@ class EveryEngine:
         if number in self._parts:
             self._parts[number].cancel()
 
+    def take_in(self, number: int) -> None:
+        """A replica that had failed for good is begun again: its engine is to become what is agreed."""
+        self._gone[number].clear()
+        self._engines[number].restart_as(self._agreed)
+
     # -- for the users -------------------------------------------------------------------------------------------------
 
     async def answer(self, user: Hashable, message: Mapping[str, Any]) -> dict[str, Any]:

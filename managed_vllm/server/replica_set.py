@@ -2,9 +2,11 @@
 
 - All are forked from one image, share the key, and have their own devices, port, log and epochs. Epochs are counted
   through all of them, so that a number says which life of which replica is meant.
-- The instance is READY once each of them has been, and from then on as long as one is. Where one gives up before that,
-  the instance has failed with its reason; after that, once all have given up.
-- Users of ours are told of each replica and choose for themselves. For everybody else there is the router.
+- The instance is READY once each of them has been, and the router; from then on as long as one of them is. Where one
+  gives up before that, the instance has failed with its reason; after that, once all have given up.
+- Users of ours are told of each replica and choose for themselves. For everybody else there is the router
+  (`managed_vllm.server.router`), which is told at once which of them are up.
+- What users make of the engines they make of all, or of none (`managed_vllm.server.every_engine`).
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class ReplicaSet:
         self._instance = instance
         self._owner = owner
         self.starter: ServerStarter = owner.starter
-        recorded = [_with_agreed(one, predecessor) for one in cleanup.replicas_in(predecessor)]
+        recorded = [_with_agreed(one, predecessor or {}) for one in cleanup.replicas_in(predecessor)]
         self._epochs = itertools.count(1 + max((_epoch_in(one) for one in recorded), default=0))
         own_address = dataclasses.replace(order.address, host=None, port=None)
         self._order = dataclasses.replace(order, address=own_address)
@@ -214,15 +216,21 @@ class ReplicaSet:
 
     def changed(self, *, droppable: bool = False) -> None:
         """As `life.Owner` says."""
-        if not self._was_up and all(life.status.state is ServerState.READY for life in self._lives):
+        replicas = [life.status for life in self._lives]
+        for number, one in enumerate(replicas):
+            if one.state is ServerState.FAILED:
+                self.engine.leave_out(number)
+        self._router.serve([one.connection.base_url for one in replicas if one.connection is not None])
+        if not self._was_up and self._are_up(replicas):
             self._was_up = True
             self.keep_record()
-        statuses = [life.status for life in self._lives]
-        for number, status in enumerate(statuses):
-            if status.state is ServerState.FAILED:
-                self.engine.leave_out(number)
-        self._router.serve([one.connection.base_url for one in statuses if one.connection is not None])
         self._owner.changed(droppable=droppable)
+
+    def _are_up(self, replicas: Sequence[ServerStatus]) -> bool:
+        """Whether all serve, and the router as well, unless there is none or it has difficulties."""
+        router = self._router.status
+        is_settled = router.ready or router.base_url is None or router.restarts > 0
+        return is_settled and all(one.state is ServerState.READY for one in replicas)
 
     def keep_record(self) -> None:
         """As `life.Owner` says."""
@@ -231,7 +239,7 @@ class ReplicaSet:
     def _tell(self) -> None:
         """The router has changed, or what is agreed of the engines."""
         self.keep_record()
-        self._owner.changed()
+        self.changed()
 
     @property
     def has_folder(self) -> bool:
@@ -258,9 +266,10 @@ def _least(replicas: Sequence[ServerStatus]) -> ServerStatus:
     return min(replicas, key=lambda one: _ORDER.index(one.state))
 
 
-def _with_agreed(replica: Mapping[str, Any], record: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """What a record says of one replica, whose engine becomes what was agreed of all."""
-    return {**replica, "engine": (record or {}).get("engine", replica.get("engine", {}))}
+def _with_agreed(replica: Mapping[str, Any], record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a record says of one replica, whose engine becomes what was agreed of all; one that had failed begins anew."""
+    state = replica.get("state") if replica.get("state") != ServerState.FAILED else record.get("state")
+    return {**replica, "state": state, "engine": record.get("engine", replica.get("engine", {}))}
 
 
 def _epoch_in(record: Mapping[str, Any]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,64 @@ def test_the_processes_of_one_are_told_from_those_of_the_other(llm: ManagedVLLM,
         assert status.replicas[1 - number].server_pid not in found
     everything = {process.pid for process in cleanup.marked_processes(instance)}
     assert {one.server_pid for one in status.replicas} <= everything
+
+
+def test_everybody_else_is_served_by_the_router(llm: ManagedVLLM) -> None:
+    status = llm.status()
+    assert status.router is not None
+    assert status.connection is not None
+    assert status.router.ready
+    assert status.connection.base_url == status.router.base_url
+    assert status.connection.base_url not in {one.connection.base_url for one in status.replicas if one.connection}
+    os.kill(status.router.pid or 0, signal.SIGKILL)
+
+    def again() -> bool:
+        router = llm.status().router
+        return router is not None and router.ready and router.restarts > 0
+
+    eventually(again, "the router is back")
+    after = llm.status()
+    assert after.connection == status.connection
+    assert after.replicas == status.replicas
+
+
+def test_the_address_that_is_asked_for_is_the_routers(home: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with handle(port=port) as llm:
+        connection = llm.status().connection
+        assert connection is not None
+        assert connection.base_url == f"http://127.0.0.1:{port}/v1"
+        with handle(port=port) as other:
+            assert other.id == llm.id
+
+
+def test_what_is_made_of_the_engines_is_made_of_all_and_stays(home: Path) -> None:
+    with handle(restart=RestartPolicy(max_restarts=0)) as llm:
+        llm.engine.pause()
+        before = llm.status()
+        assert [one.engine.paused for one in before.replicas] == ["keep", "keep"]
+        os.kill(before.replicas[0].server_pid or 0, signal.SIGKILL)
+        eventually(lambda: llm.status().replicas[0].state is ServerState.FAILED, "it has given up")
+        assert llm.engine.is_paused()
+        os.kill(before.supervisor_pid or 0, signal.SIGKILL)
+        eventually(lambda: llm.status().supervisor_pid != before.supervisor_pid, "another supervisor")
+        after = eventually(lambda: all_ready(llm, after=before.epoch), "both are back")
+        assert [one.engine.paused for one in after.replicas] == ["keep", "keep"]
+        llm.engine.resume()
+        assert [one.engine.paused for one in llm.status().replicas] == [None, None]
+
+
+def test_one_that_had_given_up_comes_back_as_the_others_are(home: Path) -> None:
+    with handle(restart=RestartPolicy(max_restarts=0)) as llm:
+        before = llm.status()
+        os.kill(before.replicas[0].server_pid or 0, signal.SIGKILL)
+        eventually(lambda: llm.status().replicas[0].state is ServerState.FAILED, "it has given up")
+        llm.engine.pause()
+        llm.restart()
+        after = eventually(lambda: all_ready(llm, after=before.epoch), "both are back")
+        assert [one.engine.paused for one in after.replicas] == ["keep", "keep"]
 
 
 def test_the_record_has_all_of_them(llm: ManagedVLLM, home: Path) -> None:
