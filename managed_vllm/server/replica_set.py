@@ -267,7 +267,7 @@ def _least(replicas: Sequence[ServerStatus]) -> ServerStatus:
 
 
 def _with_agreed(replica: Mapping[str, Any], record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a record says of one replica, whose engine becomes what was agreed of all; one that had failed begins anew."""
+    """What a record says of one replica: its engine becomes what was agreed of all; one that had failed begins anew."""
     state = replica.get("state") if replica.get("state") != ServerState.FAILED else record.get("state")
     return {**replica, "state": state, "engine": record.get("engine", replica.get("engine", {}))}
 
