@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -16,7 +18,7 @@ import psutil
 import pytest
 import requests
 import standin
-from processes import HANG_S, own_state
+from processes import HANG_S, assert_nothing_left, own_state
 
 from managed_vllm import ManagedVLLM, demo
 
@@ -145,6 +147,87 @@ def test_the_shell_script_explains_itself() -> None:
     run = subprocess.run(["bash", EXAMPLES / "service.sh"], capture_output=True, text=True, timeout=HANG_S)
     assert run.returncode == 2
     assert "examples/service.sh start" in run.stdout
+
+
+SRUN = """#!/usr/bin/env bash
+# In Slurm's place: runs the command once a node, with what Slurm tells a task; each "node" has its own port and TMPDIR.
+while [[ $1 == --* ]]; do shift; done
+trap 'kill $(jobs -p)' TERM
+tasks=()
+for node in $(seq 0 $((SLURM_NTASKS - 1))); do
+    ports=($FAKE_PORTS)
+    mkdir -p "$FAKE_NODES/$node"
+    SLURM_PROCID=$node SLURM_LOCALID=0 SLURMD_NODENAME=127.0.0.1 \
+        PORT=${ports[$node]} TMPDIR=$FAKE_NODES/$node "$@" &
+    tasks+=($!)
+done
+code=0
+for task in "${tasks[@]}"; do wait $task || code=$?; done
+for task in "${tasks[@]}"; do wait $task; done
+exit $code
+"""
+ASKING = """
+import glob, os, stat
+from managed_vllm import ManagedVLLM
+key, = glob.glob("servers-7/key")
+assert stat.S_IMODE(os.stat(key).st_mode) == 0o600, "nobody else reads the key"
+with ManagedVLLM() as llm:
+    for outputs in llm.chat([[{"role": "user", "content": f"Hello {number}"}] for number in range(8)]):
+        print(outputs.outputs[0].text)
+"""
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _slurm(tmp_path: Path, words: list[str]) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """The job on two "nodes"; and what is left of it, after a while."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    environment = _environment(
+        PATH=os.pathsep.join([str(srun.parent), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        SLURM_JOB_ID="7",
+        SLURM_NTASKS="2",
+        FAKE_NODES=str(tmp_path / "nodes"),
+        FAKE_PORTS=" ".join(map(str, _free_ports(2))),
+        LISTEN="127.0.0.1",
+        **standin.orders(echo=True),
+    )
+    script = ["bash", str(EXAMPLES / "slurm.sh"), *words]
+    run = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=4 * HANG_S)
+    for node in range(2):
+        assert_nothing_left(tmp_path / "nodes" / str(node) / "managed-vllm-7-0")
+    return run, [path.name for path in tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_slurm_job_has_a_server_on_each_node_and_leaves_none(tmp_path: Path) -> None:
+    command = shlex.join(standin.command())
+    run, left = _slurm(tmp_path, ["stand-in", "--command", command, "--", sys.executable, "-c", ASKING])
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    answers = [line for line in run.stdout.splitlines() if line.startswith("echo Hello")]
+    assert len(answers) == 8
+    assert len({line.rpartition(" ")[2] for line in answers}) == 2, "both servers have answered"
+    assert sorted(left) == ["bin", "nodes"]
+    assert [path.name for path in (tmp_path / "nodes").glob("*/*")] == []
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_a_slurm_job_whose_servers_do_not_start_ends_with_the_reason(tmp_path: Path) -> None:
+    run, left = _slurm(tmp_path, ["stand-in", "--command", "no-such-program {port}", "--", "true"])
+    assert run.returncode not in (0, 2)
+    assert "no-such-program" in run.stderr
+    assert sorted(left) == ["bin", "nodes"]
+    run = subprocess.run(["bash", EXAMPLES / "slurm.sh"], capture_output=True, text=True, timeout=HANG_S)
+    assert run.returncode == 2
+    assert "sbatch examples/slurm.sh" in run.stdout
 
 
 def test_the_benchmark_measures_attaching_and_leaves_nothing(tmp_path: Path) -> None:
