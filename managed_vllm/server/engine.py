@@ -236,7 +236,8 @@ class Engine:
         self._asked = {"pause": lasting.paused, "sleep": lasting.sleep_level}
         self.state = lasting
         self._become_wanted()
-        self.restart()
+        if self._routes is not None or self.turn.is_taken:  # else the next one has not been told of another state yet
+            self.restart()
 
     async def _close(self, routes: EngineRoutes) -> None:
         async with self.turn:

@@ -134,12 +134,13 @@ class EveryEngine:
                 call=call.name,
             )
         async with self._turn_for(call):
+            asked = self._live
             try:
                 if call.name == "update_weights" and call.arguments.get("rolling") is True:
                     return await self._one_by_one(call)
                 return await self._all_at_once(call)
             finally:
-                self._settle()
+                self._settle(asked)
 
     @contextlib.asynccontextmanager
     async def _turn_for(self, call: Call) -> AsyncIterator[None]:
@@ -225,13 +226,15 @@ class EveryEngine:
                 log.error("replica %d is started again: %s", number, error)
                 self._engines[number].restart_as(self._agreed)
 
-    def _settle(self) -> None:
-        """After a call: what all have is agreed, and one that has something else gets that with another start."""
+    def _settle(self, asked: Sequence[int]) -> None:
+        """After a call: what all of those that were asked have is agreed; one that has something else is started again.
+
+        That is also one that was taken in meanwhile.
+        """
         lasting = {number: self._engines[number].lasting for number in self._live}
-        states = list(lasting.values())
+        states = [lasting[number] for number in asked if number in lasting]
         if states and all(one == states[0] for one in states):
             self._agree(states[0])
-            return
         for number, state in lasting.items():
             if state != self._agreed:
                 log.error("replica %d is started again: its engine is %s, agreed is %s", number, state, self._agreed)
