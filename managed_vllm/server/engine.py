@@ -231,8 +231,13 @@ class Engine:
         self.leave()
         self._on_restart()
 
-    def restart_as(self, lasting: EngineState) -> None:
-        """As `restart`; the next server is in that state before it is ready. What users hold they hold on."""
+    def restart_as(self, lasting: EngineState, *, holds_of: Engine | None = None) -> None:
+        """As `restart`; the next server is in that state before it is ready. What users hold they hold on.
+
+        `holds_of`: they hold what they hold of that engine.
+        """
+        if holds_of is not None:
+            self._holds = [hold for hold in holds_of._holds if hold.user not in holds_of._watchers]
         self._asked = {"pause": lasting.paused, "sleep": lasting.sleep_level}
         self.state = lasting
         self._become_wanted()

@@ -104,6 +104,8 @@ class EveryEngine:
 
     def leave_out(self, number: int) -> None:
         """A replica has failed for good: calls go on without it, also the one under way."""
+        if self._gone[number].is_set():
+            return
         self._gone[number].set()
         if self._commit is not None:
             self._commit.end(number)
@@ -111,9 +113,10 @@ class EveryEngine:
             self._parts[number].cancel()
 
     def take_in(self, number: int) -> None:
-        """A replica that had failed for good is begun again: its engine is to become what is agreed."""
+        """A replica that had failed for good is begun again: its engine is to become what is agreed, and is held."""
+        others = [self._engines[other] for other in self._live]
         self._gone[number].clear()
-        self._engines[number].restart_as(self._agreed)
+        self._engines[number].restart_as(self._agreed, holds_of=others[0] if others else None)
 
     # -- for the users -------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ class Replica:
         self.pid: int | None = None
         self.has_failed = asyncio.Event()
         self._again = asyncio.Event()
+        self._begun = asyncio.Event()
         self._stays_dead = False
         self._log = model.parent / f"server-{number}.log"
         self._environment = {**os.environ, **standin.orders(control={"name": str(number), **control})}
@@ -63,11 +64,19 @@ class Replica:
         assert self.pid is not None
         os.kill(self.pid, signal.SIGKILL)
 
+    def begin_again(self) -> None:
+        """One that had failed for good is started once more."""
+        self._stays_dead = False
+        self._begun.set()
+
     async def live(self) -> None:
         """Serves, life after life, as a supervisor would have it."""
-        while not self._stays_dead and await self._one_life():
-            pass
-        self.has_failed.set()
+        while True:
+            self._begun.clear()
+            while not self._stays_dead and await self._one_life():
+                pass
+            self.has_failed.set()
+            await self._begun.wait()
 
     async def _one_life(self) -> bool:
         """Whether there may be another one."""

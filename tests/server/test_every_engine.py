@@ -311,6 +311,26 @@ def test_one_that_has_failed_for_good_is_left_out_also_by_who_waits_for_it(model
     play(model, scenario)
 
 
+def test_one_that_comes_back_has_what_was_agreed_meanwhile_and_is_held(model: Path, tmp_path: Path) -> None:
+    good = checkpoint(tmp_path / "step-1")
+
+    async def scenario(found: Replicas) -> None:
+        found.all[1].kill(for_good=True)
+        await found.all[1].has_failed.wait()
+        found.engine.leave_out(1)
+        await found.call("update_weights", path=str(good))
+        await found.call("pause", mode="keep", held=True)
+        found.engine.take_in(1)
+        found.all[1].begin_again()
+        assert await found.call("is_paused") == {"is_paused": True}
+        assert found.all[1].engine.state == found.all[0].engine.state
+        found.engine.user_gone("user")
+        assert await found.versions() == ["step-1", "step-1"]
+        assert found.all[1].starts == 2
+
+    play(model, scenario)
+
+
 # -- a trainer's -------------------------------------------------------------------------------------------------------
 
 
