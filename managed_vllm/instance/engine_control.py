@@ -215,7 +215,8 @@ class EngineControl:
             on_update: what becomes of requests in flight, as for `update_weights`.
             timeout: seconds for each call, and for an update from its start to its end; it is taken back then.
 
-        The server must have been started with `for_training=True`, or with a `weight_transfer_config=`.
+        The server must have been started with `for_training=True`, or with a `weight_transfer_config=`. With several
+        replicas `send` sends to all of them, all or nothing; vLLM's own transfers are an `EngineUnsupportedError` then.
         """
         _check_on_update(on_update)
         _check_texts(version=version)

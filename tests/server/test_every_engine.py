@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -117,13 +118,16 @@ def test_a_server_that_is_killed_while_it_loads_leaves_all_with_the_weights_from
     play(model, scenario)
 
 
-def test_a_server_that_is_killed_when_it_has_them_comes_back_with_the_rest(model: Path, tmp_path: Path) -> None:
+def test_a_server_that_is_killed_when_it_has_them_comes_back_with_the_rest(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "managed_vllm.supervisor")
     go = tmp_path / "go"
     slow = checkpoint(tmp_path / "step-1", only="1", waits_for=str(go))
 
     async def scenario(found: Replicas) -> None:
         updating = asyncio.create_task(found.call("update_weights", path=str(slow)))
-        await until(lambda: "/update_weight_version" in found.all[0].asked(), "replica 0 has them")
+        await until(lambda: "weights loaded" in caplog.text, "replica 0 has them")
         found.all[0].kill()
         await until(lambda: found.all[0].starts == 2, "it is started again")
         assert found.engine.to_record()["engine"]["weights"] is None
@@ -269,7 +273,7 @@ def test_two_users_at_once_get_one_after_the_other(model: Path, tmp_path: Path) 
         calls = [found.call("update_weights", user=one.name, path=str(one)) for one in ones]
         replies = await asyncio.gather(*calls, *[found.call("pause", user=f"p{n}", held=True) for n in range(3)])
         assert [one["version"] for one in replies[:3]] == [one.name for one in ones]
-        assert len(set(await asyncio.to_thread(lambda: found.seen[-1][0]))) == 1
+        assert len(set(found.seen[-1][0])) == 1
         for n in range(3):
             found.engine.user_gone(f"p{n}")
         versions = await found.versions()
