@@ -27,10 +27,12 @@ from managed_vllm.request.connections import Transport
 from managed_vllm.request.endpoints import Endpoint, Endpoints
 from managed_vllm.request.methods import RequestMethods
 from managed_vllm.request.outputs import RequestOutput
-from managed_vllm.request.placement import OneServer
+from managed_vllm.request.placement import OneServer, Placement
 from managed_vllm.request.watched_servers import Servers, balanced
 from managed_vllm.status import Connection
 from managed_vllm.urls import checked_api_key, normalized_url
+
+MakePlacement = Callable[[Endpoints, Transport], Placement]
 
 
 class AsyncVLLMClient(AsyncRequestMethods):
@@ -55,7 +57,8 @@ class AsyncVLLMClient(AsyncRequestMethods):
         report: tells a supervisor about a request under which the server dies; see `Sender`.
         load_adapter: loads the adapters of `lora_request=` on their first use; None: the server must have them.
         supervisor: what the server's supervisor tells for `metrics()`; None: there is none.
-        servers: where `connection` finds one of several: all of them, and whether each is up.
+        placement: where there may be several servers: makes what chooses among them, from what finds the first and the
+            client's connections; None: `connection` finds the only one.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
         report: Report | None = None,
         load_adapter: LoadAdapter | None = None,
         supervisor: AskSupervisor | None = None,
-        servers: Servers | None = None,
+        placement: MakePlacement | None = None,
     ) -> None:
         self.model_name = model_name
         self.fixed_connection: Connection | None = None
@@ -86,7 +89,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
             self.fixed_connection = found[0]
             fixed = found[0], 0
             if len(found) > 1:
-                servers = _all_up(found)
+                placement = functools.partial(balanced, _all_up(found))
 
             def connection(lost_epoch: int | None, timeout_s: float | None, pause_s: float) -> Endpoint:
                 return fixed
@@ -98,7 +101,7 @@ class AsyncVLLMClient(AsyncRequestMethods):
         endpoints = Endpoints(connection, ready or (lambda: None))
         sender = Sender(
             transport,
-            OneServer(endpoints) if servers is None else balanced(endpoints, servers, transport),
+            OneServer(endpoints) if placement is None else placement(endpoints, transport),
             retry=retry or RetryPolicy(),
             max_in_flight=max_in_flight,
             media_ids=media_ids,

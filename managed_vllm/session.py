@@ -15,7 +15,6 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -23,10 +22,12 @@ from managed_vllm import forks, training
 from managed_vllm.config import Address, ServerSpec, installed_vllm, set_in_arguments, set_in_engine_args, vllm_folder
 from managed_vllm.engine_state import PauseMode
 from managed_vllm.errors import ConfigError, ManagedVLLMError
-from managed_vllm.instance import directory, external, names
-from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer, report_deaths
+from managed_vllm.instance import external, names
+from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer, environ, report_deaths
 from managed_vllm.instance.engine_control import AsyncEngineControl, EngineControl
 from managed_vllm.instance.event_history import restarts_by_cause
+from managed_vllm.instance.public_address import public_connection
+from managed_vllm.instance.server_logs import newest_lines
 from managed_vllm.instance.status_listener import StatusListener
 from managed_vllm.masking import without_passwords
 from managed_vllm.policies import MAX_IN_FLIGHT, HangPolicy, RestartPolicy, RetryPolicy, SupervisionPolicy, seconds
@@ -38,7 +39,7 @@ from managed_vllm.urls import checked_api_key, url_with_key
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
-    from managed_vllm.client import AsyncVLLMClient, VLLMClient
+    from managed_vllm.client import AsyncVLLMClient, MakePlacement, VLLMClient
     from managed_vllm.request.server_metrics import SupervisorMetrics
 
 KEEP_ALIVE_VARIABLE = "MANAGED_VLLM_KEEP_ALIVE"
@@ -318,8 +319,11 @@ class ManagedVLLM(RequestMethods):
 
     @property
     def base_url(self) -> str:
-        """The API's base URL, ending in `/v1`. Waits until the server is ready, as every handle does."""
-        return self._attachment.connection()[0].base_url
+        """The API's base URL, ending in `/v1`; with `replicas=` the router's. Waits until the server is ready.
+
+        Raises `ConfigError` for replicas without a router; none of our clients needs it.
+        """
+        return public_connection(self._attachment).base_url
 
     @property
     def api_key(self) -> str:
@@ -331,9 +335,9 @@ class ManagedVLLM(RequestMethods):
         """The server's URL, without `/v1`, with the key in it: `http://managed:KEY@127.0.0.1:PORT`.
 
         For trainers and tools that take a URL and know of no key. Whoever sees it may use the server. Raises
-        `ConfigError` for a server on a Unix socket, which no URL reaches.
+        `ConfigError` for a server on a Unix socket, which no URL reaches, and as `base_url`.
         """
-        return url_with_key(self._attachment.connection()[0])
+        return url_with_key(public_connection(self._attachment))
 
     @property
     def model(self) -> str:
@@ -409,16 +413,13 @@ class ManagedVLLM(RequestMethods):
         return self._attachment.status()
 
     def logs(self, lines: int = 100) -> str:
-        """The last lines of the server's log. Raises `ConfigError` for an external server: its log is not ours."""
-        path = self.status().log_path
-        if path is None:
-            raise ConfigError("an external server's log is not here", field="base_url")
-        return directory.tail(Path(path), lines)
+        """The last lines of the server's log, of each replica's. Raises `ConfigError` for an external server."""
+        return newest_lines(self.status(), lines)
 
     def restart(self, timeout: float | None = None) -> ServerStatus:
-        """Stops the server and starts it again, for all its users; waits until it is ready."""
+        """Stops the server and starts it again, each replica of it, for all its users; waits until it is ready."""
         epoch = self._attachment.request("restart")["epoch"]
-        return self.wait_ready(timeout, after_epoch=epoch)
+        return self._attachment.wait_ready(timeout, after_epoch=epoch, all_replicas=True)
 
     def pin(self) -> None:
         """Lets the server run without users, until `unpin` or `managed-vllm down`."""
@@ -436,7 +437,7 @@ class ManagedVLLM(RequestMethods):
 
     def environ(self) -> dict[str, str]:
         """Environment variables with which a bare `ManagedVLLM()` in a child process attaches to this very server."""
-        return self._attachment.environ()
+        return environ(self._attachment)
 
     def __getstate__(self) -> dict[str, Any]:
         attachment = self._attachment
@@ -491,7 +492,7 @@ class _Clients:
                 report=functools.partial(report_deaths, attachment),
                 load_adapter=None if attachment.options.base_url else functools.partial(_load_adapter, attachment),
                 supervisor=None if attachment.options.base_url else functools.partial(_ask_supervisor, attachment),
-                servers=(lambda: attachment.servers) if attachment.options.more_urls else None,
+                placement=_placement(attachment),
             )
         return self._async_client
 
@@ -525,6 +526,15 @@ class _Clients:
             if not hasattr(client, "__aenter__"):  # the other kind is closed by its event loop
                 with contextlib.suppress(Exception):
                     client.close()
+
+
+def _placement(attachment: Attachment) -> MakePlacement | None:
+    """How requests find their server, where there may be several; None: there is one."""
+    from managed_vllm.request import leased_replicas, watched_servers
+
+    if attachment.options.more_urls:
+        return functools.partial(watched_servers.balanced, lambda: attachment.servers)
+    return None if attachment.replicas == 1 else functools.partial(leased_replicas.placed, attachment)
 
 
 async def _load_adapter(attachment: Attachment, name: str, path: str, timeout_s: float | None) -> None:

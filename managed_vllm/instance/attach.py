@@ -60,6 +60,8 @@ STOPPED_S = 5.0
 _ELECTED_S = 0.01
 """Seconds between two looks at what another process has begun."""
 
+_STARTED = (ServerState.READY, ServerState.FAILED)
+"""A replica whose start is over, for better or worse."""
 _OVER = (ServerState.FAILED, ServerState.STOPPING, ServerState.GONE)
 
 
@@ -216,6 +218,12 @@ class Attachment:
     def id(self) -> str | None:
         """The instance's id, once it is known; None for a server given by URL."""
         return self.known.instance.id if self.known else None
+
+    @property
+    def replicas(self) -> int | None:
+        """How many servers the instance has; None: only an attached handle knows."""
+        spec = self.known.order.spec if self.known else self.options.spec
+        return spec.replicas if spec is not None else None if self.options.base_url is None else 1
 
     def successor(self) -> Attachment:
         """A new attachment to the same server."""
@@ -428,9 +436,14 @@ class Attachment:
             self._on_status(status)
 
     def wait_ready(
-        self, timeout: float | None = None, *, after_epoch: int | None = None, progress: bool | None = None
+        self,
+        timeout: float | None = None,
+        *,
+        after_epoch: int | None = None,
+        progress: bool | None = None,
+        all_replicas: bool = False,
     ) -> ServerStatus:
-        """Waits until the server is ready, as `ManagedVLLM.wait_ready` does."""
+        """Waits until the server is ready, as `ManagedVLLM.wait_ready` does; with `all_replicas` until each is."""
         deadline = _deadline(timeout)
         while True:
             channel = self._channel
@@ -442,7 +455,7 @@ class Attachment:
                 after_epoch = None  # another supervisor counts its epochs anew
             with _not_ready_within(timeout), self._shown(channel, progress):
                 left = None if deadline is None else left_s(deadline)
-                status = channel.wait_until(functools.partial(_is_settled, after_epoch), left)
+                status = channel.wait_until(functools.partial(_is_settled, after_epoch, all_replicas), left)
                 if status is not None and status.state is ServerState.SLEEPING:
                     self._ask("use")
                     channel.wait_until(lambda now: now is None or now.state is not ServerState.SLEEPING, left)
@@ -519,6 +532,13 @@ class Attachment:
         channel = self._channel
         return None if channel is None or channel.closed else channel.status
 
+    def wait_for_news(self, known: ServerStatus | None, timeout_s: float) -> None:
+        """Until `last_status` is another than `known`, or there is no connection, or the time is over."""
+        channel = self._channel
+        if channel is not None:
+            with contextlib.suppress(TimeoutError):
+                channel.wait_until(lambda now: now is not known, timeout_s)
+
     def request(self, op: str) -> dict[str, Any]:
         """The supervisor's reply to a request without arguments. Raises `ConfigError` for a server given by URL."""
         if self.options.base_url is not None:
@@ -550,30 +570,35 @@ class Attachment:
             f"{_KILLED_SUPERVISORS} supervisors in a row were gone before they answered {op!r}", instance=self.id
         )
 
-    def environ(self) -> dict[str, str]:
-        """The environment variables with which a bare handle attaches to this very server."""
-        self.attach()
-        if self._external:
-            found = self._first_external
-            return {
-                external.URL_VARIABLE: ",".join(connection.base_url for connection, _ in self._external),
-                external.MODEL_VARIABLE: found.model,
-                external.KEY_VARIABLE: found.api_key.reveal(),
-            }
-        assert self.known is not None
+
+def environ(attachment: Attachment) -> dict[str, str]:
+    """The environment variables with which a bare handle attaches to this very server."""
+    attachment.attach()
+    if servers := attachment.servers:
+        found = attachment.connection()[0]
         return {
-            directory.HOME_VARIABLE: str(self.known.instance.home),
-            ATTACH_VARIABLE: self.known.instance.id,
-            external.URL_VARIABLE: "",
+            external.URL_VARIABLE: ",".join(connection.base_url for connection, _ in servers),
+            external.MODEL_VARIABLE: found.model,
+            external.KEY_VARIABLE: found.api_key.reveal(),
         }
+    assert attachment.known is not None
+    return {
+        directory.HOME_VARIABLE: str(attachment.known.instance.home),
+        ATTACH_VARIABLE: attachment.known.instance.id,
+        external.URL_VARIABLE: "",
+    }
 
 
-def _is_settled(after_epoch: int | None, status: ServerStatus | None) -> bool:
+def _is_settled(after_epoch: int | None, all_replicas: bool, status: ServerStatus | None) -> bool:
     """Whether a user that waits for the server, or for a later epoch of it, has something to do."""
     if status is None:
         return False
     if status.state is ServerState.READY:
-        return after_epoch is None or status.epoch > after_epoch
+        least = -1 if after_epoch is None else after_epoch
+        servers = status.replicas or (status,)
+        if all_replicas:
+            return all(one.epoch > least and one.state in _STARTED for one in servers)
+        return any(one.epoch > least and one.state is ServerState.READY for one in servers)
     return status.state in _OVER or (status.state is ServerState.SLEEPING and after_epoch is None)
 
 

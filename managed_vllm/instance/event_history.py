@@ -12,14 +12,22 @@ from managed_vllm.status import ServerState
 
 
 def restarts_by_cause(instance: Instance) -> dict[str, int]:
-    """How often the server was started again, by the cause of its end; `requested` where a user asked for it."""
+    """How often the server was started again, by the cause of its end; `requested` where a user asked for it.
+
+    Of several replicas each end counts: their events have the `replica`'s number, and epochs that are counted through
+    all of them.
+    """
     causes: dict[int, str] = {}
-    epoch = 0
-    for event in _events(instance):
-        is_end = event.get("state") == ServerState.RESTARTING and event.get("epoch") == epoch
-        if is_end:  # the launch of the next epoch is an event as well, with its own number
+    events = list(_events(instance))
+    of_replicas = [event for event in events if "replica" in event]
+    begun: set[int] = set()
+    for event in of_replicas or events:
+        epoch = event.get("epoch")
+        if not isinstance(epoch, int):
+            continue
+        if event.get("state") == ServerState.RESTARTING and epoch in begun:
             causes[epoch] = str((event.get("diagnosis") or {}).get("cause", "requested"))
-        epoch = int(event.get("epoch", epoch))
+        begun.add(epoch)  # the launch of an epoch is an event as well, with its own number
     found: dict[str, int] = {}
     for cause in causes.values():
         found[cause] = found.get(cause, 0) + 1

@@ -21,6 +21,7 @@ from managed_vllm.request.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from managed_vllm.request.server_metrics import ServerMetrics
+    from managed_vllm.status import Connection
 
 _DEV_MODE = "ManagedVLLM(…, env={'VLLM_SERVER_DEV_MODE': '1'})"
 _PROFILER = "ManagedVLLM(…, profiler_config={'profiler': 'torch', 'torch_profiler_dir': …})"
@@ -91,19 +92,28 @@ class AsyncEngineMethods(AsyncRequests):
         from managed_vllm.request import server_metrics
 
         deadline = deadline_of(timeout)
-        if len(servers := await self.sender.servers(deadline)) > 1:
+        servers = await self.sender.servers(deadline)
+        if len(servers) > 1 and self._ask_supervisor is None:
             raise UnsupportedMethodError(f"metrics() is of one server, not of {len(servers)}", method="metrics")
-        request = TextRequest("/metrics")
         try:
             with named(None, self._instance):
-                stats = await self.sender.send(request, deadline)
-            found = server_metrics.parse(request.text, epoch=stats.epoch)
+                told = [await self._metrics_of(server, deadline) for server in servers]
+            single = servers[0] is None
+            found = (
+                server_metrics.parse(told[0][1], epoch=told[0][0]) if single else server_metrics.together(dict(told))
+            )
         except (BadRequestError, ValueError) as error:
             raise UnsupportedMethodError(f"metrics(): the server has no /metrics: {error}", method="metrics") from error
         if self._ask_supervisor is None:
             return found
         left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
         return dataclasses.replace(found, supervisor=await self._ask_supervisor(left_s))
+
+    async def _metrics_of(self, server: Connection | None, deadline: float | None) -> tuple[int, str]:
+        """Epoch and text of the metrics of one server."""
+        request = TextRequest("/metrics")
+        stats = await self.sender.send(request, deadline, only=server)
+        return stats.epoch, request.text
 
     async def get_weight_version(self, /) -> str:
         """What the weights are called. See `EngineMethods.get_weight_version`."""

@@ -4,6 +4,8 @@
 - Else the server with the fewest requests in flight is taken; between equals they take turns.
 - A server that lost an answer is looked at at once. If it is gone, nothing goes there until it is back; its requests go
   on elsewhere, and its sessions move for good: what they had is lost with it.
+- One that is up and yet works on nothing (its engine is paused, asleep, or takes new weights) is left to its sessions
+  while another one works.
 
 Only what this client has in flight is counted: no process asks another one.
 """
@@ -22,6 +24,8 @@ from managed_vllm.status import Connection
 
 MOST_SESSIONS = 100_000
 """Sessions whose server is kept; beyond them the one that was asked longest ago is forgotten: about 20 MB."""
+_AGAIN_S = 1.0
+"""Seconds until a request that has no server to go to looks again, if no news come before."""
 
 
 class Servers(Protocol):
@@ -31,10 +35,13 @@ class Servers(Protocol):
         """Until it is known which servers there are. Raises what a handle raises on entering."""
 
     def every(self) -> Sequence[Endpoint]:
-        """All servers, each in its present or last life."""
+        """All servers that may answer, each in its present or last life."""
 
     def up(self) -> Sequence[Endpoint]:
         """Those that are up, as far as is known. Called in an event loop; never waits."""
+
+    def working(self, among: Sequence[Endpoint]) -> Sequence[Endpoint]:
+        """Of these, those whose engine works on requests, as far as is known."""
 
     async def look(self, endpoint: Endpoint) -> None:
         """Finds out whether a server that lost an answer is still up."""
@@ -43,7 +50,7 @@ class Servers(Protocol):
         """In a forked child: the event loops are the parent's."""
 
     async def wait(self, seconds: float) -> None:
-        """Until another server is up than before, at most so many seconds."""
+        """Until another server may be up than before, at most so many seconds."""
 
 
 class Balancer:
@@ -68,9 +75,10 @@ class Balancer:
             fresh = [one for one in up if one != lost]
             if fresh and (search.losses <= len(up) or left_s <= 0):  # else each has refused it: no hurry
                 return self._choose(fresh, search.session)
-            if left_s <= 0:
-                return self._choose(up or self._fitting(self._servers.every(), search), search.session)
-            await self._servers.wait(left_s)
+            if left_s <= 0 and (rest := up or self._fitting(self._servers.every(), search)):
+                return self._choose(rest, search.session)
+            await self._servers.wait(left_s if left_s > 0 else _AGAIN_S)
+            await self._servers.known(search)
 
     def _fitting(self, servers: Sequence[Endpoint], search: Search) -> list[Endpoint]:
         return [one for one in servers if search.only is None or one[0] == search.only]
@@ -88,13 +96,16 @@ class Balancer:
             return chosen
 
     def _idlest(self, among: Sequence[Endpoint]) -> Endpoint:
+        among = self._servers.working(among) or among
         self._turn += 1
         rotated = [among[(self._turn + index) % len(among)] for index in range(len(among))]
         return min(rotated, key=lambda one: self._in_flight.get(one[0], 0))
 
     def leave(self, endpoint: Endpoint) -> None:
         with self._lock:
-            self._in_flight[endpoint[0]] = max(0, self._in_flight.get(endpoint[0], 0) - 1)
+            left = self._in_flight.pop(endpoint[0], 0) - 1
+            if left > 0:
+                self._in_flight[endpoint[0]] = left
 
     def is_over(self, lost: Endpoint, now: Endpoint) -> bool:
         up = self._servers.up()
@@ -102,7 +113,10 @@ class Balancer:
 
     async def every(self, search: Search) -> Sequence[Connection | None]:
         await self._servers.known(search)
-        return [connection for connection, _ in self._servers.every()]
+        while not (every := self._servers.every()):
+            await self._servers.wait(_AGAIN_S)
+            await self._servers.known(search)
+        return [connection for connection, _ in every]
 
     def after_fork(self) -> None:
         """In a forked child: what is in flight is the parent's, and another thread may have held the lock."""

@@ -1,12 +1,12 @@
 """To which server a request goes: `Placement`, and the one where there is only one, `OneServer`.
 
 The sender asks with a `Search` before each attempt, and says `leave` after it. `balancing.Balancer` chooses among
-several.
+several; `Undecided` waits to see which of the two it has to be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,3 +81,41 @@ class OneServer:
 
     def after_fork(self) -> None:
         pass
+
+
+class Undecided:
+    """The placement of a client that knows only with its first server whether there are several.
+
+    Args:
+        attached: finds that server.
+        several: the placement to use from then on, or None: there is one.
+    """
+
+    def __init__(self, attached: Endpoints, several: Callable[[], Placement | None]) -> None:
+        self._placement: Placement = OneServer(attached)
+        self._several: Callable[[], Placement | None] | None = several
+
+    async def get(self, search: Search) -> Endpoint:
+        if self._several is not None:
+            await self._decide(search)
+        return await self._placement.get(search)
+
+    async def _decide(self, search: Search) -> None:
+        await self._placement.get(search)
+        several, self._several = self._several, None
+        if several is not None:  # else another request was here first
+            self._placement = several() or self._placement
+
+    def leave(self, endpoint: Endpoint) -> None:
+        self._placement.leave(endpoint)
+
+    def is_over(self, lost: Endpoint, now: Endpoint) -> bool:
+        return self._placement.is_over(lost, now)
+
+    async def every(self, search: Search) -> Sequence[Connection | None]:
+        if self._several is not None:
+            await self._decide(search)
+        return await self._placement.every(search)
+
+    def after_fork(self) -> None:
+        self._placement.after_fork()

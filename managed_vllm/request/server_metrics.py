@@ -2,15 +2,16 @@
 
 The names are those of vLLM 0.32 (`v1/metrics/loggers.py`). What a server does not tell is None, so that an older or
 newer one, or one that is not vLLM, gives a snapshot with fewer values and no error. All counters count from the start
-of the epoch.
+of the epoch. Of several replicas there is one snapshot each, and one of all of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -90,6 +91,8 @@ class ServerMetrics:
         requests: ended requests by their finish reason.
         time_to_first_token, inter_token_latency, request_latency, queue_time: seconds.
         supervisor: what its supervisor tells of it; None for a server by URL, and where it does not answer.
+        replicas: of a server with `replicas=`, those that are up, each with its own epoch. The other fields are then of
+            all of them: added up, `kv_cache_usage` their mean, `epoch` the newest.
     """
 
     at: float
@@ -108,6 +111,7 @@ class ServerMetrics:
     request_latency: Distribution | None = None
     queue_time: Distribution | None = None
     supervisor: SupervisorMetrics | None = None
+    replicas: Sequence[ServerMetrics] = ()
 
     @property
     def prefix_cache_hit_rate(self) -> float | None:
@@ -117,17 +121,18 @@ class ServerMetrics:
     def since(self, earlier: ServerMetrics) -> Rates:
         """What happened between an earlier snapshot and this one.
 
-        If the server was restarted between them, what it did before that is missing: its counters are gone.
+        If the server, or a replica, was restarted between them, what it did before that is missing: its counters are
+        gone.
         """
-        before = earlier if earlier.epoch == self.epoch else ServerMetrics(earlier.at, self.epoch)
-        seconds = self.at - before.at
-        queries = _difference(self.prefix_cache_queries, before.prefix_cache_queries)
+        seconds = self.at - earlier.at
+        queries = _grown(self, earlier, lambda one: one.prefix_cache_queries)
+        hits = _grown(self, earlier, lambda one: one.prefix_cache_hits)
         return Rates(
             seconds=seconds,
-            prompt_tokens_per_s=_share(_difference(self.prompt_tokens, before.prompt_tokens), seconds),
-            generation_tokens_per_s=_share(_difference(self.generation_tokens, before.generation_tokens), seconds),
-            requests_per_s=_share(sum(self.requests.values()) - sum(before.requests.values()), seconds),
-            prefix_cache_hit_rate=_share(_difference(self.prefix_cache_hits, before.prefix_cache_hits), queries),
+            prompt_tokens_per_s=_share(_grown(self, earlier, lambda one: one.prompt_tokens), seconds),
+            generation_tokens_per_s=_share(_grown(self, earlier, lambda one: one.generation_tokens), seconds),
+            requests_per_s=_share(_grown(self, earlier, lambda one: sum(one.requests.values())), seconds),
+            prefix_cache_hit_rate=_share(hits, queries),
         )
 
 
@@ -147,7 +152,16 @@ def parse(text: str, *, epoch: int = 0) -> ServerMetrics:
 
     Raises `ValueError` for what is no text of that kind.
     """
-    found = _Samples(text)
+    return _snapshot(_Samples(text), epoch)
+
+
+def together(texts: Mapping[int, str]) -> ServerMetrics:
+    """The snapshot of the replicas that are up, from the text of each by its epoch. Raises as `parse`."""
+    each = [parse(text, epoch=epoch) for epoch, text in texts.items()]
+    return replace(_snapshot(_Samples(*texts.values()), max(texts)), replicas=tuple(each))
+
+
+def _snapshot(found: _Samples, epoch: int) -> ServerMetrics:
     return ServerMetrics(
         at=time.time(),
         epoch=epoch,
@@ -170,9 +184,9 @@ def parse(text: str, *, epoch: int = 0) -> ServerMetrics:
 class _Samples:
     """vLLM's samples by name, without its prefix: labels and value of each."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, *texts: str) -> None:
         self._of: dict[str, list[tuple[Mapping[str, str], float]]] = {}
-        for family in text_string_to_metric_families(text):
+        for family in itertools.chain.from_iterable(map(text_string_to_metric_families, texts)):
             for sample in family.samples:
                 name = sample.name.removeprefix("vllm:")
                 self._of.setdefault(name, []).append((sample.labels, sample.value))
@@ -216,8 +230,22 @@ def _quantile(share: float, buckets: Sequence[tuple[float, float]]) -> float:
     return math.nan
 
 
-def _difference(now: int | None, before: int | None) -> int | None:
-    return None if now is None else now - (before or 0)
+def _grown(now: ServerMetrics, before: ServerMetrics, count: Callable[[ServerMetrics], int | None]) -> int | None:
+    """By how much a counter has grown, in the epochs that there are now; None where nobody tells."""
+    if now.replicas:
+        known = {one.epoch: one for one in before.replicas}
+        each = [_grown(one, known.get(one.epoch, _NOTHING), count) for one in now.replicas]
+        return _sum(each)
+    total = count(now)
+    return None if total is None else total - ((count(before) or 0) if before.epoch == now.epoch else 0)
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    told = [one for one in counts if one is not None]
+    return sum(told) if told else None
+
+
+_NOTHING = ServerMetrics(0.0, -1)
 
 
 def _share(part: float | None, whole: float | None) -> float | None:

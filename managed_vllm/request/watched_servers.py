@@ -33,7 +33,7 @@ Look = Callable[[Connection, bool], Awaitable[bool]]
 """Whether a server is healthy; asked with True, whether it has the model as well. Never raises."""
 
 
-def balanced(attached: Endpoints, servers: Servers, transport: Transport) -> Balancer:
+def balanced(servers: Servers, attached: Endpoints, transport: Transport) -> Balancer:
     """The placement of a client with several servers that somebody else runs."""
     return Balancer(WatchedServers(attached, servers, functools.partial(is_healthy, transport)))
 
@@ -82,6 +82,9 @@ class WatchedServers:
         if len(up) < len(self._servers):
             self._look_at_those_down(RECHECK_S)
         return up
+
+    def working(self, among: Sequence[Endpoint]) -> Sequence[Endpoint]:
+        return among  # nobody tells
 
     async def look(self, endpoint: Endpoint) -> None:
         server = next(server for server in self._servers if server.connection == endpoint[0])
