@@ -147,10 +147,12 @@ def build_parser() -> argparse.ArgumentParser:
         "managed-vllm logs -f",
         "managed-vllm logs mine -n 500",
         "managed-vllm logs --failed           # of the last server that failed",
+        more=" With --replicas each has its own; a line then begins with its number.",
     )
     logs.add_argument("which", nargs="?", metavar="NAME_OR_ID", help=_WHICH)
     logs.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C or until the server is gone")
     logs.add_argument("-n", "--lines", type=_count, default=100, metavar="LINES", help="lines to begin with (100)")
+    logs.add_argument("--replica", type=_count, metavar="N", help="only that of this replica, as it is")
     logs.add_argument("--failed", action="store_true", help="the newest log that was kept of a failed server")
 
     check = command(
@@ -388,6 +390,13 @@ def _add_server(parser: argparse.ArgumentParser, *, keep_alive: str, env: str = 
     model.add_argument("--tensor-parallel-size", "-tp", type=int, metavar="N", help="GPUs for each layer")
     model.add_argument(
         "--gpu-memory-utilization", type=float, metavar="SHARE", help="share of the GPU's memory, 0 to 1"
+    )
+    model.add_argument(
+        "--replicas",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="so many servers of it, as one, each with its own GPUs (1)",
     )
     model.add_argument("--share", choices=("sleep",), help="give them to others while nobody uses the server")
     model.add_argument("--devices", choices=("auto",), help="take free GPUs, or cores, and wait in line for them")

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from managed_vllm.cli import running
-from managed_vllm.errors import NoServerError
+from managed_vllm.errors import ConfigError, NoServerError
 from managed_vllm.instance import directory
 from managed_vllm.instance.channel import Channel
 from managed_vllm.instance.directory import Instance
+from managed_vllm.instance.server_logs import headed, logs_in
 
 _PATIENCE_S = 3.0
 """How long a killed supervisor may be missing before the server counts as gone: one of its users starts the next."""
@@ -80,6 +81,50 @@ class LogReader:
             self._file.close()
 
 
+class ServerLogs:
+    """All logs of a server as one: those of several replicas line by line, each with the replica's number before it.
+
+    Args:
+        instance: whose logs they are.
+        replica: the only one to read, as it is; None: all.
+    """
+
+    def __init__(self, instance: Instance, replica: int | None = None) -> None:
+        self._instance = instance
+        self._replica = replica
+        self._readers: dict[int | None, LogReader] = {}
+        self._begun: dict[int | None, str] = {}
+        """Of each log the line that is not whole yet."""
+
+    def backlog(self, lines: int | None) -> str:
+        """As `LogReader.backlog`, of each."""
+        self._find()
+        return "".join(self._whole(which, reader.backlog(lines)) for which, reader in self._readers.items())
+
+    def news(self) -> str:
+        """As `LogReader.news`, of those that have appeared since, too."""
+        self._find()
+        return "".join(self._whole(which, reader.news()) for which, reader in self._readers.items())
+
+    def _find(self) -> None:
+        for which, path in logs_in(self._instance).items():
+            if which not in self._readers and self._replica in (None, which):
+                self._readers[which] = LogReader(path)
+
+    def _whole(self, which: int | None, text: str) -> str:
+        if which is None or which == self._replica:
+            return text
+        lines, newline, self._begun[which] = (self._begun.get(which, "") + text).rpartition("\n")
+        return headed(lines + newline, which)
+
+    def __enter__(self) -> ServerLogs:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        for reader in self._readers.values():
+            reader.__exit__(*details)
+
+
 class _ServerWatch:
     """Finds out whether a server is gone, without a lease and without touching its locks."""
 
@@ -118,14 +163,17 @@ def logs(given: argparse.Namespace) -> int:
             hint = f"the log of the last one that failed is kept: managed-vllm logs --failed ({kept[-1]})"
             raise NoServerError(f"{error.message}; {hint}", candidates=error.candidates) from None
         raise
-    with LogReader(instance.server_log) as reader:
+    if given.replica is not None and given.replica not in logs_in(instance):
+        there = ", ".join(str(which) for which in logs_in(instance) if which is not None)
+        raise ConfigError(f"{instance.id} has no log of a replica {given.replica}; there are: {there or 'none'}")
+    with ServerLogs(instance, given.replica) as reader:
         write(reader.backlog(given.lines))
         if given.follow:
             _follow(reader, instance)
     return 0
 
 
-def _follow(reader: LogReader, instance: Instance) -> None:
+def _follow(reader: ServerLogs, instance: Instance) -> None:
     server = _ServerWatch(instance)
     try:
         while True:

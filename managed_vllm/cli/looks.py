@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Look:
         metrics: the same, read; `rates`: since the look before.
         memory_bytes: of all its processes, shared pages divided among those that share them (PSS).
         gpu_memory_bytes: of the same processes on all GPUs; None without NVML.
+        replicas: of a server that has several, each; what is said above is then of all of them, and of the supervisor.
     """
 
     row: Mapping[str, Any]
@@ -43,6 +44,7 @@ class Look:
     rates: Rates | None = None
     memory_bytes: int = 0
     gpu_memory_bytes: int | None = None
+    replicas: Sequence[Look] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, without the text of the metrics."""
@@ -52,6 +54,7 @@ class Look:
             "rates": asdict(self.rates) if self.rates else None,
             "memory_bytes": self.memory_bytes,
             "gpu_memory_bytes": self.gpu_memory_bytes,
+            "replicas": [replica.to_dict() for replica in self.replicas],
         }
 
 
@@ -76,18 +79,43 @@ class Looker:
         row = running.to_json(instance, names, seen, show_key=False)
         if seen is None:
             return Look(row)
-        text = "" if seen.connection is None else metrics_text(seen.connection)
-        metrics = _read(text, seen.epoch)
         before = self._before.get(instance.id)
-        processes = _processes_of(seen)
-        return Look(
-            row,
-            text if metrics else "",
-            metrics,
-            None if metrics is None or before is None else metrics.since(before),
-            sum(map(_memory, processes)),
-            memory_held_by([process.pid for process in processes]),
+        memory = {process: _memory(process) for process in _processes_below(seen.supervisor_pid)}
+        if not seen.replicas:
+            return _look(row, seen, _text_of(seen), before, memory)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            texts = list(pool.map(_text_of, seen.replicas))
+        each = [
+            _look(row["replicas"][number], one, text, _of_epoch(before, one.epoch), _part(memory, one.server_pid))
+            for number, (one, text) in enumerate(zip(seen.replicas, texts, strict=True))
+        ]
+        told = {look.row["epoch"]: look.metrics_text for look in each if look.metrics_text}
+        metrics = server_metrics.together(told) if told else None
+        return replace(
+            _look(row, seen, "", None, memory), metrics=metrics, rates=_rates(metrics, before), replicas=each
         )
+
+
+Memory = Mapping[psutil.Process, int]
+"""Processes, and the bytes of each."""
+
+
+def _look(row: Mapping[str, Any], seen: ServerStatus, text: str, before: ServerMetrics | None, memory: Memory) -> Look:
+    metrics = _read(text, seen.epoch)
+    gpu_memory = memory_held_by([process.pid for process in memory])
+    return Look(row, text if metrics else "", metrics, _rates(metrics, before), sum(memory.values()), gpu_memory)
+
+
+def _rates(metrics: ServerMetrics | None, before: ServerMetrics | None) -> Rates | None:
+    return None if metrics is None or before is None else metrics.since(before)
+
+
+def _of_epoch(before: ServerMetrics | None, epoch: int) -> ServerMetrics | None:
+    return next((one for one in (before.replicas if before else ()) if one.epoch == epoch), None)
+
+
+def _text_of(seen: ServerStatus) -> str:
+    return "" if seen.connection is None else metrics_text(seen.connection)
 
 
 def metrics_text(connection: Connection) -> str:
@@ -109,12 +137,18 @@ def _read(text: str, epoch: int) -> ServerMetrics | None:
     return None
 
 
-def _processes_of(seen: ServerStatus) -> list[psutil.Process]:
-    """The supervisor and all below it, the image included."""
+def _processes_below(pid: int | None) -> list[psutil.Process]:
+    """That process and all below it: below the supervisor is all of a server, the image included."""
     with contextlib.suppress(psutil.Error):
-        supervisor = psutil.Process(seen.supervisor_pid)
-        return [supervisor, *supervisor.children(recursive=True)]
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
     return []
+
+
+def _part(memory: Memory, pid: int | None) -> Memory:
+    """That of one replica, whose API server has this pid."""
+    own = set() if pid is None else set(_processes_below(pid))
+    return {process: size for process, size in memory.items() if process in own}
 
 
 def _memory(process: psutil.Process) -> int:

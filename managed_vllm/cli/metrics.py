@@ -1,7 +1,7 @@
 """`managed-vllm metrics`: what all servers and their supervisors tell, for Prometheus; as text, or served over HTTP.
 
 The names of vLLM's own metrics and their labels stay as they are; each gets the label `server`, the instance's id, as
-ours have it (`managed_vllm_…`).
+ours have it (`managed_vllm_…`). With several replicas it gets the label `replica` as well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -102,7 +102,52 @@ def _own(home: Path, looks: Sequence[Look]) -> list[Metric]:
             restarts.add_metric([server, cause], count)
         engine = row["engine"]
         weights.add_metric([server], {"version": engine["weight_version"], "checkpoint": engine["weights"] or ""})
-    return [info, state, epoch, leases, pinned, uptime, memory, restarts, weights, *_health(looks)]
+    return [info, state, epoch, leases, pinned, uptime, memory, restarts, weights, *_replicas(looks), *_health(looks)]
+
+
+def _replicas(looks: Iterable[Look]) -> list[Metric]:
+    """What concerns each replica, and the router in front of them; nothing of a single server."""
+    labels = ["server", "replica"]
+    state = GaugeMetricFamily(
+        "managed_vllm_replica_state", "1 for the state that the replica is in.", labels=[*labels, "state"]
+    )
+    epoch = GaugeMetricFamily(
+        "managed_vllm_replica_epoch", "Number of its start, of all replicas' starts.", labels=labels
+    )
+    uptime = GaugeMetricFamily("managed_vllm_replica_uptime_seconds", "Since it became ready.", labels=labels)
+    restarts = CounterMetricFamily("managed_vllm_replica_restarts", "How often it was started again.", labels=labels)
+    memory = GaugeMetricFamily(
+        "managed_vllm_replica_memory_bytes", "Of its processes: PSS, and on GPUs.", labels=[*labels, "kind"]
+    )
+    router = GaugeMetricFamily("managed_vllm_router_up", "1 if the router answers.", labels=["server"])
+    again = CounterMetricFamily("managed_vllm_router_restarts", "How often it was started again.", labels=["server"])
+    for look in looks:
+        server = str(look.row["id"])
+        for replica in look.replicas:
+            row, which = replica.row, [server, str(replica.row["replica"])]
+            for one in ServerState:
+                state.add_metric([*which, str(one)], float(row["state"] == one))
+            epoch.add_metric(which, row["epoch"])
+            restarts.add_metric(which, row["restarts"])
+            if row["ready_at"]:
+                uptime.add_metric(which, max(0.0, time.time() - row["ready_at"]))
+            memory.add_metric([*which, "pss"], replica.memory_bytes)
+            if replica.gpu_memory_bytes is not None:
+                memory.add_metric([*which, "gpu"], replica.gpu_memory_bytes)
+        if look.row.get("router"):
+            router.add_metric([server], float(look.row["router"]["ready"]))
+            again.add_metric([server], look.row["router"]["restarts"])
+    return [one for one in (state, epoch, uptime, restarts, memory, router, again) if one.samples]
+
+
+def _each(looks: Iterable[Look]) -> Iterator[tuple[dict[str, str], Look]]:
+    """Each server, or its replicas, with the labels that say which it is."""
+    for look in looks:
+        server = {"server": str(look.row["id"])}
+        if look.replicas:
+            yield from (({**server, "replica": str(one.row["replica"])}, one) for one in look.replicas)
+        else:
+            yield server, look
 
 
 def _health(looks: Iterable[Look]) -> list[Metric]:
@@ -115,26 +160,27 @@ def _health(looks: Iterable[Look]) -> list[Metric]:
     unanswered = CounterMetricFamily(
         "managed_vllm_health_unanswered", "Checks of /health that got no answer in time.", labels=["server"]
     )
-    for look in looks:
-        server, checks = str(look.row["id"]), HealthChecks.from_dict(look.row["health"])
+    for labels, look in _each(looks):
+        checks = HealthChecks.from_dict(look.row["health"])
         if checks.last_s is not None:
-            last.add_metric([server], checks.last_s)
-        up_to = itertools.accumulate(checks.buckets)
-        buckets = [(str(bound), count) for bound, count in zip((*BOUNDS_S, "+Inf"), up_to, strict=True)]
-        answered.add_metric([server], buckets, checks.total_s)
-        unanswered.add_metric([server], checks.unanswered)
+            last.add_sample(last.name, labels, checks.last_s)
+        up_to = list(itertools.accumulate(checks.buckets))
+        for bound, count in zip((*BOUNDS_S, "+Inf"), up_to, strict=True):
+            answered.add_sample(f"{answered.name}_bucket", {**labels, "le": str(bound)}, count)
+        answered.add_sample(f"{answered.name}_count", labels, up_to[-1])
+        answered.add_sample(f"{answered.name}_sum", labels, checks.total_s)
+        unanswered.add_sample(f"{unanswered.name}_total", labels, checks.unanswered)
     return [last, answered, unanswered]
 
 
 def _vllms(looks: Iterable[Look]) -> list[Metric]:
     """What the servers tell themselves; the same metric of several servers is one family."""
     families: dict[str, Metric] = {}
-    for look in looks:
+    for server, look in _each(looks):
         for family in text_string_to_metric_families(look.metrics_text):
             into = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             for sample in family.samples:
-                labels = {**sample.labels, "server": str(look.row["id"])}
-                into.add_sample(sample.name, labels, sample.value)
+                into.add_sample(sample.name, {**sample.labels, **server}, sample.value)
     return list(families.values())
 
 

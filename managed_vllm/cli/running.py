@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -147,34 +148,44 @@ def to_json(instance: Instance, names: Sequence[str], seen: ServerStatus | None,
         )
     else:
         state = str(seen.state)
-    connection = seen.connection
-    row |= {
+    row |= _life(seen) | {
         "state": state,
+        "model": seen.extra.get("model") or (spec or {}).get("served_model_name"),
+        "users": [dict(user) for user in seen.extra.get("users", ())],
+        "pinned": seen.pinned,
+        "keep_alive_s": seen.extra.get("keep_alive_s"),
+        "supervisor_pid": seen.supervisor_pid,
+        "image_pid": seen.image_pid,
+        "log_path": seen.log_path or (str(instance.server_log) if instance.server_log.exists() else None),
+        "replicas": [{"replica": number, **_life(one)} for number, one in enumerate(seen.replicas)],
+        "router": seen.router.to_dict() if seen.router else None,
+    }
+    if show_key:
+        row["api_key"] = seen.connection.api_key.reveal() if seen.connection else None
+    return row
+
+
+def _life(seen: ServerStatus) -> dict[str, Any]:
+    """What concerns one server alone, be it the only one or a replica."""
+    connection = seen.connection
+    return {
+        "state": str(seen.state),
         "stage": seen.stage,
         "detail": seen.detail,
-        "model": seen.extra.get("model") or (spec or {}).get("served_model_name"),
         "base_url": connection.base_url if connection else None,
         "uds": connection.uds if connection else None,
         "epoch": seen.epoch,
         "restarts": seen.restarts,
-        "users": [dict(user) for user in seen.extra.get("users", ())],
-        "pinned": seen.pinned,
-        "keep_alive_s": seen.extra.get("keep_alive_s"),
         "launch": seen.launch or None,
         "server_pid": seen.server_pid,
-        "supervisor_pid": seen.supervisor_pid,
-        "image_pid": seen.image_pid,
         "started_at": seen.started_at or None,
         "ready_at": seen.ready_at,
-        "log_path": seen.log_path or (str(instance.server_log) if instance.server_log.exists() else None),
+        "log_path": seen.log_path,
         "diagnosis": seen.diagnosis.to_dict() if seen.diagnosis else None,
         "engine": seen.engine.to_dict(),
         "health": asdict(seen.health),
         "devices": list(seen.devices),
     }
-    if show_key:
-        row["api_key"] = connection.api_key.reveal() if connection else None
-    return row
 
 
 def _unanswered(instance: Instance, has_record: bool) -> tuple[str, str]:
@@ -197,6 +208,9 @@ def export_line(base_url: str, model: str, key: str | None = None) -> str:
     return "export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items() if value)
 
 
+_COLOURS = {"ready": "green", "dead": "red", "failed": "red", "unresponsive": "red"}
+
+
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     from rich import box
     from rich.table import Table
@@ -205,22 +219,49 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     where = console()
     wide = where.width >= WIDE
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1) if wide else (0, 0, 0, 1))
-    for head in ("id", "name", "state", "model", "URL") if wide else ("id", "state", "URL"):
+    left = ("id", "name", "state", "model", "URL") if wide else ("id", "state", "URL")
+    right = ("epoch", "restarts", "users", "pid", "up") if wide else ("users", "up")
+    for head in left:
         table.add_column(head, overflow="fold", no_wrap=head == "id")
-    for head in ("epoch", "restarts", "users", "pid", "up") if wide else ("users", "up"):
+    for head in right:
         table.add_column(head, justify="right", no_wrap=True)
-    colours = {"ready": "green", "dead": "red", "failed": "red", "unresponsive": "red"}
-    for row in rows:
-        users = f"{len(row['users'])}{' + pin' if row['pinned'] else ''}"
-        state = Text(state_text(row), style=colours.get(row["state"], "yellow"))
-        address = row["uds"] or row["base_url"] or ""
-        up = duration_text(time.time() - row["ready_at"]) if row["ready_at"] else ""
-        cells = [row["id"], " ".join(row["names"]), state, row["model"] or "", address]
-        cells += [str(row["epoch"]), str(row["restarts"]), users, str(row["server_pid"] or ""), up]
+    for cells in itertools.chain.from_iterable(map(_cells, rows)):
         if not wide:
-            cells = ["\n".join([row["id"], *row["names"]]), state, address, users, up]
-        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+            cells["id"] = "\n".join([cells["id"], *cells["name"].split()])
+        styles = {"state": _COLOURS.get(cells["state"].partition(",")[0], "yellow")}
+        table.add_row(*(Text(cells[head], style=styles.get(head, "")) for head in (*left, *right)))
     where.print(table)
+
+
+def _cells(row: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """The texts of a server's line, and of its replicas' and its router's below it."""
+    users = f"{len(row['users'])}{' + pin' if row['pinned'] else ''}"
+    more = {"id": row["id"], "name": " ".join(row["names"]), "model": row["model"] or "", "users": users}
+    yield {**_life_cells(row), **more}
+    for replica in row["replicas"]:
+        yield {**_life_cells(replica), "id": f"  {replica['replica']}", "model": ", ".join(replica["devices"])}
+    if router := row["router"]:
+        numbers = {"restarts": str(router["restarts"]), "pid": str(router["pid"] or "")}
+        blank = dict.fromkeys(("name", "model", "epoch", "users", "up"), "")
+        yield {**blank, **numbers, "id": "  router", "state": router_text(router), "URL": router["base_url"] or ""}
+
+
+def router_text(router: Mapping[str, Any]) -> str:
+    """The state of a row's router, or why there is none."""
+    return "ready" if router["ready"] else router["reason"] or "starting"
+
+
+def _life_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "name": "",
+        "state": state_text(row),
+        "URL": row["uds"] or row["base_url"] or "",
+        "epoch": str(row["epoch"]),
+        "restarts": str(row["restarts"]),
+        "users": "",
+        "pid": str(row["server_pid"] or ""),
+        "up": duration_text(time.time() - row["ready_at"]) if row["ready_at"] else "",
+    }
 
 
 def details(row: Mapping[str, Any]) -> list[str]:

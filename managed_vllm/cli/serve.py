@@ -17,7 +17,7 @@ from typing import Any, Literal
 from managed_vllm import ManagedVLLM, engine_arguments
 from managed_vllm.cli import Terminated, running
 from managed_vllm.cli.keys import given_key
-from managed_vllm.cli.logs import LogReader, write
+from managed_vllm.cli.logs import ServerLogs, write
 from managed_vllm.errors import ConfigError
 from managed_vllm.instance import directory, external
 from managed_vllm.instance.attach import ATTACH_VARIABLE
@@ -87,6 +87,7 @@ def _prepare(given: argparse.Namespace, *, progress: bool, wait: bool = True) ->
         command=_command(given),
         devices=given.devices,
         cores=given.cores,
+        replicas=given.replicas,
     )
     return llm, Instance(directory.state_home(), spec.key)
 
@@ -125,6 +126,7 @@ def handle(given: argparse.Namespace, model: str | None, arguments: dict[str, An
         command=_command(given),
         devices=given.devices,
         cores=given.cores,
+        replicas=given.replicas,
         wait_for_devices=given.wait_for_devices,
         share=given.share,
         warm=_WARM[given.warm],
@@ -210,7 +212,7 @@ def _follow(llm: ManagedVLLM, instance: Instance) -> None:
             ended.append(error)
 
     threading.Thread(target=watch, name="managed-vllm-watch", daemon=True).start()
-    with LogReader(instance.server_log) as reader:
+    with ServerLogs(instance) as reader:
         # Of a server that was running already the start is old news.
         write(reader.backlog(None if llm.started_it else 0))
         while True:

@@ -15,7 +15,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from managed_vllm.cli import running
@@ -155,28 +155,48 @@ def _table(looks: Sequence[Look], chosen: str | None, width: int) -> Any:
         return Text("No server is running. Start one: managed-vllm up --model demo")
     wide = width >= running.WIDE
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1) if wide else (0, 0, 0, 1))
-    rows = [_cells(look) for look in looks]
-    for head, (_, always) in rows[0].items():
+    rows = [(look, cells) for look in looks for cells in (_cells(look), *map(_replica_cells, look.replicas))]
+    for head, (_, always) in rows[0][1].items():
         if wide or always:
             left = head in ("id", "name", "state", "model")
             table.add_column(head, justify="left" if left else "right", overflow="ellipsis", no_wrap=True)
-    for look, cells in zip(looks, rows, strict=True):
+    for look, cells in rows:
         shown = [Text(text) for text, always in cells.values() if wide or always]
         table.add_row(*shown, style="reverse" if look.row["id"] == chosen else "")
     return table
 
 
-def _cells(look: Look) -> dict[str, tuple[str, bool]]:
-    """The text of each column, and whether it is there on a narrow terminal, too."""
+Cells = dict[str, tuple[str, bool]]
+"""The text of each column, and whether it is there on a narrow terminal, too."""
+
+
+def _cells(look: Look) -> Cells:
+    row = look.row
+    users = f"{len(row['users'])}{'+pin' if row['pinned'] else ''}"
+    own = {"id": row["id"], "name": " ".join(row["names"]), "model": row["model"] or "", "users": users}
+    return _with_texts(_measured(look), own)
+
+
+def _replica_cells(look: Look) -> Cells:
+    """The line of a replica below that of its server."""
+    own = {"id": f"  {look.row['replica']}", "model": ", ".join(look.row["devices"])}
+    return _with_texts(_measured(look), own)
+
+
+def _with_texts(cells: Cells, texts: Mapping[str, object]) -> Cells:
+    return {head: (str(texts.get(head, text)), always) for head, (text, always) in cells.items()}
+
+
+def _measured(look: Look) -> Cells:
     row, metrics, rates = look.row, look.metrics, look.rates
     busy = f"{_count(metrics.running)}+{_count(metrics.waiting)}" if metrics else ""
     return {
-        "id": (str(row["id"]), True),
-        "name": (" ".join(row["names"]), False),
+        "id": ("", True),
+        "name": ("", False),
         "state": (running.state_text(row), True),
-        "model": (str(row["model"] or ""), False),
+        "model": ("", False),
         "ep.": (str(row["epoch"]), True),
-        "users": (f"{len(row['users'])}{'+pin' if row['pinned'] else ''}", True),
+        "users": ("", True),
         "run+wait": (busy, True),
         "in tok/s": (_rate(rates.prompt_tokens_per_s) if rates else "", False),
         "tok/s": (_rate(rates.generation_tokens_per_s) if rates else "", True),
@@ -195,8 +215,9 @@ def _users(look: Look) -> Any:
 
     users = look.row["users"]
     head = f"{look.row['id']}: " + ", ".join([*running.details(look.row), f"users: {len(users)}"])
+    router = [Text(f"  router: {running.router_text(look.row['router'])}")] if look.row["router"] else []
     lines = [Text(f"{user['pid']:>8}  {user['what']}", no_wrap=True, overflow="ellipsis") for user in users]
-    return Group(Text(head, style="bold", no_wrap=True, overflow="ellipsis"), *lines, Text(""))
+    return Group(Text(head, style="bold", no_wrap=True, overflow="ellipsis"), *router, *lines, Text(""))
 
 
 def _count(number: int | None) -> str:

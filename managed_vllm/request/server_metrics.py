@@ -46,7 +46,8 @@ class SupervisorMetrics:
             where a user asked for it.
         uptime_s: seconds since it became ready; None while it is not.
         leases: its users.
-        health_latency_s: seconds until the last check of `/health` was answered; None before the first one.
+        health_latency_s: seconds until the last check of `/health` was answered, of replicas the longest; None before
+            the first one.
         health_checks, health_unanswered: how many were answered since the supervisor was started, and how many not.
         weight_version: what `llm.engine.update_weights(version=)` has called the weights; empty: nobody has named them.
     """
@@ -63,14 +64,15 @@ class SupervisorMetrics:
     @classmethod
     def of(cls, status: ServerStatus, restarts: Mapping[str, int]) -> SupervisorMetrics:
         """From what the supervisor says now, and from the server's past."""
+        checks = [one.health for one in status.replicas or (status,)]
         return cls(
             epoch=status.epoch,
             restarts=restarts,
             uptime_s=None if status.ready_at is None else max(0.0, time.time() - status.ready_at),
             leases=status.users,
-            health_latency_s=status.health.last_s,
-            health_checks=status.health.answered,
-            health_unanswered=status.health.unanswered,
+            health_latency_s=max((one.last_s for one in checks if one.last_s is not None), default=None),
+            health_checks=sum(one.answered for one in checks),
+            health_unanswered=sum(one.unanswered for one in checks),
             weight_version=status.engine.weight_version,
         )
 
