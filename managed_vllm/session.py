@@ -23,7 +23,7 @@ from managed_vllm.config import Address, ServerSpec, installed_vllm, set_in_argu
 from managed_vllm.engine_state import PauseMode
 from managed_vllm.errors import ConfigError, ManagedVLLMError
 from managed_vllm.instance import external, names
-from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer, environ, report_deaths
+from managed_vllm.instance.attach import Attachment, AttachOptions, KnownServer, environ, report_deaths, restart
 from managed_vllm.instance.engine_control import AsyncEngineControl, EngineControl
 from managed_vllm.instance.event_history import restarts_by_cause
 from managed_vllm.instance.public_address import public_connection
@@ -418,8 +418,7 @@ class ManagedVLLM(RequestMethods):
 
     def restart(self, timeout: float | None = None) -> ServerStatus:
         """Stops the server and starts it again, each replica of it, for all its users; waits until it is ready."""
-        epoch = self._attachment.request("restart")["epoch"]
-        return self._attachment.wait_ready(timeout, after_epoch=epoch, all_replicas=True)
+        return restart(self._attachment, timeout)
 
     def pin(self) -> None:
         """Lets the server run without users, until `unpin` or `managed-vllm down`."""

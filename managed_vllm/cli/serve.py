@@ -151,17 +151,26 @@ class _RestartReporter:
     """Reports each restart on standard error: why it is restarted, and when it serves again."""
 
     def __init__(self) -> None:
-        self._epoch = 0
+        self._epochs: dict[int | None, int] = {}
+        self._down: set[int | None] = set()
 
     def __call__(self, status: ServerStatus) -> None:
-        if status.state is ServerState.RESTARTING and status.epoch != self._epoch:
-            if status.diagnosis is not None and self._epoch:
-                print(f"managed-vllm: {status.diagnosis.summary}; it is started again", file=sys.stderr, flush=True)
-            self._epoch = status.epoch
+        servers: dict[int | None, ServerStatus] = dict(enumerate(status.replicas)) or {None: status}
+        for which, one in servers.items():
+            self._report("managed-vllm:" if which is None else f"managed-vllm: replica {which}:", which, one)
+
+    def _report(self, head: str, which: int | None, status: ServerStatus) -> None:
+        before = self._epochs.get(which, 0)
+        if status.state is ServerState.RESTARTING and status.epoch != before:
+            if status.diagnosis is not None and before:
+                print(f"{head} {status.diagnosis.summary}; it is started again", file=sys.stderr, flush=True)
+            self._down.add(which)
+            self._epochs[which] = status.epoch
         elif status.state is ServerState.READY:
-            if self._epoch not in (0, status.epoch) or status.restarts:
-                print(f"managed-vllm: serving again, epoch {status.epoch}", file=sys.stderr, flush=True)
-            self._epoch = status.epoch
+            if before and (which in self._down or before != status.epoch):
+                print(f"{head} serving again, epoch {status.epoch}", file=sys.stderr, flush=True)
+            self._down.discard(which)
+            self._epochs[which] = status.epoch
 
 
 def _variable(word: str) -> tuple[str, str]:

@@ -571,6 +571,16 @@ class Attachment:
         )
 
 
+def restart(attachment: Attachment, timeout: float | None) -> ServerStatus:
+    """Has the server started again, each replica of it, and waits until that is done; raises as `wait_ready`."""
+    epoch = attachment.request("restart")["epoch"]
+    status = attachment.wait_ready(timeout, after_epoch=epoch, all_replicas=True)
+    for one in status.replicas:
+        if one.state is ServerState.FAILED and one.diagnosis is not None:
+            raise error_for(one.diagnosis, instance=attachment.id, log_path=one.log_path)
+    return status
+
+
 def environ(attachment: Attachment) -> dict[str, str]:
     """The environment variables with which a bare handle attaches to this very server."""
     attachment.attach()

@@ -17,7 +17,7 @@ _Statuses = queue.SimpleQueue[ServerStatus | None]
 
 
 class StatusListener:
-    """Calls a function for each new state or epoch, one after the other, in a thread of its own.
+    """Calls a function for each new state or epoch, of a replica, too, one after the other, in a thread of its own.
 
     Not in the thread that reads the channel: the function may use the handle, and so wait for news from that thread.
     What the function raises is logged, `SystemExit` included. The thread starts with the first call and ends with the
@@ -30,16 +30,17 @@ class StatusListener:
         forks.call_in_child(self._begin)
 
     def _begin(self) -> None:
-        self._last: tuple[ServerState, int] | None = None
+        self._last: tuple[tuple[ServerState, int], ...] = ()
         self._running = False
         self._statuses: _Statuses = queue.SimpleQueue()
         weakref.finalize(self, self._statuses.put, None).atexit = False
 
     def put(self, status: ServerStatus) -> None:
         """Takes the newest status; only called by the one thread that reads the channel."""
-        if (status.state, status.epoch) == self._last:
+        new = tuple((one.state, one.epoch) for one in (status, *status.replicas))
+        if new == self._last:
             return
-        self._last = (status.state, status.epoch)
+        self._last = new
         self._statuses.put(status)
         if not self._running:
             self._running = True

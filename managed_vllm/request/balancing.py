@@ -12,6 +12,7 @@ Only what this client has in flight is counted: no process asks another one.
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import OrderedDict
@@ -61,7 +62,7 @@ class Balancer:
         self._lock = threading.Lock()
         self._in_flight: dict[Connection, int] = {}
         self._sessions: OrderedDict[str, Connection] = OrderedDict()
-        self._turn = 0
+        self._turn = random.randrange(1 << 16)  # or the first request of every process would go to the same server
 
     async def get(self, search: Search) -> Endpoint:
         await self._servers.known(search)
