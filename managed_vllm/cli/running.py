@@ -127,7 +127,7 @@ def status(given: argparse.Namespace) -> int:
             for user in row["users"]:
                 print(f"user {user['pid']}: {user['what']}")
         if row.get("api_key"):
-            print(f"{row['id']}: {export_line(row['base_url'], row['model'], row['api_key'])}")
+            print(f"{row['id']}: {export_line(script_url(row), row['model'], row['api_key'])}")
     for elsewhere in directory.other_homes(home):
         if found := [instance.id for instance in directory.instances(elsewhere) if directory.is_alive(instance)]:
             print(f"In {elsewhere}: {', '.join(found)}. To see them: {directory.HOME_VARIABLE}={elsewhere}")
@@ -202,6 +202,13 @@ def _unanswered(instance: Instance, has_record: bool) -> tuple[str, str]:
     return "dead", ""
 
 
+def script_url(row: Mapping[str, Any]) -> str:
+    """What scripts are given as the address: of replicas without a router each, with commas between them."""
+    if not row["replicas"] or (row["router"] and row["router"]["ready"]):
+        return str(row["base_url"])
+    return ",".join(one["base_url"] for one in row["replicas"] if one["base_url"])
+
+
 def export_line(base_url: str, model: str, key: str | None = None) -> str:
     """The shell line with which scripts find the server."""
     values = {external.URL_VARIABLE: base_url, external.MODEL_VARIABLE: model, external.KEY_VARIABLE: key}
@@ -237,6 +244,8 @@ def _cells(row: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """The texts of a server's line, and of its replicas' and its router's below it."""
     users = f"{len(row['users'])}{' + pin' if row['pinned'] else ''}"
     more = {"id": row["id"], "name": " ".join(row["names"]), "model": row["model"] or "", "users": users}
+    if row["replicas"] and not (row["router"] and row["router"]["ready"]):
+        more["URL"] = ""  # there is none of all of them
     yield {**_life_cells(row), **more}
     for replica in row["replicas"]:
         yield {**_life_cells(replica), "id": f"  {replica['replica']}", "model": ", ".join(replica["devices"])}

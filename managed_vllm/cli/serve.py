@@ -195,14 +195,17 @@ def terminable() -> Iterator[None]:
 
 
 def _print_use(instance: Instance, seen: ServerStatus, *, started: bool, stop: str) -> None:
-    model = str(seen.extra.get("model"))
+    row = running.to_json(instance, [], seen, show_key=False)
     if seen.connection is None:
         print(f"{instance.id} is {seen.state}; look: managed-vllm status")
     else:
         how = "serves" if started else "was running already and serves"
-        print(f"{instance.id} {how} {model} at {seen.connection.uds or seen.connection.base_url}")
+        where = seen.connection.uds or running.script_url(row)
+        print(f"{instance.id} {how} {row['model']} at {where}")
         if seen.connection.uds is None:
-            print(f"  scripts:  {running.export_line(seen.connection.base_url, model)}")
+            print(f"  scripts:  {running.export_line(where, str(row['model']))}")
+        if row["router"] and not row["router"]["ready"]:
+            print(f"  router:   {running.router_text(row['router'])}")
     print(f"  its key:  managed-vllm status {instance.id} --show-key")
     print(f"  log:      managed-vllm logs {instance.id} -f")
     print(f"  stop:     {stop}", flush=True)

@@ -13,7 +13,7 @@ from scripted_server import Script, client_of, says
 
 from managed_vllm import ManagedVLLM
 from managed_vllm.errors import UnsupportedMethodError
-from managed_vllm.request.server_metrics import Distribution, ServerMetrics, parse
+from managed_vllm.request.server_metrics import Distribution, ServerMetrics, parse, together
 
 TEXT = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -84,6 +84,28 @@ def test_rates_are_those_between_two_snapshots_and_since_a_restart() -> None:
     restarted = dataclasses.replace(after, epoch=2, generation_tokens=100)
     assert restarted.since(before).generation_tokens_per_s == pytest.approx(10)
     assert before.since(before).generation_tokens_per_s is None  # no time
+
+
+def test_several_are_added_up_and_told_one_by_one() -> None:
+    found = together({4: TEXT, 7: TEXT})
+    alone = parse(TEXT)
+    assert (found.epoch, [one.epoch for one in found.replicas]) == (7, [4, 7])
+    assert found.generation_tokens == 2 * (alone.generation_tokens or 0)
+    assert found.kv_cache_usage == alone.kv_cache_usage
+    assert found.requests == {reason: 2 * count for reason, count in alone.requests.items()}
+    first, both = alone.time_to_first_token, found.time_to_first_token
+    assert first is not None
+    assert both is not None
+    assert (both.count, both.quantiles) == (2 * first.count, first.quantiles)
+
+
+def test_rates_of_several_leave_out_what_ended_with_a_replica() -> None:
+    before = together({1: TEXT, 2: TEXT})
+    kept, lost = before.replicas
+    begun = dataclasses.replace(lost, epoch=3, generation_tokens=20)
+    went_on = dataclasses.replace(kept, generation_tokens=(kept.generation_tokens or 0) + 30)
+    after = dataclasses.replace(before, at=before.at + 10, epoch=3, replicas=(went_on, begun))
+    assert after.since(before).generation_tokens_per_s == pytest.approx(5)
 
 
 def test_a_histogram_without_buckets_has_no_quantiles() -> None:
