@@ -140,7 +140,7 @@ def ask_all(llm: ManagedVLLM, sdk: Any, tally: Tally, count: int) -> None:
 
 
 def kill_all(llm: ManagedVLLM, tally: Tally, count: int, routed: bool) -> list[tuple[str, float]]:
-    """Kills a replica after each sixth of the requests, and in the middle the router: what, and after how many seconds it
+    """Kills a replica after each sixth of the requests, in the middle the router: what, and in how many seconds it
     was back."""
     found = []
     for number, victim in enumerate((0, 1, None, 0, 1), 1):
