@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from managed_vllm import ConfigError, ManagedVLLM, RestartPolicy, RetryPolicy, ServerState, demo
+from managed_vllm import ManagedVLLM, RestartPolicy, RetryPolicy, ServerState, demo
+from managed_vllm.errors import ConfigError
 
 THREADS = 8
 PER_SESSION = 10
