@@ -457,9 +457,14 @@ def test_a_pin_a_name_and_the_longest_keep_alive_outlive_a_supervisor_that_is_ki
         assert killed is not None
         os.kill(killed, signal.SIGKILL)
         assert llm.generate("x")[0].outputs[0].text.startswith("echo x")
-        again = llm.status()
+
+
+        def is_ready_again() -> ServerStatus | None:  # the old server may have answered as it fell
+            now = llm.wait_ready(HANG_S)
+            return now if now.supervisor_pid != killed else None
+
+        again = eventually(is_ready_again, "the next supervisor's server is ready")
         assert (again.pinned, again.extra["keep_alive_s"]) == (True, HANG_S)
-        assert again.supervisor_pid != killed
     with ManagedVLLM(name="judge", keep_alive=0) as by_name:
         assert by_name.status().server_pid == again.server_pid
         by_name.stop_server()
