@@ -458,7 +458,6 @@ def test_a_pin_a_name_and_the_longest_keep_alive_outlive_a_supervisor_that_is_ki
         os.kill(killed, signal.SIGKILL)
         assert llm.generate("x")[0].outputs[0].text.startswith("echo x")
 
-
         def is_ready_again() -> ServerStatus | None:  # the old server may have answered as it fell
             now = llm.wait_ready(HANG_S)
             return now if now.supervisor_pid != killed else None
