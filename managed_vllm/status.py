@@ -261,9 +261,9 @@ class RouterStatus:
     Attributes:
         pid: of its process, if there is one now.
         base_url: where clients reach it, ending in `/v1`; stays the same for its life. None before its first start.
-        ready: it answers there now.
+        ready: it answers there; also while its process is started again, when connections wait a second or two.
         restarts: how often its process was started again.
-        reason: why it is not ready, empty if it is; also for good, where this machine can't have one.
+        reason: why it is not what it should be, else empty; also for good, where this machine can't have one.
     """
 
     pid: int | None = None

@@ -9,7 +9,9 @@ What it does with a request, in this order:
    replica: of its session (`X-Session-ID`), or with the fewest requests from here. None of the router's own routes can
    be reached by that.
 5. Where the router or a replica gives no answer, the next one is asked, as long as nothing has been passed back and the
-   body was kept; with all of them down for `PATIENCE_S` seconds the answer is 503.
+   body was kept. A request that was lost three times with its server may be what kills it: 502. With no replica up for
+   `PATIENCE_S` seconds: 503.
+6. What empties a cache is asked of every replica.
 
 Bodies and answers are streamed both ways. An answer that is cut is cut for the client, too; a client that hangs up ends
 its request. No request has a time limit here.
@@ -36,12 +38,14 @@ from managed_vllm.server import routable
 PATIENCE_S = 10.0
 """Seconds for which a request waits for a replica while there is none: each is back within a few, as a rule."""
 
+_MOST_LOSSES = 3
 _CONNECT_S = 5.0
 _LOOK_S = 0.1
 _KEPT_BYTES = 512 << 20
 """Bodies that are kept until they are answered, all together; one that is too long for that is not sent again."""
 _WHOLE_BYTES = 8 << 20
 """An answer of at most this length is passed back once it is there as a whole, else as it comes."""
+_PIECE_BYTES = 1 << 18
 _HEADER_BYTES = 1 << 16
 _SESSION = "X-Session-ID"
 
@@ -55,11 +59,19 @@ _OF_THE_ROUTER = frozenset(
 )
 """It lets any web site read any answer. Requests of browsers, which have an `Origin`, never go through it."""
 
+_EVERYWHERE = frozenset({"/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"})
 _CONTROL_PATHS = frozenset(itertools.chain.from_iterable(managed_vllm_guard.CONTROL_PATHS.values()))
 
 
 class NotAnsweredError(Exception):
-    """Nothing came back that could be passed on; the next one may be asked."""
+    """Nothing came back that could be passed on; the next one may be asked.
+
+    `was_sent` is False where there was no connection, so that it has nothing to do with the request.
+    """
+
+    def __init__(self, *, was_sent: bool = True) -> None:
+        super().__init__()
+        self.was_sent = was_sent
 
 
 class CutError(Exception):
@@ -124,6 +136,7 @@ class Guard:
             shutdown_timeout=0.0,
             max_line_size=_HEADER_BYTES,
             max_field_size=_HEADER_BYTES,
+            read_bufsize=_PIECE_BYTES,
         )
 
     async def close(self) -> None:
@@ -141,6 +154,8 @@ class Guard:
             return _error(501, "NotImplementedError", "WebSockets are served by single servers only")
         body = await self._kept_body(request)
         try:
+            if request.path in _EVERYWHERE and body is not None:
+                return await self._everywhere(request, body)
             return await self._answer(request, body)
         except CutError:
             if request.transport is not None:
@@ -173,24 +188,43 @@ class Guard:
 
     async def _answer(self, request: web.Request, body: bytes | None) -> web.StreamResponse:
         deadline = asyncio.get_running_loop().time() + PATIENCE_S
+        losses = 0
+        ways = self._ways(request, body)
         while True:
-            for way in self._ways(request, body):
+            for way in ways:
                 try:
                     return await self._through(way, request, body)
-                except NotAnsweredError:
-                    if body is None:
-                        return _error(
-                            502, "BadGatewayError", "the server was lost, and the request was too long to keep"
-                        )
+                except NotAnsweredError as error:
+                    losses += error.was_sent
+                if body is None or losses == _MOST_LOSSES:
+                    return _error(
+                        502, "BadGatewayError", "the server was lost with this request, which is not sent again"
+                    )
             if asyncio.get_running_loop().time() > deadline:
                 return _error(503, "ServiceUnavailableError", "no replica is up")
             await asyncio.sleep(_LOOK_S)
+            ways = self._direct_ways(request)
+
+    async def _everywhere(self, request: web.Request, body: bytes) -> web.StreamResponse:
+        """Asks every replica; the answer is the first that is an error, else that of the last."""
+        answer: web.StreamResponse = _error(503, "ServiceUnavailableError", "no replica is up")
+        for url in self._replicas.urls:
+            try:
+                answer = await self._through(Way(self._direct, url), request, body)
+            except NotAnsweredError:
+                continue  # with it went its caches
+            if answer.status >= 400:
+                break
+        return answer
 
     def _ways(self, request: web.Request, body: bytes | None) -> list[Way]:
-        direct = [Way(self._direct, url) for url in self._replicas.in_order(request.headers.get(_SESSION))]
-        if self.router is None or body is None or request.method != "POST" or "Origin" in request.headers:
+        direct = self._direct_ways(request)
+        if not direct or self.router is None or body is None or request.method != "POST" or "Origin" in request.headers:
             return direct
         return [self.router, *direct] if routable.is_routable(request.path, body) else direct
+
+    def _direct_ways(self, request: web.Request) -> list[Way]:
+        return [Way(self._direct, url) for url in self._replicas.in_order(request.headers.get(_SESSION))]
 
     async def _through(self, way: Way, request: web.Request, body: bytes | None) -> web.StreamResponse:
         if not way.is_router:
@@ -200,13 +234,15 @@ class Guard:
                 request.method,
                 URL(way.url + request.raw_path, encoded=True),
                 headers=self._headers(request, body, way),
-                data=_as_it_comes(request) if body is None else body or None,
+                data=_as_it_comes(request) if body is None else _as_data(body),
                 allow_redirects=False,
             )
             async with upstream:
                 if way.is_router and _is_its_own_refusal(upstream):
-                    raise NotAnsweredError
+                    raise NotAnsweredError(was_sent=upstream.status >= 500)
                 return await _passed_back(way, request, upstream)
+        except aiohttp.ClientConnectorError as error:
+            raise NotAnsweredError(was_sent=False) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise NotAnsweredError from error
         finally:
@@ -217,7 +253,7 @@ class Guard:
         found = _without(_NOT_TO_SERVERS, request.headers)
         if self._has_key(request):  # else it is a preflight, which has none
             found["Authorization"] = self._bearer
-        if body is None and request.content_length is not None:
+        if request.content_length is not None:
             found["Content-Length"] = str(request.content_length)
         if way.is_router:
             # Under its policy, requests without a session would all go to one replica.
@@ -236,7 +272,7 @@ def new_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-        read_bufsize=1 << 18,
+        read_bufsize=_PIECE_BYTES,
         max_line_size=_HEADER_BYTES,
         max_field_size=_HEADER_BYTES,
     )
@@ -272,6 +308,16 @@ def _is_a_cut_stream(upstream: aiohttp.ClientResponse, last: bytes) -> bool:
 def _is_its_own_refusal(upstream: aiohttp.ClientResponse) -> bool:
     """vLLM's errors are JSON, vllm-router's own are text."""
     return upstream.status >= 400 and upstream.content_type != "application/json"
+
+
+def _as_data(body: bytes) -> bytes | AsyncIterator[memoryview] | None:
+    return _in_pieces(body) if len(body) > _PIECE_BYTES else body or None
+
+
+async def _in_pieces(body: bytes) -> AsyncIterator[memoryview]:
+    whole = memoryview(body)
+    for begin in range(0, len(body), _PIECE_BYTES):
+        yield whole[begin : begin + _PIECE_BYTES]
 
 
 async def _as_it_comes(request: web.Request) -> AsyncIterator[bytes]:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import msgspec
 
-LARGEST_BYTES = 1 << 20
-"""Beyond that reading it twice costs more time than the router's choice is worth (0.8 MB: 6 ms become 13)."""
+LARGEST_BYTES = 256 << 10
+"""Beyond that, the time to read and write it once more is more than the router's choice is worth: milliseconds
+(`benchmarks/router.py`)."""
 
 
 class _Exact(msgspec.Struct, forbid_unknown_fields=True):

@@ -112,25 +112,22 @@ class Router:
 
     async def _keep(self, listener: socket.socket) -> None:
         failures = 0
-        earlier = 0
         while True:
             began = asyncio.get_running_loop().time()
             try:
-                final = await self._one_life(listener, earlier)
+                if await self._one_life(listener, stays_ready=failures <= 1):
+                    listener.close()
+                    return
+                reason = f"its process has ended, and is started again; its log is {self._log_path}"
             except OSError as error:
-                final = False
-                self._change(reason=f"its process can't be run: {error}")
-            if final:
-                listener.close()
-                return
-            earlier = self._status.restarts + 1
-            log.warning("the router's process has ended, and is started again; its log is %s", self._log_path)
-            reason = f"its process has ended, and is started again; its log is {self._log_path}"
-            self._change(pid=None, ready=False, restarts=earlier, reason=reason)
-            failures = 0 if asyncio.get_running_loop().time() - began > _LONGEST_BACKOFF_S else failures + 1
-            await asyncio.sleep(0 if failures <= 1 else min(_LONGEST_BACKOFF_S, 0.1 * 2**failures))
+                reason = f"its process can't be run: {error}"
+            log.warning("the router: %s", reason)
+            failures = 1 if asyncio.get_running_loop().time() - began > _LONGEST_BACKOFF_S else failures + 1
+            ready = self._status.ready and failures == 1
+            self._change(pid=None, ready=ready, restarts=self._status.restarts + 1, reason=reason)
+            await asyncio.sleep(0 if failures == 1 else min(_LONGEST_BACKOFF_S, 0.1 * 2**failures))
 
-    async def _one_life(self, listener: socket.socket, earlier_restarts: int) -> bool:
+    async def _one_life(self, listener: socket.socket, *, stays_ready: bool) -> bool:
         """Runs one process to its end. True: this machine can't have a router."""
         ours, theirs = socket.socketpair()
         try:
@@ -146,20 +143,21 @@ class Router:
             self._writer.write(json.dumps(order).encode() + b"\n")
             self._change(pid=process.pid)
             self._tell_urls()
-            return await self._follow(reader, earlier_restarts)
+            return await self._follow(reader, stays_ready=stays_ready)
         finally:
             self._writer.close()
             self._writer = None
             process.kill()
             await asyncio.to_thread(process.wait)
 
-    async def _follow(self, reader: asyncio.StreamReader, earlier_restarts: int) -> bool:
-        """Until it ends, or says nothing for too long."""
+    async def _follow(self, reader: asyncio.StreamReader, *, stays_ready: bool) -> bool:
+        """Until it ends, or says nothing for too long. Its guard serves without vllm-router while that comes up."""
+        earlier = self._status.restarts
         with contextlib.suppress(TimeoutError, OSError):
             while line := await asyncio.wait_for(reader.readline(), _SILENCE_S):
                 said = json.loads(line)
-                restarts = earlier_restarts + int(said["restarts"])
-                self._change(ready=bool(said["ready"]), restarts=restarts, reason=str(said["reason"]))
+                ready = bool(said["ready"]) or (stays_ready and self._status.ready and not said.get("final"))
+                self._change(ready=ready, restarts=earlier + int(said["restarts"]), reason=str(said["reason"]))
                 if said.get("final"):
                     self._change(pid=None, base_url=None)
                     return True

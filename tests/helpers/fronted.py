@@ -56,6 +56,9 @@ class Replica:
         self._process.kill()
         self._process.wait()
 
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
     def running(self) -> int:
         """How many requests it runs."""
         text = requests.get(f"{self.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=HANG_S).text
