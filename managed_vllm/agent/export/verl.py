@@ -13,7 +13,7 @@ An image in the samples is a path, relative to the export.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ from managed_vllm.agent.export.samples import Sample, reward_of, turns_of
 
 def line_of(sample: Sample, images: ExportedImages) -> dict[str, Any]:
     """As JSON. Raises `ExportError`."""
+    return fields_of(sample, [images.path(ref) for ref in sample.images])
+
+
+def fields_of(sample: Sample, images: Sequence[Any] = ()) -> dict[str, Any]:
+    """`AgentLoopOutput(**fields_of(sample))`, in an agent loop of verl's; the images as it wants them.
+
+    Raises `ExportError`.
+    """
     trajectory = sample.trajectory
     steps = [step for step in trajectory.steps if sample.first.index <= step.index <= sample.last.index]
     return {
@@ -32,7 +40,7 @@ def line_of(sample: Sample, images: ExportedImages) -> dict[str, Any]:
         "response_mask": sample.mask,
         "response_logprobs": sample.logprobs,
         # Never null: verl asks it for "images".
-        "multi_modal_data": {"images": [images.path(ref) for ref in sample.images]} if sample.images else {},
+        "multi_modal_data": {"images": list(images)} if images else {},
         "reward_score": reward_of(trajectory),
         "num_turns": turns_of(sample.last.messages) if sample.last.messages else 2,
         "metrics": {
