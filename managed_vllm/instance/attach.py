@@ -55,6 +55,8 @@ ATTACH_VARIABLE = "MANAGED_VLLM_ATTACH"
 SUPERVISOR_PATIENCE_S = 60.0
 _KILLED_SUPERVISORS = 5
 _ANSWER_S = 10.0
+_INFORMED_S = 10.0
+"""Seconds for a supervisor to see that a replica has ended."""
 STOPPED_S = 5.0
 """Seconds that a starter may be stopped without anybody being told."""
 _ELECTED_S = 0.01
@@ -615,14 +617,23 @@ def _is_settled(after_epoch: int | None, all_replicas: bool, status: ServerStatu
 def report_deaths(attachment: Attachment, request: str, epochs: Sequence[int]) -> list[int] | None:
     """Tells the supervisor that these epochs died under one request; returns those that did die.
 
-    None: it is not known. The ends of a restart on request, or with the supervisor, are no deaths.
+    None: it is not known. The ends of a restart on request, or with the supervisor, are no deaths. Of a replica's end a
+    request may know before the supervisor, which is given the time to learn of it.
     """
     with contextlib.suppress(ManagedVLLMError, OSError):
         channel = attachment.attach()
+        if channel is not None:
+            with contextlib.suppress(TimeoutError):
+                channel.wait_until(functools.partial(_is_informed, frozenset(epochs)), _INFORMED_S)
         reply = {} if channel is None else channel.request("deaths", request=request, epochs=list(epochs))
         if reply.get("ok"):
             return [int(epoch) for epoch in reply["died"]]
     return None
+
+
+def _is_informed(lost: frozenset[int], status: ServerStatus | None) -> bool:
+    """Whether the supervisor knows of these epochs of replicas that they are over."""
+    return status is None or not any(one.epoch in lost and one.state is ServerState.READY for one in status.replicas)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import standin
 from processes import HANG_S, INSTANT, eventually
 
 from managed_vllm import ManagedVLLM, RestartPolicy, RetryPolicy, ServerState, ServerStatus
-from managed_vllm.errors import StartupError
+from managed_vllm.errors import DeadlyRequestError, StartupError
 
 PATIENT = RetryPolicy(max_deaths=9)
 LASTING = RestartPolicy(max_restarts=99, backoff_initial_s=0.01)
@@ -100,6 +100,19 @@ def test_no_request_is_lost_while_replicas_are_killed(home: Path) -> None:
             return seen >= expected
 
         eventually(both_serve, "both are in use")
+
+
+def test_a_request_that_kills_is_stopped_before_it_has_killed_all(home: Path) -> None:
+    with handle(3, orders={"poison": "poison"}, keep_alive=INSTANT) as llm:
+        with pytest.raises(DeadlyRequestError) as raised:
+            llm.generate("poison", {"max_tokens": 8})
+        assert len(set(raised.value.epochs)) == 2
+        assert set(raised.value.epochs) < {1, 2, 3}
+        with pytest.raises(DeadlyRequestError):  # it is known by now, and not sent
+            llm.generate("poison", {"max_tokens": 8})
+        after = eventually(lambda: all_ready(llm), "all are back")
+        assert sorted(one.restarts for one in after.replicas) == [0, 1, 1]
+        assert is_right("harmless", llm.generate("harmless", {"max_tokens": 8})[0].outputs[0].token_ids)
 
 
 def test_requests_of_either_client_take_turns_and_sessions_stay(llm: ManagedVLLM) -> None:
