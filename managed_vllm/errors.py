@@ -492,10 +492,11 @@ class EnvironmentTimeoutError(EnvironmentFailedError, TimeoutError):
 
 
 class EnvironmentRaisedError(EnvironmentFailedError):
-    """A method of a synchronous environment raised, in its process or thread.
+    """A method of a synchronous environment raised, in its process or thread; or one on an OpenEnv server.
 
     `call` is `make`, `reset`, `step`, `evaluate` or `close`; `error_type` the class of what was raised, with its module
-    where it is no builtin; `error_message` its text, `error_traceback` the whole traceback.
+    where it is no builtin (OpenEnv: the server's code, `EXECUTION_ERROR` say); `error_message` its text,
+    `error_traceback` the whole traceback.
     """
 
     def __init__(self, message: str, *, call: str, error_type: str, error_message: str, error_traceback: str) -> None:

@@ -31,6 +31,7 @@ _HOME_OF = {
     "Limits": "managed_vllm.agent.types",
     "MiniWoBEnvironment": "managed_vllm.agent.environments.miniwob",
     "OSWorldEnvironment": "managed_vllm.agent.environments.osworld",
+    "OpenEnvEnvironment": "managed_vllm.agent.environments.openenv",
     "Observation": "managed_vllm.agent.types",
     "ParseErrorPolicy": "managed_vllm.agent.format",
     "ProcessEnvironment": "managed_vllm.agent.environments.process_environment",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from managed_vllm.agent.environments.desktop import DesktopEnvironment as DesktopEnvironment
     from managed_vllm.agent.environments.gymnasium import GymnasiumEnvironment as GymnasiumEnvironment
     from managed_vllm.agent.environments.miniwob import MiniWoBEnvironment as MiniWoBEnvironment
+    from managed_vllm.agent.environments.openenv import OpenEnvEnvironment as OpenEnvEnvironment
     from managed_vllm.agent.environments.osworld import OSWorldEnvironment as OSWorldEnvironment
     from managed_vllm.agent.environments.process_environment import ProcessEnvironment as ProcessEnvironment
     from managed_vllm.agent.environments.thread_environment import ThreadEnvironment as ThreadEnvironment

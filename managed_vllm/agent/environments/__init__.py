@@ -1,1 +1,1 @@
-"""Environments: the embedded desktop, and adapters for gymnasium, OSWorld and MiniWoB++."""
+"""Environments: the embedded desktop, and adapters for gymnasium, OpenEnv, OSWorld and MiniWoB++."""
