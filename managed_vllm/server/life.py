@@ -194,10 +194,11 @@ class Life:
             self._restarts.record_ready()
         await self._serve_from(ServerState.STARTING)
 
-    async def serve_again(self) -> None:
-        """As `serve`, for a server that has failed: as if it had never crashed."""
+    def revive(self) -> Coroutine[Any, Any, None]:
+        """For a server that has failed: it is restarting now, as if it had never crashed. Returns what to run then."""
         self._restarts = Restarts(self._order.policy.restart, chooses_port=self._order.address.port is None)
-        await self._serve_from(ServerState.RESTARTING)
+        self.move(ServerState.RESTARTING, diagnosis=None, ready_at=None, log_path=str(self._instance.server_log))
+        return self._serve_from(ServerState.RESTARTING)
 
     async def _serve_from(self, state: ServerState) -> None:
         if not await self._take_devices():

@@ -181,8 +181,9 @@ class ReplicaSet:
             if life.status.state is not ServerState.FAILED:
                 life.restart()
             elif not has_failed:
+                serving = life.revive()  # first: one that has failed is left out of calls of the engine
                 self.engine.take_in(number)
-                self._serving.add(asyncio.create_task(life.serve_again()))
+                self._serving.add(asyncio.create_task(serving))
                 self._begun.set()
 
     def use(self) -> None:
