@@ -36,6 +36,11 @@ _PARAMETERS = {
 """What is told of a request's body, where it is a number."""
 
 
+def is_on() -> bool:
+    """Whether the program has set a tracer provider."""
+    return _provider() is not None
+
+
 def headers() -> dict[str, str]:
     """What goes with an HTTP request so that the server's span becomes a child of the current one: `traceparent`."""
     if _provider() is None:

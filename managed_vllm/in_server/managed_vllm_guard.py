@@ -16,7 +16,7 @@ supervisor's own key, `MANAGED_VLLM_CONTROL_KEY`, where the supervisor and not t
 which remembers it. That key opens everything.
 
 Its first request finds vLLM's routes imported: then it has them say which weights made an answer
-(`managed_vllm_weight_versions`).
+(`managed_vllm_weight_versions`), and what of each of several prompts was cached (`managed_vllm_cached_tokens`).
 
 It counts the requests of users, by which the supervisor knows whether the engine is used (`idle_sleep=`).
 
@@ -29,6 +29,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import importlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -98,7 +99,7 @@ class KeyGuard:
         self._bearer = b"Bearer " + key.encode()
         self._controlled = frozenset(os.environ.get(CONTROLLED, "").split()) if control_key else frozenset()
         logging.getLogger("uvicorn.access").addFilter(_is_news)
-        _install_weight_versions()
+        _install_patches()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
@@ -175,14 +176,13 @@ class KeyGuard:
         return False
 
 
-def _install_weight_versions() -> None:
-    """Whatever keeps it from that keeps nobody from being served."""
-    try:
-        import managed_vllm_weight_versions  # type: ignore[import-not-found]  # beside this file, in a server
-
-        managed_vllm_weight_versions.install()
-    except Exception as error:
-        logging.getLogger(__name__).debug("no weight versions: %s", error)
+def _install_patches() -> None:
+    """Whatever keeps it from one of them keeps nobody from being served."""
+    for name in ("managed_vllm_weight_versions", "managed_vllm_cached_tokens"):  # beside this file, in a server
+        try:
+            importlib.import_module(name).install()
+        except Exception as error:
+            logging.getLogger(__name__).debug("no %s: %s", name, error)
 
 
 async def _refuse(send: Send, status: int, body: bytes) -> None:

@@ -14,7 +14,7 @@ import functools
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import aiohttp
 
@@ -24,38 +24,56 @@ from managed_vllm.policies import MAX_IN_FLIGHT, RetryPolicy
 from managed_vllm.request.bodies import RequestBody, encode_body
 from managed_vllm.request.bounds import NOT_SENT, Bound, closed_error
 from managed_vllm.request.concurrency import ConcurrencyLimiter
-from managed_vllm.request.connections import SESSION_HEADER, ConnectionPool, Transport
+from managed_vllm.request.connections import SESSION_HEADER, Transport
 from managed_vllm.request.deaths import Deaths, body_of, content_of
 from managed_vllm.request.endpoints import Endpoint, Lookups
 from managed_vllm.request.event_loops import PerLoop
+from managed_vllm.request.exchange import Progress, open_response, read_response, take_response
 from managed_vllm.request.fields import fields_in
 from managed_vllm.request.health import is_healthy
 from managed_vllm.request.http_errors import (
-    error_for_status,
-    may_be_json,
     message_of,
     repeated_error,
-    retry_after_s,
-    unexpected_error,
 )
 from managed_vllm.request.pending import HTTPRequest, JSONRequest, PendingRequest, RequestStats
 from managed_vllm.request.placement import Placement, Search
-from managed_vllm.request.responses import MALFORMED, EventDecoder
-from managed_vllm.request.retry import ResponseLostError, Retries, ServerFaultError
+from managed_vllm.request.responses import MALFORMED
+from managed_vllm.request.retry import ResponseLostError, Retries
 from managed_vllm.request.server_images import ServerImages, is_miss
 from managed_vllm.status import Connection
 from managed_vllm.tracing import RequestSpan
 
-Progress = Callable[[], None]
 Report = Callable[[str, Sequence[int]], Sequence[int] | None]
 
-_LOST = (408, 429, 500, 502, 503, 504)
 _REFUSED = (429, 503)
-_STREAM_END_S = 0.25
-"""For what follows the last token of a stream: once it is read to its end, its connection can be used again."""
 _BROKEN_OFF = "the answer was cut, and can't go on where it was: see stream()"
-_MAX_RESPONSE = 1 << 30
-"""Bytes. All logprobs of a long answer, with a vocabulary of 150,000, take some hundred million."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """An answer that was lost: which server had it, and how."""
+
+    endpoint: Endpoint
+    error: ResponseLostError
+
+
+class GroupLostError(Exception):
+    """The answers to a group were lost (`loss`). Callers of the library never see it."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(str(loss.error))
+        self.loss = loss
+
+
+class _Plan(NamedTuple):
+    """How one request is to be sent, with the arguments of `Sender.send`; `size` is a group's."""
+
+    deadline: float | None
+    timeout_s: float | None
+    only: Connection | None = None
+    lost: Loss | None = None
+    on_loss: Callable[[], None] | None = None
+    size: int | None = None
 
 
 @dataclass
@@ -99,6 +117,9 @@ class Sender:
         media_ids: whether an image that the server has is sent as its id alone.
         report: tells the supervisor which request has deaths laid to it, and returns which of these epochs did die;
             None where there is no supervisor. May block: called in a thread.
+
+    Attributes:
+        takes_groups: for the kinds of `groups.Shape`, whether the server takes groups, as far as is known.
     """
 
     def __init__(
@@ -115,6 +136,7 @@ class Sender:
         self._deaths = Deaths(retry.max_deaths)
         self._report = report
         self._openapi: Mapping[str, Any] | None = None
+        self.takes_groups: dict[str, bool] = {}
         self.max_in_flight = max_in_flight
         self._placement = placement
         self._transport = transport
@@ -160,6 +182,8 @@ class Sender:
         *,
         timeout_s: float | None = None,
         only: Connection | None = None,
+        lost: Loss | None = None,
+        on_loss: Callable[[], None] | None = None,
     ) -> RequestStats:
         """Sends `request` until it is complete.
 
@@ -169,39 +193,58 @@ class Sender:
             on_progress: called whenever a part of a stream has come, and after a loss.
             timeout_s: seconds from the moment when it is admitted to those in flight.
             only: the server of several that it is for.
+            lost: it was lost before, with others (`send_group`); that counts as its first attempt.
+            on_loss: others wait for the answer: called when it is lost for the first time, for them to be sent.
 
         Raises a `RequestError`, or what the server ended with (`StartupError`, `ServerStoppedError`).
         """
         span = tracing.request_span()
+        plan = _Plan(deadline, timeout_s, only, lost, on_loss)
         if span is None:
-            return await self._send(request, deadline, on_progress, timeout_s, only)
+            return await self._send(request, plan, on_progress)
         with span:
-            stats = await self._send(request, deadline, on_progress, timeout_s, only, span)
+            stats = await self._send(request, plan, on_progress, span)
             span.answered(request.answer(), stats.attempts, stats.epoch, stats.time_to_first_token)
             return stats
+
+    async def send_group(
+        self, request: PendingRequest, size: int, deadline: float | None, timeout_s: float | None
+    ) -> RequestStats:
+        """Sends a request for the answers to `size` prompts, once. It counts as so many requests in flight.
+
+        Raises as `send`, and `GroupLostError` where the response is lost: then each of them is to be sent by itself.
+        """
+        return await self._send(request, _Plan(deadline, timeout_s, size=size))
+
+    @property
+    def may_group(self) -> bool:
+        """Whether requests may go together: not while deaths of the server are laid to some, nor with spans of each."""
+        return not self._deaths and not tracing.is_on()
 
     async def _send(
         self,
         request: PendingRequest,
-        deadline: float | None,
-        on_progress: Progress | None,
-        timeout_s: float | None,
-        only: Connection | None,
+        plan: _Plan,
+        on_progress: Progress | None = None,
         span: RequestSpan | None = None,
     ) -> RequestStats:
-        state = self._open_state()
-        attempts = _RequestAttempts(self, state, request, on_progress, span)
-        bound = Bound(state.bounds, deadline, NOT_SENT)
+        state, size = self._open_state(), plan.size or 1
+        attempts = _RequestAttempts(self, state, request, on_progress, span, plan)
+        bound = Bound(state.bounds, plan.deadline, NOT_SENT)
         try:
             async with bound:
-                await state.limiter.acquire()
+                await state.limiter.acquire(size)
                 attempts.begin()
-                if timeout_s is not None:
-                    bound.tighten(attempts.begun + timeout_s)
+                if plan.timeout_s is not None:
+                    bound.tighten(attempts.begun + plan.timeout_s)
                 try:
-                    await self._until_done(attempts, Search(state.lookups, bound, request.session, only))
+                    search = Search(state.lookups, bound, request.session, plan.only, size)
+                    retries = Retries(self.retry)
+                    if plan.lost is not None:
+                        await attempts.go_on_after(plan.lost, search, retries)
+                    await self._until_done(attempts, search, retries, once=plan.size is not None)
                 finally:
-                    state.limiter.release(answered=request.complete)
+                    state.limiter.release(size, answered=request.complete)
         except (RequestTimeoutError, ServerDiedError):
             if not request.complete or request.broken_off:
                 raise  # otherwise it was over while the end of a stream was read
@@ -236,7 +279,8 @@ class Sender:
         endpoint: Endpoint | None = None
         try:
             async with Bound(state.bounds, deadline, NOT_SENT) as bound:
-                endpoint = await self._until_done(attempts, Search(state.lookups, bound, attempts.session), stay=True)
+                search = Search(state.lookups, bound, attempts.session)
+                endpoint = await self._until_done(attempts, search, Retries(self.retry), stay=True)
         except BaseException:
             if endpoint is not None and attempts.response is not None:  # in time, and yet over
                 attempts.response.close()
@@ -258,12 +302,21 @@ class Sender:
 
     # -- attempts ------------------------------------------------------------------------------------------------------
 
-    async def _until_done(self, attempts: _Attempts, search: Search, *, stay: bool = False) -> Endpoint:
+    async def _until_done(
+        self,
+        attempts: _Attempts,
+        search: Search,
+        retries: Retries,
+        *,
+        stay: bool = False,
+        once: bool = False,
+    ) -> Endpoint:
         """Makes attempts, each with a server that is ready, until one succeeds or there are no further ones.
 
-        Returns the server of the last one, where with `stay` the request is still in flight.
+        Returns the server of the last one, where with `stay` the request is still in flight. With `once` there is only
+        one attempt.
         """
-        retries, bound = Retries(self.retry), search.bound
+        bound = search.bound
         content = attempts.content if self._deaths else None
         if content is not None and self._deaths.is_known(content):
             retries.deaths = self._deaths.of(content)
@@ -282,7 +335,7 @@ class Sender:
                 loss = error
             finally:
                 if not (done and stay):
-                    self._placement.leave(endpoint)
+                    self._placement.leave(endpoint, search.size)
             if loss is None:
                 if done:
                     if content is not None:
@@ -294,6 +347,8 @@ class Sender:
             progressed = attempts.lost(loss, first=not retries.lost)
             if attempts.done:
                 return endpoint
+            if once:
+                raise GroupLostError(Loss(endpoint, loss))
             search.pause_s = retries.add_loss(loss, progressed=progressed)
             search.lost, search.losses = endpoint, retries.lost
             if progressed and content is not None:
@@ -356,9 +411,9 @@ class Sender:
             body = encode_body({"model": connection.model, **http.body}, known=known)
             state.bytes_sent += body.size
         try:
-            response = await _open(pool, http, body, connection)
+            response = await open_response(pool, http, body, connection)
             try:
-                data = await _read(response, http, request, on_progress, connection)
+                data = await read_response(response, http, request, on_progress, connection)
             finally:
                 response.close() if response.status == 200 and not response.content.at_eof() else response.release()
         except (aiohttp.ClientError, OSError) as error:
@@ -425,8 +480,8 @@ class _RequestAttempts:
     """The attempts at a request that is in flight."""
 
     __slots__ = (
-        *("_answered_before", "_connection", "_count", "_epoch", "_first_token_at", "_on_progress", "_request"),
-        *("_sender", "_span", "_started_at", "_state", "begun"),
+        *("_answered_before", "_connection", "_count", "_epoch", "_first_token_at", "_on_loss", "_on_progress"),
+        *("_request", "_sender", "_size", "_span", "_started_at", "_state", "begun"),
     )  # thousands at once: without a dict each
 
     def __init__(
@@ -436,7 +491,10 @@ class _RequestAttempts:
         request: PendingRequest,
         on_progress: Progress | None,
         span: RequestSpan | None,
+        plan: _Plan,
     ) -> None:
+        self._size = plan.size or 1
+        self._on_loss = plan.on_loss
         self._sender = sender
         self._span = span
         self._state = state
@@ -479,8 +537,11 @@ class _RequestAttempts:
         return self._request.complete
 
     def lost(self, error: ResponseLostError, *, first: bool) -> bool:
-        if _is_refusal(error):
-            self._state.limiter.refused()
+        if self._on_loss is not None:  # how many the server takes, those that have waited will show
+            self._on_loss()
+            self._on_loss = None
+        elif _is_refusal(error):
+            self._state.limiter.refused(self._size)
         progressed = self._request.lost()
         if self._span is not None:
             self._span.lost(error, self._request.kept)
@@ -491,6 +552,14 @@ class _RequestAttempts:
         if first:
             self._answered_before = self._state.limiter.answered
         return progressed
+
+    async def go_on_after(self, lost: Loss, search: Search, retries: Retries) -> None:
+        """Counts an attempt that was lost together with others. Raises as `back_off`."""
+        self._count, self._answered_before = 1, self._state.limiter.answered
+        search.pause_s = retries.add_loss(lost.error, progressed=False)
+        search.lost, search.losses = lost.endpoint, retries.lost
+        await self.back_off(lost.error, retries)
+        _raise_if_too_late(lost.error, search.pause_s, search.bound)
 
     def refuse(self, error: ResponseLostError) -> None:
         if not self._request.optional:
@@ -588,102 +657,3 @@ def _is_refusal(loss: ResponseLostError) -> bool:
     cause = loss.__cause__
     exhausted = isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)
     return exhausted or loss.status in _REFUSED
-
-
-# -- one HTTP request --------------------------------------------------------------------------------------------------
-
-
-async def _open(
-    pool: ConnectionPool, http: HTTPRequest, body: RequestBody | None, connection: Connection
-) -> aiohttp.ClientResponse:
-    try:
-        return await pool.request(http.method, http.path, body, session=http.session)
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-        raise ResponseLostError(f"can't connect to {connection.base_url}: {error}", sent=False) from error
-    except (aiohttp.InvalidURL, UnicodeError) as error:
-        raise RequestError(f"{connection.base_url} can't be asked: {error}") from error
-
-
-async def _read(
-    response: aiohttp.ClientResponse,
-    http: HTTPRequest,
-    request: PendingRequest,
-    on_progress: Progress,
-    connection: Connection,
-) -> bytes | None:
-    """Reads a whole response and returns it, or a stream into `request`: None."""
-    if not (http.stream and response.status == 200 and response.content_type == "text/event-stream"):
-        return await _read_whole(response)
-    try:
-        await _read_stream(response, request, on_progress)
-    except ServerFaultError as error:
-        if error.status is not None and 400 <= error.status < 500 and error.status not in _LOST:
-            raise error_for_status(error.status, str(error), connection, http.body) from error
-        raise
-    if not request.complete:
-        raise ResponseLostError("the stream ended before the answer did")
-    return None
-
-
-async def _read_whole(response: aiohttp.ClientResponse) -> bytes:
-    if response.content_length is not None and response.content_length <= _MAX_RESPONSE:
-        return await response.read()
-    pieces, size = [], 0
-    async for piece in response.content.iter_any():
-        pieces.append(piece)
-        size += len(piece)
-        if size > _MAX_RESPONSE:
-            response.close()
-            raise RequestError(f"the answer is longer than {_MAX_RESPONSE} bytes", status=response.status)
-    return b"".join(pieces)
-
-
-async def _read_stream(response: aiohttp.ClientResponse, request: PendingRequest, on_progress: Progress) -> None:
-    """Also reads to the end of the stream, if that comes at once: then the connection can be used again."""
-    decoder = EventDecoder()
-    content = response.content
-    while not request.complete:
-        data = await content.readany()
-        if not data and content.at_eof():
-            return
-        for event in decoder.feed(data):
-            request.feed(event)
-        on_progress()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_STREAM_END_S):
-            while not content.at_eof():
-                await content.readany()
-
-
-def take_response(
-    request: PendingRequest,
-    status: int,
-    data: bytes,
-    connection: Connection,
-    body: Mapping[str, Any] | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> None:
-    """Gives a whole response to `request`.
-
-    Raises `ResponseLostError`, or the `RequestError` for a request that the server refuses, or that nothing which can
-    be understood comes back for; `body` is what was sent.
-    """
-    headers = headers or {}
-    if status in _LOST:
-        lost = ServerFaultError if status == 500 else ResponseLostError
-        message = f"HTTP {status}: {message_of(data)}"
-        raise lost(message, status=status, retry_after_s=retry_after_s(headers.get("Retry-After")))
-    if status >= 400:
-        if request.optional:
-            return request.take_json(None)
-        raise error_for_status(status, message_of(data), connection, body)
-    if status != 200 and not request.optional:
-        raise unexpected_error(status, data, connection, headers.get("Location"))
-    try:
-        request.take_json(data if status == 200 else None)
-    except MALFORMED as error:
-        if not may_be_json(data):
-            if request.optional:
-                return request.take_json(None)
-            raise unexpected_error(status, data, connection) from error
-        raise ServerFaultError(f"not an answer ({error}): {data[:500]!r}", status=status) from error

@@ -75,20 +75,21 @@ class Balancer:
             left_s = again_at - time.monotonic()
             fresh = [one for one in up if one != lost]
             if fresh and (search.losses <= len(up) or left_s <= 0):  # else each has refused it: no hurry
-                return self._choose(fresh, search.session)
+                return self._choose(fresh, search)
             if left_s <= 0 and (rest := up or self._fitting(self._servers.every(), search)):
-                return self._choose(rest, search.session)
+                return self._choose(rest, search)
             await self._servers.wait(left_s if left_s > 0 else _AGAIN_S)
             await self._servers.known(search)
 
     def _fitting(self, servers: Sequence[Endpoint], search: Search) -> list[Endpoint]:
         return [one for one in servers if search.only is None or one[0] == search.only]
 
-    def _choose(self, among: Sequence[Endpoint], session: str | None) -> Endpoint:
+    def _choose(self, among: Sequence[Endpoint], search: Search) -> Endpoint:
+        session = search.session
         with self._lock:
             kept = None if session is None else self._sessions.get(session)
             chosen = next((one for one in among if one[0] == kept), None) or self._idlest(among)
-            self._in_flight[chosen[0]] = self._in_flight.get(chosen[0], 0) + 1
+            self._in_flight[chosen[0]] = self._in_flight.get(chosen[0], 0) + search.size
             if session is not None:
                 self._sessions[session] = chosen[0]
                 self._sessions.move_to_end(session)
@@ -102,9 +103,9 @@ class Balancer:
         rotated = [among[(self._turn + index) % len(among)] for index in range(len(among))]
         return min(rotated, key=lambda one: self._in_flight.get(one[0], 0))
 
-    def leave(self, endpoint: Endpoint) -> None:
+    def leave(self, endpoint: Endpoint, size: int = 1) -> None:
         with self._lock:
-            left = self._in_flight.pop(endpoint[0], 0) - 1
+            left = self._in_flight.pop(endpoint[0], 0) - size
             if left > 0:
                 self._in_flight[endpoint[0]] = left
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from managed_vllm.errors import BadRequestError, ModelNotFoundError, RequestError, UnsupportedParameterError
-from managed_vllm.request.attempts import Sender
+from managed_vllm.request.attempts import Loss, Sender
+from managed_vllm.request.completion_groups import completions
 from managed_vllm.request.fields import CallFields, to_look_up
+from managed_vllm.request.groups import Groups, size_for
 from managed_vllm.request.outputs import RequestOutput, without_texts
 from managed_vllm.request.pending import JSONRequest, RequestStats
 from managed_vllm.request.prompts import conversation_fields, fields_with_images, prompt_fields
@@ -43,6 +45,7 @@ class Call:
         self._sampling_params = sampling_params
         self._fields = fields
         self._extra_body = extra_body
+        self._groups: Groups | None = None
         self._parses_tools = True  # until the server says that it doesn't
         self._chat = True
         self._looked_up: Mapping[str, bool] = {}
@@ -178,10 +181,23 @@ class Call:
         chat: bool,
         before: int = 0,
     ) -> RequestOutput:
-        generation = Generation(_route_of(chat=chat), body, stream=_is_streamed(body, resume))
-        stats = await self._sender.send(generation, deadline, timeout_s=timeout_s)
-        response = generation.whole or generation.answer()
+        async def alone(
+            lost: Loss | None, on_loss: Callable[[], None] | None
+        ) -> tuple[ParsedResponse | Mapping[str, Any], RequestStats]:
+            generation = Generation(_route_of(chat=chat), body, stream=_is_streamed(body, resume))
+            stats = await self._sender.send(generation, deadline, timeout_s=timeout_s, lost=lost, on_loss=on_loss)
+            return generation.whole or generation.answer(), stats
+
+        groups = None if chat or before or resume else self._grouped(body, deadline, timeout_s)
+        response, stats = await (alone(None, None) if groups is None else groups.answer(body, alone))
         return self._output(index, response, body, stats, chat=chat, before=before)
+
+    def _grouped(self, body: Mapping[str, Any], deadline: float | None, timeout_s: float | None) -> Groups | None:
+        """The groups of this call; None where each prompt goes alone."""
+        size = size_for(self._count, self._sender.max_in_flight)
+        if size > 1 and self._groups is None and not isinstance(self._sampling_params, list | tuple):
+            self._groups = Groups(self._sender, completions(body), size, deadline, timeout_s)
+        return self._groups
 
     def _output(
         self,

@@ -34,7 +34,7 @@ class ConcurrencyLimiter:
         self._exact_limit = float(min(INITIAL_LIMIT, max_in_flight))
         self._threshold = float(max_in_flight)
         self._refusals_to_ignore = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
         self.in_flight = 0
         self.answered = 0
 
@@ -42,29 +42,29 @@ class ConcurrencyLimiter:
     def limit(self) -> int:
         return int(self._exact_limit)
 
-    async def acquire(self) -> None:
-        """Waits until the request may be sent."""
-        if self.in_flight < self.limit and not self._waiting:
-            self.in_flight += 1
+    async def acquire(self, size: int = 1) -> None:
+        """Waits until the request may be sent. It counts for `size` of them, here and in the other methods."""
+        if self._has_room(size) and not self._waiting:
+            self.in_flight += size
             return
-        await self._wait(self._waiting.append)
+        await self._wait(self._waiting.append, size)
 
-    def release(self, *, answered: bool) -> None:
+    def release(self, size: int = 1, *, answered: bool) -> None:
         """The request is no longer in flight. `answered`: the server has taken it."""
-        self.answered += answered
-        if answered and self._exact_limit < self._max and self.in_flight >= self.limit:
+        self.answered += size * answered
+        if answered and self._exact_limit < self._max and (self._waiting or self.in_flight >= self.limit):
             slow = self._exact_limit >= self._threshold
-            self._exact_limit = min(self._max, self._exact_limit + (1 / self._exact_limit if slow else 1))
-        self._refusals_to_ignore = max(0, self._refusals_to_ignore - 1)
-        self._leave()
+            self._exact_limit = min(self._max, self._exact_limit + size * (1 / self._exact_limit if slow else 1))
+        self._refusals_to_ignore = max(0, self._refusals_to_ignore - size)
+        self._leave(size)
 
-    def refused(self) -> None:
+    def refused(self, size: int = 1) -> None:
         """The server refused a request that is in flight. Counts once for all that were sent together."""
         if self._refusals_to_ignore > 0:
-            self._refusals_to_ignore -= 1
+            self._refusals_to_ignore = max(0, self._refusals_to_ignore - size)
             return
         self._exact_limit = self._threshold = max(1.0, min(self._exact_limit, self.in_flight) / 2)
-        self._refusals_to_ignore = self.in_flight - 1
+        self._refusals_to_ignore = self.in_flight - size
 
     async def wait_again(self) -> None:
         """Lets a refused request wait if too many are in flight: before those that were never sent.
@@ -75,7 +75,7 @@ class ConcurrencyLimiter:
             return
         self.in_flight -= 1
         try:
-            await self._wait(self._waiting.appendleft)
+            await self._wait(self._waiting.appendleft, 1)
         except BaseException:
             self.in_flight += 1
             raise
@@ -89,31 +89,36 @@ class ConcurrencyLimiter:
 
     def fail_waiting(self, error: Callable[[], Exception]) -> None:
         """The server takes nothing at all: raises in all requests that wait, in each an error of its own."""
-        for place in self._waiting:
+        for place, _ in self._waiting:
             if not place.done():
                 place.set_exception(error())
         self._waiting.clear()
 
-    async def _wait(self, enqueue: Callable[[asyncio.Future[None]], None]) -> None:
-        place = asyncio.get_running_loop().create_future()
-        enqueue(place)
+    def _has_room(self, size: int) -> bool:
+        """One that is larger than the limit is admitted alone."""
+        return self.in_flight + size <= self.limit or not self.in_flight
+
+    async def _wait(self, enqueue: Callable[[tuple[asyncio.Future[None], int]], None], size: int) -> None:
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        enqueue((place, size))
         try:
             await place
         except BaseException:
             if place.cancelled():
                 with contextlib.suppress(ValueError):  # `_admit` has dropped it already
-                    self._waiting.remove(place)
+                    self._waiting.remove((place, size))
+                self._admit()
             elif place.exception() is None:
-                self._leave()  # admitted at the moment of the cancellation
+                self._leave(size)  # admitted at the moment of the cancellation
             raise
 
-    def _leave(self) -> None:
-        self.in_flight -= 1
+    def _leave(self, size: int) -> None:
+        self.in_flight -= size
         self._admit()
 
     def _admit(self) -> None:
-        while self._waiting and self.in_flight < self.limit:
-            place = self._waiting.popleft()
+        while self._waiting and self._has_room(self._waiting[0][1]):
+            place, size = self._waiting.popleft()
             if not place.done():
-                self.in_flight += 1
+                self.in_flight += size
                 place.set_result(None)

@@ -24,6 +24,7 @@ class Search:
         bound: the request's.
         session: requests of the same session go to the same server, as long as it is there.
         only: the only server that will do.
+        size: how many requests it counts for.
         lost: the server that lost the last answer.
         losses: answers lost in a row.
         pause_s: seconds to wait, at most, before the server that lost the answer is asked again.
@@ -33,6 +34,7 @@ class Search:
     bound: Bound
     session: str | None = None
     only: Connection | None = None
+    size: int = 1
     lost: Endpoint | None = None
     losses: int = 0
     pause_s: float = 0.0
@@ -47,8 +49,8 @@ class Placement(Protocol):
         Raises what the server ended with (`StartupError`, `ServerStoppedError`).
         """
 
-    def leave(self, endpoint: Endpoint) -> None:
-        """An attempt is over. From any thread."""
+    def leave(self, endpoint: Endpoint, size: int = 1) -> None:
+        """An attempt is over, which counted for so many. From any thread."""
 
     def is_over(self, lost: Endpoint, now: Endpoint) -> bool:
         """Whether the life of the server that lost an answer has ended, and `now` is one that lives."""
@@ -70,7 +72,7 @@ class OneServer:
         lost_epoch = None if search.lost is None else search.lost[1]
         return await self._endpoints.get(search.lookups, lost_epoch, search.pause_s, search.bound)
 
-    def leave(self, endpoint: Endpoint) -> None:
+    def leave(self, endpoint: Endpoint, size: int = 1) -> None:
         pass
 
     def is_over(self, lost: Endpoint, now: Endpoint) -> bool:

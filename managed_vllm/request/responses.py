@@ -73,6 +73,7 @@ class Choice(msgspec.Struct, gc=False):
     prompt_logprobs: list[dict[int, Any] | None] | None = None
     routed_experts: str | None = None
     weight_versions: list[WeightVersionSpan] | None = None
+    cached_tokens: int | None = None
 
 
 class PromptTokensDetails(msgspec.Struct, gc=False):
@@ -115,8 +116,12 @@ class LazyJSON(Mapping[str, Any]):
 
     def _dict(self) -> dict[str, Any]:
         if self._decoded is None:
-            self._decoded = msgspec.json.decode(self._data, type=dict[str, Any])
+            self._decoded = self.decode()
         return self._decoded
+
+    def decode(self) -> dict[str, Any]:
+        """The object, anew."""
+        return msgspec.json.decode(self._data, type=dict[str, Any])
 
     def __getitem__(self, key: str) -> Any:
         return self._dict()[key]

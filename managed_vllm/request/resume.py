@@ -217,7 +217,7 @@ class Generation:
             self._received.versions.begin_part(len(ids))
             return HTTPRequest("POST", "/v1/completions", self._rest(), stream=True)
         self._asked_for = "answer"
-        body = _with_what_is_told(self._body)
+        body = with_what_is_told(self._body)
         if self._stream:
             body = {"stream_interval": STREAM_INTERVAL, **body, "stream": True}
         return HTTPRequest("POST", f"/v1{self._route}", body, stream=self._stream)
@@ -244,7 +244,7 @@ class Generation:
             body["min_tokens"] = max(0, self._body["min_tokens"] - len(received.ids))
         if received.logprobs is not None:
             body["logprobs"] = self._body.get("top_logprobs") or 0 if self._chat else self._body["logprobs"]
-        return {"stream_interval": STREAM_INTERVAL, **_with_what_is_told(body), "stream": True}
+        return {"stream_interval": STREAM_INTERVAL, **with_what_is_told(body), "stream": True}
 
     # -- responses -----------------------------------------------------------------------------------------------------
 
@@ -307,7 +307,7 @@ class Generation:
             self._take_answer(parsed)
 
     def _take_answer(self, parsed: ParsedResponse) -> None:
-        _check_whole(parsed, chat=self._chat)
+        check_whole(parsed, chat=self._chat)
         self._start_over()
         self._whole = parsed
         self.complete = True
@@ -427,7 +427,7 @@ class Generation:
         return answer
 
 
-def _with_what_is_told(body: Mapping[str, Any]) -> dict[str, Any]:
+def with_what_is_told(body: Mapping[str, Any]) -> dict[str, Any]:
     """The body with what is asked for in any case: token ids, and which weights they are of.
 
     None, by `extra_body`, is for a server that refuses the field, and then hardly knows the other one.
@@ -445,7 +445,7 @@ def _error_in_stream(chunk: Mapping[str, Any], event: bytes) -> ServerFaultError
     return ServerFaultError(f"in mid-stream: {event[:500].decode(errors='replace')}", status=status)
 
 
-def _check_whole(parsed: ParsedResponse, *, chat: bool) -> None:
+def check_whole(parsed: ParsedResponse, *, chat: bool) -> None:
     """Raises `ResponseLostError` for a response without an answer in each choice."""
     choices = parsed.response.choices
     if not choices:

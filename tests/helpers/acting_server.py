@@ -1,5 +1,8 @@
 """A model server for rollouts, in a thread: what it answers is decided by a function of the messages.
 
+`/v1/completions` asks that function with the prompt as a user's message. It takes several prompts as vLLM 0.32 does:
+choices in the order of the prompts, one error for all of them, and usage that is their sum.
+
 Token ids are the bytes of the text, logprobs follow a rule (`logprob_of`), prompt ids are the bytes of the messages'
 JSON: so a test can tell exactly what a record must have. All requests are kept.
 """
@@ -11,9 +14,10 @@ import contextlib
 import json
 import socket
 import threading
+import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from aiohttp import web
 from processes import HANG_S
@@ -25,12 +29,14 @@ MODEL = "acting"
 
 @dataclass(frozen=True)
 class Refusal:
-    """An answer that is an error."""
+    """An answer that is an error; with status 0 the connection is closed instead."""
 
     status: int
     message: str
 
 
+Tells = Literal["cached tokens", "cached tokens of each", "times"]
+"""What a server may tell: `--enable-prompt-tokens-details`, also with our patch; `--enable-per-request-metrics`."""
 Answer = Callable[[list[dict[str, Any]]], "str | Refusal | Mapping[str, Any] | Awaitable[str | Refusal]"]
 """From the messages: the text, an error, or a whole message (`{"content": …, "tool_calls": […]}`)."""
 
@@ -52,7 +58,10 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 class ActingServer:
-    """`requests` are the bodies so far, `in_flight` how many are being answered, `most` how many there were at once."""
+    """`requests` are the bodies so far, `in_flight` how many are being answered, `most` how many there were at once.
+
+    `most_prompts` counts the prompts of completions in the same way.
+    """
 
     def __init__(
         self,
@@ -64,9 +73,14 @@ class ActingServer:
         tokens_of_image: int | None = None,
         model: str = MODEL,
         port: int = 0,
+        tells: Tells | None = None,
+        takes_lists: bool = True,
     ) -> None:
         self.port = port
         self.answer = answer
+        self.prompts_in_flight = self.most_prompts = 0
+        self._tells = tells
+        self._takes_lists = takes_lists
         self.requests: list[dict[str, Any]] = []
         self.in_flight = self.most = 0
         self._token_ids = token_ids
@@ -103,6 +117,7 @@ class ActingServer:
     async def _start(self) -> None:
         app = web.Application(client_max_size=2**30)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._completions)
         app.router.add_get("/v1/models", self._models)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -132,6 +147,51 @@ class ActingServer:
             return self._refuse(said) if isinstance(said, Refusal) else web.json_response(self._answered(body, said))
         finally:
             self.in_flight -= 1
+
+    async def _completions(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests.append(body)
+        prompts = prompts_of(body)
+        if len(prompts) > 1 and not self._takes_lists:
+            return self._refuse(Refusal(400, "one prompt at a time"))
+        self.prompts_in_flight += len(prompts)
+        self.most_prompts = max(self.most_prompts, self.prompts_in_flight)
+        try:
+            said = await asyncio.gather(*map(self._said_to, prompts))
+        finally:
+            self.prompts_in_flight -= len(prompts)
+        for refusal in said:
+            if isinstance(refusal, Refusal):
+                return self._refuse_or_hang_up(request, refusal)
+        return web.json_response(self._completed(body, prompts, said))
+
+    async def _said_to(self, prompt: str | list[int]) -> Any:
+        said = self.answer([{"role": "user", "content": text_of_prompt(prompt)}])
+        return await said if isinstance(said, Awaitable) else said
+
+    def _refuse_or_hang_up(self, request: web.Request, refusal: Refusal) -> web.Response:
+        if not refusal.status and request.transport is not None:
+            request.transport.close()
+        return self._refuse(Refusal(refusal.status or 500, refusal.message))
+
+    def _completed(self, body: dict[str, Any], prompts: list[Any], said: list[Any]) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        for prompt, text in zip(prompts, said, strict=True):
+            for number in range(body.get("n") or 1):
+                ids = ids_of(f"{number}{text}{body.get('seed')}")[: body["max_tokens"]]
+                choices.append(completed(len(choices), prompt, ids, body))
+        count = sum(len(ids_of(text_of_prompt(prompt))) for prompt in prompts)
+        made = sum(len(one["token_ids"]) for one in choices)
+        usage: dict[str, Any] = {"prompt_tokens": count, "completion_tokens": made, "total_tokens": count + made}
+        usage["prompt_tokens_details"] = None
+        if self._tells == "cached tokens of each":
+            for choice in choices:
+                choice["cached_tokens"] = len(choice["prompt_token_ids"]) // 2
+        if self._tells in ("cached tokens", "cached tokens of each"):
+            usage["prompt_tokens_details"] = {"cached_tokens": len(text_of_prompt(prompts[-1]).encode()) // 2}
+        metrics = {"time_to_first_token_ms": 1.5} if self._tells == "times" and len(choices) == 1 else None
+        head = {"id": f"cmpl-{uuid.uuid4().hex}", "model": body["model"]}
+        return {**head, "choices": choices, "usage": usage, "metrics": metrics}
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if self._tokens_of_image is None:
@@ -171,6 +231,33 @@ class ActingServer:
         if self._token_ids:
             answer["prompt_token_ids"] = self._prompt_ids(prompt_of(body["messages"]))
         return answer
+
+
+def prompts_of(body: Mapping[str, Any]) -> list[Any]:
+    """The prompts of a completion's body: texts, or lists of ids."""
+    prompt = body["prompt"]
+    return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+
+
+def text_of_prompt(prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else bytes(prompt).decode()
+
+
+def completed(index: int, prompt: str | list[int], ids: list[int], body: Mapping[str, Any]) -> dict[str, Any]:
+    """A choice of a completion."""
+    choice: dict[str, Any] = {"index": index, "text": bytes(ids).decode(errors="ignore"), "token_ids": ids}
+    choice["finish_reason"] = "length" if len(ids) == body["max_tokens"] else "stop"
+    choice["prompt_token_ids"] = ids_of(text_of_prompt(prompt))
+    if body.get("logprobs") is not None:
+        names = [f"token_id:{one}" for one in ids]
+        values = [logprob_of(one) for one in ids]
+        tops = [{name: value} for name, value in zip(names, values, strict=True)]
+        choice["logprobs"] = {"tokens": names, "token_logprobs": values, "top_logprobs": tops}
+    if body.get("prompt_logprobs") is not None:
+        place = {str(one): {"logprob": logprob_of(one), "rank": 1, "decoded_token": "x"} for one in ids_of("p")}
+        choice["prompt_logprobs"] = [None, *[place] * (len(choice["prompt_token_ids"]) - 1)]
+    choice["weight_versions"] = [{"version": "v1", "start": 0, "end": len(ids)}]
+    return choice
 
 
 IMAGE_TOKEN = 256

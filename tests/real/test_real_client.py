@@ -56,6 +56,46 @@ def spaces(llm: ManagedVLLM) -> dict[str, float]:
     return {str(token): -100 for text in " \n\t\r" for token in llm.client.tokenize(text)}
 
 
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0, "logprobs": 2, "prompt_logprobs": 1},
+        {"temperature": 1, "seed": 3, "n": 2, "stop": ["e"], "logprobs": 0},
+    ],
+    ids=["greedy", "seeded"],
+)
+def test_prompts_that_go_together_are_answered_as_each_by_itself(llm: ManagedVLLM, params: dict[str, Any]) -> None:
+    prompts: list[Any] = [[30 + number, 31, 32] for number in range(24)]
+    prompts += ["Screen:", "OK", "a longer text than the others", [10**6], "Status: " * 4000, "x", "y", "z"]
+    given = {"max_tokens": 12, **params}
+    llm.generate("x", given)  # so that the server is known
+    together = llm.generate(prompts, given, return_exceptions=True)
+    alone = llm.generate(prompts, [given] * len(prompts), return_exceptions=True)
+    again = llm.generate(prompts, given, return_exceptions=True)  # by now as much of each is cached
+    for one, other in zip(again, alone, strict=True):
+        assert seen(one) == seen(other)
+    assert sum("-" in one.request_id[5:] for one in results_of(together)) >= 16  # in groups
+
+
+def results_of(results: Sequence[Any]) -> list[RequestOutput]:
+    """Those that are answers."""
+    return [one for one in results if not isinstance(one, Exception)]
+
+
+def seen(result: Any) -> Any:
+    """What a caller sees of an output or an error; times and ids differ."""
+    if isinstance(result, Exception):
+        return type(result), str(result), getattr(result, "index", None)
+    found = {name: value for name, value in result.to_dict().items() if name not in VARYING}
+    return found, {name: value for name, value in result.raw.items() if name not in ("id", "created")}
+
+
+VARYING = {"request_id", "attempts", "latency", "started_at"}
+
+
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
