@@ -4,9 +4,9 @@
     python benchmarks/throughput.py --sizes 1 4 8 16 32      how the cost depends on the size of the groups
     python benchmarks/throughput.py --in-process             besides, tokens per second of vllm.LLM in a process
 
-The same prompts with the same parameters, in turns, so that a change of the machine's load meets all variants. CPU times
-are user and system, of the process alone; the ratios are to one prompt a request, made within a round. Medians are shown;
-what follows from them stands in benchmarks/README.md and at `managed_vllm.request.groups`.
+The same prompts with the same parameters, in turns, so that a change of the machine's load meets all variants. CPU
+times are user and system, of the process alone; the ratios are to one prompt a request, made within a round. Medians
+are shown; what follows from them stands in benchmarks/README.md and at `managed_vllm.request.groups`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ supervisor's own key, `MANAGED_VLLM_CONTROL_KEY`, where the supervisor and not t
 which remembers it. That key opens everything.
 
 Its first request finds vLLM's routes imported: then it has them say which weights made an answer
-(`managed_vllm_weight_versions`), and what of each of several prompts was cached (`managed_vllm_cached_tokens`).
+(`managed_vllm_weight_versions`), and what each of several prompts has used (`managed_vllm_each_prompt`).
 
 It counts the requests of users, by which the supervisor knows whether the engine is used (`idle_sleep=`).
 
@@ -178,7 +178,7 @@ class KeyGuard:
 
 def _install_patches() -> None:
     """Whatever keeps it from one of them keeps nobody from being served."""
-    for name in ("managed_vllm_weight_versions", "managed_vllm_cached_tokens"):  # beside this file, in a server
+    for name in ("managed_vllm_weight_versions", "managed_vllm_each_prompt"):  # beside this file, in a server
         try:
             importlib.import_module(name).install()
         except Exception as error:

@@ -9,7 +9,9 @@ from managed_vllm.errors import BadRequestError, ModelNotFoundError, Unsupported
 from managed_vllm.request.arguments import PoolingParams, ProgressBar, Prompt, ScoreInput
 from managed_vllm.request.arrays import as_array
 from managed_vllm.request.async_requests import AsyncRequests, deadline_of
+from managed_vllm.request.attempts import Loss
 from managed_vllm.request.calls import checked_shape
+from managed_vllm.request.groups import Groups, size_for
 from managed_vllm.request.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,
@@ -20,7 +22,8 @@ from managed_vllm.request.outputs import (
     ScoringOutput,
     ScoringRequestOutput,
 )
-from managed_vllm.request.pending import RequestStats
+from managed_vllm.request.pending import JSONRequest, RequestStats
+from managed_vllm.request.pooling_groups import Pooled, Pooling, pooled
 from managed_vllm.request.pooling_params import pooling_fields
 from managed_vllm.request.prompts import as_prompts, as_score_inputs, prompt_fields, score_input
 
@@ -160,13 +163,14 @@ class AsyncPoolingMethods(AsyncRequests):
         if len(first) != len(second):
             raise BadRequestError(f"{len(first)} texts can't be paired with {len(second)}", field="data_1")
         deadline = deadline_of(timeout)
+        groups = self._grouped("/score", len(second), first[:1], deadline)
 
         async def one(index: int) -> ScoringRequestOutput:
             pair = {
                 "text_1": await score_input(first[index], "data_1"),
                 "text_2": await score_input(second[index], "data_2"),
             }
-            answer, stats = await self._asked("score", "/score", {**pair, **fields, **(extra_body or {})}, deadline)
+            answer, stats = await self._asked("score", "/score", {**pair, **fields, **(extra_body or {})}, groups)
             with checked_shape(answer):
                 return ScoringRequestOutput.of(answer, ScoringOutput(float(answer["data"][0]["score"])), stats)
 
@@ -188,23 +192,37 @@ class AsyncPoolingMethods(AsyncRequests):
         """One request for each prompt, whose response `read` makes into the output."""
         each, single = as_prompts(prompts)
         deadline = deadline_of(timeout_s)
+        groups = self._grouped(path, len(each), each[:1], deadline)
 
         async def one(index: int) -> T:
             asked, images = prompt_fields(each[index])
             if images is not None:
                 raise UnsupportedParameterError(f"{method}() takes texts and token ids", field="multi_modal_data")
-            answer, stats = await self._asked(method, path, {"input": asked["prompt"], **fields}, deadline)
+            answer, stats = await self._asked(method, path, {"input": asked["prompt"], **fields}, groups)
             with checked_shape(answer):
                 return read(answer, stats)
 
         return await self._batch(one, len(each), single, return_exceptions, use_tqdm, deadline=deadline)
 
+    def _grouped(self, path: str, count: int, first: Sequence[Any], deadline: float | None) -> Groups:
+        """The groups of a call, which has so many prompts of the kind of the `first`."""
+        size = size_for(count, self.sender.max_in_flight)
+        texts = bool(first) and isinstance(first[0], str)
+        return Groups(self.sender, Pooling(path, texts=texts), size, deadline, None)
+
     async def _asked(
-        self, method: str, path: str, body: dict[str, Any], deadline: float | None
+        self, method: str, path: str, body: dict[str, Any], groups: Groups
     ) -> tuple[Mapping[str, Any], RequestStats]:
-        """`_request`; a server without the route has a model for another task."""
+        """The answer to one request; a server without the route has a model for another task."""
+
+        async def alone(lost: Loss | None, on_loss: Callable[[], None] | None) -> tuple[Pooled, RequestStats]:
+            request = JSONRequest(path, body, "data")
+            stats = await self.sender.send(request, groups.deadline, lost=lost, on_loss=on_loss)
+            return pooled(request), stats
+
         try:
-            return await self._request(path, body, "data", deadline)
+            response, stats = await groups.answer(body, alone)
+            return response.answer, stats
         except ModelNotFoundError:
             raise
         except BadRequestError as error:

@@ -67,7 +67,7 @@ class _Completions:
     def joined(self, bodies: Sequence[Body]) -> dict[str, Any]:
         return with_what_is_told({**bodies[0], "prompt": [body["prompt"] for body in bodies]})
 
-    def split(self, data: bytes, bodies: Sequence[Body]) -> list[ParsedResponse]:
+    def split(self, data: bytes, bodies: Sequence[Body], headers: Mapping[str, str]) -> list[ParsedResponse]:
         parsed = parse(data)
         check_whole(parsed, chat=False)
         found, n = parsed.response, bodies[0].get("n") or 1

@@ -121,6 +121,7 @@ def take_response(
     if status != 200 and not request.optional:
         raise unexpected_error(status, data, connection, headers.get("Location"))
     try:
+        request.take_headers(headers)
         request.take_json(data if status == 200 else None)
     except MALFORMED as error:
         if not may_be_json(data):

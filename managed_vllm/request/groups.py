@@ -5,8 +5,8 @@ vLLM's routes take lists of prompts, and an HTTP request costs its API server mo
 
 1. Prompts that become ready in the same turn of the event loop wait for each other (`Groups.answer`).
 2. Until the server is known, one of them goes alone, as a scout: its answer shows whether the server tells of each
-   request what it can't tell of each prompt (`Shape.is_plain`): its times, its cached tokens. If the answer is lost, or
-   does not show it, those that have waited for it go alone, too.
+   request what it can't tell of each prompt (`Shape.is_plain`): its times, its cached tokens. If the answer is lost,
+   does not show it, or takes longer than `SCOUT_S`, those that have waited for it go alone, too.
 3. The others are divided into groups of at most `MOST`, small enough that there are `FEWEST` of them: so several
    servers, and several processes of one server, share them. A group counts as its size among the requests in flight.
 4. A group is sent once. If it is refused (4xx) or lost, each of its prompts goes on alone: refused, so that each gets
@@ -36,6 +36,9 @@ MOST_WORK = 1 << 15
 """The work in one group, at most, in tokens and logprobs, read and written: the API server writes a response in one go,
 and lets everything else wait meanwhile. About 100 ms."""
 
+SCOUT_S = 1.0
+"""Seconds that prompts wait for their scout, at most: once in the life of a client, as a rule."""
+
 Body = Mapping[str, Any]
 Answered = tuple[Any, RequestStats]
 """The response for one prompt, and how it was served."""
@@ -63,7 +66,7 @@ class Shape(Protocol):
     def joined(self, bodies: Sequence[Body]) -> dict[str, Any]:
         """One body for all."""
 
-    def split(self, data: bytes, bodies: Sequence[Body]) -> list[Any]:
+    def split(self, data: bytes, bodies: Sequence[Body], headers: Mapping[str, str]) -> list[Any]:
         """A response for each. Raises `ResponseLostError`, or a `ValueError` for another shape."""
 
     def is_plain(self, response: Any) -> bool | None:
@@ -85,7 +88,7 @@ class _GroupRequest(JSONRequest):
         self.parts: list[Any] = []
 
     def take_json(self, data: bytes | None) -> None:
-        self.parts = self._shape.split(data or b"", self._bodies)
+        self.parts = self._shape.split(data or b"", self._bodies, self.headers)
         self._answer = {}
 
 
@@ -157,15 +160,17 @@ class Groups:
         self._sender = sender
         self._shape = shape
         self._size = size
-        self._bounds = deadline, timeout_s
+        self.deadline = deadline
+        self._timeout_s = timeout_s
         self._ready: list[_Member] = []
         self._held: list[_Member] | None = None  # while a scout is out
+        self._patience: asyncio.TimerHandle | None = None
         self._refused = False
 
     async def answer(self, body: Body, alone: SendAlone) -> Answered:
         """The answer to one prompt, in a group if there is one for it, else by `alone`."""
         key = self._shape.key(body)
-        if key is None or self._refused:
+        if key is None or self._refused or self._size < 2:
             return await self._by_itself(alone, _Alone())
         member = _Member(body, key, self._shape.work(body))
         self._ready.append(member)
@@ -199,10 +204,11 @@ class Groups:
     def _divide(self) -> None:
         ready, self._ready = self._ready, []
         known = self._sender.takes_groups.get(self._shape.kind)
-        if known is None and self._sender.may_group and not self._refused:
-            if self._held is None:
-                self._held = []
-                ready.pop(0).settle(_Scout())
+        if known is None and self._patience is None and self._sender.may_group and not self._refused:
+            self._held = []
+            self._patience = asyncio.get_running_loop().call_later(SCOUT_S, self._end_scouting)
+            ready.pop(0).settle(_Scout())
+        if self._held is not None:
             self._held += ready
             return
         grouped = known and self._sender.may_group and not self._refused
@@ -210,11 +216,10 @@ class Groups:
             members[0].settle(_Lead(_Group(members)) if len(members) > 1 else _Alone())
 
     def _end_scouting(self) -> None:
-        held, self._held = self._held or [], None
-        if self._shape.kind not in self._sender.takes_groups:
-            for member in held:
-                member.settle(_Alone())
-        elif held:
+        held, self._held = self._held, None
+        assert self._patience is not None
+        self._patience.cancel()
+        if held:
             self._ready = held + self._ready
             self._divide()
 
@@ -251,7 +256,7 @@ class Groups:
         request = _GroupRequest(self._shape, [member.body for member in group.members])
         count = len(group.members)
         try:
-            stats = await self._sender.send_group(request, count, *self._bounds)
+            stats = await self._sender.send_group(request, count, self.deadline, self._timeout_s)
         except GroupLostError as error:
             status = error.loss.error.status
             self._refused = self._refused or status in _REFUSED

@@ -80,6 +80,9 @@ class PendingRequest(Protocol):
         Raises `ResponseLostError`, or what `responses.MALFORMED` lists, for what is no answer.
         """
 
+    def take_headers(self, headers: Mapping[str, str]) -> None:
+        """Takes the headers of a whole response, before the response itself."""
+
     def feed(self, event: bytes) -> None:
         """Takes one event of a stream. Raises `ResponseLostError`."""
 
@@ -101,6 +104,7 @@ class JSONRequest:
         self._request = HTTPRequest("GET" if body is None else "POST", path, body)
         self._keys = keys
         self._answer: dict[str, Any] | None = None
+        self.headers: Mapping[str, str] = {}
 
     @property
     def complete(self) -> bool:
@@ -122,6 +126,9 @@ class JSONRequest:
         if not isinstance(answer, dict) or any(key not in answer for key in self._keys):
             raise ValueError(f"no {', '.join(self._keys)} in it")
         self._answer = answer
+
+    def take_headers(self, headers: Mapping[str, str]) -> None:
+        self.headers = headers
 
     def feed(self, event: bytes) -> None:
         raise ResponseLostError("a stream in place of a whole response")

@@ -289,6 +289,9 @@ class Generation:
         else:
             self._take_answer(parse(data))
 
+    def take_headers(self, headers: Mapping[str, str]) -> None:
+        """There is nothing in them."""
+
     def take(self, response: Mapping[str, Any] | None) -> None:
         """As `take_json`, decoded."""
         if self._asked_for == "text":

@@ -35,8 +35,8 @@ class Refusal:
     message: str
 
 
-Tells = Literal["cached tokens", "cached tokens of each", "times"]
-"""What a server may tell: `--enable-prompt-tokens-details`, also with our patch; `--enable-per-request-metrics`."""
+Tells = Literal["cached tokens", "cached tokens of each", "tokens of each", "times"]
+"""What a server may tell: `--enable-prompt-tokens-details`, `--enable-per-request-metrics`; of each: with our patch."""
 Answer = Callable[[list[dict[str, Any]]], "str | Refusal | Mapping[str, Any] | Awaitable[str | Refusal]"]
 """From the messages: the text, an error, or a whole message (`{"content": …, "tool_calls": […]}`)."""
 
@@ -118,6 +118,8 @@ class ActingServer:
         app = web.Application(client_max_size=2**30)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)
+        for path in ("/v1/embeddings", "/classify", "/score", "/pooling"):
+            app.router.add_post(path, self._pooled)
         app.router.add_get("/v1/models", self._models)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -168,6 +170,25 @@ class ActingServer:
     async def _said_to(self, prompt: str | list[int]) -> Any:
         said = self.answer([{"role": "user", "content": text_of_prompt(prompt)}])
         return await said if isinstance(said, Awaitable) else said
+
+    async def _pooled(self, request: web.Request) -> web.Response:
+        """The texts' lengths for vectors and scores, whichever route it is."""
+        body = await request.json()
+        self.requests.append(body)
+        prompts = prompts_of(body)
+        said = await asyncio.gather(*map(self._said_to, prompts))
+        for refusal in said:
+            if isinstance(refusal, Refusal):
+                return self._refuse_or_hang_up(request, refusal)
+        data = []
+        for index, text in enumerate(said):
+            values = [float(len(text)), float(sum(text.encode()))]
+            data.append({"index": index, "embedding": values, "data": values, "probs": values, "score": values[1]})
+        counts = [len(text_of_prompt(prompt).encode()) for prompt in prompts]
+        usage = {"prompt_tokens": sum(counts), "total_tokens": sum(counts), "completion_tokens": 0}
+        answer = {"id": f"embd-{uuid.uuid4().hex}", "data": data, "usage": usage}
+        told = {"X-Prompt-Tokens": ",".join(map(str, counts))} if self._tells == "tokens of each" else {}
+        return web.json_response(answer, headers=told)
 
     def _refuse_or_hang_up(self, request: web.Request, refusal: Refusal) -> web.Response:
         if not refusal.status and request.transport is not None:
@@ -234,8 +255,11 @@ class ActingServer:
 
 
 def prompts_of(body: Mapping[str, Any]) -> list[Any]:
-    """The prompts of a completion's body: texts, or lists of ids."""
-    prompt = body["prompt"]
+    """The prompts of a body: texts, or lists of ids; pairs are joined."""
+    if "text_1" in body:
+        pair = [[body[name]] if isinstance(body[name], str) else body[name] for name in ("text_1", "text_2")]
+        return [one + other for one, other in zip(*pair, strict=True)]
+    prompt = body.get("prompt", body.get("input"))
     return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
 
 

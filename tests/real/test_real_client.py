@@ -69,7 +69,7 @@ def spaces(llm: ManagedVLLM) -> dict[str, float]:
 )
 def test_prompts_that_go_together_are_answered_as_each_by_itself(llm: ManagedVLLM, params: dict[str, Any]) -> None:
     prompts: list[Any] = [[30 + number, 31, 32] for number in range(24)]
-    prompts += ["Screen:", "OK", "a longer text than the others", [10**6], "Status: " * 4000, "x", "y", "z"]
+    prompts += ["Screen:", "OK", "a longer text than the others", [10**6], [5] * 5000, "x", "y", "z"]
     given = {"max_tokens": 12, **params}
     llm.generate("x", given)  # so that the server is known
     together = llm.generate(prompts, given, return_exceptions=True)

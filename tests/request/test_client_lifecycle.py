@@ -351,7 +351,7 @@ def test_500_requests_that_wait_for_one_server_use_one_thread(server: ByPrompt) 
 
     async def main() -> None:
         client = AsyncVLLMClient(connection=connection, retry=QUICK)
-        asking = asyncio.create_task(client.generate([str(i) for i in range(500)], SHORT))
+        asking = asyncio.create_task(client.generate([str(i) for i in range(500)], {"max_tokens": 200}))
         await until(lambda: calls, "somebody waits")
         await asyncio.sleep(0.1)
         assert threads() == 1

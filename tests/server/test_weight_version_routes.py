@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import pytest
 
-from managed_vllm.in_server import managed_vllm_cached_tokens as cached_tokens
 from managed_vllm.in_server import managed_vllm_weight_versions as versions
 
 SPAN = {"version": "v2", "start": 0, "end": 2}
@@ -148,26 +147,3 @@ def test_it_is_installed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     make_vllm(monkeypatch)
     assert versions.install() is None
     assert "is not what we know" in str(versions.install())
-
-
-# -- cached tokens -----------------------------------------------------------------------------------------------------
-
-
-def test_each_choice_tells_what_of_its_prompt_was_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, completion = make_vllm(monkeypatch)
-    assert versions.install() is None
-    assert cached_tokens.install() is None  # around the other patch
-    assert "wrapped before" in str(cached_tokens.install())
-    batch = [SimpleNamespace(outputs=[Output(weight_versions=None)] * 2, num_cached_tokens=number) for number in (3, 0)]
-    made = completion()
-    assert not hasattr(made.request_output_to_completion_response(batch, Request()).choices[0], "cached_tokens")
-    made.enable_prompt_tokens_details = True
-    choices = made.request_output_to_completion_response(batch, Request()).choices
-    assert [choice.cached_tokens for choice in choices] == [3, 3, 0, 0]
-
-
-def test_what_is_not_as_we_know_it_tells_no_cached_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "not what we know" in str(cached_tokens.install())
-    _, completion = make_vllm(monkeypatch)
-    completion.request_output_to_completion_response = lambda self, results: None
-    assert "takes (self, results)" in str(cached_tokens.install())
