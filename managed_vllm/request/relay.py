@@ -69,6 +69,9 @@ class RelayedGeneration:
     def next(self) -> HTTPRequest:
         return self._request
 
+    def take_headers(self, headers: Mapping[str, str]) -> None:
+        """They are not passed on."""
+
     def take_json(self, data: bytes | None) -> None:
         choices = msgspec.json.decode(data or b"")["choices"]
         _raise_if_aborted(choices)
