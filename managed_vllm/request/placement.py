@@ -108,8 +108,8 @@ class Undecided:
         if several is not None:  # else another request was here first
             self._placement = several() or self._placement
 
-    def leave(self, endpoint: Endpoint) -> None:
-        self._placement.leave(endpoint)
+    def leave(self, endpoint: Endpoint, size: int = 1) -> None:
+        self._placement.leave(endpoint, size)
 
     def is_over(self, lost: Endpoint, now: Endpoint) -> bool:
         return self._placement.is_over(lost, now)

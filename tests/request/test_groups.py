@@ -347,6 +347,9 @@ class _TwoServers:
 
     up = every
 
+    def working(self, among: Any) -> Any:
+        return among
+
     async def look(self, endpoint: Any) -> None:
         pass
 
