@@ -40,6 +40,7 @@
         ServerDiedError (ConnectionError)
           DeadlyRequestError
         RequestTimeoutError (TimeoutError)
+        CassetteMissError (LookupError)
       UnsupportedMethodError (AttributeError)
       EnvironmentFailedError
         EnvironmentTimeoutError (TimeoutError)
@@ -49,6 +50,8 @@
       ActionParseError (ValueError)
       RunStoreError
       ExportError (ValueError)
+      CassetteError
+        CassetteMismatchError
 
 Each error says what happened, to which server, where its log is and what to do next, and carries the same facts as
 attributes so that a program can decide too. Errors cross process boundaries (the control channel, multiprocessing,
@@ -469,6 +472,10 @@ class RequestTimeoutError(RequestError, TimeoutError):
     """The caller's time ran out before the answer came."""
 
 
+class CassetteMissError(RequestError, LookupError):
+    """A test asks what its cassette has no answer for. The message has the nearest recorded request, as a diff."""
+
+
 class UnsupportedMethodError(ManagedVLLMError, AttributeError):
     """A method or attribute of `vllm.LLM` (`method`) that a server can't give, with the reason and what to use instead.
 
@@ -553,3 +560,22 @@ class RunStoreError(ManagedVLLMError):
 
 class ExportError(ManagedVLLMError, ValueError):
     """A run can't be exported as asked: exact token ids or logprobs are missing, or the format can't hold it."""
+
+
+# -- cassettes ---------------------------------------------------------------------------------------------------------
+
+
+class CassetteError(ManagedVLLMError):
+    """A cassette can't be used: it is missing, damaged, of a later version, or can't be written. `path` names it."""
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class CassetteMismatchError(CassetteError):
+    """A cassette was recorded with another model server; `differences` says in words what differs."""
+
+    def __init__(self, message: str, *, path: str, differences: tuple[str, ...] = ()) -> None:
+        super().__init__(message, path=path)
+        self.differences = differences

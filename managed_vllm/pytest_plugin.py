@@ -7,22 +7,26 @@ What must hold:
 2. Workers of pytest-xdist and other runs on the machine share a server by asking for the same one. Each session holds a
    lease of its own until it ends, so that none takes the server away from another.
 3. If the server fails to start, every test that uses it fails, with a short message; the session does not try again.
-4. Each setting is taken from the nearest place that has it: the test's marker, its class's, its module's, the command
+4. With a cassette (`managed_vllm.cassettes`) tests talk to that: it plays what was recorded, or records.
+5. Each setting is taken from the nearest place that has it: the test's marker, its class's, its module's, the command
    line, the ini file. Engine arguments and environment variables are merged name by name; None removes one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 if TYPE_CHECKING:
+    from managed_vllm.cassettes.server import CassetteServer
     from managed_vllm.session import ManagedVLLM
 
 NAME: Final = "managed_vllm"
@@ -46,10 +50,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--managed-vllm-args", metavar="FLAGS", help="vLLM's flags in one word: '--max-model-len 512'")
     group.addoption("--managed-vllm-url", metavar="URL", help="use this server, which somebody else runs")
     group.addoption("--managed-vllm-keep-alive", metavar="SECONDS", help="how long the server outlives its last user")
+    group.addoption("--managed-vllm-record", metavar="PATH", help="record what the server answers into this cassette")
+    group.addoption(
+        "--managed-vllm-record-mode",
+        choices=("none", "once", "new_episodes", "all"),
+        help="none: play the cassette; once: record one that is not there; new_episodes: record what it has not; "
+        "all: record everything",
+    )
     parser.addini("managed_vllm_model", "model of the managed_vllm fixture; default 'demo'")
     parser.addini("managed_vllm_args", "vLLM's flags, on one line")
     parser.addini("managed_vllm_env", "environment of the server, a NAME=VALUE a line", type="linelist")
     parser.addini("managed_vllm_command", "another command that starts an OpenAI-compatible server; see ManagedVLLM")
+    parser.addini("managed_vllm_cassette", "what was recorded: played in place of a server where the file exists")
     parser.addini("managed_vllm_keep_alive", "seconds that the server outlives its last user")
     parser.addini("managed_vllm_startup_timeout", "seconds until a start has failed in any case")
 
@@ -57,6 +69,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Makes the marker known, so that `--strict-markers` takes it."""
     config.addinivalue_line("markers", _MARKER)
+    config.stash[_CASSETTES] = _Cassettes()
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -67,6 +80,17 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     flags = [config.getini("managed_vllm_args"), config.getoption("--managed-vllm-args")]
     words = [url or _configured_model(config) or DEFAULT_MODEL, *(line for line in flags if line and not url)]
     return f"managed_vllm: {' '.join(words)}"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Tells the cassettes which test asks."""
+    cassettes = item.config.stash[_CASSETTES]
+    cassettes.begin(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        cassettes.begin("")
 
 
 # -- the marker --------------------------------------------------------------------------------------------------------
@@ -114,6 +138,26 @@ def _managed_vllm_servers(pytestconfig: pytest.Config) -> Iterator[_Servers]:
         yield _Servers(pytestconfig, leases)
 
 
+class _Cassettes:
+    """The cassettes that are used in this session, and the test that runs."""
+
+    def __init__(self) -> None:
+        self._test = ""
+        self._servers: list[CassetteServer] = []
+
+    def add(self, server: CassetteServer) -> None:
+        server.begin(self._test)
+        self._servers.append(server)
+
+    def begin(self, test: str) -> None:
+        self._test = test
+        for server in self._servers:
+            server.begin(test)
+
+
+_CASSETTES: Final = pytest.StashKey[_Cassettes]()
+
+
 class _Servers:
     """The servers used in this session, each entered once and held until the end; failures are kept as well.
 
@@ -141,9 +185,35 @@ class _Servers:
         from managed_vllm.session import ManagedVLLM
 
         try:
-            return self._leases.enter_context(ManagedVLLM(**_arguments(self._config, marked)))
+            arguments = _arguments(self._config, marked)
+            cassette = _cassette(self._config)
+            if cassette is not None:
+                return self._on_record(arguments, *cassette)
+            return self._leases.enter_context(ManagedVLLM(**arguments))
         except ManagedVLLMError as error:
             return f"{type(error).__name__}: {error}"
+
+    def _on_record(self, arguments: dict[str, Any], path: Path, mode: Any) -> ManagedVLLM:
+        """A handle of the cassette, which has the place of a server by URL, whether it plays or records."""
+        from managed_vllm.cassettes.cassette import Server
+        from managed_vllm.cassettes.server import CassetteServer
+        from managed_vllm.session import ManagedVLLM
+
+        def upstream() -> tuple[Any, str]:
+            llm = self._leases.enter_context(ManagedVLLM(**arguments))
+            return llm.async_client, llm.api_key
+
+        by_url = _is_external(arguments)
+        ours = set(inspect.signature(ManagedVLLM).parameters) - {"for_training"}
+        asked = Server.asked_for(arguments, not_engine=ours, by_url=by_url)
+        server = CassetteServer(path, mode, asked, upstream)
+        self._config.stash[_CASSETTES].add(server)
+        server.start()
+        self._leases.callback(server.close)
+        model = arguments.get("model") if by_url else None
+        return self._leases.enter_context(
+            ManagedVLLM(model, base_url=server.base_url, api_key=server.api_key, progress=False)
+        )
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
@@ -174,6 +244,25 @@ def _arguments(config: pytest.Config, marked: Mapping[str, Any]) -> dict[str, An
     if "model" not in arguments and not _is_external(arguments):
         arguments["model"] = DEFAULT_MODEL  # an external server need not serve the demo
     return arguments
+
+
+def _cassette(config: pytest.Config) -> tuple[Path, str] | None:
+    """Which cassette is used, and how; None: a server is. Raises `ConfigError`."""
+    from managed_vllm.errors import ConfigError
+
+    record, mode = config.getoption("--managed-vllm-record"), config.getoption("--managed-vllm-record-mode")
+    if record:
+        return config.invocation_params.dir / record, mode or "all"
+    known = config.getini("managed_vllm_cassette")
+    if known:
+        path = config.rootpath / known
+        return (path, mode or "none") if mode or path.exists() else None
+    if mode:
+        raise ConfigError(
+            "--managed-vllm-record-mode needs a cassette: the setting managed_vllm_cassette, or --managed-vllm-record",
+            field="--managed-vllm-record-mode",
+        )
+    return None
 
 
 def _configured_model(config: pytest.Config) -> str | None:

@@ -14,6 +14,7 @@ from yarl import URL
 from managed_vllm.errors import (
     AuthenticationError,
     BadRequestError,
+    CassetteMissError,
     ContextLengthError,
     ModelNotFoundError,
     RequestError,
@@ -34,6 +35,8 @@ _MAX_TOKENS = re.compile(
     r"requested (\d+) output tokens|max(?:_completion|_output)?_tokens'? ?(?:is too large: |=)(\d+)"
     r"|(\d+) in the completion"
 )
+NOT_RECORDED = 477
+"""The HTTP status with which a cassette says that it has no answer (`cassettes.server`). No server says it."""
 _NO_ROOM = "max_tokens must be at least 1, got 0"
 """What vLLM says of a prompt that leaves no room for a single token, whatever `max_tokens` was asked for."""
 
@@ -43,6 +46,8 @@ def error_for_status(
 ) -> RequestError:
     """The error for HTTP 4xx to a request. vLLM's messages are those of `renderers/params.py` and `v1/engine`."""
     body = body or {}
+    if status == NOT_RECORDED:
+        return CassetteMissError(message, status=status)
     said = f"HTTP {status}: {message}"
     if status in (401, 403):
         return AuthenticationError(said, base_url=connection.base_url, status=status)

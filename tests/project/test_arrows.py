@@ -55,7 +55,8 @@ ALLOWED: dict[str, set[str]] = {
         "in_server",
         "doctor",
     },
-    "pytest_plugin": VALUES | {"session", "instance", "config", "engine_arguments"},
+    "cassettes": VALUES | {"client", "request", "loopback"},
+    "pytest_plugin": VALUES | {"cassettes", "session", "instance", "config", "engine_arguments"},
 }
 UPWARD: set[tuple[str, str]] = set()
 """Arrows that lead up all the same: at most two, each with its reason."""
