@@ -1,6 +1,6 @@
 """GRPO on the embedded desktop: a model that errs learns from its rewards alone, in minutes, on a CPU.
 
-1. The demo model is spoilt: some steps of supervised learning on answers half of which are wrong.
+1. The demo model is spoilt: some steps of supervised learning on answers most of which are wrong.
 2. vLLM serves it. Groups of rollouts of one task are played, all at their own pace, and recorded with exact token ids
    and logprobs.
 3. Each batch of groups makes one step of GRPO, in a page of plain torch, and one checkpoint, which the running server
@@ -216,7 +216,7 @@ class Step:
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        made = " and ".join(f"{count} by {version}" for version, count in sorted(self.answers.items()))
+        made = " and ".join(f"{count} by {version}" for version, count in self.answers.items())
         apart = "" if self.apart is None else f", logprobs within {self.apart:.0e}"
         rate = f"success {self.success:4.0%}, {self.mixed:2} mixed groups"
         return f"{self.seconds:4.0f} s {self.version:8} {rate}, {made}{apart}"
@@ -319,7 +319,7 @@ def run(seed: int, folder: Path, recipe: Recipe) -> Result:
     folder.mkdir(parents=True)
     weak = spoil(folder / "weak", recipe, seed)
     unseen = desktop_tasks(recipe.unseen_tasks, seed=1_000_000)
-    # A server of its own: others may use the demo model's.
+    # A server of its own, since others may use the demo model's; in fp32, so that it computes what the learner does.
     small: dict[str, Any] = {**demo.engine_defaults(), "env": demo.environment_defaults(), "dtype": "float32"}
     with ManagedVLLM(weak, keep_alive=0, **small) as llm:
         before = success(llm, folder / "before", unseen)
@@ -338,7 +338,7 @@ def result_of(folder: Path) -> Result:
 
 
 def curve(results: Sequence[Result]) -> str:
-    """An SVG: success of the rollouts of each step, a line a seed; dots for unseen tasks, before and after."""
+    """An SVG: a line a seed for the rollouts of each step, and its dots for the unseen tasks before and after."""
     width, height, left, top, inner = 720, 320, 56, 24, 240
     steps = max(len(one.steps) for one in results)
 
