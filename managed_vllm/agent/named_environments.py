@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from managed_vllm.agent.environment import Environment
+from managed_vllm.agent.environments.osworld_tasks import is_osworld_list, osworld_tasks
 from managed_vllm.agent.format import AgentFormat, embedded, json_actions, tool_calls, ui_tars
 from managed_vllm.agent.model_formats import (
     autoglm,
@@ -104,7 +105,8 @@ def _imported(module: str, name: str) -> Callable[[], Environment]:
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """Tasks from a file: JSON lines, or one JSON list, of instructions or of objects with an `id` (see `as_task`).
+    """Tasks from a file: JSON lines, or one JSON list, of instructions or of objects with an `id` (see `as_task`); or a
+    list of OSWorld's, `test_all.json` say (see `osworld_tasks`).
 
     Raises `ConfigError` that names the line.
     """
@@ -112,6 +114,8 @@ def read_tasks(path: Path) -> list[Task]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the tasks in {path} can't be read: {error}", field="tasks") from error
+    if path.suffix == ".json" and is_osworld_list(_json_or_none(text)):
+        return osworld_tasks(path)
     if text.lstrip().startswith("["):
         try:
             return [as_task(given) for given in json.loads(text)]
@@ -125,3 +129,10 @@ def read_tasks(path: Path) -> list[Task]:
             except ValueError as error:
                 raise ConfigError(f"{path}, line {number}: {error}", field="tasks") from error
     return found
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # JSON lines
+        return None

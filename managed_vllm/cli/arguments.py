@@ -232,14 +232,14 @@ def build_parser() -> argparse.ArgumentParser:
     export = command(
         "export",
         "managed_vllm.cli.runs:export",
-        "write a recorded run in the format of a trainer: verl, SkyRL; or as ATIF",
+        "write a recorded run in the format of a trainer: verl, SkyRL; as ATIF; or as OSWorld's own results",
         "managed-vllm export runs/monday --to verl --out data/monday",
         "managed-vllm export runs/monday --to atif --include all --out shared/monday",
         more="\nToken ids and logprobs are the server's own; what is left out is counted. The folder is there whole, "
         "or not at all.",
     )
     export.add_argument("folder", metavar="RUN", help="the run's folder")
-    export.add_argument("--to", required=True, choices=("verl", "skyrl", "atif", "dart"), help="the format")
+    export.add_argument("--to", required=True, choices=("verl", "skyrl", "atif", "dart", "osworld"), help="the format")
     export.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there yet, or empty")
     export.add_argument(
         "--per", choices=("step", "trajectory"), default="step", help="what is a sample, not for atif (step)"
@@ -253,7 +253,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--include",
         choices=("rewarded", "ok", "all"),
         default="rewarded",
-        help="attempts that are ok and have a reward; also those without; also failed ones, atif only (rewarded)",
+        help="attempts that are ok and have a reward; also those without; also failed ones, for atif, dart, osworld "
+        "(rewarded)",
     )
 
     demo = command(
@@ -327,7 +328,12 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="desktop, miniwob:TASK or package.module:function",
     )
-    what.add_argument("--tasks", required=True, metavar="N|FILE", help="how many, or a file of tasks (JSON lines)")
+    what.add_argument(
+        "--tasks",
+        required=True,
+        metavar="N|FILE",
+        help="how many, or a file of tasks (JSON lines; OSWorld's test_all.json)",
+    )
     what.add_argument("--n", type=_positive, default=1, metavar="N", help="rollouts a task (1)")
     what.add_argument("--out", required=True, metavar="RUN", help="the run's folder; one that is there is gone on with")
     what.add_argument("--seed", type=int, default=0, help="of the tasks (0)")

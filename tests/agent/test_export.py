@@ -519,7 +519,7 @@ def test_missing_or_wrong_numbers_are_an_error_and_not_made_up_for(
 
 def test_a_reward_that_is_no_number_is_an_error(store: RunStore, out: Path) -> None:
     put(store, reward=math.nan)
-    for to in ("verl", "skyrl", "atif"):
+    for to in ("verl", "skyrl", "atif", "osworld"):
         with pytest.raises(ExportError, match="its reward is nan"):
             export(store, to, out)
 
@@ -540,7 +540,7 @@ def test_a_missing_image_is_an_error_with_its_path(store: RunStore, out: Path) -
         ({"to": "csv"}, "to='csv' is not known; it may be verl, skyrl, atif"),
         ({"to": "verl", "per": "token"}, "per='token' is not known"),
         ({"to": "verl", "include": "some"}, "include='some' is not known"),
-        ({"to": "verl", "include": "all"}, "only ATIF and dart take them"),
+        ({"to": "verl", "include": "all"}, "only ATIF, dart and osworld take them"),
         ({"to": "skyrl", "include": "ok"}, "wants a reward"),
         ({"to": "atif", "per": "trajectory"}, "means nothing there"),
     ],

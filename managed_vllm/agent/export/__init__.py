@@ -1,4 +1,4 @@
-"""Runs in the formats of trainers and viewers: verl, SkyRL, ATIF, dart-gui.
+"""Runs in the formats of trainers, viewers and benchmarks: verl, SkyRL, ATIF, dart-gui, OSWorld.
 
 `export` writes a folder: `samples.jsonl` or one file a trajectory, `images/`, and `export.json`, which says what is in
 it. `load_verl` and `load_skyrl` read it as the trainer wants it; `samples_of` is for one in the same process, which has
@@ -33,6 +33,7 @@ from managed_vllm.agent.export.atif import AtifWriter
 from managed_vllm.agent.export.dart import DartWriter
 from managed_vllm.agent.export.image_files import ExportedImages
 from managed_vllm.agent.export.lines import ABOUT, LinesWriter
+from managed_vllm.agent.export.osworld import OSWorldWriter
 from managed_vllm.agent.export.samples import Per, Sample, samples_of
 from managed_vllm.agent.export.skyrl import TrajectoryID, load_skyrl
 from managed_vllm.agent.export.verl import load_verl
@@ -55,8 +56,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-Format = Literal["verl", "skyrl", "atif", "dart"]
-_ANY = ("atif", "dart")
+Format = Literal["verl", "skyrl", "atif", "dart", "osworld"]
+_ANY = ("atif", "dart", "osworld")
 """Formats that hold attempts which no trainer may have: failed ones, and those whose ids are not exact. They say so."""
 
 Include = Literal["rewarded", "ok", "all"]
@@ -116,7 +117,8 @@ def export(
         store: the run.
         to: `verl`: one `AgentLoopOutput` a line, to be read by `load_verl`; `skyrl`: the rows of a `GeneratorOutput`,
             to be read by `load_skyrl`; `atif`: one ATIF 1.7 document a trajectory, with its images beside it; `dart`:
-            one folder a trajectory, as dart-gui's agent loop leaves it.
+            one folder a trajectory, as dart-gui's agent loop leaves it; `osworld`: the same as OSWorld's runner leaves
+            it, for its `show_result.py`.
         out: the folder; must not be there, or be empty. Images are hard links to the run's files where that can be.
         per: `step`: each answer is a sample, with the prompt that it was given: right for every builder of messages.
             `trajectory`: as few samples as can be: answers are joined as long as each prompt begins, token for token,
@@ -125,7 +127,7 @@ def export(
         logprobs: True: they must be there; False: they are left out; None: they must be there for a trainer, for ATIF
             they are given where they are.
         include: `rewarded`: attempts that are ok and have a reward; `ok`: also those without (verl: the trainer must
-            make them; not for SkyRL); `all`: also failed ones (ATIF only).
+            make them; not for SkyRL); `all`: also failed ones (ATIF, dart, OSWorld).
         choose: further, by the index; False leaves a rollout out.
 
     Raises `ExportError`: as above, or `out` can't be written. Then there is no folder.
@@ -160,7 +162,7 @@ def _check(to: str, per: str, include: str) -> None:
             raise ExportError(f"{name}={value!r} is not known; it may be {', '.join(get_args(known))}")
     if include == "all" and to not in _ANY:
         raise ExportError(
-            f"include='all' has failed attempts in it, which {to} would train on; only ATIF and dart take them"
+            f"include='all' has failed attempts in it, which {to} would train on; only ATIF, dart and osworld take them"
         )
     if include == "ok" and to == "skyrl":
         raise ExportError("SkyRL wants a reward for each sample: include='ok' can't be exported for it")
@@ -171,6 +173,9 @@ def _check(to: str, per: str, include: str) -> None:
 def _writer(store: RunStore, to: str, folder: Path, per: Per, logprobs: bool | None) -> _Writer:
     if to == "dart":
         return DartWriter(folder, store.images)
+    if to == "osworld":
+        model = store.config.get("model")
+        return OSWorldWriter(folder, store.images, model if isinstance(model, str) else None)
     images = ExportedImages(store.images, folder)
     if to != "atif":
         return LinesWriter(folder, images, per, logprobs is not False, (verl if to == "verl" else skyrl).line_of)
@@ -206,7 +211,7 @@ def _check_exact(entry: AttemptEntry, to: str) -> None:
     if to not in _ANY and not entry.exact:
         raise ExportError(
             f"{entry.task_id}, rollout {entry.rollout}, was played with exact=False: its token ids and logprobs are "
-            f"not those that were sampled, and {to} would train on them; only ATIF and dart take it"
+            f"not those that were sampled, and {to} would train on them; only ATIF, dart and osworld take it"
         )
 
 

@@ -68,7 +68,7 @@ def write_dart_folder(trajectory: Trajectory, images: ImageStore, folder: Path) 
     numbered = _Numbered()
     messages = [numbered.message(message) for message in conversation_of(trajectory)]
     for number, ref in enumerate(numbered.refs, 1):
-        _write_png(images, ref, folder / f"image_{number:04}.png")
+        write_png(images, ref, folder / f"image_{number:04}.png")
     _write_json(folder / "task_config.json", dict(trajectory.task.data))
     _write_json(folder / "timestamp_info.json", _timestamps(trajectory))
     if trajectory.failure is not None or trajectory.reward is None:
@@ -139,7 +139,8 @@ class _Numbered:
         return part
 
 
-def _write_png(images: ImageStore, ref: ImageRef, target: Path) -> None:
+def write_png(images: ImageStore, ref: ImageRef, target: Path) -> None:
+    """An image as a PNG file: a link to the run's if that can be. Raises `ExportError`, `RunStoreError`, `OSError`."""
     data = images.read(ref)  # what is exported is what was sent
     target.unlink(missing_ok=True)
     if ref.mime != "image/png":
