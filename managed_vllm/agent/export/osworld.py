@@ -7,9 +7,9 @@
 
     python show_result.py --result_dir OUT --model MODEL        # of OSWorld
 
-OSWorld plays each task once: of a group, the first rollout is there, the others are in `rollout-1`, `rollout-2`, …,
-each a `--result_dir` of its own. The domain is `Task.data["domain"]` (`osworld_tasks`), else its `snapshot`, else `other`.
-With accessibility trees `screenshot` is `screenshot_a11y_tree`, or `a11y_tree` where there was nothing else.
+OSWorld plays each task once: of a group, the first rollout is there; the others are in `rollout-1`, `rollout-2`, …,
+each a `--result_dir` of its own. The domain is `Task.data["domain"]` (`osworld_tasks`), else its `snapshot`, else
+`other`. With accessibility trees `screenshot` is `screenshot_a11y_tree`, or `a11y_tree` where nothing else was seen.
 
 An attempt that failed has no `result.txt`, so that it counts as not played, and a line `{"Error": …}`, as there. Unlike
 there, an answer that is no action has a line, too (`"action": ""`, with its `parse_error`); a run has one screenshot a
