@@ -61,7 +61,8 @@ from managed_vllm.errors import RunStoreError
 log = logging.getLogger(__name__)
 
 _REFRESH_S = 0.5
-"""Between two looks for what other writers have finished."""
+"""Between two looks for what other writers have finished, at least; and 20 times as long as such a look takes, which
+asks for the log of each of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,8 +456,10 @@ class RunStore:
                 return Claim.OURS, found
             claim = self.claims.take(key)
             if claim is Claim.INHERITED or (claim is not Claim.OURS and time.monotonic() > self._next_refresh):
+                began = time.monotonic()
                 self._read_on()
-                self._next_refresh = time.monotonic() + _REFRESH_S
+                ended = time.monotonic()
+                self._next_refresh = ended + max(_REFRESH_S, 20 * (ended - began))
             found = self._index.standing(key)
             if claim is Claim.INHERITED and found is not None and found.ok:
                 self.claims.finished(key)
