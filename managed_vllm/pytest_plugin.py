@@ -211,9 +211,11 @@ class _Servers:
         server.start()
         self._leases.callback(server.close)
         model = arguments.get("model") if by_url else None
-        return self._leases.enter_context(
-            ManagedVLLM(model, base_url=server.base_url, api_key=server.api_key, progress=False)
-        )
+        llm = ManagedVLLM(model, base_url=server.base_url, api_key=server.api_key, progress=False)
+        self._leases.enter_context(llm)
+        # Which prompts go together depends on what was asked before, in other tests and within how much time.
+        llm.async_client.sender.one_by_one = True
+        return llm
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

@@ -119,6 +119,7 @@ class Sender:
             None where there is no supervisor. May block: called in a thread.
 
     Attributes:
+        one_by_one: whether each prompt must go by itself; set for a cassette, which knows only what was asked before.
         takes_groups: for the kinds of `groups.Shape`, whether the server takes groups, as far as is known.
     """
 
@@ -136,6 +137,7 @@ class Sender:
         self._deaths = Deaths(retry.max_deaths)
         self._report = report
         self._openapi: Mapping[str, Any] | None = None
+        self.one_by_one = False
         self.takes_groups: dict[str, bool] = {}
         self.max_in_flight = max_in_flight
         self._placement = placement
@@ -219,7 +221,7 @@ class Sender:
     @property
     def may_group(self) -> bool:
         """Whether requests may go together: not while deaths of the server are laid to some, nor with spans of each."""
-        return not self._deaths and not tracing.is_on()
+        return not (self.one_by_one or self._deaths or tracing.is_on())
 
     async def _send(
         self,

@@ -28,7 +28,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
             "managed_vllm_model = stand-in",
         ]
         suite.write(SUITE, *settings)
-        suite.run(f"--managed-vllm-record={CASSETTE}", passed=8)
+        suite.run(f"--managed-vllm-record={CASSETTE}", passed=9)
         yield suite
 
 
@@ -46,9 +46,14 @@ def test_what_was_recorded_is_played_without_a_server_and_without_vllm(suite: Su
     told = suite.answers()
     (suite.folder / "conftest.py").write_text(without_vllm())
     suite.answers_file.unlink()
-    suite.run(passed=8)
+    suite.run(passed=9)
     assert suite.answers() == told
     assert suite.count_starts() == 1
+
+
+def test_each_prompt_of_a_call_is_recorded_by_itself(recorded: Suite) -> None:
+    many = [line["request"]["body"]["prompt"] for line in recorded.lines() if "many" in line.get("test", "")]
+    assert sorted(many) == sorted(f"many {number}" for number in range(40))
 
 
 def test_recording_again_by_two_workers_leaves_each_test_its_own_interactions(suite: Suite) -> None:
@@ -62,7 +67,7 @@ def test_recording_again_by_two_workers_leaves_each_test_its_own_interactions(su
         ]
 
     before = asked()
-    suite.run(f"--managed-vllm-record={CASSETTE}", "-n", "2", passed=8)
+    suite.run(f"--managed-vllm-record={CASSETTE}", "-n", "2", passed=9)
     assert asked() == before
     tests = [line["test"] for line in suite.lines() if "test" in line]
     assert tests == sorted(tests)

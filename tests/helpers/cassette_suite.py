@@ -39,6 +39,10 @@ def test_batch_and_repetition(managed_vllm):
     outputs = managed_vllm.generate(["a", "b", "a"], {"max_tokens": 3, "logprobs": 0})
     note("batch", [told(output) for output in outputs])
 
+def test_many_prompts(managed_vllm):
+    outputs = managed_vllm.generate([f"many {number}" for number in range(40)], {"max_tokens": 2})
+    note("many", [told(output) for output in outputs])
+
 def test_stream(managed_vllm):
     async def parts():
         return [told(part) async for part in managed_vllm.async_client.stream("s", {"max_tokens": 5, "logprobs": 0})]
