@@ -4,9 +4,10 @@
     python benchmarks/replicas.py --requests 200    the same in short
 
 Half of the requests are our client's, by sessions of ten; the other half go through the router, by the OpenAI SDK as
-anybody else has it, with five retries. All are screens of the demo model, whose right answer is known. First it is
-measured, without faults, how many requests of a session stay on one replica; then, under load, how soon a killed one is
-back. Without `pip install managed-vllm[router]` the second half goes by `llm.openai`, which is said.
+anybody else has it, with five retries. All are screens of the demo model. First, without faults, each is asked for
+once: how many requests of a session stay on one replica, and what the model answers. Then the same under load and
+kills: right is the screen's right answer, or the one before, where the model errs; and how soon a killed one is back.
+Without `pip install managed-vllm[router]` the second half goes by `llm.openai`, which is said.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from managed_vllm import ManagedVLLM, RestartPolicy, RetryPolicy, ServerState, demo
+from managed_vllm import ManagedVLLM, RequestOutput, RestartPolicy, RetryPolicy, ServerState, demo
 from managed_vllm.errors import ConfigError
 
 THREADS = 8
 PER_SESSION = 10
+SCREENS = 400
 BACK_S = 3.0
 SHARE = 0.95
 
@@ -88,19 +90,22 @@ def all_serve(llm: ManagedVLLM) -> bool:
     return all(one.state is ServerState.READY for one in llm.status().replicas)
 
 
-def share_on_one_replica(llm: ManagedVLLM) -> float:
-    """Of 40 sessions of ten requests, four at a time."""
+def ask_once(llm: ManagedVLLM) -> tuple[float, list[str]]:
+    """Each of the screens, in sessions of ten: the share of a session on one replica, and the answers."""
 
-    def session(number: int) -> float:
-        rng = random.Random(number)
-        epochs = Counter(
-            llm.chat(demo.random_screen(rng).messages(), temperature=0, max_tokens=48, session_id=f"s{number}")[0].epoch
-            for _ in range(PER_SESSION)
-        )
-        return max(epochs.values()) / PER_SESSION
+    def session(first: int) -> list[RequestOutput]:
+        asked = [screen(number).messages() for number in range(first, first + PER_SESSION)]
+        return [llm.chat(one, temperature=0, max_tokens=48, session_id=f"s{first}")[0] for one in asked]
 
     with ThreadPoolExecutor(4) as threads:
-        return statistics.mean(threads.map(session, range(40)))
+        sessions = list(threads.map(session, range(0, SCREENS, PER_SESSION)))
+    shares = [max(Counter(one.epoch for one in outputs).values()) / PER_SESSION for outputs in sessions]
+    return statistics.mean(shares), [one.outputs[0].text for outputs in sessions for one in outputs]
+
+
+def screen(number: int) -> demo.Screen:
+    """The screen that a request is about."""
+    return demo.random_screen(random.Random(number % SCREENS))
 
 
 @contextlib.contextmanager
@@ -118,19 +123,21 @@ def others(llm: ManagedVLLM) -> Iterator[tuple[Any, bool]]:
             yield client, True
 
 
-def ask_all(llm: ManagedVLLM, sdk: Any, tally: Tally, count: int) -> None:
+def ask_all(llm: ManagedVLLM, sdk: Any, answers: list[str], tally: Tally, count: int) -> None:
     """Half of them by our client, half by the SDK."""
 
+    def is_right(number: int, text: str) -> bool:
+        return text == answers[number % SCREENS] or screen(number).is_right(text)
+
     def ours(number: int) -> bool:
-        screen = demo.random_screen(random.Random(number))
         session = f"load {number // PER_SESSION}"
-        output = llm.chat(screen.messages(), temperature=0, max_tokens=48, session_id=session)[0]
-        return screen.is_right(output.outputs[0].text)
+        output = llm.chat(screen(number).messages(), temperature=0, max_tokens=48, session_id=session)[0]
+        return is_right(number, output.outputs[0].text)
 
     def theirs(number: int) -> bool:
-        screen = demo.random_screen(random.Random(number))
-        made = sdk.chat.completions.create(model=llm.model, messages=screen.messages(), temperature=0, max_tokens=48)
-        return screen.is_right(made.choices[0].message.content)
+        asked: Any = screen(number).messages()
+        made = sdk.chat.completions.create(model=llm.model, messages=asked, temperature=0, max_tokens=48)
+        return is_right(number, made.choices[0].message.content)
 
     def one(number: int) -> None:
         way = theirs if number % 2 else ours
@@ -187,12 +194,12 @@ def main() -> int:
         ManagedVLLM("demo", replicas=2, keep_alive=0, restart=lasting, retry=RetryPolicy(max_deaths=9)) as llm,
         others(llm) as (sdk, routed),
     ):
-        share = share_on_one_replica(llm)
+        share, answers = ask_once(llm)
         tally, kills = Tally(), list[tuple[str, float]]()
         killer = threading.Thread(target=lambda: kills.extend(kill_all(llm, tally, count, routed)), daemon=True)
         began = time.monotonic()
         killer.start()
-        ask_all(llm, sdk, tally, count)
+        ask_all(llm, sdk, answers, tally, count)
         seconds = time.monotonic() - began
         killer.join(180)
         serving = {one.epoch for one in llm.generate(["Screen:"] * 8, max_tokens=1)}
