@@ -9,6 +9,7 @@ import json
 import string
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from acting_server import Refusal, acting
 from osworld_machine import FORM, SIZE, Machine
 from processes import HANG_S, eventually
 
-from managed_vllm.agent import Limits, Task, Trajectory, run_episode
+from managed_vllm.agent import Limits, RunStore, Task, Trajectory, run_episode
 from managed_vllm.agent.actions import Action, Button, Click, Direction, Drag, Hotkey, Move, Scroll, Type, smart_resize
 from managed_vllm.agent.environments.osworld import OSWorldEnvironment
+from managed_vllm.agent.environments.osworld_tasks import osworld_tasks
+from managed_vllm.agent.export import export
 
 pillow = pytest.importorskip("PIL.Image")
 MISSING = osworld_machine.missing()
@@ -98,11 +101,15 @@ def ink(screenshot: bytes | None) -> int:
 # -- episodes, by what a model says ------------------------------------------------------------------------------------
 
 
-def said(function: str, at: tuple[int, int]) -> str:
-    """In the words of UI-TARS, and in pixels of what it sees."""
+def box(at: tuple[int, int]) -> str:
+    """A point of the screen, in pixels of what a model of UI-TARS sees."""
     width, height = smart_resize(SIZE)
-    x, y = round(at[0] / SIZE[0] * width), round(at[1] / SIZE[1] * height)
-    return f"Thought: next\nAction: {function}(start_box='({x},{y})')"
+    return f"({round(at[0] / SIZE[0] * width)},{round(at[1] / SIZE[1] * height)})"
+
+
+def said(function: str, at: tuple[int, int], more: str = "") -> str:
+    """In the words of UI-TARS."""
+    return f"Thought: next\nAction: {function}(start_box='{box(at)}'{more})"
 
 
 def played(machine: Machine, folder: Path, task: Task, answers: list[str]) -> Trajectory:
@@ -150,6 +157,101 @@ def test_what_the_machine_can_not_do_fails_the_attempt_and_is_no_reward(machine:
     assert trajectory.reward is None
     assert "the machine could not execute Type" in str(trajectory.failure)
     assert "copy/paste mechanism" in str(trajectory.failure)
+
+
+# -- five tasks, played by an oracle -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """What the oracle says before `finished()`, and what is then to be in a file: all of it, or these lines."""
+
+    answers: tuple[str, ...]
+    saved: str | None = None
+    events: tuple[str, ...] = ()
+
+    def evaluator(self, folder: Path) -> dict[str, Any]:
+        file = folder / ("events" if self.saved is None else "saved")
+        right = {"expected": self.saved} if self.saved is not None else {"include": list(self.events)}
+        return {
+            "func": "check_include_exclude" if self.saved is None else "exact_match",
+            "result": {"type": "vm_command_line", "command": ["cat", str(file)]},
+            "expected": {"type": "rule", "rules": right},
+        }
+
+    def is_done(self, folder: Path) -> bool:
+        """Whether the app has taken note of it all: it does so when it comes to it."""
+        if self.saved is not None:
+            return (folder / "saved").exists()
+        noted = (folder / "events").read_text() if (folder / "events").exists() else ""
+        return all(event in noted for event in self.events)
+
+
+def typed(text: str) -> str:
+    return f"Action: type(content={text!r})"
+
+
+def pressed(keys: str) -> str:
+    return f"Action: hotkey(key={keys!r})"
+
+
+WRITING = said("click", FIELD)
+SAVING = said("click", SAVE)
+FIVE = {
+    "write-two-lines": Scripted((WRITING, typed("Meeting at 10\nRoom 4"), SAVING), "Meeting at 10\nRoom 4"),
+    "correct-a-word": Scripted((WRITING, typed("finals"), pressed("backspace"), SAVING), "final"),
+    "move-a-word": Scripted(
+        (WRITING, typed("ab"), pressed("shift home"), pressed("ctrl x"), typed("c"), pressed("ctrl v"), SAVING), "cab"
+    ),
+    "draw-a-line": Scripted(
+        (said("drag", (1360, 130), f", end_box='{box((1600, 460))}'"),), events=('["press", 1, ', '["release", 1, ')
+    ),
+    "scroll-and-open": Scripted(
+        (
+            said("scroll", CANVAS, ", direction='down'"),
+            said("left_double", CANVAS),
+        ),
+        events=('["press", 5, ', '["double", 1, '),
+    ),
+}
+
+
+def as_files(folder: Path, task: str) -> Path:
+    """A list of OSWorld's with that task, and its file."""
+    place = folder / "examples" / "form"
+    place.mkdir(parents=True)
+    data = {**form(folder).data, "id": task, "instruction": "Do it.", "evaluator": FIVE[task].evaluator(folder)}
+    (place / f"{task}.json").write_text(json.dumps(data))
+    (folder / "test_all.json").write_text(json.dumps({"form": [task]}))
+    return folder / "test_all.json"
+
+
+@pytest.mark.parametrize("task", FIVE)
+def test_osworlds_evaluator_says_1_for_a_task_that_an_oracle_plays(machine: Machine, folder: Path, task: str) -> None:
+    (given,) = osworld_tasks(as_files(folder, task))
+    answers = [*FIVE[task].answers, "Action: finished()"]
+
+    async def answer(messages: list[dict[str, Any]]) -> str:
+        turn: int = sum(message["role"] == "assistant" for message in messages)
+        await there(folder / "shown")
+        if turn == len(answers) - 1:
+            await asyncio.to_thread(eventually, partial(FIVE[task].is_done, folder), "the app has noted it")
+        return answers[turn]
+
+    with RunStore.create(folder / "run") as store:
+
+        async def test() -> Trajectory:
+            with acting(answer) as server:
+                async with desktop(machine) as env:
+                    return await run_episode(server.client(), env, given, limits=PATIENT, images=store.images)
+
+        trajectory = run(test)
+        assert trajectory.failure is None
+        assert trajectory.reward == 1.0
+        store.append(trajectory)
+        export(store, "osworld", folder / "results")
+    (result,) = (folder / "results").glob(f"pyautogui/screenshot/*/form/{task}/result.txt")
+    assert float(result.read_text()) == 1.0
 
 
 # -- what is typed -----------------------------------------------------------------------------------------------------

@@ -223,7 +223,9 @@ def end(processes: set[psutil.Process]) -> None:
 
 
 class EmptyModule(types.ModuleType):
-    """Has every class, and none of them does anything."""
+    """Has every class, and none of them does anything. Its version is too old for packages that can do without it."""
+
+    __version__ = "0"
 
     __path__: list[str] = []  # noqa: RUF012 - of modules, and of each its own
 
