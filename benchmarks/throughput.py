@@ -74,19 +74,22 @@ def _now(api_server: psutil.Process) -> tuple[float, float, float]:
     return time.perf_counter(), time.process_time(), cpu_s(api_server)
 
 
-def show(runs: Sequence[Run], count: int) -> None:
-    print(f"\n{'':9}{'':9}{'':9}{'CPU of a prompt':>22}{'of 1,000 tokens':>22}{'':>10}  ratios to one a request")
+def show_heads() -> None:
+    print(f"\n{'':27}{'CPU of a prompt':>22}{'of 1,000 tokens':>22}{'':>10}  ratios to one a request")
     heads = ("tokens", "logprobs", "together", "API server", "client", "API server", "client", "tokens/s")
     print("".join(f"{head:>9}" if len(head) < 9 else f"{head:>13}" for head in heads), " API server, client, time")
-    for tokens, logprobs in CASES:
-        case = [one for one in runs if (one.tokens, one.logprobs) == (tokens, logprobs)]
-        alone = [one for one in case if one.together == 1]
-        for together in dict.fromkeys(one.together for one in case):
-            mine = [one for one in case if one.together == together]
-            server, client, wall = (statistics.median(getattr(one, name) for one in mine) for name in NAMES)
-            each = f"{server:10.2f} ms{client:6.2f} ms{server * 1e3 / tokens:10.0f} ms{client * 1e3 / tokens:6.0f} ms"
-            ratios = "".join(f"{ratio:7.2f}" for ratio in _ratios(mine, alone))
-            print(f"{tokens:9}{logprobs!s:>9}{together:9}{each}{count * tokens / wall:9.0f} {ratios}")
+
+
+def show(case: Sequence[Run], count: int) -> None:
+    """A line for each size of the groups."""
+    alone = [one for one in case if one.together == 1]
+    for together in dict.fromkeys(one.together for one in case):
+        mine = [one for one in case if one.together == together]
+        server, client, wall = (statistics.median(getattr(one, name) for one in mine) for name in NAMES)
+        tokens = mine[0].tokens
+        each = f"{server:10.2f} ms{client:6.2f} ms{server * 1e3 / tokens:10.0f} ms{client * 1e3 / tokens:6.0f} ms"
+        ratios = "".join(f"{ratio:7.2f}" for ratio in _ratios(mine, alone))
+        print(f"{tokens:9}{mine[0].logprobs!s:>9}{together:9}{each}{count * tokens / wall:9.0f} {ratios}", flush=True)
 
 
 def _ratios(mine: Sequence[Run], alone: Sequence[Run]) -> list[float]:
@@ -125,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="*", default=[groups.MOST], help="prompts together (default: 32)")
     parser.add_argument("--prompts", type=int, default=256, help="prompts of a call (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="calls per variant (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="calls per variant (default: %(default)s)")
     parser.add_argument("--in-process", action="store_true", help="vllm.LLM, too")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the measurements there, too")
     arguments = parser.parse_args()
@@ -137,13 +140,14 @@ def main() -> None:
     }
     print(", ".join(f"{name}: {value}" for name, value in machine.items()), flush=True)
     sizes = dict.fromkeys([1, *arguments.sizes])
-    runs = []
+    runs: list[Run] = []
+    show_heads()
     with own_state_directory(), ManagedVLLM("demo", progress=False, keep_alive=0) as llm:
         run(llm, 64, groups.MOST, 8, 1, 5)  # not counted; and the client knows the server by then
-        for turn in range(arguments.rounds):
-            for tokens, logprobs in CASES:
-                runs += [run(llm, arguments.prompts, size, tokens, logprobs, 6 + turn) for size in sizes]
-    show(runs, arguments.prompts)
+        for case in CASES:
+            rounds = range(arguments.rounds)
+            runs += [run(llm, arguments.prompts, size, *case, 6 + turn) for turn in rounds for size in sizes]
+            show(runs[-len(sizes) * arguments.rounds :], arguments.prompts)
     if arguments.in_process:
         show_in_process(arguments.prompts)
     if arguments.json:

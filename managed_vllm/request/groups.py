@@ -29,15 +29,18 @@ from managed_vllm.request.attempts import GroupLostError, Loss, Sender
 from managed_vllm.request.pending import JSONRequest, RequestStats
 
 MOST = 32
-"""Prompts in one request, at most. Measured by benchmarks/throughput.py: with more, nothing is left to be saved."""
+"""Prompts in one request, at most. Between 16 and 32 little is left to be saved (benchmarks/README.md)."""
 FEWEST = 8
 """Groups that a call is divided into, at least: so many servers, or processes of one, have something to do."""
-MOST_WORK = 1 << 15
+MOST_WORK = 1 << 13
 """The work in one group, at most, in tokens and logprobs, read and written: the API server writes a response in one go,
-and lets everything else wait meanwhile. About 100 ms."""
+and lets everything else wait meanwhile. A token with one logprob counts three, and takes it up to 0.06 ms in all."""
 
 SCOUT_S = 1.0
 """Seconds that prompts wait for their scout, at most: once in the life of a client, as a rule."""
+
+CHARACTERS = 4
+"""Of a text for each token, roughly."""
 
 Body = Mapping[str, Any]
 Answered = tuple[Any, RequestStats]

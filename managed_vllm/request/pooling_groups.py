@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from managed_vllm.request.groups import Body
+from managed_vllm.request.groups import CHARACTERS, Body
 from managed_vllm.request.pending import JSONRequest
 
 _INPUTS = ("input", "text_1", "text_2")
@@ -50,7 +50,7 @@ class Pooling:
         return None if not self._texts and body.get("truncate_prompt_tokens") is not None else self.kind
 
     def work(self, body: Body) -> int:
-        return sum(len(body[name]) for name in _INPUTS if name in body)
+        return sum(len(body[name]) for name in _INPUTS if name in body) // (CHARACTERS if self._texts else 1)
 
     def joined(self, bodies: Sequence[Body]) -> dict[str, Any]:
         names = [name for name in _INPUTS if name in bodies[0]]
