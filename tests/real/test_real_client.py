@@ -441,6 +441,16 @@ def test_a_pooling_server_starts_embeds_and_scores() -> None:
         ]
         assert others == pytest.approx(cosines, abs=0.02)
 
+        together = llm.client.embed(screens * 4)
+        pairs = llm.client.score([screens[0]] * 24, screens * 4)
+        assert sum(one.request_id.count("-") == 2 for one in [*together, *pairs]) >= 40  # in groups
+        vectors = [value for one in together[-len(screens) :] for value in one.outputs.embedding]
+        assert vectors == pytest.approx([value for one in outputs for value in one.outputs.embedding], abs=1e-3)
+        assert [one.outputs.score for one in pairs[-len(screens) :]] == pytest.approx([same, *others], abs=0.01)
+        for number, screen in enumerate(screens):
+            assert together[-len(screens) :][number].usage == outputs[number].usage
+            assert pairs[-len(screens) :][number].usage == llm.client.score(screens[0], screen)[0].usage
+
         long: Any = [screens[0], "OK(1,2)\n" * LONGEST]
         found: list[Any] = llm.client.embed(long, return_exceptions=True)
         assert isinstance(found[1], ContextLengthError)
