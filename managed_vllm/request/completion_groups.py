@@ -20,9 +20,9 @@ from managed_vllm.request.responses import (
 from managed_vllm.request.resume import check_whole, with_what_is_told
 
 SHORT = 128
-"""The `max_tokens` up to which completions go together. That saves 0.9 ms of the API server's CPU for each prompt, of
-1.25 for 8 tokens, of 2.9 for 128, and of more with logprobs (benchmarks/README.md); and the answers of a group come
-with the slowest of them."""
+"""The `max_tokens` up to which completions go together. That saves 0.7 to 0.9 ms of the API server's CPU for each
+prompt, of 1.3 for 8 tokens, of 2.7 for 128, and of more with logprobs (benchmarks/README.md); and the answers of a
+group come with the slowest of them."""
 
 _OF_THE_PROMPT = ("prompt", "model", "priority", "cache_salt")
 """What may differ among the prompts of one call; those of a group have all but the prompt in common."""
