@@ -90,7 +90,7 @@ def test_typed(managed_vllm):
 def test_a_stream_that_was_left_has_no_more(managed_vllm):
     import openai
     create = managed_vllm.openai.completions.create
-    with create(model=managed_vllm.model, prompt="left", max_tokens=2000, stream=True) as stream:
+    with create(model=managed_vllm.model, prompt="left", max_tokens=50_000, stream=True) as stream:
         with pytest.raises(openai.APIError, match="the client left it here"):
             list(stream)
 """

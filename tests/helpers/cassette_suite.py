@@ -64,7 +64,7 @@ def test_an_error_and_what_is_beside_generating(managed_vllm):
 
 def test_a_stream_that_is_left(managed_vllm):
     create = managed_vllm.openai.completions.create
-    with create(model=managed_vllm.model, prompt="left", max_tokens=2000, stream=True) as stream:
+    with create(model=managed_vllm.model, prompt="left", max_tokens=50_000, stream=True) as stream:
         note("left", [next(stream).choices[0].text for _ in range(3)])
 """
 _WITHOUT_VLLM = """
