@@ -148,7 +148,7 @@ class RouterKeeper:
         try:
             assert process.stdin is not None
             process.stdin.write(json.dumps({"key": self._key.hex(), "port": port, "outcome": theirs}).encode() + b"\n")
-            word = await outcome.readline()
+            word = await asyncio.wait_for(outcome.readline(), router_process.STARTS_WITHIN_S)
             if word == router_process.MET:
                 return "somebody connected before its port was closed to others"
             if word == router_process.SIGNED:
@@ -157,6 +157,8 @@ class RouterKeeper:
                 return await self._tend(ended)
             await ended
             return f"it ended while it came up: {await saying}"
+        except TimeoutError:
+            return "it did not come up"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

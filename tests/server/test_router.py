@@ -8,7 +8,9 @@ import errno
 import importlib.util
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -22,7 +24,7 @@ import psutil
 import pytest
 import requests
 import standin
-from fronted import KEY, Front, fronted
+from fronted import KEY, Front, free_port, fronted
 from processes import HANG_S, eventually, is_live
 from scripted_server import ANSWER, Script, says
 
@@ -163,6 +165,34 @@ def test_the_routers_own_ports_answer_nobody(front: Front, user: int | None) -> 
     public = int(front.url.rpartition(":")[2])
     assert "401" in seen_at(public, user, "127.0.0.1")
     assert front.answered_by()
+
+
+@needs_router
+def test_whoever_connects_before_its_port_is_closed_is_noticed() -> None:
+    ours, theirs = os.pipe()
+    words = [sys.executable, "-m", "managed_vllm.server.router_process"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[theirs]) as process:
+        os.close(theirs)
+        port, key = free_port(), signed_sockets.new_key()
+        assert process.stdin is not None
+        process.stdin.write(json.dumps({"key": key.hex(), "port": port, "outcome": theirs}).encode() + b"\n")
+        process.stdin.close()
+        came_in = 0
+        with os.fdopen(ours, "rb") as told:
+            while not select.select([told], [], [], 0)[0]:
+                came_in += connects(port)
+            word = told.readline()
+        came_in_later = connects(port)
+        process.kill()
+    assert word in (router_process.MET, router_process.SIGNED)
+    assert word == router_process.MET or not came_in
+    assert not came_in_later
+
+
+def connects(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.2)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 # -- deaths ------------------------------------------------------------------------------------------------------------
