@@ -195,6 +195,7 @@ class RouterKeeper:
         for url in has - wanted:
             async with asyncio.timeout(_ADD_S), self._session.post(f"{self._url}/remove_worker", params={"url": url}):
                 pass
+        self._adding = {url: task for url, task in self._adding.items() if not task.done()}
         for url in wanted - has:
             if url not in self._adding:
                 self._added.add(url)
@@ -205,13 +206,15 @@ class RouterKeeper:
 
     async def _add(self, url: str) -> None:
         """It asks the worker for its health first, and takes in none that does not answer."""
-        with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+        try:
             async with (
                 asyncio.timeout(_ADD_S),
                 self._session.post(f"{self._url}/add_worker", params={"url": url}) as it,
             ):
                 if it.status != 200:
                     log.warning("vllm-router does not take %s: %s", url, (await it.text())[:200])
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            log.warning("vllm-router does not take %s: %r", url, error)
 
     def _signed_socket(self, address: Any) -> socket.socket:
         family, kind, protocol, _, _ = address
