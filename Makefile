@@ -3,6 +3,7 @@
 #             weights; TRAIN_ARGS="--seeds 0 1 2 --curve docs/grpo.svg"
 # make test   set up, then lint, the fast tests, two at a time, and those against the real vLLM: all of them are run,
 #             and at the end it says which failed
+# make coverage   the fast tests once more, and which lines they run
 # make soak   what takes hours: 500 chaos runs with the stand-in, 20 with the real vLLM, half an hour of one server with
 #             each, every matrix in full
 # make test-vllm VLLM=0.33.0   what compares with vLLM's own code, and needs neither GPU nor server, against that version
@@ -29,7 +30,7 @@ WITH_OLDEST := tests/real/test_real_server.py -k "embedded or ids_and or sdk or 
 # What its agent loops import, which nothing else here has.
 VERL := verl==0.9.1 hydra-core antlr4-python3-runtime==4.9.3 tensordict==0.10.0 codetiming orjson pyvers
 
-.PHONY: setup demo train-demo test test-fast test-real test-vllm test-verl test-oldest soak lint docs format clean
+.PHONY: setup demo train-demo test test-fast coverage test-real test-vllm test-verl test-oldest soak lint docs format clean
 .NOTPARALLEL:
 
 setup:
@@ -45,6 +46,9 @@ test: setup
 	@MAKE=$(MAKE) $(BIN)/python tools/test_parts.py lint test-fast test-real
 
 test-fast: setup
+	$(BIN)/python -m pytest -n 2 -m "not real and not gpu" $(PYTEST_ARGS)
+
+coverage: setup
 	$(BIN)/python -m pytest -n 2 -m "not real and not gpu" --cov --cov-report=term $(PYTEST_ARGS)
 
 test-real: setup
