@@ -58,8 +58,8 @@ def server_url() -> Iterator[str]:
         process.wait()
 
 
-ELSEWHERE = {"08_trl.py", "09_external_rollout_server.py"}
-"""Run by tests in tests/real, whose servers are for trainers."""
+ELSEWHERE = {"08_trl.py", "09_external_rollout_server.py", "10_grpo_on_the_desktop.py"}
+"""Run by tests in tests/real, whose servers are for trainers; the last one for two of its steps, not for minutes."""
 NEEDS = {"06_inspect_ai.py": "inspect_ai", "08_trl.py": "trl", "09_external_rollout_server.py": "transformers"}
 """What an example uses beside this library, where that is no dependency."""
 
