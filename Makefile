@@ -90,5 +90,5 @@ format: setup
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv .venv-setup.* demo-run site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov
+	rm -rf .venv .venv-setup.* demo-run grpo-run site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov
 	find managed_vllm tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
