@@ -23,6 +23,7 @@ from managed_vllm import ManagedVLLM
 def llm() -> Iterator[ManagedVLLM]:
     with own_state(), ManagedVLLM("demo", for_training=True, keep_alive=0) as server:
         yield server
+        server.stop_server()  # the example asks for it to stay a while
 
 
 @pytest.fixture(scope="module")
