@@ -11,6 +11,7 @@ What must hold:
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import socket
 import threading
@@ -65,12 +66,14 @@ class LoopbackServer:
             raise ConfigError(f"can't listen at {host}, port {port}: {error.strerror or error}", field="port") from None
         self.address = self._listening.getsockname()[:2]
         forks.call_in_child(self._after_fork)
-        ready = threading.Event()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._serve(ready)), name=f"managed-vllm-{self._name}", daemon=True
-        )
+        ready: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, args=(ready,), name=f"managed-vllm-{self._name}", daemon=True)
         self._thread.start()
-        ready.wait()
+        try:
+            ready.result()
+        except BaseException:
+            self._listening.close()
+            raise
 
     def close(self) -> None:
         """Ends it. A second time it does nothing."""
@@ -87,7 +90,15 @@ class LoopbackServer:
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    async def _serve(self, ready: threading.Event) -> None:
+    def _run(self, ready: concurrent.futures.Future[None]) -> None:
+        try:
+            asyncio.run(self._serve(ready))
+        except BaseException as error:
+            if ready.done():
+                raise
+            ready.set_exception(error)  # else whoever starts it would wait for ever
+
+    async def _serve(self, ready: concurrent.futures.Future[None]) -> None:
         assert self._listening is not None
         self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
         application = web.Application(client_max_size=MAX_BODY_BYTES)
@@ -97,7 +108,7 @@ class LoopbackServer:
         )
         await runner.setup()
         await web.SockSite(runner, self._listening, backlog=_BACKLOG).start()
-        ready.set()
+        ready.set_result(None)
         try:
             await self._closing.wait()
         finally:

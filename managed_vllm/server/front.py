@@ -130,7 +130,7 @@ class RouterKeeper:
 
     async def _one_life(self) -> str:
         """From its start to its end; returns why it ended."""
-        self._key, port = signed_sockets.new_key(), _free_port()
+        self._key, port = signed_sockets.new_key(), router_process.free_port()
         self._url, self._added = f"http://127.0.0.1:{port}", set()
         ours, theirs = os.pipe()
         outcome = await _reader_of(ours)
@@ -250,12 +250,6 @@ async def _answers_the_unsigned(port: int) -> bool:
         writer.close()
         return True
     return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def prepare(
         argv=order.argv(host=address.host or _LOOPBACK, port=port, uds=uds),
         environment={**environment, **controls},
         connection=Connection(
-            base_url="http://localhost/v1" if uds is not None else f"http://{_reachable(address)}:{port}/v1",
+            base_url="http://localhost/v1" if uds is not None else f"http://{reachable(address.host)}:{port}/v1",
             api_key=address.api_key or Secret(""),
             model=spec.served_model_name,
             uds=uds,
@@ -157,9 +157,9 @@ def _choose_port(address: Address, last: int | None) -> int:
     return last if last is not None and _is_free(host, last) else _free_port(host)
 
 
-def _reachable(address: Address) -> str:
+def reachable(host: str | None) -> str:
     """The host part of the URL for users on this machine: an address that means "all" can't be connected to."""
-    host = address.host or _LOOPBACK
+    host = host or _LOOPBACK
     if not is_loopback(host):
         host = {"0.0.0.0": _LOOPBACK, "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host and not host.startswith("[") else host

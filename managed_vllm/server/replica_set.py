@@ -180,7 +180,7 @@ class ReplicaSet:
         for number, life in enumerate(self._lives):
             if life.status.state is not ServerState.FAILED:
                 life.restart()
-            elif not has_failed:
+            elif not has_failed and not self._said:  # nobody would end what is begun while all is ended
                 serving = life.revive()  # first: one that has failed is left out of calls of the engine
                 self.engine.take_in(number)
                 self._serving.add(asyncio.create_task(serving))

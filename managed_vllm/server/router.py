@@ -28,6 +28,7 @@ from pathlib import Path
 
 from managed_vllm.masking import Secret
 from managed_vllm.server import router_process
+from managed_vllm.server.launch import reachable
 from managed_vllm.status import RouterStatus
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Router:
         except OSError as error:
             self._change(reason=f"can't listen on {self._host} port {self._port or 'any'}: {error.strerror or error}")
             return
-        host, port = _reachable(self._host), self._listener.getsockname()[1]
+        host, port = reachable(self._host), self._listener.getsockname()[1]
         self._change(base_url=f"http://{host}:{port}/v1", reason="it is coming up")
         self._keeping = asyncio.create_task(self._keep(self._listener))
 
@@ -202,9 +203,3 @@ def why_not() -> str:
 def _listen(host: str, port: int | None) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host.strip("[]"), port or 0), family=family, backlog=_BACKLOG)
-
-
-def _reachable(host: str) -> str:
-    """The host part of the URL for users on this machine."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host

@@ -65,7 +65,7 @@ def _run_router(port: int) -> None:
             port=port,
             policy="sticky_least_loaded",
             prometheus_host="127.0.0.1",
-            prometheus_port=_free_port(),  # can't be switched off: None means 29000 (0.1.17)
+            prometheus_port=free_port(),  # can't be switched off: None means 29000 (0.1.17)
             log_level="warn",
             request_timeout_secs=_FOREVER_S,
             max_concurrent_requests=1 << 20,
@@ -81,7 +81,8 @@ def _run_router(port: int) -> None:
     ).start()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody has now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
