@@ -54,7 +54,7 @@ async def fronted(addresses: list[str]) -> AsyncIterator[str]:
         changed = asyncio.Event()
         router = Router(host=None, port=None, api_key=Secret(KEY), log_path=log_path, marks={}, on_change=changed.set)
         await router.start()
-        router.serve(addresses)
+        router.serve(dict(enumerate(addresses)))
         async with asyncio.timeout(60):
             while not router.status.ready:
                 changed.clear()

@@ -17,21 +17,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.parser import text_string_to_metric_families
 
 from managed_vllm.cli.keys import given_key
 from managed_vllm.cli.looks import Look, Looker
 from managed_vllm.cli.serve import terminable
+from managed_vllm.exposition import CONTENT_TYPE, exposed, merged
 from managed_vllm.health import BOUNDS_S, HealthChecks
 from managed_vllm.instance import directory
 from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.event_history import restarts_by_cause
 from managed_vllm.status import ServerState
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _ABSENT = ("dead", "unresponsive")
 """What a server can be beside a `ServerState`: its supervisor is gone, or does not answer."""
 
@@ -53,20 +51,8 @@ def metrics(given: argparse.Namespace) -> int:
 
 def exposition(home: Path) -> bytes:
     """All servers of a state directory in Prometheus' text format."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(home))
-    return generate_latest(registry)
-
-
-class _Collected:
-    """A collector of prometheus_client's."""
-
-    def __init__(self, home: Path) -> None:
-        self._home = home
-
-    def collect(self) -> Iterable[Metric]:
-        looks = Looker(self._home).look()
-        return [*_own(self._home, looks), *_vllms(looks)]
+    looks = Looker(home).look()
+    return exposed([*_own(home, looks), *merged((server, look.metrics_text) for server, look in _each(looks))])
 
 
 def _own(home: Path, looks: Sequence[Look]) -> list[Metric]:
@@ -171,17 +157,6 @@ def _health(looks: Iterable[Look]) -> list[Metric]:
         answered.add_sample(f"{answered.name}_sum", labels, checks.total_s)
         unanswered.add_sample(f"{unanswered.name}_total", labels, checks.unanswered)
     return [last, answered, unanswered]
-
-
-def _vllms(looks: Iterable[Look]) -> list[Metric]:
-    """What the servers tell themselves; the same metric of several servers is one family."""
-    families: dict[str, Metric] = {}
-    for server, look in _each(looks):
-        for family in text_string_to_metric_families(look.metrics_text):
-            into = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            for sample in family.samples:
-                into.add_sample(sample.name, {**sample.labels, **server}, sample.value)
-    return list(families.values())
 
 
 class MetricsServer(ThreadingHTTPServer):

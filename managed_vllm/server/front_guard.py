@@ -11,7 +11,7 @@ What it does with a request, in this order:
 5. Where the router or a replica gives no answer, the next one is asked, as long as nothing has been passed back and the
    body was kept. A request that was lost three times with its server may be what kills it: 502. With no replica up for
    `PATIENCE_S` seconds: 503.
-6. What empties a cache is asked of every replica.
+6. What empties a cache is asked of every replica. `/metrics` are those of all, each with the label `replica`.
 
 Bodies and answers are streamed both ways. An answer that is cut is cut for the client, too; a client that hangs up ends
 its request. No request has a time limit here.
@@ -24,7 +24,7 @@ import hmac
 import itertools
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -41,6 +41,8 @@ PATIENCE_S = 10.0
 _MOST_LOSSES = 3
 _CONNECT_S = 5.0
 _LOOK_S = 0.1
+_METRICS_S = 5.0
+"""Seconds for a replica's metrics; Prometheus waits for 10 in all."""
 _KEPT_BYTES = 512 << 20
 """Bodies that are kept until they are answered, all together; one that is too long for that is not sent again."""
 _WHOLE_BYTES = 8 << 20
@@ -60,6 +62,7 @@ _OF_THE_ROUTER = frozenset(
 """It lets any web site read any answer. Requests of browsers, which have an `Origin`, never go through it."""
 
 _EVERYWHERE = frozenset({"/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"})
+_METRICS = ("/metrics", "/metrics/")
 _CONTROL_PATHS = frozenset(itertools.chain.from_iterable(managed_vllm_guard.CONTROL_PATHS.values()))
 
 
@@ -83,14 +86,16 @@ class Replicas:
 
     def __init__(self) -> None:
         self.urls: tuple[str, ...] = ()
+        self.numbers: dict[str, str] = {}
         self.changed = asyncio.Event()
         self.in_flight: Counter[str] = Counter()
         self._turn = itertools.count(1)
         self._given: dict[str, int] = {}
 
-    def serve(self, urls: Iterable[str]) -> None:
-        """From now on these, and no others."""
-        self.urls = tuple(dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in urls))
+    def serve(self, urls: Mapping[str, str]) -> None:
+        """From now on these, by their numbers, and no others."""
+        self.numbers = {url.rstrip("/").removesuffix("/v1"): number for number, url in urls.items()}
+        self.urls = tuple(self.numbers)
         self._given = {url: self._given.get(url, 0) for url in self.urls}
         self.changed.set()
 
@@ -152,6 +157,8 @@ class Guard:
             return _error(403, "Forbidden", "this route would change one of several replicas: use llm.engine")
         if "upgrade" in request.headers:
             return _error(501, "NotImplementedError", "WebSockets are served by single servers only")
+        if request.path in _METRICS and request.method == "GET":
+            return await self._metrics()
         body = await self._kept_body(request)
         try:
             if request.path in _EVERYWHERE and body is not None:
@@ -216,6 +223,28 @@ class Guard:
             if answer.status >= 400:
                 break
         return answer
+
+    async def _metrics(self) -> web.Response:
+        """Without those that don't answer."""
+        from managed_vllm import exposition  # a third of the time in which this process starts
+
+        found = await asyncio.gather(*map(self._metrics_of, self._replicas.urls))
+        texts = [({"replica": number}, text) for number, text in found if text]
+        if not texts:
+            return _error(503, "ServiceUnavailableError", "no replica tells its metrics")
+        body = await asyncio.to_thread(lambda: exposition.exposed(exposition.merged(texts)))
+        return web.Response(body=body, headers={"Content-Type": exposition.CONTENT_TYPE})
+
+    async def _metrics_of(self, url: str) -> tuple[str, str]:
+        number = self._replicas.numbers[url]
+        try:
+            async with (
+                asyncio.timeout(_METRICS_S),
+                self._direct.get(f"{url}/metrics", headers={"Authorization": self._bearer}) as answer,
+            ):
+                return number, await answer.text() if answer.status == 200 else ""
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return number, ""
 
     def _ways(self, request: web.Request, body: bytes | None) -> list[Way]:
         direct = self._direct_ways(request)

@@ -221,7 +221,7 @@ class ReplicaSet:
         for number, one in enumerate(replicas):
             if one.state is ServerState.FAILED:
                 self.engine.leave_out(number)
-        self._router.serve([one.connection.base_url for one in replicas if one.connection is not None])
+        self._router.serve({n: one.connection.base_url for n, one in enumerate(replicas) if one.connection is not None})
         if not self._was_up and self._are_up(replicas):
             self._was_up = True
             self.keep_record()

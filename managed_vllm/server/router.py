@@ -23,7 +23,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from managed_vllm.masking import Secret
@@ -72,7 +72,7 @@ class Router:
         self._marks = dict(marks)
         self._on_change = on_change
         self._status = RouterStatus(reason="it has not been started")
-        self._urls: tuple[str, ...] = ()
+        self._urls: dict[int, str] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._listener: socket.socket | None = None
         self._keeping: asyncio.Task[None] | None = None
@@ -96,10 +96,10 @@ class Router:
         self._change(base_url=f"http://{host}:{port}/v1", reason="it is coming up")
         self._keeping = asyncio.create_task(self._keep(self._listener))
 
-    def serve(self, urls: Sequence[str]) -> None:
-        """These replicas are up now, by their base URLs; requests go to no others from now on."""
-        if tuple(urls) != self._urls:
-            self._urls = tuple(urls)
+    def serve(self, urls: Mapping[int, str]) -> None:
+        """These replicas are up now: base URLs by number. Requests go to no others from now on."""
+        if urls != self._urls:
+            self._urls = dict(urls)
             self._tell_urls()
 
     async def close(self) -> None:

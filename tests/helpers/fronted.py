@@ -100,7 +100,7 @@ class Front:
         return (self.status.base_url or "").removesuffix("/v1")
 
     def serve(self, *replicas: Replica | Script) -> None:
-        self._loop.call_soon_threadsafe(self.router.serve, [replica.url for replica in replicas])
+        self._loop.call_soon_threadsafe(self.router.serve, dict(enumerate(replica.url for replica in replicas)))
 
     def wait_ready(self) -> RouterStatus:
         try:

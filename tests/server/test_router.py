@@ -26,6 +26,7 @@ import requests
 import standin
 from fronted import KEY, Front, free_port, fronted
 from processes import HANG_S, eventually, is_live
+from prometheus_client.parser import text_string_to_metric_families
 from scripted_server import ANSWER, Script, says
 
 from managed_vllm.server import router_process, signed_sockets
@@ -97,6 +98,17 @@ def test_sessions_stay_and_others_are_spread(front: Front) -> None:
     for name, home in homes.items():
         assert {front.answered_by(name) for _ in range(3)} == {home}
     assert min(front.spread(20).values()) >= 5
+
+
+@needs_router
+def test_metrics_are_those_of_every_replica(front: Front) -> None:
+    front.spread(8)
+    text = requests.get(f"{front.url}/metrics", auth=("any", KEY), timeout=HANG_S).text
+    told = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    finished = {one.labels["replica"]: one.value for one in told if one.name == "vllm:generation_tokens_total"}
+    assert set(finished) == {"0", "1"}
+    assert all(finished.values())
+    assert requests.get(f"{front.url}/metrics", timeout=HANG_S).status_code == 401
 
 
 # -- who gets in -------------------------------------------------------------------------------------------------------
