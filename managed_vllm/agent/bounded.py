@@ -17,7 +17,7 @@ log = logging.getLogger("managed_vllm.agent")
 
 T = TypeVar("T")
 
-_GRACE_S = 5.0
+GRACE_S = 5.0
 """For a call of an environment that was cancelled to come to its end."""
 
 
@@ -76,12 +76,12 @@ def _hint_once(hint: str) -> None:
 
 async def _stop(task: asyncio.Task[Any], what: str) -> None:
     task.cancel()
-    await asyncio.wait({task}, timeout=_GRACE_S)
+    await asyncio.wait({task}, timeout=GRACE_S)
     if task.done():
         if not task.cancelled():
             task.exception()  # asyncio tells of one that nobody has looked at
         return
-    log.warning("%s goes on %g s after it was cancelled; it is left alone", what, _GRACE_S)
+    log.warning("%s goes on %g s after it was cancelled; it is left alone", what, GRACE_S)
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 

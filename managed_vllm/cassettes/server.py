@@ -205,10 +205,10 @@ class _Recording:
         return web.Response(status=status, body=body, headers={"Content-Type": _JSON})
 
     def interaction(self, server: str) -> Interaction | None:
-        """What is to be recorded; of a stream that the client has left, the part that it has got."""
+        """What is to be recorded; of a stream that the client has left, the part that it has got: all, at its end."""
         response = self._response
-        if response is None and self._events and self._events[-1] != DONE:
-            response = Response(200, _EVENTS, events=tuple(self._events), cut=True)
+        if response is None and self._events:
+            response = Response(200, _EVENTS, events=tuple(self._events), cut=self._events[-1] != DONE)
         return None if response is None else Interaction(self._test, server, self._asked, response)
 
 

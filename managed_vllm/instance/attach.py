@@ -54,7 +54,8 @@ ATTACH_VARIABLE = "MANAGED_VLLM_ATTACH"
 
 SUPERVISOR_PATIENCE_S = 60.0
 _KILLED_SUPERVISORS = 5
-_ANSWER_S = 10.0
+ANSWER_S = 10.0
+"""Seconds that a supervisor has to answer: one that does not is stopped or stuck."""
 _INFORMED_S = 10.0
 """Seconds for a supervisor to see that a replica has ended."""
 STOPPED_S = 5.0
@@ -400,7 +401,7 @@ class Attachment:
         self, channel: Channel, instance: Instance, deadline: float | None, began: float
     ) -> dict[str, Any] | None:
         """The supervisor's reply; None if it left at this very moment. `began`: when we began to want the server."""
-        left = _ANSWER_S if deadline is None else min(_ANSWER_S, left_s(deadline))
+        left = ANSWER_S if deadline is None else min(ANSWER_S, left_s(deadline))
         try:
             return channel.request(
                 "lease",
@@ -415,7 +416,7 @@ class Attachment:
             return None
         except TimeoutError as error:
             channel.close()
-            if left < _ANSWER_S:
+            if left < ANSWER_S:
                 raise
             pid = (instance.read_record() or {}).get("pid")
             raise SupervisorError(
@@ -556,10 +557,10 @@ class Attachment:
             channel = self.attach()
             assert channel is not None
             try:
-                return channel.request(op)
+                return channel.request(op, timeout_s=ANSWER_S)
             except ConnectionError:
                 with contextlib.suppress(TimeoutError):  # its last words are still being read
-                    channel.wait_until(lambda _: False, _ANSWER_S)
+                    channel.wait_until(lambda _: False, ANSWER_S)
                 self._raise_if_closed()
                 self._raise_if_over(channel)
             except TimeoutError as error:

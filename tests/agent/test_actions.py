@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from hypothesis_profiles import examples
 from processes import HANG_S
 
 from managed_vllm.agent.actions import (
@@ -113,7 +114,7 @@ def test_smart_resize_agrees_with_transformers() -> None:
         exc_type=ImportError,
     ).smart_resize
 
-    @settings(max_examples=500, deadline=None)
+    @settings(max_examples=examples(100), deadline=None)
     @given(
         st.integers(1, 8000),
         st.integers(1, 8000),
@@ -285,7 +286,7 @@ QUIET: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthC
 
 
 @pytest.mark.no_cover
-@settings(max_examples=4000, **QUIET)
+@settings(max_examples=examples(1000), **QUIET)
 @given(ANSWERS, SIZES, FRAMES)
 def test_any_text_is_actions_or_a_parse_error(text: str, size: tuple[int, int], coordinates: str) -> None:
     check(text, size, coordinates)
@@ -334,7 +335,7 @@ def actions_in(draw: st.DrawFn, size: tuple[int, int]) -> Action:
 
 
 @pytest.mark.no_cover
-@settings(max_examples=1000, **QUIET)
+@settings(max_examples=examples(200), **QUIET)
 @given(st.data(), SIZES, FRAMES)
 def test_what_is_written_is_read_as_the_same_action(data: Any, size: tuple[int, int], coordinates: Any) -> None:
     written = [data.draw(actions_in(size)) for _ in range(data.draw(st.integers(1, 3)))]
@@ -403,7 +404,7 @@ def test_every_match_of_the_regex_is_one_action(coordinates: Any, size: tuple[in
     pattern = ui_tars_regex(size, coordinates=coordinates)
     assert not re.search(r"\(\?|[*+](?![^\[]*\])|\{\d*,\}", pattern)  # no look-around, every repeat is bounded
 
-    @settings(max_examples=150, **QUIET)
+    @settings(max_examples=examples(50), **QUIET)
     @given(st.from_regex(pattern, fullmatch=True))
     def is_one_action(answer: str) -> None:
         response = parse_ui_tars(answer, size, coordinates=coordinates)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis_profiles import examples
 
 from managed_vllm.agent import AgentFormat
 from managed_vllm.agent.actions import (
@@ -274,7 +275,7 @@ PIECES = st.sampled_from(
 
 
 @pytest.mark.no_cover
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(200), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(PIECES | st.text(max_size=4), max_size=14).map("".join), st.sampled_from(["computer_use", "mobile_use"])
 )

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis_profiles import examples
 from processes import HANG_S, is_live
 
 from managed_vllm.agent.actions import (
@@ -110,7 +111,7 @@ def check_source(source: str) -> list[str]:
     return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
-@settings(max_examples=1000, **QUIET)
+@settings(max_examples=examples(200), **QUIET)
 @given(st.lists(ACTIONS, max_size=4), st.sampled_from(["auto", "paste"]))
 def test_source_parses_and_has_the_models_text_in_literals_only(actions: list[Action], typing: Any) -> None:
     check_source(to_pyautogui(actions, typing=typing))
@@ -350,7 +351,7 @@ def test_words_are_one_short_line() -> None:
 
 
 @pytest.mark.no_cover
-@settings(max_examples=500, **QUIET)
+@settings(max_examples=examples(200), **QUIET)
 @given(ACTIONS)
 def test_a_record_is_the_same_action_again(action: Action) -> None:
     values = action_to_dict(action)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis_profiles import examples
 from processes import HANG_S
 
 from managed_vllm.agent.actions import (
@@ -210,7 +211,7 @@ def instances(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.no_cover
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=list(HealthCheck))
 @given(instances(action_json_schema(HD)))
 def test_every_value_of_the_schema_is_one_action(value: Any) -> None:
     response = parse_json_actions(json.dumps(value), HD)
@@ -266,7 +267,7 @@ PIECES = (
 
 
 @pytest.mark.no_cover
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(500), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
 def test_any_text_is_actions_or_a_parse_error(text: str) -> None:
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis_profiles import examples
 
 from managed_vllm.agent.actions import (
     Action,
@@ -262,7 +263,7 @@ PIECES = st.sampled_from(
 
 
 @pytest.mark.no_cover
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(200), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(PIECES | st.text(max_size=3), max_size=14).map("".join), st.sampled_from(PARSERS))
 def test_nothing_but_the_typed_error(text: str, parse: Any) -> None:
     try:

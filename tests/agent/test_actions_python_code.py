@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis_profiles import examples
 
 from managed_vllm.agent.actions import (
     Action,
@@ -172,7 +173,7 @@ PIECES = st.sampled_from(
 
 
 @pytest.mark.no_cover
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(200), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(PIECES | st.text(max_size=3), max_size=16).map("".join))
 def test_nothing_but_the_typed_error(text: str) -> None:
     for said in (text, f"```python\n{text}\n```", f"pyautogui.press({text})"):

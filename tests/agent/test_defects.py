@@ -29,6 +29,7 @@ from managed_vllm.agent import (
     StopReason,
     StreamingTaskScheduler,
     Trajectory,
+    bounded,
     run_agent_loop,
     run_episode,
     ui_tars,
@@ -333,8 +334,9 @@ def test_resume_goes_by_the_recorded_status_and_not_by_what_exists(tmp_path: Pat
 
 
 @pytest.mark.parametrize("way", ["stop", "break", "cancel"])
-def test_a_run_that_is_stopped_ends_in_bounded_time(way: str) -> None:
+def test_a_run_that_is_stopped_ends_in_bounded_time(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of its environments hang in a step, one does not even heed cancellation."""
+    monkeypatch.setattr(bounded, "GRACE_S", 0.5)
     never = threading.Event()
 
     async def stubborn() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis_profiles import examples
 
 from managed_vllm import demo
 from managed_vllm.agent.actions import (
@@ -310,7 +311,7 @@ actions = st.one_of(
 
 
 @pytest.mark.no_cover
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(actions, max_size=8))
 def test_no_sequence_of_actions_raises_and_the_text_says_what_is_there(sequence: list[Action]) -> None:
     async def check() -> None:

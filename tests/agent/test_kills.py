@@ -35,10 +35,11 @@ def grown(log: Path, size: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_killed_at_20_random_moments_has_every_rollout_once_and_plays_no_finished_one_again(
-    tmp_path: Path,
+@pytest.mark.parametrize("most", [8, pytest.param(40, marks=pytest.mark.soak)])
+def test_a_run_killed_at_random_moments_has_every_rollout_once_and_plays_no_finished_one_again(
+    tmp_path: Path, most: int
 ) -> None:
-    count, n = 40, 3
+    count, n = 2 * most, 3
     rng = random.Random(5)
     run, log = tmp_path / "run", tmp_path / "resets"
     log.touch()
@@ -50,7 +51,7 @@ def test_a_run_killed_at_20_random_moments_has_every_rollout_once_and_plays_no_f
             seen = log.stat().st_size
             process = subprocess.Popen([str(word) for word in words])
             try:
-                if kills < 20:
+                if kills < most:
                     # At any moment of its life: of its start, of the first episodes, or later on.
                     if kills % 4:
                         eventually(functools.partial(grown, log, seen), "a reset", 60)
@@ -75,7 +76,7 @@ def test_a_run_killed_at_20_random_moments_has_every_rollout_once_and_plays_no_f
                 now = store.finished()
                 assert finished <= now, "what was finished stays so"
                 finished = now
-                if kills >= 20 and len(now) == count * n:
+                if kills >= most and len(now) == count * n:
                     oks = Counter(entry.key for entry in store.entries() if entry.ok)
                     assert set(oks.values()) == {1}, "each exactly once"
                     for trajectory in store.trajectories():

@@ -25,6 +25,7 @@ import pytest
 from agent_samples import sample_failure, sample_trajectory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
+from hypothesis_profiles import examples
 from processes import HANG_S, eventually
 
 from managed_vllm.agent import attempt_logs, trajectory_codec
@@ -160,7 +161,7 @@ trajectories = some.builds(
 )
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=examples(40), suppress_health_check=list(HealthCheck))
 @given(trajectories)
 def test_whatever_a_trajectory_holds_comes_back_exactly(trajectory: Trajectory) -> None:
     back = round_trip(trajectory)
@@ -168,7 +169,7 @@ def test_whatever_a_trajectory_holds_comes_back_exactly(trajectory: Trajectory) 
     assert repr(back) == repr(trajectory)
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=examples(10), suppress_health_check=list(HealthCheck))
 @given(some.lists(trajectories, max_size=3))
 def test_whatever_trajectories_hold_they_come_back_from_a_folder(
     tmp_path_factory: pytest.TempPathFactory, given: list[Trajectory]

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import inner_pytest
 import pytest
+import requests
 import standin
 from cassette_suite import CASSETTE, SUITE, Suite, without_vllm
 from processes import eventually, own_state
+from scripted_server import FIRST, Script, streams, token
+
+from managed_vllm import AsyncVLLMClient
+from managed_vllm.cassettes import cassette
+from managed_vllm.cassettes.cassette import Server
+from managed_vllm.cassettes.server import CassetteServer
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +135,27 @@ def test_new_episodes_are_recorded_beside_those_that_are_there(suite: Suite) -> 
     assert suite.count_starts() == 2
 
 
+def test_a_stream_is_recorded_whole_though_the_client_hangs_up_with_its_last_event(
+    tmp_path: Path, script: Callable[..., Script]
+) -> None:
+    """As the OpenAI SDK does, while the recorder may still wait for the end of the connection to the model server."""
+    model_server = script(streams(FIRST, token(2, "stop"), b"[DONE]", ends=False))
+    path = tmp_path / CASSETTE
+    with contextlib.closing(AsyncVLLMClient(model_server.url, "key", "m")) as client:
+        recorder = CassetteServer(path, "all", Server("m", None), lambda: (client, "key"))
+        recorder.start()
+        recorder.begin("test")
+        headers = {"Authorization": f"Bearer {recorder.api_key}"}
+        asked = {"model": "m", "prompt": "x", "stream": True}
+        with requests.post(f"{recorder.base_url}/completions", json=asked, headers=headers, stream=True) as response:
+            next(line for line in response.iter_lines() if line == b"data: [DONE]")
+        eventually(lambda: model_server.hung_up, "the recorder has let go of the request")
+        recorder.close()
+    (found,) = cassette.read(path).interactions
+    assert found.response.events is not None
+    assert (len(found.response.events), found.response.cut) == (3, False)
+
+
 SECRETS = """
 import base64
 
@@ -158,7 +188,7 @@ def test_it(managed_vllm):
     pathlib.Path("asked").touch()
     signal.pause()
 """)
-    words = [*suite.words, f"--managed-vllm-record={CASSETTE}"]
+    words = [*inner_pytest.WORDS, f"--managed-vllm-record={CASSETTE}"]
     with subprocess.Popen(words, cwd=suite.folder, env=dict(os.environ), stdout=subprocess.DEVNULL) as run:
         eventually((suite.folder / "asked").exists, "the test has asked", 120)
         run.send_signal(signal.SIGKILL)

@@ -315,7 +315,7 @@ class Soak:
     def _visit(self) -> None:
         seconds = self._rng.uniform(2, 8)
         words = [sys.executable, str(Path(__file__).with_name("visitor.py")), str(next(self._seeds)), f"{seconds:.1f}"]
-        environment = {**os.environ, **self._scene.llm.environ()}
+        environment = {**os.environ, **self._scene.llm.environ(), "MANAGED_VLLM_KEEP_ALIVE": "0"}
         visitor = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
         killed_at = time.monotonic() + (self._rng.uniform(1, 4) if self._rng.random() < 0.2 else 10 * HANG_S)
         self._visitors.append((visitor, killed_at))

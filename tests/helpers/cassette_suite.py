@@ -6,10 +6,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import inner_pytest
 
 CASSETTE = "cassette.jsonl"
 SUITE = """
@@ -87,8 +88,6 @@ def without_vllm() -> str:
 class Suite:
     """A folder with tests, their settings and their cassette; the tests note in a file what they were answered."""
 
-    words = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers")
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.file = folder / "test_suite.py"
@@ -110,7 +109,11 @@ class Suite:
     def run(self, *arguments: str, **outcomes: int) -> str:
         """What a run prints; it must have had these outcomes."""
         run = subprocess.run(
-            [*self.words, *arguments], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*inner_pytest.WORDS, *arguments],
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         last = run.stdout.rstrip().rpartition("\n")[2]
         found = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|error)", last)}

@@ -76,6 +76,8 @@ def test_a_supervisor_of_another_version_is_said_at_once(
         "if any('managed_vllm.supervisor' in word for word in sys.orig_argv):\n"
         "    from managed_vllm import config, status\n"
         f"    config.PROTOCOL = 99\n    {change}\n"
+        "    from managed_vllm.instance import leases\n"
+        "    leases.FIRST_LEASE_S = 1.0\n"  # it never gives one, and ends all the sooner
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.setattr(attach, "SUPERVISOR_PATIENCE_S", 3600.0)

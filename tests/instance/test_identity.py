@@ -22,6 +22,7 @@ from processes import INSTANT, assert_nothing_left, eventually
 
 from managed_vllm import ManagedVLLM, variables
 from managed_vllm.errors import ConfigError, ConfigMismatchError, ServerStoppedError, SupervisorError
+from managed_vllm.instance import attach
 from managed_vllm.masking import Secret
 
 PATH = [str(Path(__file__).parent), str(Path(standin.__file__).parent)]
@@ -475,9 +476,12 @@ def test_the_variable_for_the_image_takes_the_words_of_the_flag(home: Path, monk
         assert llm.status().launch == "plain"
 
 
-def test_asking_a_supervisor_that_hangs_is_a_typed_error_and_closing_does_not_wait_for_it(home: Path) -> None:
+def test_asking_a_supervisor_that_hangs_is_a_typed_error_and_closing_does_not_wait_for_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llm = server()
     llm.start()
+    monkeypatch.setattr(attach, "ANSWER_S", 1.0)
     supervisor = psutil.Process(llm.status().supervisor_pid)
     supervisor.suspend()
     try:

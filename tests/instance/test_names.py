@@ -55,7 +55,7 @@ def test_a_name_survives_the_end_of_the_last_server_of_its_key(
     entering = pool.submit(second.start)  # claims the name, and waits
     os.kill(pid, signal.SIGKILL)
     entering.result()
-    with ManagedVLLM(name="judge") as by_name:
+    with ManagedVLLM(name="judge", keep_alive=0) as by_name:
         assert by_name.id == second.id
     pid = pid_of(second)
     second.stop_server()
@@ -93,7 +93,7 @@ def test_a_pinned_server_keeps_its_name(home: Path) -> None:
         llm.pin()
     with pytest.raises(ConfigMismatchError):
         server(max_model_len=77).start()
-    with ManagedVLLM(name="judge") as again:
+    with ManagedVLLM(name="judge", keep_alive=0) as again:
         again.unpin()
 
 

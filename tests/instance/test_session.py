@@ -36,7 +36,7 @@ from managed_vllm.errors import (
     SupervisorError,
 )
 from managed_vllm.in_server.managed_vllm_lifeline import start_time
-from managed_vllm.instance import directory
+from managed_vllm.instance import attach, directory
 from managed_vllm.status import Cause
 
 PATH = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "helpers")]
@@ -88,18 +88,24 @@ def test_a_server_answers_and_is_gone_with_its_only_user(home: Path) -> None:
 
 
 CROWD = """
+import sys; sys.path.append({helpers!r})
+import standin
+from managed_vllm import ManagedVLLM
 for number in range({rounds}):
     sys.stdin.readline()
-    with s.server(order={order!r}) as llm:
+    with ManagedVLLM("m", command=standin.command(), env=standin.orders(**{order!r}), keep_alive=0.2) as llm:
         print(llm.generate(str(number))[0].outputs[0].text.replace("echo ", ""), flush=True)
         sys.stdin.readline()
 """
 
 
-def test_sixteen_users_at_once_share_one_server_in_each_of_twenty_rounds(home: Path, tmp_path: Path) -> None:
-    count, rounds = tmp_path / "starts", 20
+@pytest.mark.parametrize("rounds", [4, pytest.param(20, marks=pytest.mark.soak)])
+def test_sixteen_users_at_once_share_one_server_in_each_round(home: Path, tmp_path: Path, rounds: int) -> None:
+    count = tmp_path / "starts"
     order = {"count": str(count), "start_s": 0.2}
-    users = [script(CROWD.format(order=order, rounds=rounds)) for _ in range(16)]
+    code = CROWD.format(order=order, rounds=rounds, helpers=PATH[-1])
+    pipe = subprocess.PIPE
+    users = [subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) for _ in range(16)]
 
     def tell_all() -> None:
         for user in users:
@@ -122,6 +128,7 @@ def test_sixteen_users_at_once_share_one_server_in_each_of_twenty_rounds(home: P
 
 def test_a_stopped_supervisor_is_a_clear_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with server() as llm:
+        monkeypatch.setattr(attach, "ANSWER_S", 1.0)
         supervisor = psutil.Process(llm.status().supervisor_pid)
         supervisor.suspend()
         try:
@@ -253,7 +260,7 @@ def test_environ_leads_a_bare_handle_to_this_very_server(home: Path) -> None:
             ManagedVLLM().start()
         code = "from managed_vllm import ManagedVLLM\nwith ManagedVLLM() as llm: print(llm.status().server_pid)"
         for handle in (llm, other):
-            child = script(code, **handle.environ())
+            child = script(code, **handle.environ(), MANAGED_VLLM_KEEP_ALIVE="0")
             assert int(child.communicate()[0]) == handle.status().server_pid
 
 
@@ -264,7 +271,7 @@ def test_a_bare_handle_without_any_server_says_so(home: Path) -> None:
 
 def test_a_name_finds_its_server_and_refuses_other_arguments(home: Path) -> None:
     with server(name="judge") as llm:
-        assert ManagedVLLM(name="judge").id == llm.id
+        assert ManagedVLLM(name="judge", keep_alive=0).id == llm.id
         with server() as unnamed:
             assert unnamed.id == llm.id
         with pytest.raises(ConfigMismatchError) as caught, server(name="judge", max_model_len=77):

@@ -29,7 +29,7 @@ def test_a_supervisor_makes_its_folder_anew_and_stays_the_only_one(home: Path) -
         marker = instance.marker
         shutil.rmtree(home)
         eventually(lambda: instance.socket_path.exists() and instance.record_path.exists(), "made anew")
-        with server() as other, ManagedVLLM(name="judge") as named:
+        with server() as other, ManagedVLLM(name="judge", keep_alive=0) as named:
             assert other.status().server_pid == named.status().server_pid == pid
             assert not other.started_it
         assert instance.marker == marker  # the processes of the server carry this one
@@ -41,7 +41,7 @@ def test_a_pinned_server_is_not_forgotten(home: Path) -> None:
         llm.pin()
     shutil.rmtree(home)
     eventually(lambda: [i for i in directory.instances(home) if i.socket_path.exists()], "made anew")
-    with ManagedVLLM() as again:
+    with ManagedVLLM(keep_alive=0) as again:
         assert again.status().pinned
         again.unpin()
 

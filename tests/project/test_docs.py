@@ -21,6 +21,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import inner_pytest
 import pages
 import pytest
 import standin
@@ -129,7 +130,7 @@ def test_the_tests_of_a_page_pass(page: Path, home: Path, tmp_path: Path) -> Non
         (tmp_path / f"test_block_{number}.py").write_text(block.code, encoding="utf-8")
     ini = ["[pytest]", f"managed_vllm_command = {shlex.join(standin.command())}", "managed_vllm_keep_alive = 0"]
     (tmp_path / "pytest.ini").write_text("\n".join(ini))
-    command = [sys.executable, "-m", "pytest", "-q", "--strict-markers", "-p", "no:cacheprovider", str(tmp_path)]
+    command = [*inner_pytest.WORDS, "-q", str(tmp_path)]
     run = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     assert f"{sum(block.code.count('def test_') for block in tests)} passed" in run.stdout

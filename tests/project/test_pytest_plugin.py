@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import inner_pytest
 import psutil
 import pytest
 import standin
@@ -48,7 +49,7 @@ def configure(pytester: pytest.Pytester, *lines: str, **order: Any) -> None:
 
 
 def inner(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    return pytester.runpytest_subprocess("-p", "no:cacheprovider", "--strict-markers", *arguments, timeout=100)
+    return pytester.runpytest_subprocess(*inner_pytest.OPTIONS, *arguments, timeout=100)
 
 
 def pids(path: Path) -> list[int]:
@@ -114,7 +115,7 @@ def test_another_run_on_the_machine_shares_it_and_outlives_the_first(pytester: p
             assert managed_vllm.generate("x")[0].outputs[0].text.endswith(f"from {first}")
     """
     )
-    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
+    words = [*inner_pytest.WORDS, "-q"]
     output = subprocess.DEVNULL
     with subprocess.Popen([*words, str(first_file)], cwd=pytester.path, stdout=output) as first:
         eventually((pytester.path / "first").exists, "the first run has the server", 60)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis_profiles import examples
 from processes import HANG_S
 from scripted_server import Script, client_of
 
@@ -547,10 +548,10 @@ ALONE = [mutated_answer, mutated_stream, right_stream_however_it_is_cut, any_spe
 OVER_HTTP = [cut_anywhere, damaged_anywhere, strange_head]
 
 
-def play(check: Callable[..., None], examples: int, *arguments: Any) -> None:
+def play(check: Callable[..., None], count: int, *arguments: Any) -> None:
     """Runs the property for so many examples."""
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def one(data: st.DataObject) -> None:
         check(data, *arguments)
@@ -561,12 +562,12 @@ def play(check: Callable[..., None], examples: int, *arguments: Any) -> None:
 @pytest.mark.no_cover
 @pytest.mark.parametrize("check", ALONE, ids=lambda check: check.__name__)
 def test_without_a_network(check: Callable[..., None]) -> None:
-    play(check, 400)
+    play(check, examples(100))
 
 
 @pytest.mark.parametrize("check", OVER_HTTP, ids=lambda check: check.__name__)
 def test_over_http(server: Damaged, client: VLLMClient, check: Callable[..., None]) -> None:
-    play(check, 150, server, client)
+    play(check, examples(50), server, client)
     server.damage = []
     assert right(ask(client, chat=True))
 

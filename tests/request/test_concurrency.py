@@ -8,6 +8,7 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis_profiles import examples
 from processes import HANG_S
 
 from managed_vllm.request.concurrency import INITIAL_LIMIT, ConcurrencyLimiter
@@ -197,7 +198,7 @@ def test_cancelled_while_waiting_loses_no_place() -> None:
     run(body)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     st.integers(1, 6),
     st.lists(st.tuples(st.sampled_from("ecolrgt"), st.integers(0, 30)), max_size=80),

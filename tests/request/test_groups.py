@@ -11,6 +11,7 @@ import pytest
 from acting_server import ActingServer, Refusal, acting, prompts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis_profiles import examples
 from processes import HANG_S, eventually
 
 from managed_vllm import AsyncVLLMClient, RetryPolicy, VLLMClient
@@ -99,7 +100,7 @@ params = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(asked=st.lists(prompts, min_size=16, max_size=40), sampling=params)
 def test_any_mix_of_good_and_bad_prompts_is_answered_as_single_requests_are(
     echoing: tuple[ActingServer, VLLMClient], asked: list[Any], sampling: Any

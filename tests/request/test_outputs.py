@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis_profiles import examples
 
 from managed_vllm.request.fields import with_candidates_as_ids
 from managed_vllm.request.outputs import (
@@ -74,7 +75,7 @@ def output_of(route: str, count: int, tokens: list[int], values: list[dict[int, 
 distinct = st.permutations(range(30)).map(lambda order: {token: -0.5 - place / 8 for place, token in enumerate(order)})
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from(["chat", "completion"]),
     st.sampled_from([-1, 0, 1, 2, 5, 19]),

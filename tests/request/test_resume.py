@@ -20,6 +20,7 @@ import requests
 import standin
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis_profiles import examples
 from processes import INSTANT, engine_on_one_core, tree
 
 from managed_vllm import ManagedVLLM, RestartPolicy, RetryPolicy, ServerStatus, demo
@@ -260,7 +261,7 @@ bodies = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(st.data())
 def test_wherever_a_stream_is_cut_the_joined_answer_is_the_uninterrupted_one(data: st.DataObject) -> None:
     chat = data.draw(st.booleans(), "chat")
@@ -290,7 +291,7 @@ def test_wherever_a_stream_is_cut_the_joined_answer_is_the_uninterrupted_one(dat
             assert later.get("min_tokens", 0) == max(0, body.get("min_tokens", 0) - kept)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.data())
 def test_events_are_found_however_the_bytes_come(data: st.DataObject) -> None:
     model = Model([65], [*data.draw(said), EOS])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis_profiles import examples
 from vllm_version import version_of_vllm
 
 from managed_vllm import SamplingParams
@@ -308,7 +309,7 @@ def test_what_the_server_alone_decides_of_structured_outputs_is_refused(name: st
     assert caught.value.field == name
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(st.sampled_from(sorted(FIELDS)), st.none() | st.integers() | st.floats() | st.text() | st.binary())
 )

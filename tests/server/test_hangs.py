@@ -134,10 +134,10 @@ def test_stacks_come_from_within_where_py_spy_is_missing(
 
 
 def test_a_saturated_server_is_never_taken_for_hung(home: Path) -> None:
-    # One token takes 0.15 s and one request runs at a time: a new request waits far longer than answer_s.
-    with server(HangPolicy(stall_s=1.5, answer_s=0.8, stopped_s=1.0), token_s=0.15, max_seqs=1) as llm:
-        outputs = llm.generate([PROMPT] * 12, {"max_tokens": 8}, timeout=120)
-        assert [list(output.outputs[0].token_ids) for output in outputs] == [EXPECTED] * 12
+    # One request runs at a time, 0.4 s each: a new one waits far longer than stall_s and answer_s together.
+    with server(HangPolicy(stall_s=0.5, answer_s=2.0, stopped_s=2.0), token_s=0.05, max_seqs=1) as llm:
+        outputs = llm.generate([PROMPT] * 14, {"max_tokens": 8}, timeout=120)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == [EXPECTED] * 14
         assert {(output.epoch, output.attempts) for output in outputs} == {(1, 1)}
         assert llm.status().epoch == 1
 
