@@ -47,6 +47,7 @@
         EnvironmentRaisedError
         EnvironmentDiedError
       RolloutsFailedError
+      ScoringFailedError
       ActionParseError (ValueError)
       RunStoreError
       ExportError (ValueError)
@@ -530,6 +531,16 @@ class EnvironmentDiedError(EnvironmentFailedError):
 
 class RolloutsFailedError(ManagedVLLMError):
     """A run was ended early, as its attempts all failed the same way: `count` of them, `last` says how."""
+
+    def __init__(self, message: str, *, count: int, last: str) -> None:
+        super().__init__(message)
+        self.count = count
+        self.last = last
+
+
+class ScoringFailedError(ManagedVLLMError):
+    """A run could not be scored anew, as the reward function raised each time: `count` times in a row; `last` says for
+    which attempt, and what."""
 
     def __init__(self, message: str, *, count: int, last: str) -> None:
         super().__init__(message)

@@ -55,6 +55,7 @@ _HOME_OF = {
     "glm_v": "managed_vllm.agent.model_formats",
     "qwen_vl": "managed_vllm.agent.model_formats",
     "recorder": "managed_vllm.agent.recording.gateway",
+    "rescore": "managed_vllm.agent.rescoring",
     "run_agent_loop": "managed_vllm.agent.runners",
     "run_episode": "managed_vllm.agent.episode",
     "run_on_ray": "managed_vllm.agent.ray_rollouts",
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from managed_vllm.agent.recording.episodes import RecordedEpisode as RecordedEpisode
     from managed_vllm.agent.recording.gateway import RecordingGateway as RecordingGateway
     from managed_vllm.agent.recording.gateway import recorder as recorder
+    from managed_vllm.agent.rescoring import rescore as rescore
     from managed_vllm.agent.rollout_policies import GroupPolicy as GroupPolicy
     from managed_vllm.agent.rollout_policies import RetryRollouts as RetryRollouts
     from managed_vllm.agent.runners import run_agent_loop as run_agent_loop

@@ -22,6 +22,7 @@ from managed_vllm.agent.image_store import unusable
 from managed_vllm.agent.log_index import FEWEST, read_index, remove_index, write_index
 from managed_vllm.agent.run_folder import ARRAYS, LINES, translated_errors
 from managed_vllm.agent.run_writers import WRITERS, writers_of
+from managed_vllm.agent.scores import Scores
 from managed_vllm.agent.trajectory_codec import Record
 
 _MOST_OPEN = 16
@@ -30,12 +31,14 @@ _MOST_OPEN = 16
 class AttemptLogs:
     """The logs of a run's folder. Not thread-safe. Raises `RunStoreError` where the files can't be used.
 
-    `own`: the writer whose log is written here, "" for that of an only writer; None: none is.
+    `own`: the writer whose log is written here, "" for that of an only writer; None: none is. `scores`: what stands in
+    the place of the rewards.
     """
 
-    def __init__(self, run: Path, *, own: str | None = None) -> None:
+    def __init__(self, run: Path, *, own: str | None = None, scores: Scores | None = None) -> None:
         self._run = run
         self._own = own
+        self.scores = scores
         self._ends: dict[str, int] = {}
         self._open: OrderedDict[str, AttemptLog] = OrderedDict()
         if own:
@@ -67,6 +70,8 @@ class AttemptLogs:
             found += self._read_on(writer)
         if others:
             found.sort(key=lambda each: each.ended_at if isinstance(each, AttemptEntry) else 0.0)
+        if self.scores is not None:
+            found = [self.scores.entry(each) if isinstance(each, AttemptEntry) else each for each in found]
         return found
 
     def _read_on(self, writer: str) -> list[AttemptEntry | Damage]:

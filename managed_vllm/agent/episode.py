@@ -5,7 +5,8 @@ In this order:
 1. `reset`. What is seen is kept: the screenshot in the `ImageStore`, the words in the turn.
 2. Each turn: the limits are looked at; the model is asked (`inference`); its answer is recorded with exact token ids
    and logprobs; it is parsed; its actions are carried out one by one, until one ends the episode.
-3. `evaluate`, unless something failed. Without a verdict the reward is the sum of the steps'.
+3. `evaluate`, unless something failed. Without a verdict the reward is the sum of the steps'. A reward function of the
+   caller's own has the last word.
 
 Whatever is raised in between, by the environment, the server, or the caller's own code, ends up as the trajectory's
 `Failure`, and then there is no reward; only cancellation comes out. Every call of the environment is bounded by its own
@@ -34,6 +35,7 @@ from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.format import AgentFormat, PictureParser, ThenWhat
 from managed_vllm.agent.image_store import ImageStore, own_images
 from managed_vllm.agent.prompting import NO_SCREENSHOT, History, Turn
+from managed_vllm.agent.rewards import WHAT, RewardFunction, name_of, score_of, with_score
 from managed_vllm.agent.rules import Rules, StepHook
 from managed_vllm.agent.types import (
     Attempt,
@@ -92,6 +94,7 @@ async def run_episode(
     agent: AgentFormat | None = None,
     images: ImageStore | None = None,
     on_step: StepHook | None = None,
+    reward: RewardFunction | None = None,
     exact: bool = True,
     rollout: int = 0,
     attempt: int = 0,
@@ -107,6 +110,7 @@ async def run_episode(
         agent: how the model is spoken to; None: `format.ui_tars()`.
         images: where screenshots are kept, by content; None: in a temporary folder of this process.
         on_step: called with task, rollout and each step.
+        reward: called with the trajectory when it is over; what it returns is the reward (see `rewards`).
         exact: whether the server must tell token ids and logprobs; False: for evaluation on one that does not.
         rollout, attempt: numbers of the trajectory that is returned.
 
@@ -119,6 +123,7 @@ async def run_episode(
         limits,
         agent,
         on_step=on_step,
+        reward=reward,
         exact=exact,
     )
     return await Episode(rules, environment, Attempt(task, rollout, attempt)).run()
@@ -175,7 +180,7 @@ class Episode:
                 reward = await self._verdict()
             except _End as end:
                 reason, failure, reward = end.reason, end.failure, None
-        return Trajectory(
+        found = Trajectory(
             task=self._attempt.task,
             rollout=self._attempt.rollout,
             attempt=self._attempt.number,
@@ -193,6 +198,16 @@ class Episode:
             info=dict(self._steps[-1].info) if self._steps else {},
             exact=self._rules.exact,
         )
+        return found if self._rules.reward is None or not found.ok else await self._scored(found, self._rules.reward)
+
+    async def _scored(self, found: Trajectory, function: RewardFunction) -> Trajectory:
+        """With the reward of the caller's function; what that raises is a failure of the attempt."""
+        try:
+            score = await bounded(lambda: score_of(function, found), self._rules.limits.evaluate_timeout_s, WHAT)
+        except Exception as error:
+            end = self._failed(StopReason.USER_FAILURE, FailureClass.USER_CODE, "reward", error)
+            return replace(found, stop_reason=end.reason, failure=end.failure, reward=None)
+        return with_score(found, name_of(function), score)
 
     async def _play(self) -> None:
         limits = self._rules.limits
@@ -478,7 +493,7 @@ class Episode:
     # -- failures ------------------------------------------------------------------------------------------------------
 
     def _failed(self, reason: StopReason, kind: FailureClass, stage: str, error: Exception) -> _End:
-        inside = stage not in ("reset", "evaluate") and (self._turns or self._steps)
+        inside = stage not in ("reset", "evaluate", "reward") and (self._turns or self._steps)
         trace = "".join(traceback.format_exception(error))
         failure = Failure(
             kind=kind,

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from managed_vllm.agent.rewards import name_of
 from managed_vllm.agent.types import Task
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ _MOST_NESTED = 20
 
 def made_of(rules: Rules) -> dict[str, Any]:
     """Model, format, limits and sampling parameters of a run."""
+    scored = {} if rules.reward is None else {"reward": name_of(rules.reward)}
     return {
+        **scored,
         "model": rules.model,
         "agent": described(rules.agent),
         "limits": {name: getattr(rules.limits, name) for name in _LIMITS},

@@ -8,16 +8,14 @@ package.module:function        anything, also of the current folder: the functio
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from managed_vllm.agent.environment import Environment
 from managed_vllm.agent.environments.osworld_tasks import is_osworld_list, osworld_tasks
 from managed_vllm.agent.format import AgentFormat, embedded, json_actions, tool_calls, ui_tars
+from managed_vllm.agent.imports import imported
 from managed_vllm.agent.model_formats import (
     autoglm,
     glm_v,
@@ -82,26 +80,10 @@ def named_environment(name: str, limits: Limits) -> NamedEnvironment:
 
         return NamedEnvironment(lambda: miniwob.MiniWoBEnvironment(rest, scale=3, limits=limits), tasks, "ui-tars")
     if colon and rest:
-        return NamedEnvironment(_imported(kind, rest), None)
+        return NamedEnvironment(imported(name, field="env"), None)
     raise ConfigError(
         f"no environment {name!r}; there are desktop, miniwob:TASK and package.module:function", field="env"
     )
-
-
-def _imported(module: str, name: str) -> Callable[[], Environment]:
-    folder = str(Path.cwd())
-    if folder not in sys.path:  # the command's own folder is in it, not the user's
-        sys.path.insert(0, folder)
-    try:
-        found: Any = import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{module}:{name} can't be imported: {error}", field="env") from error
-    if not callable(found):
-        raise ConfigError(f"{module}:{name} is no function that makes an environment", field="env")
-    made: Callable[[], Environment] = found
-    return made
 
 
 def read_tasks(path: Path) -> list[Task]:

@@ -20,6 +20,8 @@ from managed_vllm.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from managed_vllm.agent.attempt_log import AttemptEntry
+
 SUCCESS_AT = 0.5
 """The reward from which on a rollout is a success, if nothing else is said. MiniWoB++ gives -1 and up to 1, OSWorld 0
 to 1."""
@@ -95,6 +97,27 @@ class Row:
         return self.ok and self.stands
 
 
+def entry_row(entry: AttemptEntry) -> Row:
+    """That of an attempt that stands for its rollout, by the index alone: without its kind and its words."""
+    return Row(
+        task=entry.task_id,
+        kind=entry.task_id,
+        instruction="",
+        rollout=entry.rollout,
+        attempt=entry.attempt,
+        group_round=entry.group_round,
+        stop_reason=entry.stop_reason,
+        reward=entry.reward,
+        failure=entry.failure,
+        failure_text="",
+        steps=entry.steps,
+        tokens=entry.response_tokens,
+        started_at=entry.started_at,
+        duration_s=entry.duration_s,
+        ok=entry.ok,
+    )
+
+
 def rows(source: Attempts | Iterable[Trajectory | Row]) -> list[Row]:
     """One row an attempt, in the order of the source; `stands` says which ones stand for their rollouts."""
     given = source.attempts() if isinstance(source, Attempts) else source
@@ -114,6 +137,31 @@ def who_stands(made: Sequence[Row]) -> list[Row]:
                 standing[row.task, row.rollout] = number
     numbers = set(standing.values())
     return [dataclasses.replace(row, stands=number in numbers) for number, row in enumerate(made)]
+
+
+def pass_at(groups: Sequence[tuple[int, int]]) -> list[tuple[int, float]]:
+    """pass@k for k = 1, 2, 4, … over groups of (rollouts, successes): the mean of 1 - C(n-c, k) / C(n, k).
+
+    Each over the groups that are large enough, up to the size of most of them: the last ones of a run that goes on are
+    not complete yet.
+    """
+    sizes = Counter(n for n, _ in groups if n)
+    most = max(sizes, key=lambda n: (sizes[n], n), default=0)
+    ks = sorted({*(2**power for power in range(most.bit_length())), most} - {0})
+    found = []
+    for k in ks:
+        enough = [1 - math.comb(n - c, k) / math.comb(n, k) for n, c in groups if n >= k]
+        found.append((k, math.fsum(enough) / len(enough)))
+    return found
+
+
+def passes(made: Iterable[Row], success_at: float = SUCCESS_AT) -> list[tuple[int, float]]:
+    """pass@k of a run: of its tasks, each with its rollouts that count and have a reward; see `pass_at`."""
+    groups: dict[str, list[float]] = {}
+    for row in made:
+        if row.counts and row.reward is not None:
+            groups.setdefault(row.task, []).append(row.reward)
+    return pass_at([(len(its), sum(reward >= success_at for reward in its)) for its in groups.values()])
 
 
 # -- the terminal ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from managed_vllm.agent.gate import Gate
 from managed_vllm.agent.image_store import ImageStore
 from managed_vllm.agent.pictures import Pictures
 from managed_vllm.agent.preflight import Preflight
+from managed_vllm.agent.rewards import RewardFunction
 from managed_vllm.agent.types import Limits, Step, Task
 from managed_vllm.client import AsyncVLLMClient, VLLMClient
 from managed_vllm.errors import BadRequestError, ConfigError
@@ -36,6 +37,7 @@ class Rules:
         agent: how the model is spoken to and understood.
         exact: whether the server must tell token ids and logprobs.
         on_step: called with each step.
+        reward: called with each attempt that is over, and says its reward.
         gate: held while the model is asked.
         weight_version: tells which weights answer now, for servers whose answers do not say so.
         pictures: the sizes in which the model sees the screenshots.
@@ -50,6 +52,7 @@ class Rules:
     agent: AgentFormat
     exact: bool = True
     on_step: StepHook | None = None
+    reward: RewardFunction | None = None
     gate: Gate = field(default_factory=Gate)
     weight_version: Callable[[], str | None] = lambda: None
     preflight: Preflight = field(default_factory=Preflight)

@@ -301,7 +301,7 @@ def _replace(path: Path, values: Mapping[str, Any]) -> None:
     unfinished = path.with_name(_unfinished(path.name))
     write_json(unfinished, values)
     os.replace(unfinished, path)
-    _sync_folder(path)
+    sync_folder(path)
 
 
 def _make(path: Path, values: Mapping[str, Any]) -> bool:
@@ -314,7 +314,7 @@ def _make(path: Path, values: Mapping[str, Any]) -> bool:
         return False
     finally:
         unfinished.unlink(missing_ok=True)
-    _sync_folder(path)
+    sync_folder(path)
     return True
 
 
@@ -326,7 +326,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """So that the names in the folder of the path are on the disk."""
     folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(folder)

@@ -19,6 +19,7 @@ from managed_vllm.agent.environments.thread_environment import ThreadEnvironment
 from managed_vllm.agent.export.dart import file_name, write_dart_folder
 from managed_vllm.agent.format import AgentFormat, ParseErrorPolicy, UITarsParser
 from managed_vllm.agent.prompting import Continued
+from managed_vllm.agent.rewards import RewardFunction
 from managed_vllm.agent.rollout_policies import RetryRollouts
 from managed_vllm.agent.scheduler import StreamingTaskScheduler
 from managed_vllm.agent.store import RunStore
@@ -103,6 +104,7 @@ def run_agent_loop(
     agent: AgentFormat | None = None,
     on_parse_error: ParseErrorPolicy | None = None,
     exact: bool = True,
+    reward: RewardFunction | None = None,
     on_trajectory: Callable[[Trajectory], None] | None = None,
     join: bool = False,
 ) -> list[Trajectory]:
@@ -130,6 +132,8 @@ def run_agent_loop(
         agent: in place of UI-TARS' notation and of `messages`.
         on_parse_error: what an answer that is no action leads to.
         exact: whether the server must tell token ids and logprobs, as for `StreamingTaskScheduler`.
+        reward: called with each trajectory when it is over; what it returns is the reward (see `rewards`). None: what
+            the runner's `evaluate` said.
         on_trajectory: called with each trajectory as it is finished.
         join: whether further processes have the same `data_dir`, also on other hosts (`RunStore.join`), each with
             runners of its own: for other tasks, or for the same ones, each of which is played on one process's runner.
@@ -188,6 +192,7 @@ def run_agent_loop(
             on_attempt=on_attempt,
             reuse_environments=False,
             exact=exact,
+            reward=reward,
             stop_after_failures=None,
         )
         found = list(scheduler.run_all(tasks))

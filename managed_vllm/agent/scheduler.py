@@ -31,6 +31,7 @@ from managed_vllm.agent.loop_watch import LoopWatch
 from managed_vllm.agent.made_of import made_of
 from managed_vllm.agent.pictures import Pictures
 from managed_vllm.agent.preflight import Preflight
+from managed_vllm.agent.rewards import RewardFunction
 from managed_vllm.agent.rollout_policies import GroupPolicy, RetryRollouts
 from managed_vllm.agent.rules import Rules, StepHook
 from managed_vllm.agent.run import GroupEnd, MakeEnvironment, Run, RunPlan
@@ -63,6 +64,8 @@ class StreamingTaskScheduler:
             scheduler plays what no other process of the run does, and ends when all of it has ended, here or there.
         images: where screenshots are kept, without a store; None: in a temporary folder.
         on_step: called with task, rollout and each step. May be a coroutine function.
+        reward: called with each attempt that is `ok`, after `evaluate`; what it returns is the reward (see `rewards`).
+            What it raises fails the attempt. None: the environment's reward.
         on_attempt: called with each attempt, failed ones included, after it was stored.
         max_ahead: results that wait for the consumer, at most; None: as many as `max_concurrency`.
         reuse_environments: whether an environment serves one episode after the other (as long as it does not fail).
@@ -94,6 +97,7 @@ class StreamingTaskScheduler:
         store: RunStore | None = None,
         images: ImageStore | None = None,
         on_step: StepHook | None = None,
+        reward: RewardFunction | None = None,
         on_attempt: Callable[[Trajectory], None] | None = None,
         max_ahead: int | None = None,
         reuse_environments: bool = True,
@@ -114,6 +118,7 @@ class StreamingTaskScheduler:
                 limits,
                 agent,
                 on_step=on_step,
+                reward=reward,
                 exact=exact,
                 weight_version=lambda: self.weight_version,
             ),

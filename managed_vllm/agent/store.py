@@ -5,6 +5,7 @@
     arrays.bin            token ids and logprobs, one block an attempt
     index.msgpack         of a large run: the heads of its attempts; a copy that may be removed (`log_index`)
     images/ab/cdef….png   screenshots, by content
+    scores/NAME.jsonl     scores that were given afterwards (`scores`)
     writer.lock           held by the one process that writes; writer.json says who that is
 
 Where several processes write together (`RunStore.join`), each has a log and a lease of its own (`writers/<id>/`,
@@ -55,6 +56,7 @@ from managed_vllm.agent.attempt_logs import AttemptLogs
 from managed_vllm.agent.claims import Claim, Claims
 from managed_vllm.agent.image_store import ImageStore
 from managed_vllm.agent.run_writers import LEASE_S, RunWriter
+from managed_vllm.agent.scores import Scores
 from managed_vllm.agent.types import FailureClass, StopReason, Trajectory
 from managed_vllm.errors import RunStoreError
 
@@ -101,9 +103,10 @@ class RunSummary:
 class StoredTrajectories(Sequence[Trajectory]):
     """Trajectories that are read from a run's folder each time that one is asked for. Also when its store is closed."""
 
-    def __init__(self, path: Path, entries: tuple[AttemptEntry, ...]) -> None:
+    def __init__(self, path: Path, entries: tuple[AttemptEntry, ...], scores: Scores | None = None) -> None:
         self._path = path
         self._entries = entries
+        self._scores = scores
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -117,7 +120,7 @@ class StoredTrajectories(Sequence[Trajectory]):
     def __getitem__(self, index: int | slice) -> Trajectory | StoredTrajectories:
         """Raises `RunStoreError`: its files are damaged, or gone."""
         if isinstance(index, slice):
-            return StoredTrajectories(self._path, self._entries[index])
+            return StoredTrajectories(self._path, self._entries[index], self._scores)
         return next(self._read([self._entries[index]]))
 
     def __iter__(self) -> Iterator[Trajectory]:
@@ -127,7 +130,7 @@ class StoredTrajectories(Sequence[Trajectory]):
         return f"<{len(self)} trajectories of {self._path}>"
 
     def _read(self, entries: Iterable[AttemptEntry]) -> Iterator[Trajectory]:
-        with contextlib.closing(AttemptLogs(self._path)) as attempts:
+        with contextlib.closing(AttemptLogs(self._path, scores=self._scores)) as attempts:
             for entry in entries:
                 yield read_attempt(attempts, self._path, entry)
 
@@ -136,7 +139,8 @@ def read_attempt(attempts: AttemptLogs, path: Path, entry: AttemptEntry) -> Traj
     """The trajectory of an entry. Raises `RunStoreError`, of a `DamagedError` if its files are damaged."""
     line, block = attempts.read(entry)
     try:
-        return trajectory_of(entry, line, block)
+        trajectory = trajectory_of(entry, line, block)
+        return trajectory if attempts.scores is None else attempts.scores.trajectory(entry, trajectory)
     except DamagedError as error:
         raise RunStoreError(
             f"attempt {entry.attempt} at {entry.task_id}, rollout {entry.rollout}, is damaged ({path}, {error.damage})",
@@ -194,6 +198,26 @@ class AttemptIndex:
             log.warning("%s, rollout %s, has two attempts that count; the first does", *entry.key)
 
 
+def _summary(index: AttemptIndex, damaged: int) -> RunSummary:
+    entries, counting = index.entries, index.counting()
+    rewards = [entry.reward for entry in counting if entry.ok and entry.reward is not None]
+    return RunSummary(
+        attempts=len(entries),
+        rollouts=len(counting),
+        finished=sum(entry.ok for entry in counting),
+        tasks=index.tasks(),
+        stop_reasons=dict(Counter(entry.stop_reason for entry in entries)),
+        failures=dict(Counter(entry.failure for entry in entries if entry.failure is not None)),
+        mean_reward=sum(rewards) / len(rewards) if rewards else None,
+        rewarded=len(rewards),
+        steps=sum(entry.steps for entry in entries),
+        prompt_tokens=sum(entry.prompt_tokens for entry in entries),
+        response_tokens=sum(entry.response_tokens for entry in entries),
+        duration_s=sum(entry.duration_s for entry in entries),
+        damaged=damaged,
+    )
+
+
 class RunStore:
     """A run's folder. `RunStore.create` makes or resumes one, to write; `RunStore.join` writes together with others;
     `RunStore.open` reads one.
@@ -216,6 +240,7 @@ class RunStore:
         *,
         force: bool = False,
         writer: RunWriter | None = None,
+        scores: Scores | None = None,
     ) -> None:
         """For `create`, `join` and `open`."""
         self.path = path
@@ -231,7 +256,8 @@ class RunStore:
         self._next_refresh = 0.0
         self._writer = writer
         self.claims = None if writer is None else Claims(path, writer)
-        self._log = AttemptLogs(path, own=None if lock is None else "" if writer is None else writer.id)
+        own = writer.id if writer is not None else "" if self.writable else None
+        self._log = AttemptLogs(path, own=own, scores=scores)
         _stores.add(self)
         try:
             self._read_on()
@@ -260,6 +286,11 @@ class RunStore:
     def created_at(self) -> float:
         """Unix time."""
         return self._run.created_at
+
+    @property
+    def score(self) -> str | None:
+        """Which score stands in the rewards' place; None: none does."""
+        return None if self._log.scores is None else self._log.scores.name
 
     @property
     def writable(self) -> bool:
@@ -342,13 +373,16 @@ class RunStore:
             raise
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> RunStore:
+    def open(cls, path: str | os.PathLike[str], *, score: str | None = None) -> RunStore:
         """Reads a run, also while it is written; `refresh` sees what has come since.
 
-        Raises `RunStoreError`: there is none, or one of a later version.
+        `score`: one that `rescore` has made, in the rewards' place; what it has not scored has no reward then.
+
+        Raises `RunStoreError`: there is none, or one of a later version. `ConfigError`: it has no such score.
         """
         folder = Path(path).absolute()
-        return cls(folder, run_folder.read_run(folder), None)
+        run = run_folder.read_run(folder)
+        return cls(folder, run, None, scores=None if score is None else Scores(folder, score))
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -385,7 +419,7 @@ class RunStore:
         """Of these rollouts (task id and number) the attempts that count, or the last ones, in this order."""
         with self._mutex:
             by_key = {entry.key: entry for entry in self._index.counting()}
-        return StoredTrajectories(self.path, tuple(by_key[key] for key in keys))
+        return StoredTrajectories(self.path, tuple(by_key[key] for key in keys), self._log.scores)
 
     def load(self, entry: AttemptEntry) -> Trajectory:
         """The trajectory of an entry. Raises `RunStoreError` if its files are damaged; then it does not count any
@@ -423,23 +457,7 @@ class RunStore:
     def summary(self) -> RunSummary:
         """Counts, without reading the attempts."""
         with self._mutex:
-            entries, counting = self.entries(), self.counting()
-            rewards = [entry.reward for entry in counting if entry.ok and entry.reward is not None]
-            return RunSummary(
-                attempts=len(entries),
-                rollouts=len(counting),
-                finished=sum(entry.ok for entry in counting),
-                tasks=self._index.tasks(),
-                stop_reasons=dict(Counter(entry.stop_reason for entry in entries)),
-                failures=dict(Counter(entry.failure for entry in entries if entry.failure is not None)),
-                mean_reward=sum(rewards) / len(rewards) if rewards else None,
-                rewarded=len(rewards),
-                steps=sum(entry.steps for entry in entries),
-                prompt_tokens=sum(entry.prompt_tokens for entry in entries),
-                response_tokens=sum(entry.response_tokens for entry in entries),
-                duration_s=sum(entry.duration_s for entry in entries),
-                damaged=len(self.damaged),
-            )
+            return _summary(self._index, len(self.damaged))
 
     # -- together with others ------------------------------------------------------------------------------------------
 

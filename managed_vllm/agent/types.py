@@ -91,7 +91,7 @@ class Failure:
     Attributes:
         kind: whose fault.
         stage: what was being done: `make`, `reset`, `observe`, `messages`, `generate`, `parse`, `step`, `evaluate`,
-            `hook`.
+            `reward`, `hook`.
         error_type: the exception's class, by name.
         message: the exception's message.
         step: the index of the turn; None outside of one.
@@ -303,7 +303,7 @@ class Trajectory:
         steps: the turns; the last one is cut short where `failure` names its step (see `Step.executed`).
         stop_reason: why it ended.
         reward: what the evaluator said, else the sum of the steps' rewards; None if neither said anything, and always
-            None where `failure` is set.
+            None where `failure` is set. Where a reward function of the caller's own was given, what that said.
         failure: what went wrong; None for an attempt that counts.
         instruction: what the model was told to do.
         final_screenshot: what was seen after the last action; None where nothing was.

@@ -257,6 +257,34 @@ def build_parser() -> argparse.ArgumentParser:
         "(rewarded)",
     )
 
+    for reads in (view, export):
+        reads.add_argument("--score", metavar="NAME", help="in the rewards' place: a score that `rescore` has made")
+
+    rescore = command(
+        "rescore",
+        "managed_vllm.cli.runs:rescore",
+        "score a recorded run anew, by a reward function of your own",
+        "managed-vllm rescore runs/monday --reward my.rewards:short_answers",
+        "managed-vllm view runs/monday --score short_answers",
+        "managed-vllm export runs/monday --score short_answers --to verl --out data/monday",
+        more=" The function, which may be\n`async`, is called with each trajectory, and returns a number, or a number "
+        "and details. The score\nis kept beside the run's rewards; the run stays as it is. The same command goes on "
+        "with what is\nmissing.",
+    )
+    rescore.add_argument("folder", metavar="RUN", help="the run's folder")
+    rescore.add_argument("--reward", required=True, metavar="MODULE:FUNCTION", help="also of the current folder")
+    rescore.add_argument("--name", help="of the score (the function's)")
+    rescore.add_argument("--overwrite", action="store_true", help="replace a score of that name")
+    rescore.add_argument(
+        "--max-concurrency", type=_positive, default=8, metavar="N", help="trajectories at once, of an async one (8)"
+    )
+    rescore.add_argument(
+        "--timeout", type=_seconds, default=600.0, metavar="SECONDS", help="for one trajectory, of an async one (600)"
+    )
+    rescore.add_argument(
+        "--success-at", type=float, default=0.5, metavar="REWARD", help="from which score on it is a success (0.5)"
+    )
+
     demo = command(
         "demo",
         "managed_vllm.cli.demo:show",
@@ -335,6 +363,7 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
         help="how many, or a file of tasks (JSON lines; OSWorld's test_all.json)",
     )
     what.add_argument("--n", type=_positive, default=1, metavar="N", help="rollouts a task (1)")
+    what.add_argument("--reward", metavar="MODULE:FUNCTION", help="says the reward of each (the environment's)")
     what.add_argument("--out", required=True, metavar="RUN", help="the run's folder; one that is there is gone on with")
     what.add_argument("--seed", type=int, default=0, help="of the tasks (0)")
     what.add_argument(

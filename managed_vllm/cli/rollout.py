@@ -16,6 +16,7 @@ from typing import Any
 from managed_vllm import demo
 from managed_vllm.agent import Limits, ParseErrorPolicy, RetryRollouts, RunStore, StreamingTaskScheduler
 from managed_vllm.agent.format import AgentFormat
+from managed_vllm.agent.imports import imported
 from managed_vllm.agent.named_environments import FORMATS, NamedEnvironment, named_environment, read_tasks
 from managed_vllm.agent.report import summary_table
 from managed_vllm.agent.types import Task
@@ -36,6 +37,7 @@ def rollout(given: argparse.Namespace) -> int:
     if given.format is not None:
         _format(given.format, given.coordinates)
     place = named_environment(given.environment, limits)
+    reward = None if given.reward is None else imported(given.reward, field="reward")
     tasks = _tasks(given, place)
     model, arguments = serve.model_and_arguments(given)
     if model is None and given.environment == "desktop" and external.URL_VARIABLE not in os.environ:
@@ -62,6 +64,7 @@ def rollout(given: argparse.Namespace) -> int:
                 agent=agent,
                 retry=RetryRollouts(max_attempts=given.max_attempts),
                 exact=given.exact,
+                reward=reward,
                 store=store,
                 progress=False if given.json else (None if sys.stderr.isatty() else True),
             )

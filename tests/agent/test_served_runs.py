@@ -18,10 +18,10 @@ from agent_samples import sample_failure, sample_trajectory
 from browsing import Browser
 from processes import HANG_S, eventually
 
+from managed_vllm.agent.report import pass_at
 from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.types import FailureClass, ImageRef
 from managed_vllm.agent.viewer import RunServer
-from managed_vllm.agent.viewer.table import pass_at
 from managed_vllm.errors import ConfigError
 
 pytest.importorskip("jinja2", reason="jinja2 is not installed: pip install jinja2")

@@ -146,6 +146,7 @@ def export(
                     str(folder), to, trajectories, samples, writer.images, left_out, dict(writer.cuts)
                 )
             about = {**asdict(report), "path": str(folder), "run": str(store.path), "per": per, "include": include}
+            about["score"] = store.score
             (unfinished / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
             os.replace(unfinished, folder)
         except BaseException:

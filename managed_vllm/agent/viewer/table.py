@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from managed_vllm.agent import trajectory_codec
 from managed_vllm.agent.attempt_log import AttemptEntry, body_of
 from managed_vllm.agent.attempt_logs import AttemptLogs
-from managed_vllm.agent.report import Row
+from managed_vllm.agent.report import entry_row, pass_at
 from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.viewer.record import TrajectoryRecord, number_record, row_record
 from managed_vllm.errors import RunStoreError
@@ -172,23 +172,8 @@ class RunTable:
     def _row(self, number: int) -> dict[str, Any]:
         one = self._entries[number]
         instruction, why = self._outline(one)
-        row = Row(
-            task=one.task_id,
-            kind="",
-            instruction=instruction,
-            rollout=one.rollout,
-            attempt=one.attempt,
-            group_round=one.group_round,
-            stop_reason=one.stop_reason,
-            reward=one.reward,
-            failure=one.failure,
-            failure_text=why,
-            steps=one.steps,
-            tokens=one.response_tokens,
-            started_at=one.started_at,
-            duration_s=one.duration_s,
-            ok=one.ok,
-            stands=self._stands[number],
+        row = dataclasses.replace(
+            entry_row(one), instruction=instruction, failure_text=why, stands=self._stands[number]
         )
         return {**row_record(row), "number": number}
 
@@ -335,22 +320,6 @@ def _compared(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[
 
 def _passes(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return pass_at([(row["rewarded"], row["successes"]) for row in rows])
-
-
-def pass_at(groups: Sequence[tuple[int, int]]) -> list[tuple[int, float]]:
-    """pass@k for k = 1, 2, 4, … over groups of (rollouts, successes): the mean of 1 - C(n-c, k) / C(n, k).
-
-    Each over the groups that are large enough, up to the size of most of them: the last ones of a run that goes on are
-    not complete yet.
-    """
-    sizes = Counter(n for n, _ in groups if n)
-    most = max(sizes, key=lambda n: (sizes[n], n), default=0)
-    ks = sorted({*(2**power for power in range(most.bit_length())), most} - {0})
-    found = []
-    for k in ks:
-        enough = [1 - math.comb(n - c, k) / math.comb(n, k) for n, c in groups if n >= k]
-        found.append((k, math.fsum(enough) / len(enough)))
-    return found
 
 
 _ALL = Query()
