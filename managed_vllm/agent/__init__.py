@@ -54,6 +54,10 @@ _HOME_OF = {
     "autoglm": "managed_vllm.agent.model_formats",
     "glm_v": "managed_vllm.agent.model_formats",
     "qwen_vl": "managed_vllm.agent.model_formats",
+    "android_world": "managed_vllm.agent.model_formats",
+    "holo": "managed_vllm.agent.model_formats",
+    "scalecua": "managed_vllm.agent.model_formats",
+    "seed": "managed_vllm.agent.model_formats",
     "recorder": "managed_vllm.agent.recording.gateway",
     "rescore": "managed_vllm.agent.rescoring",
     "run_agent_loop": "managed_vllm.agent.runners",
@@ -83,10 +87,14 @@ if TYPE_CHECKING:
     from managed_vllm.agent.format import tool_calls as tool_calls
     from managed_vllm.agent.format import ui_tars as ui_tars
     from managed_vllm.agent.image_store import ImageStore as ImageStore
+    from managed_vllm.agent.model_formats import android_world as android_world
     from managed_vllm.agent.model_formats import autoglm as autoglm
     from managed_vllm.agent.model_formats import glm_v as glm_v
+    from managed_vllm.agent.model_formats import holo as holo
     from managed_vllm.agent.model_formats import python_code as python_code
     from managed_vllm.agent.model_formats import qwen_vl as qwen_vl
+    from managed_vllm.agent.model_formats import scalecua as scalecua
+    from managed_vllm.agent.model_formats import seed as seed
     from managed_vllm.agent.prompting import History as History
     from managed_vllm.agent.ray_rollouts import run_on_ray as run_on_ray
     from managed_vllm.agent.recording.episodes import RecordedEpisode as RecordedEpisode

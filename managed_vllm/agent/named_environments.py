@@ -17,13 +17,20 @@ from managed_vllm.agent.environments.osworld_tasks import is_osworld_list, oswor
 from managed_vllm.agent.format import AgentFormat, embedded, json_actions, tool_calls, ui_tars
 from managed_vllm.agent.imports import imported
 from managed_vllm.agent.model_formats import (
+    android_world,
     autoglm,
     glm_v,
+    holo,
+    holo1_5,
+    holo3_1,
     opencua,
     python_code,
     qwen2_5_vl,
     qwen_vl,
     qwen_vl_mobile,
+    scalecua,
+    scalecua_mobile,
+    seed,
 )
 from managed_vllm.agent.run import MakeEnvironment
 from managed_vllm.agent.tasks import as_task
@@ -42,6 +49,14 @@ FORMATS: dict[str, Callable[..., AgentFormat]] = {
     "python": python_code,
     "glm-v": glm_v,
     "autoglm": autoglm,
+    "seed": seed,
+    "ui-tars-2": seed,
+    "scalecua": scalecua,
+    "scalecua-mobile": scalecua_mobile,
+    "holo1.5": holo1_5,
+    "holo3": holo,
+    "holo3.1": holo3_1,
+    "android-world": android_world,
 }
 """How models are spoken to, by name."""
 

@@ -7,6 +7,7 @@ messages as `ImageRef`s, in parts `{"type": "image", "image": ref}`; they become
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,7 +69,8 @@ class Chat:
         prompt: the first user message. `{instruction}` is replaced, `{frame}` by what coordinates are (`coordinates`
             says it), and no other brace means anything.
         history: turns before the newest that stay; None: all. Their images are limited by `Limits.max_images` anyway.
-        show_text: whether the observation's text is sent.
+        show_text: whether the observation's text is sent beside its screenshot. Text without one always is: what an
+            answer that was no action is told, too.
         show_screenshot: whether its screenshot is.
         coordinates: the frame of the model's points, for `{frame}`.
         answer_in_history: what becomes of former answers; None: they stay as they were.
@@ -95,16 +97,26 @@ class Chat:
         if self.history is not None:
             turns = turns[max(0, len(turns) - 1 - self.history) :]
         for turn in turns:
-            parts: list[Any] = []
-            if self.show_screenshot and turn.screenshot is not None:
-                parts.append({"type": "image", "image": turn.screenshot})
-            if self.show_text and turn.text is not None:
-                parts.append({"type": "text", "text": turn.text})
+            parts = _seen(turn, self.show_screenshot, self.show_text)
             if parts:
                 messages.append({"role": "user", "content": parts})
             if turn.response is not None:
                 messages.extend(_answered(turn, self.answer_in_history))
         return newest_images(messages, history.max_images)
+
+
+def _seen(turn: Turn, show_screenshot: bool, show_text: bool) -> list[Any]:
+    """What was seen at a turn, as parts of a message."""
+    parts: list[Any] = []
+    if show_screenshot and turn.screenshot is not None:
+        parts.append({"type": "image", "image": turn.screenshot})
+    if turn.text is not None and (show_text or turn.screenshot is None):
+        parts.append(_text(turn.text))
+    return parts
+
+
+def _text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
 
 
 def _answered(turn: Turn, rewrite: Callable[[str], str] | None) -> list[Message]:
@@ -115,6 +127,81 @@ def _answered(turn: Turn, rewrite: Callable[[str], str] | None) -> list[Message]
         return [said]
     results = [{"role": "tool", "tool_call_id": call.get("id"), "content": "done"} for call in turn.tool_calls]
     return [{**said, "tool_calls": list(turn.tool_calls)}, *results]
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedObservations:
+    """As `Chat`, with tags around the task and around each observation, and few screenshots.
+
+    Attributes:
+        system: text of the system message.
+        most_images: how many screenshots stay at most, where `Limits.max_images` allows more.
+        left_out: the text in the place of a screenshot that does not stay.
+        show_text: as for `Chat`.
+    """
+
+    system: str
+    most_images: int
+    left_out: str = "[an earlier screenshot]"
+    show_text: bool = False
+
+    def __call__(self, history: History) -> list[Message]:
+        messages: list[Message] = [
+            {"role": "system", "content": self.system},
+            {"role": "user", "content": f"<task>\n{history.instruction}\n</task>"},
+        ]
+        for turn in history.turns:
+            seen = _seen(turn, True, self.show_text)
+            if seen:
+                around = _text("<observation>\n"), _text("\n</observation>")
+                messages.append({"role": "user", "content": [around[0], *seen, around[1]]})
+            if turn.response is not None:
+                messages.extend(_answered(turn, None))
+        return newest_images(messages, min(self.most_images, history.max_images), self.left_out)
+
+
+@dataclass(frozen=True, slots=True)
+class StepList:
+    """One question a turn: the newest screenshot, and the task with a line for each step so far.
+
+    For models that were trained without the former screenshots and answers.
+
+    Attributes:
+        system: text of the system message; None: none.
+        prompt: the text beside the screenshot. `{instruction}`, `{steps}` and `{frame}` (as for `Chat`) are replaced.
+        step: what is said of a step, from its answer.
+        none: what is said where there was no step yet.
+        show_text: whether the observation's text is sent beside its screenshot; without one it always is.
+        coordinates: the frame of the model's points.
+    """
+
+    system: str | None = None
+    prompt: str = "{instruction}\n\n{steps}"
+    step: Callable[[str], str] = str.strip
+    none: str = "None"
+    show_text: bool = False
+    coordinates: Coordinates = "absolute"
+
+    def __call__(self, history: History) -> list[Message]:
+        messages: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        said = [self.step(turn.response) for turn in history.turns if turn.response is not None]
+        steps = "\n".join(f"Step {number}: {line}" for number, line in enumerate(said, 1)) or self.none
+        # What a model said stays as it is, whatever it has in braces: each place is filled once.
+        frame = frame_in_words(self.coordinates, history.first_size())
+        places = {"{instruction}": history.instruction, "{steps}": steps, "{frame}": frame}
+        asked = _PLACES.sub(lambda place: places[place[0]], self.prompt)
+        messages.append({"role": "user", "content": [*self._observed(history.turns), _text(asked)]})
+        return newest_images(messages, history.max_images)
+
+    def _observed(self, turns: Sequence[Turn]) -> list[Any]:
+        """The newest screenshot, and what the newest turn says."""
+        shown = next((turn for turn in reversed(turns) if turn.screenshot is not None), None)
+        newest = turns[-1]
+        before = [] if shown is None or shown is newest else _seen(shown, True, False)
+        return before + _seen(newest, True, self.show_text)
+
+
+_PLACES = re.compile(r"\{(?:instruction|steps|frame)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +231,11 @@ class Continued:
         return newest_images([*begun, *Chat(prompt="", show_text=self.show_text)(history)], history.max_images)
 
 
-def newest_images(messages: Sequence[Message], most: int) -> list[Message]:
+def newest_images(messages: Sequence[Message], most: int, left_out: str | None = None) -> list[Message]:
     """The same messages with the newest `most` images, and all of the text.
 
-    A message of which nothing is left is left out. The messages given are not changed.
+    `left_out`: the text in the place of each other image; None: nothing, and a message of which nothing is left is left
+    out. The messages given are not changed.
     """
     left = most
     found: list[Message] = []
@@ -156,14 +244,16 @@ def newest_images(messages: Sequence[Message], most: int) -> list[Message]:
         if not isinstance(content, list | tuple) or not any(map(_is_image, content)):
             found.append(message)
             continue
-        kept = []
+        kept, gone = [], False
         for part in reversed(content):
             if _is_image(part):
                 if left <= 0:
+                    gone = True
+                    kept += [] if left_out is None else [_text(left_out)]
                     continue
                 left -= 1
             kept.append(part)
-        if len(kept) == len(content):
+        if not gone:
             found.append(message)
         elif kept:
             found.append({**message, "content": kept[::-1]})

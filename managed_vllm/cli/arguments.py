@@ -397,7 +397,8 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
         "--format",
         metavar="NAME",
         help="how the model is spoken to: ui-tars, qwen3-vl, qwen3-vl-mobile, qwen2.5-vl, opencua, python (pyautogui's "
-        "calls), glm-v, autoglm, json, tools, embedded (what fits the environment and the model)",
+        "calls), glm-v, autoglm, ui-tars-2, seed, scalecua, scalecua-mobile, holo1.5, holo3, holo3.1 (tool calls), "
+        "android-world, json, tools, embedded (what fits the environment and the model)",
     )
     how.add_argument(
         "--coordinates",

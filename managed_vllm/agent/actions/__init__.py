@@ -6,17 +6,20 @@
 - `osworld_answers`: the same as OSWorld's own agent reads them.
 - `json_actions`: JSON and tool calls, for other models.
 - `computer_use`: Qwen-VL's tools, and what came of them. `python_code`: pyautogui's calls in a code block.
-- `glm`: GLM-V and AutoGLM. `hosted_tools`: calls in Gemini's and OpenAI's shapes. `rows`: action spaces as tables.
+- `glm`: GLM-V and AutoGLM. `seed`: UI-TARS-2 and Seed. `scalecua`, `holo`, `android_world`: what their names say.
+- `hosted_tools`: calls in Gemini's and OpenAI's shapes. `rows`: action spaces as tables.
 - `pyautogui_source`: as source for OSWorld.
 - `coordinates`, `keys`: numbers and names that the parsers share.
 """
 
 from __future__ import annotations
 
+from managed_vllm.agent.actions.android_world import parse_android_world
 from managed_vllm.agent.actions.computer_use import parse_computer_use
 from managed_vllm.agent.actions.coordinates import Coordinates, OffScreen, smart_resize
 from managed_vllm.agent.actions.descriptions import describe
 from managed_vllm.agent.actions.glm import parse_autoglm, parse_glm
+from managed_vllm.agent.actions.holo import holo_json_schema, parse_holo
 from managed_vllm.agent.actions.hosted_tools import parse_hosted
 from managed_vllm.agent.actions.json_actions import (
     ACTION_JSON_SCHEMA,
@@ -29,6 +32,8 @@ from managed_vllm.agent.actions.json_actions import (
 from managed_vllm.agent.actions.osworld_answers import parse_like_osworld
 from managed_vllm.agent.actions.pyautogui_source import to_pyautogui
 from managed_vllm.agent.actions.python_code import parse_python_code
+from managed_vllm.agent.actions.scalecua import parse_scalecua
+from managed_vllm.agent.actions.seed import parse_seed
 from managed_vllm.agent.actions.serialization import action_from_dict, action_to_dict
 from managed_vllm.agent.actions.ui_tars import parse_ui_tars
 from managed_vllm.agent.actions.ui_tars_format import UI_TARS_PROMPT, system_prompt, to_ui_tars, ui_tars_regex
@@ -98,13 +103,18 @@ __all__ = [
     "action_to_dict",
     "action_tools",
     "describe",
+    "holo_json_schema",
+    "parse_android_world",
     "parse_autoglm",
     "parse_computer_use",
     "parse_glm",
+    "parse_holo",
     "parse_hosted",
     "parse_json_actions",
     "parse_like_osworld",
     "parse_python_code",
+    "parse_scalecua",
+    "parse_seed",
     "parse_tool_calls",
     "parse_ui_tars",
     "smart_resize",

@@ -21,6 +21,7 @@ from typing import Any, Unpack
 
 from managed_vllm.agent.actions.coordinates import Coordinates, Frame, FrameOptions
 from managed_vllm.agent.actions.json_actions import Reader
+from managed_vllm.agent.actions.quiet_ast import parsed_expression
 from managed_vllm.agent.actions.rows import ActionRow, Field, Values, pressed, read_row
 from managed_vllm.agent.actions.values import (
     Action,
@@ -271,7 +272,7 @@ class _Answer:
         if len(stripped) > _MOST:
             self.reader.fail(f"the call is longer than {_MOST} characters")
         try:
-            node = ast.parse(stripped, mode="eval").body
+            node = parsed_expression(stripped)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             self.reader.fail(f"this is no call, or was cut off: {getattr(error, 'msg', error)}")
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:

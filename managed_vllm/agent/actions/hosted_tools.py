@@ -175,13 +175,4 @@ def _read(reader: Reader, shape: Shape, call: Any) -> list[Action]:
         given = {}
     if not isinstance(given, Mapping):
         reader.fail("the arguments of a tool call must be an object")
-    return read_row(reader, HOSTED_ACTIONS[shape], name, _paired(given))
-
-
-def _paired(given: Mapping[str, Any]) -> dict[str, Any]:
-    """With `at` in the place of x and y, and so on; half a pair stays, and is refused as unknown."""
-    found = dict(given)
-    for x, y, name in _PAIRS:
-        if x in found and y in found and name not in found:
-            found[name] = [found.pop(x), found.pop(y)]
-    return found
+    return read_row(reader, HOSTED_ACTIONS[shape], name, given, pairs=_PAIRS)

@@ -226,22 +226,37 @@ ACTION_JSON_SCHEMA: dict[str, Any] = action_json_schema()
 
 _WORDS = {"thought", "action", "actions", "type", "name", "function", "arguments"}
 _WORDS |= {key for kind in ACTIONS.values() for key in kind.fields}
-_BEGIN = re.compile(rf'(?:\[\s*+)?\{{\s*+"(?:{"|".join(sorted(_WORDS))})"')
-"""An object, or a list of such, with a field that says something of actions: braces in a thought are none."""
+
+
+def begin_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Finds an object, or a list of such, whose first field is one of these: braces in a thought are none."""
+    return re.compile(rf'(?:\[\s*+)?\{{\s*+"(?:{"|".join(sorted(words))})"')
+
+
+_BEGIN = begin_of(_WORDS)
+_EXAMPLE = '{"action": "click", "x": 1, "y": 2}'
 _BETWEEN = re.compile(r"(?:[\s,;]++|`{3,}+(?:\w{1,20}+(?=\s))?|</?tool_calls?>|<\|\w{1,40}\|>|</s>|\[EOS\])*+")
 _FENCE_AT_END = re.compile(r"(?:`{3,}\w{0,20}|<tool_calls?>)\s*\Z")
 _THOUGHT_LABEL = re.compile(r"\A\s*+(?:Thought|Reasoning)[:：]\s*+", re.IGNORECASE)
 _ACTION_LABEL = re.compile(r"(?:\A|\n)[ \t*#]{0,8}Actions?[*]{0,2}[:：]?[*]{0,2}\s*\Z", re.IGNORECASE)
 
 
-def values_in(text: str) -> tuple[str, list[tuple[Any, int, int]]]:
-    """The thought before the JSON, and each JSON value with its span."""
+def values_in(
+    text: str, begins: re.Pattern[str] = _BEGIN, example: str = _EXAMPLE
+) -> tuple[str, list[tuple[Any, int, int]]]:
+    """The thought before the JSON, and each JSON value with its span.
+
+    Args:
+        text: the answer.
+        begins: what JSON begins with, where it does not begin the text (`begin_of`).
+        example: of such JSON, for the error.
+    """
     begin = 0
     if text.lstrip().startswith("<think>"):
         begin = text.find("</think>")
         if begin < 0:
             _fail("the answer was cut off while the model was thinking: allow it more tokens", text, 0, len(text))
-    value, start, end = _first(text, begin)
+    value, start, end = _first(text, begin, begins, example)
     values = [(value, start, end)]
     while True:
         gap = _BETWEEN.match(text, end)
@@ -250,7 +265,7 @@ def values_in(text: str) -> tuple[str, list[tuple[Any, int, int]]]:
         if at == len(text):
             break
         if text[at] not in "[{":
-            if _BEGIN.search(text, at):
+            if begins.search(text, at):
                 _fail("text stands between two actions, so it can't be told whether both are meant", text, at)
             break
         value, end = _decoded(text, at)
@@ -258,14 +273,13 @@ def values_in(text: str) -> tuple[str, list[tuple[Any, int, int]]]:
     return _before(text[:start]), values
 
 
-def _first(text: str, begin: int) -> tuple[Any, int, int]:
+def _first(text: str, begin: int, begins: re.Pattern[str], example: str) -> tuple[Any, int, int]:
     at = len(text) - len(text[begin:].lstrip())
     if text[at : at + 1] not in ("{", "["):
-        match = _BEGIN.search(text, begin)
+        match = begins.search(text, begin)
         if match is None:
             if not text.strip():
                 _fail("the answer is empty", text, 0, len(text))
-            example = '{"action": "click", "x": 1, "y": 2}'
             _fail(f"the answer has no action; it needs JSON such as {example}", text, begin, len(text))
         at = match.start()
     value, end = _decoded(text, at)

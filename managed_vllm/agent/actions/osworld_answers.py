@@ -18,14 +18,13 @@ Model text is read as Python *syntax* (`ast`), and only literals are evaluated. 
 from __future__ import annotations
 
 import ast
-import contextlib
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from managed_vllm.agent.actions.coordinates import MAX_PIXELS, MIN_PIXELS, smart_resize
+from managed_vllm.agent.actions.quiet_ast import no_warnings, parsed_expression
 from managed_vllm.agent.actions.values import (
     Action,
     Button,
@@ -131,13 +130,12 @@ class _Reading:
         if len(source) > _LONGEST:
             self.fail("the action is too long")
         try:
-            with _no_warnings():
-                tree = ast.parse(source, mode="eval")
+            call = parsed_expression(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             self.fail(f"the action is not one call in Python's notation: {error}")
-        if not isinstance(tree.body, ast.Call):
+        if not isinstance(call, ast.Call):
             self.fail("the action is not one call in Python's notation")
-        return tree.body
+        return call
 
     # -- points
 
@@ -165,14 +163,6 @@ class _Reading:
             self.fail(f"{name} needs a point, '(x,y)', or a box, '(x1,y1,x2,y2)'")
         width, height = self._size
         return round((box[0] + box[2]) / 2 * width, 3), round((box[1] + box[3]) / 2 * height, 3)
-
-
-@contextlib.contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Python warns of a model's backslashes as if they were in our own source."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _name_of(function: ast.expr) -> str:
@@ -249,7 +239,7 @@ def _type(reading: _Reading, name: str, arguments: Mapping[str, str], boxes: _Bo
     if enter:
         content = content.rstrip("\\n").rstrip("\n")
     try:
-        with _no_warnings():
+        with no_warnings():
             text = ast.literal_eval(f"'{content}'")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         text = None

@@ -28,6 +28,7 @@ from typing import Any, NoReturn, Unpack
 
 from managed_vllm.agent.actions.coordinates import Coordinates, Frame, FrameOptions, OffScreenError
 from managed_vllm.agent.actions.json_actions import Reader
+from managed_vllm.agent.actions.quiet_ast import parsed_statements
 from managed_vllm.agent.actions.values import (
     Action,
     Button,
@@ -117,7 +118,7 @@ def parse_python_code(
     """
     frame = Frame.of(image_size, coordinates, **options)
     thought, code, start = _found(text)
-    actions = _Code(frame, text, code, start).actions()
+    actions = Code(frame, text, code, start).actions()
     return ParsedResponse(thought, actions)
 
 
@@ -141,15 +142,37 @@ def _thought(text: str) -> str:
     return _LABEL.sub("", text).strip()
 
 
-class _Code:
-    """The statements of one piece of code to actions."""
+class Code:
+    """The statements of one piece of code to actions.
 
-    def __init__(self, frame: Frame, text: str, code: str, start: int) -> None:
+    Args:
+        frame: the frame of its points.
+        text: the answer.
+        code: the part of it that is code.
+        start: where that begins.
+        parameters: the calls that are understood, as `PARAMETERS`.
+        made: what they do, by the same names.
+
+    Attributes:
+        reader: reads values, and reports what is wrong.
+    """
+
+    def __init__(
+        self,
+        frame: Frame,
+        text: str,
+        code: str,
+        start: int,
+        parameters: Mapping[str, tuple[str, ...]] = PARAMETERS,
+        made: Mapping[str, Making] | None = None,
+    ) -> None:
+        self._parameters = parameters
+        self._made = MADE if made is None else made
         self._frame = frame
         self._text = text
         self._code = code
         self._start = start
-        self._reader = Reader(frame, text)
+        self.reader = Reader(frame, text)
         self._lines = [0]
         for line in code.splitlines(keepends=True):
             self._lines.append(self._lines[-1] + len(line))
@@ -158,19 +181,20 @@ class _Code:
         if len(self._code) > _MOST_CODE:
             self._fail(f"the code is longer than {_MOST_CODE} characters")
         try:
-            tree = ast.parse(_dedented(self._code))
+            statements = parsed_statements(_dedented(self._code))
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             self._fail(f"the code is no Python, or was cut off: {getattr(error, 'msg', error)}")
         found: list[Action] = []
-        for statement in tree.body:
+        for statement in statements:
             self._at(statement)
             if isinstance(statement, ast.Import) and {one.name for one in statement.names} <= {"pyautogui", "time"}:
                 continue
             if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
                 self._fail(f"only calls of pyautogui mean anything, not {ast.unparse(statement)[:80]!r}")
-            if found and isinstance(found[-1], Finished | CallUser):
-                self._fail("something is done after the task was ended")
+            before = len(found)
             self._add(found, statement.value)
+            if 0 < before < len(found) and isinstance(found[before - 1], Finished | CallUser):
+                self._fail("something is done after the task was ended")
         if not found:
             self._fail("the code does nothing")
         return tuple(found)
@@ -178,28 +202,38 @@ class _Code:
     def _at(self, node: ast.stmt) -> None:
         begin = self._start + self._lines[min(node.lineno - 1, len(self._lines) - 1)]
         end = self._start + self._lines[min(node.end_lineno or node.lineno, len(self._lines) - 1)]
-        self._reader.span = begin, max(begin, min(end, len(self._text)))
+        self.reader.span = begin, max(begin, min(end, len(self._text)))
 
     def _fail(self, message: str) -> NoReturn:
-        self._reader.fail(message)
+        self.reader.fail(message)
 
     def _add(self, found: list[Action], call: ast.Call) -> None:
         name = ast.unparse(call.func)
-        if name not in PARAMETERS:
-            self._fail(f"there is no call {name[:80]!r}; the calls are {', '.join(PARAMETERS)}")
-        if name == "pyautogui.hotkey":
+        if name not in self._parameters:
+            self._unknown(name)
+        last = name.rpartition(".")[2]
+        if last == "hotkey":
             found.append(Hotkey(self._hotkey(call)))
             return
         given = self._arguments(name, call)
-        made = _MADE[name](self, given)
+        made = self._made[name](self, given)
         before = found[-1] if found else None
-        if name == "pyautogui.dragTo" and isinstance(before, Move) and self._button(given) is Button.LEFT:
-            made = [Drag(before.x, before.y, *self._there(given))]
+        if last == "terminate" and isinstance(before, Finished) and isinstance(made[0], Finished):
+            return  # the answer came first
+        if last == "dragTo" and isinstance(before, Move) and self._button(given) is Button.LEFT:
+            made = [Drag(before.x, before.y, *self.there(given))]
             found.pop()
         found += made
 
+    def _unknown(self, name: str) -> NoReturn:
+        if name.startswith("agent."):
+            self._fail(
+                f"there is no call {name[:80]!r}: it says in words where to act, which a second model has to find"
+            )
+        self._fail(f"there is no call {name[:80]!r}; the calls are {', '.join(self._parameters)}")
+
     def _arguments(self, name: str, call: ast.Call) -> dict[str, Any]:
-        names = PARAMETERS[name]
+        names = self._parameters[name]
         if len(call.args) > len(names):
             self._fail(f"{name} takes {len(names)} arguments at most")
         given = {key: self._constant(value) for key, value in zip(names, call.args, strict=False)}
@@ -226,8 +260,8 @@ class _Code:
             if keyword.arg == "keys" and isinstance(value, list | tuple) and not keys:
                 keys += value
             elif keyword.arg not in ("interval", "logScreenshot"):
-                self._fail(f"pyautogui.hotkey has no parameter {keyword.arg!r}")
-        return self._reader.keys(keys, "keys of hotkey")
+                self._fail(f"hotkey has no parameter {keyword.arg!r}")
+        return self.reader.keys(keys, "keys of hotkey")
 
     # -- what the calls do
 
@@ -236,13 +270,20 @@ class _Code:
             return None
         if "x" not in given or "y" not in given:
             self._fail("x and y are needed, or none of them")
-        x, y = (self._reader.decimal(given[key], key) for key in ("x", "y"))
+        return self.point([given["x"], given["y"]], "x, y")
+
+    def point(self, value: Any, where: str) -> tuple[float, float]:
+        """The pixel of a pair of numbers. Raises `ActionParseError`."""
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            self._fail(f"{where} must be a pair of numbers")
+        x, y = (self.reader.decimal(each, where) for each in value)
         try:
             return self._frame.point(x, y)
         except OffScreenError as error:
             self._fail(f"the point is off the screen: {error}")
 
-    def _there(self, given: Given) -> tuple[float, float]:
+    def there(self, given: Given) -> tuple[float, float]:
+        """The pixel of x and y, which must be there. Raises `ActionParseError`."""
         place = self._place(given)
         if place is None:
             self._fail("x and y are needed")
@@ -255,7 +296,7 @@ class _Code:
         return value
 
     def _button(self, given: Given) -> Button:
-        return self._reader.button(given.get("button", "left"), "button")
+        return self.reader.button(given.get("button", "left"), "button")
 
     def clicked(self, given: Given, clicks: int | None = None, button: Button | None = None) -> list[Action]:
         button, clicks = button or self._button(given), clicks or self._times(given, "clicks")
@@ -265,12 +306,12 @@ class _Code:
         return [Click(*place, button, clicks)]
 
     def moved(self, given: Given) -> list[Action]:
-        return [Move(*self._there(given))]
+        return [Move(*self.there(given))]
 
     def dragged(self, given: Given) -> list[Action]:
         """From where the pointer is."""
         button = self._button(given)
-        return [MouseDown(button), Move(*self._there(given)), MouseUp(button)]
+        return [MouseDown(button), Move(*self.there(given)), MouseUp(button)]
 
     def held(self, given: Given) -> list[Action]:
         return [MouseDown(self._button(given), *(self._place(given) or ()))]
@@ -279,7 +320,7 @@ class _Code:
         return [MouseUp(self._button(given), *(self._place(given) or ()))]
 
     def scrolled(self, given: Given, forward: Direction, backward: Direction) -> list[Action]:
-        steps = round(self._reader.number(given.get("clicks"), "clicks"))
+        steps = round(self.reader.number(given.get("clicks"), "clicks"))
         if abs(steps) > 1_000_000:
             self._fail("clicks must be from -1000000 to 1000000")
         if steps == 0:
@@ -291,7 +332,7 @@ class _Code:
         message = given.get("message")
         if isinstance(message, list | tuple):  # pyautogui presses them one after the other
             return self._each(message)
-        return [Type(self._reader.string(message, "message"))]
+        return [Type(self.reader.string(message, "message"))]
 
     def pressed(self, given: Given) -> list[Action]:
         keys = given.get("keys")
@@ -300,51 +341,54 @@ class _Code:
     def _each(self, keys: Sequence[Any]) -> list[Action]:
         if not keys:
             self._fail("no key is named")
-        return [Hotkey((self._reader.key(key, "keys"),)) for key in keys]
+        return [Hotkey((self.reader.key(key, "keys"),)) for key in keys]
 
     def key_held(self, given: Given) -> list[Action]:
-        return [KeyDown(self._reader.key(given.get("key"), "key"))]
+        return [KeyDown(self.reader.key(given.get("key"), "key"))]
 
     def key_released(self, given: Given) -> list[Action]:
-        return [KeyUp(self._reader.key(given.get("key"), "key"))]
+        return [KeyUp(self.reader.key(given.get("key"), "key"))]
 
     def waited(self, given: Given) -> list[Action]:
         seconds = given.get("seconds")
-        return [Wait(None if seconds is None else self._reader.seconds(seconds, "seconds"))]
+        return [Wait(None if seconds is None else self.reader.seconds(seconds, "seconds"))]
 
     def ended(self, given: Given) -> list[Action]:
-        status, said = given.get("status", "success"), given.get("answer", given.get("data", ""))
+        status, said = given.get("status", "success"), given.get("answer", given.get("data", given.get("info", "")))
         if status not in ("success", "failure", "fail"):
             self._fail(f"status must be success or failure, not {status!r:.80}")
-        said = self._reader.string(said, "answer")
+        said = self.reader.string(said, "answer")
         return [Finished(said)] if status == "success" else [CallUser(said or "the model has given up")]
 
 
-_MADE: Mapping[str, Callable[[_Code, Given], list[Action]]] = {
-    "pyautogui.click": _Code.clicked,
+Making = Callable[[Code, Given], list[Action]]
+"""What a call does, from its arguments."""
+
+MADE: Mapping[str, Making] = {
+    "pyautogui.click": Code.clicked,
     "pyautogui.leftClick": lambda code, given: code.clicked(given, 1, Button.LEFT),
     "pyautogui.rightClick": lambda code, given: code.clicked(given, 1, Button.RIGHT),
     "pyautogui.middleClick": lambda code, given: code.clicked(given, 1, Button.MIDDLE),
     "pyautogui.doubleClick": lambda code, given: code.clicked(given, 2),
     "pyautogui.tripleClick": lambda code, given: code.clicked(given, 3),
-    "pyautogui.moveTo": _Code.moved,
-    "pyautogui.dragTo": _Code.dragged,
-    "pyautogui.mouseDown": _Code.held,
-    "pyautogui.mouseUp": _Code.released,
+    "pyautogui.moveTo": Code.moved,
+    "pyautogui.dragTo": Code.dragged,
+    "pyautogui.mouseDown": Code.held,
+    "pyautogui.mouseUp": Code.released,
     "pyautogui.scroll": lambda code, given: code.scrolled(given, Direction.UP, Direction.DOWN),
     "pyautogui.vscroll": lambda code, given: code.scrolled(given, Direction.UP, Direction.DOWN),
     "pyautogui.hscroll": lambda code, given: code.scrolled(given, Direction.RIGHT, Direction.LEFT),
-    "pyautogui.write": _Code.typed,
-    "pyautogui.typewrite": _Code.typed,
-    "pyautogui.press": _Code.pressed,
-    "pyautogui.keyDown": _Code.key_held,
-    "pyautogui.keyUp": _Code.key_released,
-    "pyautogui.sleep": _Code.waited,
-    "time.sleep": _Code.waited,
-    "computer.wait": _Code.waited,
+    "pyautogui.write": Code.typed,
+    "pyautogui.typewrite": Code.typed,
+    "pyautogui.press": Code.pressed,
+    "pyautogui.keyDown": Code.key_held,
+    "pyautogui.keyUp": Code.key_released,
+    "pyautogui.sleep": Code.waited,
+    "time.sleep": Code.waited,
+    "computer.wait": Code.waited,
     "computer.triple_click": lambda code, given: code.clicked(given, 3, Button.LEFT),
     "computer.tripleClick": lambda code, given: code.clicked(given, 3, Button.LEFT),
-    "computer.terminate": _Code.ended,
+    "computer.terminate": Code.ended,
 }
 
 
