@@ -355,7 +355,11 @@ def curve(results: Sequence[Result]) -> str:
         x = at(step, 0).split(",")[0]
         drawn.append(f'<text x="{x}" y="{top + inner + 18}" text-anchor="middle">{step}</text>')
     drawn.append(f'<text x="{width / 2}" y="{height - 12}" text-anchor="middle">step = update of the server</text></g>')
-    for color, one in zip(("#2459d8", "#d8632b", "#1a9a6c", "#8a4bd0", "#666"), results, strict=False):
+    for row, (color, one) in enumerate(
+        zip(("#2459d8", "#d8632b", "#1a9a6c", "#8a4bd0", "#666"), results, strict=False)
+    ):
+        x, y = at(steps, 0.35 - 0.07 * row).split(",")
+        drawn.append(f'<text x="{x}" y="{y}" text-anchor="end" font-size="12" fill="{color}">seed {one.seed}</text>')
         line = " ".join(at(index, step.success) for index, step in enumerate(one.steps, 1))
         drawn.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
         for step, rate in ((0, one.before), (steps + 1, one.after)):
