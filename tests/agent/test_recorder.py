@@ -282,6 +282,21 @@ def test_openai_agents_with_tools_and_a_sub_agent_play_unchanged() -> None:
     assert [message["role"] for message in trajectory.steps[2].messages] == ["system", "user"]
 
 
+def test_openai_agents_on_its_default_api_is_told_what_to_set_and_the_record_says_so() -> None:
+    agents = pytest.importorskip("agents")
+    with acting(lambda _: "never") as server, recorder(server.client()) as gateway, gateway.episode("api") as episode:
+        model = agents.OpenAIResponsesModel(
+            "acting", openai.AsyncOpenAI(base_url=episode.base_url, api_key=episode.api_key)
+        )
+        agents.set_tracing_disabled(True)
+        with pytest.raises(openai.NotFoundError, match=r"set_default_openai_api\('chat_completions'\)"):
+            agents.Runner.run_sync(agents.Agent(name="clerk", model=model), "Hello")
+        trajectory = episode.finish()
+    assert trajectory.steps == ()
+    assert trajectory.info["errors"][0]["status"] == 404
+    assert server.requests == []
+
+
 @pytest.mark.skipif(CHECKOUT is None, reason="OSWORLD_CHECKOUT is not set: the folder of github.com/xlang-ai/OSWorld")
 def test_osworlds_own_agent_plays_unchanged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert CHECKOUT is not None

@@ -17,10 +17,10 @@ from typing import Any, Protocol, Self
 
 from managed_vllm.agent.recording.turns import Turn
 from managed_vllm.agent.types import Attempt, Failure, FailureClass, Step, StopReason, Trajectory
-from managed_vllm.errors import ConfigError, ManagedVLLMError
+from managed_vllm.errors import ConfigError
 from managed_vllm.masking import Secret
 from managed_vllm.request.pending import RequestStats
-from managed_vllm.request.relay import RelayedGeneration, status_of, words_of
+from managed_vllm.request.relay import RelayedGeneration
 from managed_vllm.request.relayed_answers import RelayedAnswers
 
 _MOST_ERRORS = 20
@@ -71,10 +71,10 @@ class Turns:
             steps[0] = replace(steps[0], info={**steps[0].info, "request": settings})
         self._steps += steps
 
-    def refused(self, error: ManagedVLLMError) -> None:
-        """The server, or the client on the way to it, had an error in place of an answer."""
+    def refused(self, status: int, message: str) -> None:
+        """The agent got an error in place of an answer: the server's, of the way to it, or of the gateway itself."""
         if len(self._errors) < _MOST_ERRORS:
-            said = {"status": status_of(error), "message": words_of(error)[:_ERROR_CHARS]}
+            said = {"status": status, "message": message[:_ERROR_CHARS]}
             self._errors.append({"before_step": len(self._steps), **said})
 
     def left(self) -> None:

@@ -55,6 +55,11 @@ MAX_REQUESTS = 10_000
 _PASSED_ON = frozenset(
     {("GET", "/v1/models"), ("POST", "/v1/embeddings"), ("POST", "/tokenize"), ("POST", "/detokenize")}
 )
+_INSTEAD = {
+    # vLLM 0.32 tells ids there if asked (`enable_response_messages`), and logprobs of text alone, not of tool calls.
+    "/v1/responses": "Have the agent use chat completions; openai-agents: set_default_openai_api('chat_completions')",
+}
+"""What an agent that asked for another route should do."""
 _FINISHED = "this episode is finished"
 
 
@@ -191,7 +196,11 @@ class RecordingGateway:
             return await self._generate(request, turns, name, path)
         if (request.method, path) in _PASSED_ON or (request.method == "GET" and path.startswith("/v1/models/")):
             return await self._fetch(request, path)
-        return _refusal(404, f"the recorder has no {request.method} {path}; it records {', '.join(ROUTES)}", "no_route")
+        message = (
+            f"the recorder has no {request.method} {path}; it records {', '.join(ROUTES)}. {_INSTEAD.get(path, '')}"
+        )
+        turns.refused(404, message.strip())
+        return _refusal(404, message.strip(), "no_route")
 
     async def _fetch(self, request: web.Request, path: str) -> web.StreamResponse:
         body = await request.read()
@@ -238,7 +247,7 @@ class _Passing:
         try:
             return await self._answered(sender)
         except ManagedVLLMError as error:
-            self._turns.refused(error)
+            self._turns.refused(status_of(error), words_of(error))
             self._record()
             return await self._failed(status_of(error), words_of(error))
         except RelayEndedError:
