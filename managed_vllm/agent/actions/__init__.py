@@ -8,12 +8,13 @@
 - `computer_use`: Qwen-VL's tools, and what came of them. `python_code`: pyautogui's calls in a code block.
 - `glm`: GLM-V and AutoGLM. `seed`: UI-TARS-2 and Seed. `scalecua`, `holo`, `android_world`: what their names say.
 - `hosted_tools`: calls in Gemini's and OpenAI's shapes. `rows`: action spaces as tables.
-- `pyautogui_source`: as source for OSWorld.
+- `pyautogui_source`: as source for OSWorld. `adb_source`: as commands for an Android device.
 - `coordinates`, `keys`: numbers and names that the parsers share.
 """
 
 from __future__ import annotations
 
+from managed_vllm.agent.actions.adb_source import to_adb
 from managed_vllm.agent.actions.android_world import parse_android_world
 from managed_vllm.agent.actions.computer_use import parse_computer_use
 from managed_vllm.agent.actions.coordinates import Coordinates, OffScreen, smart_resize
@@ -119,6 +120,7 @@ __all__ = [
     "parse_ui_tars",
     "smart_resize",
     "system_prompt",
+    "to_adb",
     "to_pyautogui",
     "to_ui_tars",
     "ui_tars_regex",
