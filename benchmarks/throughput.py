@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py                          the demo model (a minute or two)
     python benchmarks/throughput.py --sizes 1 4 8 16 32      how the cost depends on the size of the groups
+    python benchmarks/throughput.py --routes                 token ids with long answers: text against token ids
     python benchmarks/throughput.py --in-process             besides, tokens per second of vllm.LLM in a process
 
 The same prompts with the same parameters, in turns, so that a change of the machine's load meets all variants. CPU
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,38 @@ def params(tokens: int, logprobs: int | None) -> dict[str, Any]:
 
 def run(llm: ManagedVLLM, count: int, together: int, tokens: int, logprobs: int | None, first: int) -> Run:
     """`first` is the first token of the prompts: so that none is in the cache."""
+    groups.MOST = together
+    return replace(_measured(llm, count, params(tokens, logprobs), first), together=together)
+
+
+def _measured(llm: ManagedVLLM, count: int, given: dict[str, Any], first: int) -> Run:
     pid = llm.status().server_pid
     assert pid is not None
-    api_server = psutil.Process(pid)
-    groups.MOST = together
-    before = time.perf_counter(), time.process_time(), cpu_s(api_server)
-    outputs = llm.generate(prompts(count, first), params(tokens, logprobs))
+    api_server, tokens = psutil.Process(pid), given["max_tokens"]
+    before = _now(api_server)
+    outputs = llm.generate(prompts(count, first), given)
     wall, client, server = (b - a for a, b in zip(before, _now(api_server), strict=True))
     assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
-    return Run(together, tokens, logprobs, server * 1e3 / count, client * 1e3 / count, wall)
+    return Run(1, tokens, given.get("logprobs"), server * 1e3 / count, client * 1e3 / count, wall)
+
+
+def show_routes(llm: ManagedVLLM, count: int, rounds: int) -> None:
+    """What 192 tokens cost by `/v1/completions` with and without the text taken, and by `/inference/v1/generate`.
+
+    For the second the client is told that the server lacks the other route, and takes the texts out itself.
+    """
+    print(f"\n{'logprobs':>9}{'by':>24}{'API server':>14}{'client':>12}{'tokens/s':>11}")
+    found: dict[tuple[int | None, str], list[Run]] = {}
+    routes = llm.async_client.sender.routes
+    for turn in range(rounds):
+        for logprobs in (None, 0, 1):
+            for by, has_tokens in (("text", None), ("text, taken out", False), ("tokens", None)):
+                routes.has_tokens = has_tokens
+                given = {**params(192, logprobs), "detokenize": by == "text"}
+                found.setdefault((logprobs, by), []).append(_measured(llm, count, given, 400 + 10 * turn))
+    for (logprobs, by), runs in found.items():
+        server, client, wall = (statistics.median(getattr(one, name) for one in runs) for name in NAMES)
+        print(f"{logprobs!s:>9}{by:>24}{server:11.2f} ms{client:9.2f} ms{count * 192 / wall:11.0f}", flush=True)
 
 
 def _now(api_server: psutil.Process) -> tuple[float, float, float]:
@@ -129,6 +153,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[groups.MOST], help="prompts together (default: 32)")
     parser.add_argument("--prompts", type=int, default=256, help="prompts of a call (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="calls per variant (default: %(default)s)")
+    parser.add_argument("--routes", action="store_true", help="only: 192 tokens by each route of generate()")
     parser.add_argument("--in-process", action="store_true", help="vllm.LLM, too")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the measurements there, too")
     arguments = parser.parse_args()
@@ -139,6 +164,10 @@ def main() -> None:
         "load": round(os.getloadavg()[0], 2),
     }
     print(", ".join(f"{name}: {value}" for name, value in machine.items()), flush=True)
+    if arguments.routes:
+        with own_state_directory(), ManagedVLLM("demo", progress=False, keep_alive=0) as llm:
+            _measured(llm, 64, params(8, 1), 5)  # not counted
+            return show_routes(llm, arguments.prompts, arguments.rounds)
     sizes = dict.fromkeys([1, *arguments.sizes])
     runs: list[Run] = []
     show_heads()

@@ -36,6 +36,8 @@ DEFAULT_HOST = "127.0.0.1"
 _SERVER_DEFAULTS = {
     "enable_prompt_tokens_details": True,
     "trust_request_chat_template": True,
+    # /inference/v1/generate, which vLLM switches off since 0.29. The guard lets nothing else of what it opens through.
+    "enable_scale_out": True,
     # The development mode, which we switch on for the routes that control the engine, would log a traceback for each
     # request that is refused.
     "log_error_stack": False,

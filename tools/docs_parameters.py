@@ -18,7 +18,7 @@ from pathlib import Path
 from generated_page import main, table, with_parts
 
 from managed_vllm.client import VLLMClient
-from managed_vllm.request import fields, sampling
+from managed_vllm.request import fields, sampling, token_route
 from managed_vllm.request.sampling import SamplingParams, StructuredOutputsParams
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "parameters.md"
@@ -59,7 +59,12 @@ NOTES = {
     "mm_processor_kwargs": "request field; the server must be started with `--trust-request-mm-kwargs`",
     "n": "`n`; 1 if greedy, as in vLLM",
     "stop": "`stop`; a server not of ours takes four at most (`VLLM_MAX_STOP_STRINGS`)",
-    "detokenize": "done here: False takes the texts out",
+    "detokenize": "False: no texts; see [Routes](#routes)",
+    "prompt_logprob_start": "`prompt_logprob_start`",
+    "prompt_logprob_token_ids": "`prompt_logprob_token_ids`, of vLLM's V2 model runner (GPUs); the output's "
+    "`prompt_token_id_logprobs` is a base64 `.npy`",
+    "trace_decode_token_ids": "`trace_decode_token_ids`; the server must be started with `enable_trace_replay=True`",
+    "skip_reading_prefix_cache": "`skip_reading_prefix_cache`",
     "logit_bias": "`logit_bias`; beyond ±100, ±inf included, the routes take ±100",
     "stream_interval": "`stream_interval`; means something only where a generation is streamed for resuming",
     "structured_outputs": "`structured_outputs`, see below; a pydantic model class is its `json`",
@@ -90,17 +95,25 @@ def call(parameters: Iterable[str], *, chat: bool) -> str:
 def parameters() -> str:
     """One row per sampling parameter, vLLM's and others that are known."""
     taken = [field.name for field in dataclasses.fields(SamplingParams)]
-    rows = [(f"`{name}`", "supported", NOTES.get(name, f"`{name}`")) for name in taken]
+    rows = [(f"`{name}`", "supported", _routes(name), NOTES.get(name, f"`{name}`")) for name in taken]
     for name, reason in sampling.REFUSED.items():
         here = "refused"
         if name in sampling.IN_PROCESS:
             here = (
                 "without effect" if name == "output_kind" else "without effect in a `vllm.SamplingParams`, else refused"
             )
-        rows.append((f"`{name}`", here, reason))
+        rows.append((f"`{name}`", here, "", reason))
     if missing := set(SAMPLING) - set(taken) - set(sampling.REFUSED):
         raise ValueError(f"what becomes of {sorted(missing)} of vllm.SamplingParams?")
-    return table(("Sampling parameter", "Here", "Request field, or why not"), rows)
+    return table(("Sampling parameter", "Here", "Routes", "Request field, or why not"), rows)
+
+
+def _routes(name: str) -> str:
+    """Of completions, chats, and token ids, those that take the parameter."""
+    if name in sampling.ONLY_BY_TOKENS:
+        return "tokens"
+    by_tokens = name in token_route.SAMPLING or name in ("detokenize", "extra_args")
+    return "all" if by_tokens else "text, chat"
 
 
 def structured() -> str:

@@ -15,6 +15,10 @@ supervisor's own key, `MANAGED_VLLM_CONTROL_KEY`, where the supervisor and not t
 (`MANAGED_VLLM_CONTROLLED`, the variables that it has set): so whatever changes the engine goes through the supervisor,
 which remembers it. That key opens everything.
 
+The same holds for what vLLM's `--enable-scale-out` opens besides `/inference/v1/generate`, for whose sake our servers
+have it: the renderers of prompts, and a way to abort anybody's requests. With a user's own `enable_scale_out=True` the
+ordinary key opens all of it.
+
 Its first request finds vLLM's routes imported: then it has them say which weights made an answer
 (`managed_vllm_weight_versions`), and what each of several prompts has used (`managed_vllm_each_prompt`).
 
@@ -46,6 +50,8 @@ CONTROL_KEY = "MANAGED_VLLM_CONTROL_KEY"
 CONTROLLED = "MANAGED_VLLM_CONTROLLED"
 DEV_MODE = "VLLM_SERVER_DEV_MODE"
 LORA_UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+SCALE_OUT = "enable_scale_out"
+"""An argument of the server, which stands among the variables of `CONTROLLED` where it is ours."""
 
 _HARMLESS = frozenset(
     {"/is_paused", "/is_sleeping", "/weight_info", "/get_world_size"}
@@ -61,8 +67,14 @@ CONTROL_PATHS = {
         | {"/weight_checker", "/server_info"}
     ),
     LORA_UPDATING: frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters"}),
+    SCALE_OUT: frozenset({"/inference/v1/abort_requests"}),
 }
-"""Which routes each variable switches on (vLLM 0.32), by exact path; `/adapters` has paths below it, too."""
+"""Which routes each variable switches on (vLLM 0.32), by exact path; `/adapters` has paths below it, too.
+
+`SCALE_OUT` also has whatever ends like `_RENDERERS`.
+"""
+
+_RENDERERS = ("/render", "/derender")
 
 _DEV_MODULES = (".serve.dev.", ".entrypoints.rl.")
 """Parts of the names of vLLM's modules with such routes: for those that a later version adds."""
@@ -76,6 +88,10 @@ _MOST_LAYERS = 100
 _NOT_FOR_USERS = (
     b'{"error": {"message": "this route changes the engine for all users of the server: use llm.engine or '
     b"`managed-vllm engine`, or start the server with env={'VLLM_SERVER_DEV_MODE': '1'}\", "
+    b'"type": "Forbidden", "code": 403}}'
+)
+_SWITCHED_OFF = (
+    b'{"error": {"message": "this route is open in servers that are started with enable_scale_out=True", '
     b'"type": "Forbidden", "code": 403}}'
 )
 _REFUSAL = b'{"error": {"message": "this server wants its API key", "type": "Unauthorized", "code": 401}}'
@@ -114,6 +130,8 @@ class KeyGuard:
         elif self._has_key(scope, self._expected):
             if self._is_controlled(scope):
                 await _refuse(send, 403, _NOT_FOR_USERS)
+            elif self._is_switched_off(scope):
+                await _refuse(send, 403, _SWITCHED_OFF)
             else:
                 await self._pass_on(scope, receive, send)
         elif self._cors is not None and _is_preflight(scope):
@@ -142,12 +160,18 @@ class KeyGuard:
         if scope["type"] != "http" or not self._controlled:
             return False
         path = _path_of(scope)
-        for variable in self._controlled:
+        for variable in self._controlled - {SCALE_OUT}:
             if path in CONTROL_PATHS.get(variable, ()):
                 return True
         if LORA_UPDATING in self._controlled and path.startswith("/adapters/"):
             return True
         return DEV_MODE in self._controlled and path not in _HARMLESS and path in self._dev_routes(scope)
+
+    def _is_switched_off(self, scope: Scope) -> bool:
+        if scope["type"] != "http" or SCALE_OUT not in self._controlled:
+            return False
+        path = _path_of(scope)
+        return path in CONTROL_PATHS[SCALE_OUT] or path.endswith(_RENDERERS)
 
     def _dev_routes(self, scope: Scope) -> frozenset[str]:
         """The paths of vLLM's development routes, by where their code is."""

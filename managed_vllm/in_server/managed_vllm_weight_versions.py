@@ -8,6 +8,9 @@ vLLM 0.32 keeps the versions of each answer (`CompletionOutput.weight_versions`)
 - A stream with `"return_token_ids": true` has it earlier, too: in the first event with tokens, and in each in which the
   version changes. That is ours: it tells about the tokens of an answer that is cut.
 
+`/inference/v1/generate` always tells, at the end. A stream of it tells earlier, too, as above: that is one more
+function, wrapped by itself.
+
 Four functions are wrapped, but only if all of them, and what they handle, are as we know them; else the field is
 ignored as before. A request that does not ask goes through vLLM's own functions, at the price of one look.
 """
@@ -35,6 +38,7 @@ _KNOWN = {
     ),
 }
 """The functions that make the answers, and how their parameters begin after `self` (vLLM 0.32)."""
+_TOKENS = "vllm.entrypoints.scale_out.token_in_token_out.serving"
 _REQUESTS = ((_CHAT, "ChatCompletionRequest"), (_COMPLETION, "CompletionRequest"))
 _ADVERTISED = {
     "title": "Return Weight Versions",
@@ -49,6 +53,7 @@ def install() -> str | None:
 
     For the API server, once it has imported its routes: nothing is imported here.
     """
+    _install_for_tokens()
     reason = _why_not()
     if reason is not None:
         return reason
@@ -59,6 +64,15 @@ def install() -> str | None:
     for module, name in _REQUESTS:
         _advertise(getattr(sys.modules[module], name))
     return None
+
+
+def _install_for_tokens() -> None:
+    kind, name = getattr(sys.modules.get(_TOKENS), "ServingTokens", None), "serve_tokens_stream_generator"
+    function = inspect.getattr_static(kind, name, None)
+    if not inspect.isfunction(function) or hasattr(function, "__wrapped__"):
+        return
+    if tuple(inspect.signature(function).parameters)[:3] == ("self", "request", "result_generator"):
+        setattr(kind, name, _with_versions_ahead(function))
 
 
 def _why_not() -> str | None:
@@ -147,14 +161,17 @@ def _with_versions_in_stream(original: Callable[..., Any]) -> Callable[..., Any]
     def stream(self: Any, request: Any, result_generator: Any, *rest: Any, **more: Any) -> Any:
         if not _is_asked(request):
             return original(self, request, result_generator, *rest, **more)
-        told = _Told(self, request)
+        told = _Told(self, ahead=request.return_token_ids)
+        return _passed_on(original(self, request, told.heard(result_generator), *rest, **more), told)
 
-        async def heard() -> AsyncIterator[Any]:
-            async for result in result_generator:
-                told.look(result, 0)
-                yield result
+    return stream
 
-        return _passed_on(original(self, request, heard(), *rest, **more), told)
+
+def _with_versions_ahead(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def stream(self: Any, request: Any, result_generator: Any, *rest: Any, **more: Any) -> Any:
+        told = _Told(self, ahead=True)
+        return _passed_on(original(self, request, told.heard(result_generator), *rest, **more), told)
 
     return stream
 
@@ -164,7 +181,7 @@ def _with_versions_in_batch_stream(original: Callable[..., Any]) -> Callable[...
     def stream(self: Any, request: Any, inputs: Any, result_generator: Any, *rest: Any, **more: Any) -> Any:
         if not _is_asked(request):
             return original(self, request, inputs, result_generator, *rest, **more)
-        told = _Told(self, request)
+        told = _Told(self, ahead=request.return_token_ids)
 
         async def heard() -> AsyncIterator[Any]:
             async for number, result in result_generator:
@@ -185,14 +202,20 @@ async def _passed_on(events: Any, told: _Told) -> AsyncIterator[str]:
 class _Told:
     """What one stream's outputs have told, and what of it is still to be passed on: spans, by choice."""
 
-    def __init__(self, serving: Any, request: Any) -> None:
+    def __init__(self, serving: Any, *, ahead: bool | None) -> None:
         self.news: dict[int, list[dict[str, Any]]] = {}
         self._processor: Any = None
-        if request.return_token_ids:
+        if ahead:
             self._processor = getattr(serving.engine_client, "output_processor", None)
         self._states: dict[int, Any] = {}
         self._tokens: dict[int, int] = {}
         self._spans: dict[int, int] = {}
+
+    async def heard(self, results: Any) -> AsyncIterator[Any]:
+        """The results of one prompt, looked at."""
+        async for result in results:
+            self.look(result, 0)
+            yield result
 
     def look(self, result: Any, first: int) -> None:
         """Takes a result in; `first` is the number of its first choice."""

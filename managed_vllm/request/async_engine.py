@@ -13,7 +13,7 @@ from managed_vllm.request.arguments import BeamParams, Prompt
 from managed_vllm.request.async_requests import AsyncRequests, deadline_of, raise_if_missing
 from managed_vllm.request.batches import named
 from managed_vllm.request.beam_search import BeamSearchOutput, BeamSearchParams
-from managed_vllm.request.calls import checked_shape
+from managed_vllm.request.http_errors import checked_shape
 from managed_vllm.request.pending import TextRequest
 from managed_vllm.request.pooling_params import refuse_lora
 from managed_vllm.request.prompts import as_prompts, prompt_fields

@@ -26,8 +26,9 @@ from managed_vllm.request.async_pooling import AsyncPoolingMethods
 from managed_vllm.request.async_requests import deadline_of
 from managed_vllm.request.batches import named
 from managed_vllm.request.bounds import checked_timeout
-from managed_vllm.request.calls import Call, checked_shape
+from managed_vllm.request.calls import Call
 from managed_vllm.request.fields import by_name
+from managed_vllm.request.http_errors import checked_shape
 from managed_vllm.request.outputs import RequestOutput
 from managed_vllm.request.prompts import as_conversations, as_prompts, conversation_fields, older_order, prompts_of
 
@@ -96,7 +97,7 @@ class AsyncRequestMethods(AsyncPoolingMethods, AsyncEngineMethods):
         deadline, limit_s = deadline_of(timeout), checked_timeout("request_timeout", request_timeout)
         named_fields = await self._with_adapters(named_fields, len(each), timeout)
         call = Call(self.sender, len(each), sampling_params, named_fields, extra_body)
-        await call.look_up(chat=False, deadline=deadline)
+        await call.look_up(chat=False, deadline=deadline, prompts=each)
         call.check(chat=False)
 
         def one(index: int) -> Awaitable[RequestOutput]:

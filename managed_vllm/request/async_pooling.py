@@ -10,8 +10,8 @@ from managed_vllm.request.arguments import PoolingParams, ProgressBar, Prompt, S
 from managed_vllm.request.arrays import as_array
 from managed_vllm.request.async_requests import AsyncRequests, deadline_of
 from managed_vllm.request.attempts import Loss
-from managed_vllm.request.calls import checked_shape
 from managed_vllm.request.groups import Groups, size_for
+from managed_vllm.request.http_errors import checked_shape
 from managed_vllm.request.outputs import (
     ClassificationOutput,
     ClassificationRequestOutput,

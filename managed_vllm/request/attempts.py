@@ -12,14 +12,14 @@ import contextlib
 import errno
 import functools
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import aiohttp
 
 from managed_vllm import forks, tracing
-from managed_vllm.errors import RequestError, RequestTimeoutError, ServerBusyError, ServerDiedError
+from managed_vllm.errors import RequestTimeoutError, ServerBusyError, ServerDiedError
 from managed_vllm.policies import MAX_IN_FLIGHT, RetryPolicy
 from managed_vllm.request.bodies import RequestBody, encode_body
 from managed_vllm.request.bounds import NOT_SENT, Bound, closed_error
@@ -29,17 +29,16 @@ from managed_vllm.request.deaths import Deaths, body_of, content_of
 from managed_vllm.request.endpoints import Endpoint, Lookups
 from managed_vllm.request.event_loops import PerLoop
 from managed_vllm.request.exchange import Progress, open_response, read_response, take_response
-from managed_vllm.request.fields import fields_in
 from managed_vllm.request.health import is_healthy
 from managed_vllm.request.http_errors import (
     message_of,
     repeated_error,
 )
-from managed_vllm.request.pending import HTTPRequest, JSONRequest, PendingRequest, RequestStats
+from managed_vllm.request.pending import HTTPRequest, PendingRequest, RequestStats
 from managed_vllm.request.placement import Placement, Search
-from managed_vllm.request.responses import MALFORMED
 from managed_vllm.request.retry import ResponseLostError, Retries
 from managed_vllm.request.server_images import ServerImages, is_miss
+from managed_vllm.request.server_routes import ServerRoutes
 from managed_vllm.status import Connection
 from managed_vllm.tracing import RequestSpan
 
@@ -120,6 +119,7 @@ class Sender:
 
     Attributes:
         one_by_one: whether each prompt must go by itself; set for a cassette, which knows only what was asked before.
+        routes: what the servers tell of theirs.
         takes_groups: for the kinds of `groups.Shape`, whether the server takes groups, as far as is known.
     """
 
@@ -136,7 +136,7 @@ class Sender:
         self.retry = retry
         self._deaths = Deaths(retry.max_deaths)
         self._report = report
-        self._openapi: Mapping[str, Any] | None = None
+        self.routes = ServerRoutes()
         self.one_by_one = False
         self.takes_groups: dict[str, bool] = {}
         self.max_in_flight = max_in_flight
@@ -251,22 +251,6 @@ class Sender:
             if not request.complete or request.broken_off:
                 raise  # otherwise it was over while the end of a stream was read
         return attempts.stats()
-
-    async def route_fields(self, *, chat: bool, deadline: float | None) -> frozenset[str]:
-        """The request fields of a route, as the server says in /openapi.json; none where it does not say. Kept."""
-        if self._openapi is None:
-            request = JSONRequest("/openapi.json", None, "paths", "components")
-            try:
-                await self.send(request, deadline)
-            except RequestTimeoutError:
-                raise
-            except RequestError:
-                self._openapi = {}
-            else:
-                self._openapi = request.answer()
-        with contextlib.suppress(*MALFORMED):
-            return fields_in(self._openapi, chat=chat)
-        return frozenset()
 
     async def open(
         self, method: str, path: str, headers: list[tuple[str, str]], body: bytes | None, deadline: float | None

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from managed_vllm.errors import BadRequestError, ModelNotFoundError, RequestError, UnsupportedParameterError
+from managed_vllm.errors import BadRequestError, ModelNotFoundError, UnsupportedParameterError
 from managed_vllm.request.attempts import Loss, Sender
 from managed_vllm.request.completion_groups import completions
 from managed_vllm.request.fields import CallFields, to_look_up
 from managed_vllm.request.groups import Groups, size_for
+from managed_vllm.request.http_errors import checked_shape
 from managed_vllm.request.outputs import RequestOutput, without_texts
 from managed_vllm.request.pending import JSONRequest, RequestStats
 from managed_vllm.request.prompts import conversation_fields, fields_with_images, prompt_fields
-from managed_vllm.request.responses import MALFORMED, ParsedResponse
+from managed_vllm.request.responses import ParsedResponse
 from managed_vllm.request.resume import Generation, is_long, obstacle
 from managed_vllm.request.sampling import SamplingParams
+from managed_vllm.request.token_calls import VERSIONS, ByTokens
 
 
 class Call:
@@ -47,16 +49,25 @@ class Call:
         self._extra_body = extra_body
         self._groups: Groups | None = None
         self._parses_tools = True  # until the server says that it doesn't
+        self._by_tokens = ByTokens(sender)
         self._chat = True
-        self._looked_up: Mapping[str, bool] = {}
+        self._looked_up: dict[str, bool] = {}
         self._routes: dict[bool, tuple[CallFields, list[SamplingParams | None], list[dict[str, Any]]]] = {}
 
-    async def look_up(self, *, chat: bool, deadline: float | None) -> None:
-        """Asks the server for the fields that only it can tell about; mostly there are none."""
+    async def look_up(self, *, chat: bool, deadline: float | None, prompts: Sequence[Any] = ()) -> None:
+        """Asks the server for what only it can tell about: fields, and another route; mostly there is nothing.
+
+        Raises as `check`.
+        """
         names = to_look_up(self._fields, chat=chat)
         if names:
-            there = await self._sender.route_fields(chat=chat, deadline=deadline)
+            there = await self._sender.routes.fields(self._sender, chat=chat, deadline=deadline)
             self._chat, self._looked_up = chat, {name: name in there for name in names}
+        if not chat:
+            if self._looked_up.get(VERSIONS) is False:
+                self._looked_up[VERSIONS] = await self._by_tokens.take_versions(deadline)
+            _, params, _ = self._route(chat=False)
+            await self._by_tokens.look_up(params, prompts, deadline)
 
     def check(self, *, chat: bool) -> None:
         """Raises `BadRequestError` or `UnsupportedParameterError` for wrong parameters, before anything is sent."""
@@ -151,6 +162,14 @@ class Call:
     ) -> RequestOutput:
         body = await self._bounded(self._body(index, asked, chat=chat), deadline, chat=chat)
         before = 0
+        if not chat and self._goes_by_tokens(index, body, deadline, resume, timeout_s):
+            params, streamed = self._params(index, chat=False), _is_streamed(body, resume)
+            if resume and params is not None and params.detokenize:
+                raise BadRequestError("this generation can't be resumed with its text: it can with detokenize=False")
+            output = await self._by_tokens.answer(body, params, deadline, timeout_s, stream=streamed)
+            if output is not None:
+                return output
+            before = 1
         while True:
             try:
                 return await self._send(index, body, deadline, resume, timeout_s, chat=chat, before=before)
@@ -192,6 +211,18 @@ class Call:
         response, stats = await (alone(None, None) if groups is None else groups.answer(body, alone))
         return self._output(index, response, body, stats, chat=chat, before=before)
 
+    def _goes_by_tokens(
+        self,
+        index: int,
+        body: Mapping[str, Any],
+        deadline: float | None,
+        resume: bool | None,
+        timeout_s: float | None,
+    ) -> bool:
+        groups = None if resume else self._grouped(body, deadline, timeout_s)
+        grouped = groups is not None and completions(body).key(body) is not None
+        return self._by_tokens.takes(body, self._params(index, chat=False), grouped=grouped)
+
     def _grouped(self, body: Mapping[str, Any], deadline: float | None, timeout_s: float | None) -> Groups | None:
         """The groups of this call; None where each prompt goes alone."""
         size = size_for(self._count, self._sender.max_in_flight)
@@ -227,6 +258,7 @@ class Call:
                 text = asked.pop("prompt")
                 asked, chat = {**asked, **await fields_with_images(text, images)}, True
         body = await self._bounded(self._body(0, asked, chat=chat), deadline, chat=chat)
+        self._by_tokens.refuse(body, "stream() does not go")
         for name, harmless in (("n", 1), ("echo", False)):
             if body.get(name) not in (None, harmless):
                 raise UnsupportedParameterError(f"{name}= does not go with stream(); llm.openai streams it", field=name)
@@ -300,15 +332,6 @@ def explained(error: BadRequestError, body: Mapping[str, Any]) -> BadRequestErro
 def _params(given: Any) -> SamplingParams | None:
     """None stays None: the server's own defaults."""
     return None if given is None else SamplingParams.of(given)
-
-
-@contextlib.contextmanager
-def checked_shape(response: Any) -> Iterator[None]:
-    """Raises a `RequestError` for a response of another shape."""
-    try:
-        yield
-    except MALFORMED as error:
-        raise RequestError(f"not an answer of the route ({error}): {str(response)[:500]}") from error
 
 
 def _route_of(*, chat: bool) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -120,6 +121,15 @@ def _shown(location: str) -> str:
         return str(URL(location).with_query(None).with_fragment(None).with_user(None))
     except ValueError:
         return "an address that is none"
+
+
+@contextlib.contextmanager
+def checked_shape(response: Any) -> Iterator[None]:
+    """Raises a `RequestError` for a response of another shape."""
+    try:
+        yield
+    except MALFORMED as error:
+        raise RequestError(f"not an answer of the route ({error}): {str(response)[:500]}") from error
 
 
 def _number(pattern: re.Pattern[str], text: str) -> int | None:

@@ -69,6 +69,8 @@ class CompletionOutput:
         routed_experts: as the server returns it: base64 of a `.npy` file.
         weight_versions: which weights sampled which of the tokens: spans without a gap. A stream has them with its last
             part, over all tokens. None where the server does not tell of each token.
+        sampling_mask: for each token, the ids that could have been sampled, from a server that returns that and by
+            `/inference/v1/generate` only.
     """
 
     index: int
@@ -82,10 +84,10 @@ class CompletionOutput:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     routed_experts: str | None = None
     weight_versions: list[WeightVersionSpan] | None = None
+    sampling_mask: list[list[int]] | None = None
 
     # The routes don't return these.
     lora_request: ClassVar[None] = None
-    sampling_mask: ClassVar[None] = None
     spec_decode_metrics: ClassVar[None] = None
 
     @property
@@ -127,6 +129,7 @@ class RequestOutput:
         started_at: Unix time at which the request was admitted to those in flight (`max_in_flight`).
         time_to_first_token: seconds of `latency` until the first token; None if the answer was not streamed.
         resumed_tokens: tokens that came before a loss, and were not generated again.
+        prompt_token_id_logprobs: those of `prompt_logprob_token_ids`, as the server returns them: base64 of `.npy`.
         raw: the response as it came; ignored by comparisons and `to_dict`.
     """
 
@@ -147,6 +150,7 @@ class RequestOutput:
     started_at: float = 0.0
     time_to_first_token: float | None = None
     resumed_tokens: int = 0
+    prompt_token_id_logprobs: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     # The routes don't return these.
@@ -154,7 +158,6 @@ class RequestOutput:
     encoder_prompt: ClassVar[None] = None
     encoder_prompt_token_ids: ClassVar[None] = None
     num_cache_creation_tokens: ClassVar[None] = None
-    prompt_token_id_logprobs: ClassVar[None] = None
 
     @property
     def weight_version(self) -> str | None:
@@ -205,20 +208,14 @@ class RequestOutput:
                 _completion(_told_if_cut(choice, found, body), logprobs or 0, chat=chat, ranked=ranked)
                 for choice in choices
             ],
-            prompt_logprobs=_prompt_logprobs(found.prompt_logprobs or first.prompt_logprobs),
+            prompt_logprobs=prompt_logprobs_of(found.prompt_logprobs or first.prompt_logprobs),
             metrics=found.metrics,
             num_cached_tokens=None if details is None else details.cached_tokens,
             kv_transfer_params=found.kv_transfer_params,
             ec_transfer_params=found.ec_transfer_params,
             raw=parsed.raw,
             finished=stats is not None or first.finish_reason is not None,
-            model=found.model or "" if stats is None else stats.model,
-            epoch=0 if stats is None else stats.epoch,
-            attempts=1 if stats is None else stats.attempts + before,
-            latency=0.0 if stats is None else stats.latency,
-            started_at=0.0 if stats is None else stats.started_at,
-            time_to_first_token=None if stats is None else stats.time_to_first_token,
-            resumed_tokens=0 if stats is None else stats.resumed_tokens,
+            **(served(stats, before) if stats is not None else {"model": found.model or ""}),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -240,13 +237,13 @@ class RequestOutput:
                 CompletionOutput(
                     **{
                         **output,
-                        "logprobs": _prompt_logprobs(output.get("logprobs")),
+                        "logprobs": prompt_logprobs_of(output.get("logprobs")),
                         "weight_versions": _spans(output.get("weight_versions")),
                     }
                 )
                 for output in found["outputs"]
             ]
-            found["prompt_logprobs"] = _prompt_logprobs(found.get("prompt_logprobs"))
+            found["prompt_logprobs"] = prompt_logprobs_of(found.get("prompt_logprobs"))
             return cls(**found)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not the dict of a RequestOutput: {error}") from error
@@ -259,22 +256,38 @@ class RequestOutput:
         )
 
 
+def served(stats: RequestStats, before: int) -> dict[str, Any]:
+    """What an output has of how it was served; `before` are attempts that `stats` does not count."""
+    return {
+        "model": stats.model,
+        "epoch": stats.epoch,
+        "attempts": stats.attempts + before,
+        "latency": stats.latency,
+        "started_at": stats.started_at,
+        "time_to_first_token": stats.time_to_first_token,
+        "resumed_tokens": stats.resumed_tokens,
+    }
+
+
 def without_texts(output: RequestOutput) -> RequestOutput:
-    """As with `detokenize=False`: no text of the answers, nor of their candidates."""
+    """As with `detokenize=False`: no text of the answers, nor of candidates."""
     return replace(
         output,
+        prompt_logprobs=output.prompt_logprobs
+        and [place and _without_texts(place) for place in output.prompt_logprobs],
         outputs=[
             replace(
                 one,
                 text="",
-                logprobs=one.logprobs
-                and [
-                    {token: Logprob(each.logprob, each.rank) for token, each in place.items()} for place in one.logprobs
-                ],
+                logprobs=one.logprobs and [_without_texts(place) for place in one.logprobs],
             )
             for one in output.outputs
         ],
     )
+
+
+def _without_texts(place: Mapping[int, Logprob]) -> dict[int, Logprob]:
+    return {token: Logprob(one.logprob, one.rank) for token, one in place.items()}
 
 
 @dataclass(frozen=True, repr=False)
@@ -551,7 +564,7 @@ def _position(
     return found
 
 
-def _prompt_logprobs(given: Any) -> list[dict[int, Logprob] | None] | None:
+def prompt_logprobs_of(given: Any) -> list[dict[int, Logprob] | None] | None:
     """From JSON's dicts, whose keys may be texts."""
     return msgspec.convert(given, list[dict[int, Logprob] | None] | None, str_keys=True)
 

@@ -59,10 +59,10 @@ _KEPT = frozenset(
         *("model", "user", "priority", "request_id", "session_id", "cache_salt", "return_token_ids", "stream_interval"),
         *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop_token_ids", "ignore_eos"),
         *("skip_special_tokens", "include_stop_str_in_output", "logit_bias", "allowed_token_ids"),
-        *("return_tokens_as_token_ids", "return_weight_versions"),
+        *("return_tokens_as_token_ids", "return_weight_versions", "skip_reading_prefix_cache"),
     }
 )
-"""Fields that mean the same for the rest of a generation as for the whole, on either route."""
+"""Fields that mean the same for the rest of a generation as for the whole, on each route that takes them."""
 _TOLD = ("return_token_ids", "return_weight_versions")
 _COUNTED = frozenset({"max_tokens", "max_completion_tokens", "min_tokens", "logprobs", "top_logprobs"})
 """Fields that are adapted for the rest of a generation."""
@@ -261,7 +261,7 @@ class Generation:
                 self.complete = self._received.finish is not None
                 self._tell_if_cut()
             elif choices is None:
-                raise _error_in_stream(chunk, event)
+                raise error_in_stream(chunk, event)
         except MALFORMED as error:
             raise ServerFaultError(f"no part of an answer: {event[:200]!r}") from error
         except AbortedError:
@@ -440,7 +440,7 @@ def with_what_is_told(body: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None or name not in _TOLD}
 
 
-def _error_in_stream(chunk: Mapping[str, Any], event: bytes) -> ServerFaultError:
+def error_in_stream(chunk: Mapping[str, Any], event: bytes) -> ServerFaultError:
     """vLLM says the HTTP status that it could not send any more: `{"error": {"message": …, "code": 400}}`."""
     error = chunk.get("error")
     code = error.get("code") if isinstance(error, Mapping) else None

@@ -23,13 +23,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from managed_vllm.errors import BadRequestError, UnsupportedParameterError
+from managed_vllm.request.arrays import without_numpy
 
 REFUSED: Mapping[str, str] = {
     "flat_logprobs": "it is a container within vLLM's process; logprobs come as a list of dicts",
-    "prompt_logprob_token_ids": "no OpenAI-compatible route takes it; prompt_logprobs=-1 has every token's",
-    "prompt_logprob_start": "no OpenAI-compatible route takes it; cut prompt_logprobs of the output instead",
-    "skip_reading_prefix_cache": "no OpenAI-compatible route takes it; a cache_salt= of its own has the same effect",
-    "trace_decode_token_ids": "no OpenAI-compatible route takes it",
     "output_kind": "answers come back whole (FINAL_ONLY), as from vllm.LLM, which overwrites it too",
     "skip_clone": "it is internal to vLLM's process",
     "output_text_buffer_length": "vLLM computes it from stop and include_stop_str_in_output; it is no input",
@@ -43,6 +40,14 @@ REFUSED: Mapping[str, str] = {
 
 In a `vllm.SamplingParams`, those that only concern vLLM's own process are ignored, and so is any that has its default.
 """
+
+ONLY_BY_TOKENS: Mapping[str, str] = {
+    "prompt_logprob_token_ids": "prompt_logprobs=-1 has every token's",
+    "prompt_logprob_start": "",
+    "skip_reading_prefix_cache": "a cache_salt= of its own has the same effect",
+    "trace_decode_token_ids": "",
+}
+"""Sampling parameters that only `/inference/v1/generate` takes (`request.token_route`): what does instead in a chat."""
 
 IN_PROCESS = frozenset({"output_kind", "skip_clone", "output_text_buffer_length"})
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
@@ -179,6 +184,13 @@ class SamplingParams:
         skip_special_tokens, spaces_between_special_tokens, include_stop_str_in_output: how tokens become text.
         truncate_prompt_tokens: how many tokens of the prompt are kept; -1: as many as the model takes.
         truncation_side: "left" keeps the last ones, "right" the first ones.
+        prompt_logprob_token_ids: for each token of the prompt but the last, candidates for the one that follows: rows
+            of token ids, all of the same length, filled up with -1. Their logprobs are the output's
+            `prompt_token_id_logprobs`.
+        prompt_logprob_start: the token of the prompt that the first row of these is for; 0.
+        skip_reading_prefix_cache: True: the prompt is computed anew.
+        trace_decode_token_ids: generates exactly these, with their logprobs. These four are for `generate`, and for a
+            server that has vLLM's `/inference/v1/generate`.
         logit_bias: {token id: a number that is added to its logit}; the routes take it for ±100 where it is more.
         allowed_token_ids: the only ones that can be sampled.
         structured_outputs: `StructuredOutputsParams`, a dict such as `{"regex": …}`, or a pydantic model class.
@@ -211,6 +223,10 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logprob_token_ids: Sequence[int] | None = None
+    prompt_logprob_token_ids: Sequence[Sequence[int]] | None = None
+    prompt_logprob_start: int | None = None
+    skip_reading_prefix_cache: bool | None = None
+    trace_decode_token_ids: Sequence[int] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -260,6 +276,10 @@ class SamplingParams:
             raise _bad("min_tokens", f"must be at most max_tokens={self.max_tokens}, not {self.min_tokens}")
         if self.temperature < _GREEDY_BELOW and self.n > 1:
             raise _bad("n", f"must be 1 with temperature=0, where all answers are the same, not {self.n}")
+        if self.prompt_logprob_start is not None and self.prompt_logprob_token_ids is None:
+            raise _bad("prompt_logprob_start", "is for prompt_logprob_token_ids, which is missing")
+        if self.trace_decode_token_ids is not None and self.n > 1:
+            raise _bad("trace_decode_token_ids", "is for n=1")
         if self.stop and not self.detokenize:
             raise _bad("stop", "can't be with detokenize=False: stop strings are looked for in the text")
 
@@ -298,8 +318,11 @@ class SamplingParams:
     def to_request(self, *, chat: bool, only_given: bool = False) -> dict[str, Any]:
         """The request fields for `/v1/chat/completions` (`chat`) or `/v1/completions`.
 
-        What the server would take from the model's generation_config is always there, unless `only_given`.
+        What the server would take from the model's generation_config is always there, unless `only_given`. Those of
+        `ONLY_BY_TOKENS` are among them; for a chat they raise an `UnsupportedParameterError`.
         """
+        if chat:
+            _check_for_chat(self.given)
         names = self.given if only_given else self.given.union(_OF_GENERATION_CONFIG)
         request = {
             name: value
@@ -322,6 +345,14 @@ class SamplingParams:
             if extra:
                 request["vllm_xargs"] = extra
         return request
+
+
+def _check_for_chat(given: frozenset[str]) -> None:
+    for name in sorted(ONLY_BY_TOKENS.keys() & given):
+        instead = ONLY_BY_TOKENS[name] and f"; {ONLY_BY_TOKENS[name]}"
+        raise UnsupportedParameterError(
+            f"{name} is for generate(): the chat route does not take it{instead}", field=name
+        )
 
 
 def chat_logprobs(candidates: int) -> dict[str, Any]:
@@ -471,6 +502,25 @@ def _some_token_ids(name: str, value: Any) -> tuple[int, ...]:
     return tokens
 
 
+def _tokens_in_order(name: str, value: Any, least: int = 0) -> tuple[int, ...]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise _bad(name, f"must be a list of token ids, not {value!r:.80}")
+    tokens = tuple(_integer(least)(name, token) for token in value)
+    if not tokens:
+        raise _bad(name, "can't be empty")
+    return tokens
+
+
+def _rows_of_token_ids(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+    value = without_numpy(value)
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise _bad(name, f"must be a list of lists of token ids, not {value!r:.80}")
+    rows = tuple(_tokens_in_order(name, row, least=-1) for row in value)
+    if len({len(row) for row in rows}) != 1:
+        raise _bad(name, "must have rows, all of the same length: fill them up with -1")
+    return rows
+
+
 def _few_token_ids(name: str, value: Any) -> tuple[int, ...]:
     tokens = _some_token_ids(name, value)
     if len(tokens) > _MAX_LOGPROB_TOKEN_IDS:
@@ -577,6 +627,10 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "logprobs": count,
     "prompt_logprobs": count,
     "logprob_token_ids": _few_token_ids,
+    "prompt_logprob_token_ids": _rows_of_token_ids,
+    "prompt_logprob_start": _integer(0),
+    "skip_reading_prefix_cache": _flag,
+    "trace_decode_token_ids": _tokens_in_order,
     "detokenize": _flag,
     "skip_special_tokens": _flag,
     "spaces_between_special_tokens": _flag,
@@ -611,11 +665,16 @@ def _set_in_vllm(params: Any) -> dict[str, Any]:
         value = getattr(params, name)
         if name.startswith("_") or name in IN_PROCESS:
             continue
-        if name == "skip_reading_prefix_cache" and bool(value) == (params.prompt_logprobs is not None):
+        if name == "skip_reading_prefix_cache" and bool(value) == _reads_no_cache(params):
             continue  # vLLM sets it by itself
         if name in _OF_GENERATION_CONFIG or not _equal(value, getattr(defaults, name)):
             given[name] = value
     return given
+
+
+def _reads_no_cache(params: Any) -> bool:
+    asked = (params.prompt_logprobs, getattr(params, "prompt_logprob_token_ids", None))
+    return any(one is not None for one in asked)
 
 
 def _equal(one: Any, other: Any) -> bool:

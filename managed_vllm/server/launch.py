@@ -63,7 +63,7 @@ def prepare(
         Path(uds).unlink(missing_ok=True)  # vLLM leaves it behind, and then can't bind it (0.32)
     port = None if uds is not None else _choose_port(address, last_port)
     environment = {**_environment(order, instance, scratch), **devices.variables}
-    controls = _controls(spec, environment)
+    controls = _controls(order, environment)
     return Launch(
         argv=order.argv(host=address.host or _LOOPBACK, port=port, uds=uds),
         environment={**environment, **controls},
@@ -117,12 +117,13 @@ def marks(instance: Instance) -> dict[str, str]:
     }
 
 
-def _controls(spec: ServerSpec, environment: Mapping[str, str]) -> dict[str, str]:
+def _controls(order: SupervisorOrder, environment: Mapping[str, str]) -> dict[str, str]:
     """What switches the routes that control the engine on, and has the guard keep them to us.
 
     A user that has switched them on itself has them with the ordinary key, as vLLM itself would have it. A command= may
     start anything, without our guard: nothing is switched on there.
     """
+    spec = order.spec
     if spec.command is not None:
         return {}
     wanted = {managed_vllm_guard.DEV_MODE: "1"}
@@ -131,7 +132,8 @@ def _controls(spec: ServerSpec, environment: Mapping[str, str]) -> dict[str, str
     ours = {name: value for name, value in wanted.items() if name not in environment}
     if _is_on(environment.get(managed_vllm_guard.DEV_MODE)):
         return ours
-    guarded = {managed_vllm_guard.CONTROLLED: " ".join(sorted(ours))}
+    scale_out = [managed_vllm_guard.SCALE_OUT] if managed_vllm_guard.SCALE_OUT in order.defaults else []
+    guarded = {managed_vllm_guard.CONTROLLED: " ".join(sorted([*ours, *scale_out]))}
     return {**ours, **guarded, managed_vllm_guard.CONTROL_KEY: secrets.token_urlsafe(32)}
 
 

@@ -22,6 +22,7 @@ orders of the environment variable STANDIN, a JSON object:
     shm          true: the Worker maps a segment /dev/shm/psm_…; a path: it is noted there
     poison       a text: a request with that in it ends the server
     map          the server maps these files for as long as it runs
+    scale_out    true: it has /inference/v1/generate, as with --enable-scale-out; a path: once that exists
     used         a folder in which it locks a file for each of its GPUs; where it can't, it makes `<GPU>-twice`
 
 A file named `<number>-<kind>` in the folder `faults` is claimed by the next generation request of more than one token
@@ -64,6 +65,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import standin_tokens
 from standin_control import Control, VersionSpans
 from standin_engine import (
     VOCABULARY,
@@ -171,6 +173,8 @@ class _Asked:
         self.chat = chat
         self.stream = bool(body.get("stream"))
         self.choices = int(body.get("n") or 1)
+        self.by_tokens: bool | None = body.get("text")
+        """Whether an answer by token ids is to have its text; None: it goes by another route."""
         self.with_ids = bool(body.get("return_token_ids"))
         self.with_versions = body.get("return_weight_versions") is True
         self.with_logprobs = body.get("logprobs") is not None and body["logprobs"] is not False  # 0 is a number of them
@@ -237,6 +241,7 @@ class Handler(BaseHTTPRequestHandler):
     control = Control()
     poison = b""
     echo = False
+    scale_out: bool | str = False
     faults = Faults(None, None)
     engine: Engine | None = None
 
@@ -268,6 +273,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._reply(200, {"object": "list", "data": self.control.models(self.model)})
         if answer := self.control.answer(self.path, {}):
             return self._reply(*answer)
+        if self.path == "/openapi.json":
+            return self._reply(200, standin_tokens.openapi(scale_out=self._has_tokens()))
         if self.path == "/metrics":
             return self._send(200, self._metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
         return self._error(404, "no such route")
@@ -285,13 +292,17 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/tokenize":
             asked = json.loads(raw)
             return self._reply(200, {"tokens": prompt_ids(asked.get("prompt") or asked["messages"])})
-        if self.path not in ("/v1/completions", "/v1/chat/completions"):
+        if self.path == standin_tokens.PATH and not self._has_tokens():
+            return self._error(403, standin_tokens.OFF)
+        if self.path not in ("/v1/completions", "/v1/chat/completions", standin_tokens.PATH):
             answer = self.control.answer(self.path, json.loads(raw))
             return self._reply(*answer) if answer else self._error(404, "no such route")
         try:
             if self.poison and self.poison in raw:
                 os._exit(0)
             body = json.loads(raw)
+            if self.path == standin_tokens.PATH:
+                body = {**standin_tokens.as_completion(body), "model": body.get("model")}
             if not self.control.serves(body.get("model"), self.model):
                 raise _Refused(f"The model `{body.get('model')}` does not exist.", 404)
             asked = _Asked(body, chat=self.path == "/v1/chat/completions", echo=self.echo)
@@ -307,6 +318,9 @@ class Handler(BaseHTTPRequestHandler):
                 self._generate(asked, kind, float(body.get("standin_token_s", self.token_s)))
         except EngineDead:
             self._error(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
+
+    def _has_tokens(self) -> bool:
+        return os.path.exists(self.scale_out) if isinstance(self.scale_out, str) else self.scale_out
 
     def _metrics(self) -> str:
         stats, lines = self._engine().stats, []
@@ -420,7 +434,7 @@ class Handler(BaseHTTPRequestHandler):
         answer = {**self._head(asked, stream=False), "choices": choices, "usage": _usage(asked, generated)}
         if asked.chat:
             answer["prompt_token_ids"] = asked.ids if asked.with_ids else None
-        data = json.dumps(answer).encode()
+        data = json.dumps(_of_route(asked, answer)).encode()
         if cut in ("truncated", "halfstream"):
             self._send(200, data, part=len(data) // 2)
         else:
@@ -434,7 +448,8 @@ class Handler(BaseHTTPRequestHandler):
         versions = [VersionSpans() for _ in range(asked.choices)]
 
         def event(choice: dict[str, Any], **more: Any) -> None:
-            self._event({**head, "choices": [{"logprobs": None, "finish_reason": None, **choice}], **more})
+            part = {**head, "choices": [{"logprobs": None, "finish_reason": None, **choice}], **more}
+            self._event(_of_route(asked, part))
 
         if asked.chat:
             for index in range(asked.choices):
@@ -550,6 +565,10 @@ def _usage(asked: _Asked, generated: list[list[int]]) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
+def _of_route(asked: _Asked, answer: dict[str, Any]) -> dict[str, Any]:
+    return answer if asked.by_tokens is None else standin_tokens.as_tokens(answer, text=asked.by_tokens)
+
+
 def _flood() -> None:
     block = (b"x" * 499 + b"\n") * 2000
     for _ in range(_FLOOD_BYTES // len(block)):
@@ -622,6 +641,7 @@ def main() -> None:
     Handler.key = os.environ.get("VLLM_API_KEY", "")
     Handler.token_s = order.get("token_s", 0)
     Handler.echo = bool(order.get("echo"))
+    Handler.scale_out = order.get("scale_out", False)
     Handler.control = Control(paused=bool(order.get("paused")), **order.get("control", {}))
     Handler.poison = str(order.get("poison", "")).encode()
     Handler.faults = Faults(order.get("faults"), order.get("crash_at"))

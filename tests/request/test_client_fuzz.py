@@ -23,8 +23,8 @@ from scripted_server import Script, client_of
 from managed_vllm import RetryPolicy, VLLMClient
 from managed_vllm.errors import ManagedVLLMError, RequestError, RequestTimeoutError, ServerDiedError
 from managed_vllm.masking import Secret
-from managed_vllm.request.calls import checked_shape
 from managed_vllm.request.exchange import take_response
+from managed_vllm.request.http_errors import checked_shape
 from managed_vllm.request.outputs import CompletionOutput, Logprob, RequestOutput
 from managed_vllm.request.pending import RequestStats
 from managed_vllm.request.responses import EventDecoder

@@ -29,13 +29,14 @@ from managed_vllm.request.fields import (
     checked,
     known,
 )
+from managed_vllm.request.sampling import ONLY_BY_TOKENS, REFUSED_IN_STRUCTURED_OUTPUTS, StructuredOutputsParams
 from managed_vllm.request.sampling import REFUSED as REFUSED_PARAMETERS
-from managed_vllm.request.sampling import REFUSED_IN_STRUCTURED_OUTPUTS, StructuredOutputsParams
 
 FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
 
 # -- wrong values ------------------------------------------------------------------------------------------------------
 
+ROWS: list[Any] = [[], [[]], [1], [[1], [1, 2]], [[-2]], [["1"]], "12", 5]
 WRONG: list[tuple[str, Any]] = [
     *(("n", value) for value in (0, -1, 1.5, "2", True)),
     *(("temperature", value) for value in (-0.1, 2.1, math.nan, math.inf, "hot", True)),
@@ -54,6 +55,10 @@ WRONG: list[tuple[str, Any]] = [
     *((name, value) for name in ("logprobs", "prompt_logprobs") for value in (-2, 1.5)),
     *(("logprob_token_ids", value) for value in ([], list(range(129)), "1")),
     *(("allowed_token_ids", value) for value in ([], [-1])),
+    *(("trace_decode_token_ids", value) for value in ([], [-1], "12", 5)),
+    *(("prompt_logprob_token_ids", value) for value in ROWS),
+    *(("prompt_logprob_start", value) for value in (-1, 1.5, 0)),  # 0: of nothing
+    ("skip_reading_prefix_cache", "yes"),
     *(("truncate_prompt_tokens", value) for value in (-2, 1.5)),
     ("truncation_side", "middle"),
     *(("logit_bias", value) for value in ({"a": 1}, {1.5: 1}, {1: math.nan}, {-1: 0}, {1: "x"}, [1])),
@@ -88,6 +93,8 @@ def test_values_that_contradict_each_other_are_refused() -> None:
         SamplingParams(n=2, temperature=0)
     with pytest.raises(BadRequestError, match="stop can't be with detokenize=False"):
         SamplingParams(stop="a", detokenize=False)
+    with pytest.raises(BadRequestError, match="trace_decode_token_ids is for n=1"):
+        SamplingParams(n=2, trace_decode_token_ids=[1])
     assert SamplingParams(n=2).n == 2
 
 
@@ -235,7 +242,7 @@ def test_every_field_is_on_the_wire_under_a_name_that_the_route_knows(chat: bool
         request = sent({name: value}, chat=chat)
         assert request or name == "detokenize", name
         assert set(request) <= known(chat=chat), name
-    assert set(EXAMPLES) == FIELDS
+    assert set(EXAMPLES) | set(ONLY_BY_TOKENS) == FIELDS
 
 
 EXAMPLES: dict[str, Any] = {
@@ -249,6 +256,19 @@ EXAMPLES: dict[str, Any] = {
     **{"thinking_token_budget": 5, "repetition_detection": {"max_pattern_size": 3, "min_count": 2}},
     **{"extra_args": {"a": [1, "b"]}, "stream_interval": 4, "routed_experts_prompt_start": 1},
 }
+
+
+def test_what_only_one_route_takes_is_refused_for_a_chat() -> None:
+    rows: dict[str, Any] = {"prompt_logprob_token_ids": np.array([[1, -1], [3, 4]]), "prompt_logprob_start": 1}
+    given: dict[str, Any] = {**rows, "skip_reading_prefix_cache": False, "trace_decode_token_ids": [7, 7]}
+    assert sent(given) == {
+        **{"prompt_logprob_token_ids": ((1, -1), (3, 4)), "prompt_logprob_start": 1},
+        **{"skip_reading_prefix_cache": False, "trace_decode_token_ids": (7, 7)},
+    }
+    for name in ONLY_BY_TOKENS:
+        asked = rows if name in rows else {name: given[name]}
+        with pytest.raises(UnsupportedParameterError, match=r"is for generate\(\)"):
+            sent(asked, chat=True)
 
 
 def test_logprobs_are_said_in_the_words_of_each_route() -> None:
@@ -319,6 +339,8 @@ def test_whatever_is_given_is_taken_or_refused_by_type(given_: dict[str, Any]) -
     except BadRequestError:
         return
     for chat in (False, True):
+        if chat and params.given & ONLY_BY_TOKENS.keys():
+            continue
         request = params.to_request(chat=chat)
         json.dumps(request, allow_nan=False)
         asked = {name for name, value in given_.items() if value is not None}
@@ -590,9 +612,10 @@ def test_real_a_vllm_sampling_params_says_what_it_means() -> None:
     compact = vllm.StructuredOutputsParams(json={}, disable_any_whitespace=True)
     with pytest.raises(UnsupportedParameterError, match="structured_outputs_config="):
         SamplingParams.of(vllm.SamplingParams(structured_outputs=compact))
-    for name, value in (("trace_decode_token_ids", [1]), ("flat_logprobs", True), ("prompt_logprob_token_ids", [[1]])):
-        with pytest.raises(UnsupportedParameterError, match=name):
-            SamplingParams.of(vllm.SamplingParams(**{name: value}))
+    with pytest.raises(UnsupportedParameterError, match="flat_logprobs"):
+        SamplingParams.of(vllm.SamplingParams(flat_logprobs=True))
+    rows = SamplingParams.of(vllm.SamplingParams(prompt_logprob_token_ids=[[1]]))
+    assert rows.given & ONLY_BY_TOKENS.keys() == {"prompt_logprob_token_ids"}
     unlimited = vllm.SamplingParams(max_tokens=None)
     assert "max_tokens" not in SamplingParams.of(unlimited).to_request(chat=True)
 

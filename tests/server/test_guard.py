@@ -120,6 +120,9 @@ def test_no_other_password_is_the_key(given: str) -> None:
 # -- what only the supervisor may ask for ------------------------------------------------------------------------------
 
 
+SCALE_OUT_PATHS = ["/inference/v1/generate", "/inference/v1/abort_requests", "/v1/completions/render"]
+
+
 def dev_stack() -> Any:
     """A server whose development routes the supervisor has switched on, with one that we know nothing of."""
 
@@ -131,7 +134,7 @@ def dev_stack() -> Any:
         return await route(request)
 
     of_a_later_vllm.__module__ = "vllm.entrypoints.serve.dev.later.api_router"
-    paths = ["/pause", "/v1/load_lora_adapter", "/adapters/x", "/reset_prefix_cache", "/v1/x"]
+    paths = ["/pause", "/v1/load_lora_adapter", "/adapters/x", "/reset_prefix_cache", "/v1/x", *SCALE_OUT_PATHS]
     routes = [routing.Route(path, route, methods=["POST"]) for path in paths]
     app = applications.Starlette(routes=[*routes, routing.Route("/later", of_a_later_vllm, methods=["POST"])])
     app.add_middleware(KeyGuard)
@@ -159,6 +162,22 @@ def test_what_changes_the_engine_wants_the_supervisors_key_where_the_supervisor_
         assert reached[-1] == f"{path} Bearer secret"  # vLLM's own check behind knows no other key
     lora = "LORA" in controlled
     assert ask(app, "POST", {"Authorization": "Bearer secret"}, "/adapters/x")[0] == (403 if lora else 200)
+
+
+@pytest.mark.parametrize("controlled", ["VLLM_SERVER_DEV_MODE enable_scale_out", "VLLM_SERVER_DEV_MODE", ""])
+def test_of_what_scale_out_opens_generating_is_for_users_unless_they_asked_for_all(
+    monkeypatch: pytest.MonkeyPatch, controlled: str
+) -> None:
+    monkeypatch.setenv("MANAGED_VLLM_CONTROL_KEY", "control")
+    monkeypatch.setenv("MANAGED_VLLM_CONTROLLED", controlled)
+    app, ours = dev_stack(), "enable_scale_out" in controlled
+    for path in SCALE_OUT_PATHS:
+        allowed = not ours or path == "/inference/v1/generate"
+        status, _, said = answer_of(app, "POST", {"Authorization": "Bearer secret"}, path)
+        assert status == (200 if allowed else 403)
+        assert allowed or b"enable_scale_out=True" in said
+        assert ask(app, "POST", {}, path)[0] == 401
+        assert ask(app, "POST", {"Authorization": "Bearer control"}, path)[0] == 200
 
 
 def test_without_a_key_of_the_supervisors_all_is_as_vllm_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

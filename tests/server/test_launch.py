@@ -182,6 +182,19 @@ def test_whoever_switches_the_routes_on_has_them_with_the_ordinary_key(instance:
     assert off.environment["VLLM_SERVER_DEV_MODE"] == "0"
 
 
+@pytest.mark.parametrize("given", [True, False, None])
+def test_the_guard_keeps_what_scale_out_opens_to_us_unless_a_user_asked_for_it(
+    instance: Instance, given: bool | None
+) -> None:
+    spec = ServerSpec.of("m", engine_args={} if given is None else {"enable_scale_out": given})
+    asked = SupervisorOrder.first(spec, Address(api_key=Secret("key")), SupervisionPolicy())
+    if "enable_scale_out" not in {*asked.defaults, *spec.engine_args}:
+        pytest.skip("the installed vLLM has no such argument")
+    launched = prepare(instance, asked)
+    assert ("--enable-scale-out" in launched.argv) is (given is not False)
+    assert ("enable_scale_out" in launched.environment["MANAGED_VLLM_CONTROLLED"]) is (given is None)
+
+
 def test_nothing_is_switched_on_in_a_program_that_may_have_no_guard(instance: Instance) -> None:
     launched = prepare(instance, order())
     assert launched.control_key == Secret("key")

@@ -106,6 +106,41 @@ def test_who_asks_is_told_in_the_shape_of_a_later_vllm(monkeypatch: pytest.Monke
     assert not any("weight_versions" in event for event in asyncio.run(events(silent)))
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_stream_of_token_ids_tells_ahead_whoever_asks(monkeypatch: pytest.MonkeyPatch, is_known: bool) -> None:
+    class ServingTokens:
+        state = SimpleNamespace(request_index=0, weight_version_starts=[("v2", 0)])
+        engine_client = SimpleNamespace(
+            output_processor=SimpleNamespace(external_req_ids={"r": ["x"]}, request_states={"x": state})
+        )
+
+        async def serve_tokens_stream_generator(
+            self, request: Any, result_generator: Any, request_id: str
+        ) -> AsyncIterator[str]:
+            async for each in result_generator:
+                choice = {"index": 0, "token_ids": each.outputs[0].token_ids, "weight_versions": None}
+                yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+
+        if not is_known:
+
+            async def serve_tokens_stream_generator(self, results: Any) -> AsyncIterator[str]:  # type: ignore[misc]
+                yield ""
+
+    module = ModuleType("vllm.entrypoints.scale_out.token_in_token_out.serving")
+    module.ServingTokens = ServingTokens  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    before = ServingTokens.serve_tokens_stream_generator
+    versions.install()  # the other routes need not be there
+    assert (ServingTokens.serve_tokens_stream_generator is before) is not is_known
+    if is_known:
+
+        async def events() -> list[str]:
+            return [one async for one in ServingTokens().serve_tokens_stream_generator(Request(), results(), "r")]
+
+        told = [json.loads(event[6:])["choices"][0]["weight_versions"] for event in asyncio.run(events())]
+        assert told == [[{**SPAN, "end": 1}], [SPAN]]
+
+
 def test_it_is_in_the_schema_that_clients_read(monkeypatch: pytest.MonkeyPatch) -> None:
     make_vllm(monkeypatch)
     assert versions.install() is None
