@@ -207,14 +207,14 @@ def build_parser() -> argparse.ArgumentParser:
         "managed-vllm view runs/monday",
         "managed-vllm view runs/monday --out monday.html --open",
         "managed-vllm view runs/monday --serve      # of any size, while it goes on",
-        "managed-vllm view runs/tuesday --serve --against runs/monday",
+        "managed-vllm view runs/tuesday --against runs/monday --open",
         more=" A run that still goes on is shown as far as it is.",
     )
     view.add_argument("folder", metavar="RUN", help="the run's folder")
     view.add_argument("--out", metavar="FILE", help="the HTML file (view.html in the run's folder)")
     view.add_argument("--serve", action="store_true", help="serve it on loopback, page by page and live, until Ctrl-C")
     view.add_argument("--port", type=_count, default=0, metavar="N", help="where to serve it (a free one)")
-    view.add_argument("--against", metavar="RUN", help="with --serve: another run, to compare the tasks with")
+    view.add_argument("--against", metavar="RUN", help="another run, to compare the tasks with")
     view.add_argument("--open", action="store_true", help="open it in the browser")
     view.add_argument("--title", help="of the page (the folder's name)")
     view.add_argument("--by", choices=("task", "kind"), default="kind", help="what makes a line of the summary (kind)")

@@ -17,20 +17,19 @@ from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.viewer import RunServer, write_html
 from managed_vllm.cli.running import console
 from managed_vllm.cli.serve import terminable
-from managed_vllm.errors import ConfigError
 
 
 def view(given: argparse.Namespace) -> int:
     """`managed-vllm view`."""
     if given.serve:
         return _serve(given)
-    if given.against is not None:
-        raise ConfigError("--against compares runs in the browser: give --serve, too", field="against")
     folder = Path(given.folder)
     with RunStore.open(folder, score=given.score) as store:
         out = folder / "view.html" if given.out is None else Path(given.out)
         title = _title(given)
-        page = write_html(store, out, title=title, max_bytes=given.max_mb * 10**6, success_at=given.success_at)
+        with _other(given) as against:
+            options = {"title": title, "success_at": given.success_at, "against": against}
+            page = write_html(store, out, max_bytes=given.max_mb * 10**6, **options)
     console().print(summary_table(page.rows, by=given.by, success_at=given.success_at, title=title))
     _print_passes(page.rows, given.success_at)
     print(printable(str(page)))
@@ -38,6 +37,10 @@ def view(given: argparse.Namespace) -> int:
         print(f"error: no browser was found here; open {page.path} yourself", file=sys.stderr)
         return 1
     return 0
+
+
+def _other(given: argparse.Namespace) -> contextlib.AbstractContextManager[RunStore | None]:
+    return contextlib.nullcontext() if given.against is None else RunStore.open(given.against)
 
 
 def _title(given: argparse.Namespace) -> str:
@@ -57,7 +60,7 @@ def _print_passes(made: Iterable[Row], success_at: float) -> None:
 def _serve(given: argparse.Namespace) -> int:
     with (
         RunStore.open(given.folder, score=given.score) as store,
-        contextlib.nullcontext() if given.against is None else RunStore.open(given.against) as against,
+        _other(given) as against,
         contextlib.closing(
             RunServer(store, port=given.port, title=_title(given), success_at=given.success_at, against=against)
         ) as server,

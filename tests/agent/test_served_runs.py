@@ -21,7 +21,7 @@ from processes import HANG_S, eventually
 from managed_vllm.agent.report import pass_at
 from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.types import FailureClass, ImageRef
-from managed_vllm.agent.viewer import RunServer
+from managed_vllm.agent.viewer import RunServer, write_html
 from managed_vllm.errors import ConfigError
 
 pytest.importorskip("jinja2", reason="jinja2 is not installed: pip install jinja2")
@@ -228,13 +228,19 @@ def test_a_run_that_grows_is_seen_and_one_that_does_not_costs_nothing(server: Ru
     assert api(server, "row", of="task-10", rollout=0, round=0, attempt=0) == {"row": None}
 
 
-def test_two_runs_are_compared_task_by_task(run: RunStore, tmp_path: Path) -> None:
-    with RunStore.create(tmp_path / "earlier") as earlier:
+@pytest.fixture
+def earlier(tmp_path: Path) -> Iterator[RunStore]:
+    """Another run: one of the tasks, and one of its own, of two rollouts each."""
+    with RunStore.create(tmp_path / "earlier") as store:
         for rollout in range(2):
-            earlier.append(sample_trajectory(earlier.images, task_id="task-3", rollout=rollout, steps=1, reward=0.0))
-            earlier.append(sample_trajectory(earlier.images, task_id="gone", rollout=rollout, steps=1))
-        with RunStore.open(run.path) as store, RunServer(store, against=earlier) as server:
-            found = api(server, "tasks", sort="change", down="true")
+            store.append(sample_trajectory(store.images, task_id="task-3", rollout=rollout, steps=1, reward=0.0))
+            store.append(sample_trajectory(store.images, task_id="gone", rollout=rollout, steps=1))
+        yield store
+
+
+def test_two_runs_are_compared_task_by_task(run: RunStore, earlier: RunStore) -> None:
+    with RunStore.open(run.path) as store, RunServer(store, against=earlier) as server:
+        found = api(server, "tasks", sort="change", down="true")
     first = found["rows"][0]
     assert (first["task"], first["change"], first["other"]["rewarded"]) == ("task-3", 0.75, 2)
     assert [row["other"] for row in found["rows"][1:]] == [None] * 5
@@ -291,7 +297,7 @@ def test_a_live_run_is_listed_filtered_and_opened(looking: Browser, server: RunS
     looking.until("return !document.getElementById('list').hidden")
     looking.set("f-text", "")
     looking.click("#to-tasks")
-    looking.until("return document.querySelectorAll('#group-body tr[data-at] a').length === 7")
+    looking.until("return document.querySelectorAll('#group-body tr[data-at]').length === 7")
     assert looking.tile("pass@4") == "83.3 %"
     looking.click("#group-body tr[data-at='3'] a")
     looking.until("return document.querySelectorAll('#body tr[data-at] a').length === 4")
@@ -305,3 +311,51 @@ def test_a_link_leads_to_an_attempt_whose_page_is_not_there_yet(looking: Browser
     assert looking.step == "1"
     looking.go(f"{server.url}#task-99/0/0.0")
     looking.until("return document.querySelectorAll('#body tr[data-at] a').length === 26")
+
+
+def test_the_file_says_of_each_task_what_the_server_says(
+    browser: Browser, run: RunStore, earlier: RunStore, tmp_path: Path
+) -> None:
+    with RunStore.open(run.path) as store, RunServer(store, against=earlier) as server:
+        written = write_html(store, tmp_path / "run.html", against=earlier)
+        told = api(server, "tasks")
+    browser.open(written, "#tasks")
+    found, passes = browser.js(
+        """
+        const run = JSON.parse(document.getElementById("run").textContent), by = runGroups(run.successAt);
+        const rows = by.compared(by.groups(run.rows), by.groups(run.againstRows));
+        return [rows, by.passes(rows.filter((row) => row.other))];
+        """
+    )
+    assert found == told["rows"]
+    assert [k for k, _ in passes] == [k for k, _ in told["passes"]]
+    assert [share for _, share in passes] == pytest.approx([share for _, share in told["passes"]])
+    assert browser.tile("tasks") == "6, 1 in both"
+    assert browser.tile("pass@1") == "75.0 %  from 0.0 %"
+    assert browser.texts("#group-body tr[data-task='task-3'] .chip") == ["yes", "+0.75"]
+
+
+def test_the_tasks_of_the_file_are_filtered_sorted_and_lead_to_their_rollouts(
+    browser: Browser, run: RunStore, tmp_path: Path
+) -> None:
+    browser.open(write_html(run, tmp_path / "run.html"))
+    browser.click("#to-tasks")
+    browser.until("return document.querySelectorAll('#group-body tr[data-at]').length === 6")
+    assert [browser.tile(name) for name in ("pass@1", "pass@4")] == ["58.3 %", "83.3 %"]
+    browser.click("#g-reward button")
+    browser.click("#g-reward button")
+    tasks = browser.texts("#group-body tr[data-at] td:first-child")
+    assert tasks == [f"task-{number}" for number in (4, 5, 3, 2, 1, 0)]
+    browser.set("f-reward", "below")
+    assert browser.texts("#group-body tr[data-at] td:first-child") == [f"task-{n}" for n in (0, 1, 2, 3)]
+    browser.set("f-reward", "")
+    browser.click("#group-body tr[data-task='task-2'] a.one:nth-child(2)")
+    browser.until("return !document.getElementById('trajectory').hidden")
+    assert browser.fragment == "#task-2/1/0.0"
+    browser.driver.back()
+    browser.until("return !document.getElementById('groups').hidden")
+    browser.click("#group-body tr[data-task='task-2'] a.why")
+    assert browser.tasks() == ["task-2"]
+    assert browser.tile("failures") == "1 environment"
+    browser.set("f-failure", "")
+    assert browser.tasks() == ["task-2"] * 5

@@ -22,7 +22,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
-from managed_vllm.agent.report import SUCCESS_AT, Attempts, Row, who_stands
+from managed_vllm.agent.report import SUCCESS_AT, Attempts, Row, entry_row, who_stands
+from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.types import ImageRef, Trajectory
 from managed_vllm.agent.viewer.record import TrajectoryRecord, row_record, to_json
 from managed_vllm.errors import ConfigError, ManagedVLLMError
@@ -88,6 +89,7 @@ def write_html(
     title: str | None = None,
     max_bytes: int = MAX_BYTES,
     success_at: float = SUCCESS_AT,
+    against: RunStore | None = None,
 ) -> WrittenPage:
     """Writes a run as one HTML file, replacing one that is there; readers see the old or the new one, whole.
 
@@ -99,6 +101,7 @@ def write_html(
         max_bytes: images are in the page up to this size of them all together, as it is in the page (a third more than
             the files). Above it all of them are files in the folder `<name>_files` beside the page.
         success_at: the reward from which on a rollout is a success.
+        against: another run, with which the tasks of this one are compared.
 
     Raises `ConfigError`: no such folder, no source of images, jinja2 is missing. `ManagedVLLMError`: the file can't be
     written. An image that can't be read is no error, but see `WrittenPage.missing`.
@@ -140,6 +143,7 @@ def write_html(
                             "missing": stored.missing,
                             "damaged": damaged,
                             "rows": list(map(row_record, made)),
+                            **_other(against),
                         }
                     )
                 ),
@@ -179,6 +183,14 @@ def served_page(title: str, success_at: float, *, against: str | None = None) ->
     return text.encode("utf-8", "replace"), policy
 
 
+def _other(against: RunStore | None) -> dict[str, Any]:
+    """What the page needs of the run that this one is compared with: its name and its attempts, without their steps."""
+    if against is None:
+        return {"against": None}
+    made = who_stands([entry_row(entry) for entry in against.entries()])
+    return {"against": against.path.name, "againstRows": list(map(row_record, made))}
+
+
 class _Safe(str):
     """Text that the template takes as it is: our own, or JSON and base64 in which nothing ends a script."""
 
@@ -203,7 +215,7 @@ def _template() -> tuple[Any, str, str]:
     home = files("managed_vllm.agent.viewer")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(home.joinpath("template.html.j2").read_text(encoding="utf-8"))
-    script = home.joinpath("viewer.js").read_text(encoding="utf-8")
+    script = "".join(home.joinpath(name).read_text(encoding="utf-8") for name in ("groups.js", "viewer.js"))
     style = home.joinpath("viewer.css").read_text(encoding="utf-8")
     return template, script, style
 

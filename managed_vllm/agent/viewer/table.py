@@ -29,6 +29,8 @@ MOST_ROWS = 500
 """Of one page."""
 _REFRESH_S = 1.0
 _KEPT_QUERIES = 8
+_MOST_BARS = 64
+"""Rewards of a task that are drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +288,8 @@ class RunTable:
             (one for one, number in zip(some, numbers, strict=True) if one.ok and self._stands[number]),
             key=lambda one: one.rollout,
         )
-        rewards = [one.reward for one in counting if one.reward is not None]
+        rewarded = [one for one in counting if one.reward is not None]
+        rewards = [one.reward for one in rewarded if one.reward is not None]
         n, c = len(rewards), sum(reward >= self.success_at for reward in rewards)
         finite = [reward for reward in rewards if math.isfinite(reward)]
         mean = math.fsum(finite) / len(finite) if finite else None
@@ -300,7 +303,8 @@ class RunTable:
             "passn": float(c > 0) if n else None,
             "reward": mean,
             "spread": None if mean is None else math.sqrt(sum((each - mean) ** 2 for each in finite) / len(finite)),
-            "rewards": [number_record(reward) for reward in rewards[:64]],
+            "rewards": [number_record(reward) for reward in rewards[:_MOST_BARS]],
+            "attempts": [(one.rollout, one.group_round, one.attempt) for one in rewarded[:_MOST_BARS]],
             "steps": sum(one.steps for one in counting) / len(counting) if counting else None,
             "tokens": sum(one.response_tokens for one in some),
             "failures": sum(one.failure is not None for one in some),

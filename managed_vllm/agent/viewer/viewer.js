@@ -149,6 +149,11 @@
   const shown = served
     ? Object.assign(served.attempts, { indexOf: indexServed })
     : local;
+  // The same by task. Here it is made when it is looked at.
+  const byTask = served ? null : globalThis.runGroups(run.successAt);
+  const here = { rows: [], length: 0, head: null, get: (at) => here.rows[at] };
+  const groups = served ? served.tasks : here;
+  const others = served || !run.against ? null : byTask.groups(run.againstRows);
   function indexServed(row) { // by its number: pages are read anew while the run goes on
     const there = row.at >= 0 && row.at < shown.length ? shown.get(row.at) : undefined;
     return there && there.number === row.number ? row.at : -1;
@@ -184,11 +189,9 @@
     });
     $("written").textContent = served ? "" : `written ${moment(run.written)}`;
     note();
-    if (served) {
-      $("f-text").placeholder = 'task, stop reason, failure';
-      $("f-text").title = 'words of these; "in quotes" the whole id of a task';
-      buildGroups();
-    }
+    if (served) $("f-text").placeholder = "task, stop reason, failure";
+    $("f-text").title = 'words of these; "in quotes" the whole id of a task';
+    buildGroups();
   }
 
   const option = (value, text) => element("option", { value }, text);
@@ -231,9 +234,9 @@
 
   async function filter() {
     markOrder();
+    if (served) shown.version = -1;
+    if (grouping()) return selectGroups();
     if (served) {
-      shown.version = -1;
-      if (grouping()) return selectGroups();
       await shown.select({ ...filterNow(), sort: order.column, down: order.down });
       await served.tally().catch(() => {});
       chosen = 0;
@@ -247,10 +250,12 @@
 
   function filterHere() {
     const { text, stop, reward, failure, stands, ...bounds } = filterNow();
-    const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+    const whole = /^"(.+)"$/s.exec(text);
+    const words = whole ? [] : text.toLowerCase().split(/\s+/).filter(Boolean);
     const from = bounds.from === "" ? null : Number(bounds.from);
     const to = bounds.to === "" ? null : Number(bounds.to);
     const fits = (row) => {
+      if (whole && row.task !== whole[1]) return false;
       if (stands && !row.stands) return false;
       if (stop && row.stop !== stop) return false;
       if (failure === "-" ? row.failure : failure === "+" ? !row.failure : failure && row.failure !== failure) return false;
@@ -265,7 +270,7 @@
     local.rows = rows.filter(fits);
     local.length = local.rows.length;
     const column = COLUMNS.find((each) => each.name === order.column);
-    if (column) local.rows.sort((a, b) => compare(column.value(a), column.value(b)) || a.index - b.index);
+    if (column) local.rows.sort((a, b) => compare(column.value(a), column.value(b), order.down) || a.index - b.index);
     chosen = Math.max(0, shown.indexOf(before));
   }
 
@@ -279,11 +284,11 @@
     }
   }
 
-  function compare(a, b) { // what has no value comes last, either way
+  function compare(a, b, down) { // what has no value comes last, either way
     const none = (value) => value === null || Number.isNaN(value);
     if (none(a) || none(b)) return none(a) - none(b);
     const found = typeof a === "string" ? (a < b ? -1 : a > b ? 1 : 0) : a - b;
-    return order.down ? -found : found;
+    return down ? -found : found;
   }
 
   function summaryHere() {
@@ -306,7 +311,7 @@
   }
 
   function summarize() {
-    if (served && (!shown.head || grouping())) return;
+    if (grouping() || (served && !shown.head)) return;
     const its = served ? shown.head.summary : summaryHere();
     const total = served ? shown.head.total : rows.length;
     const tile = (name, title, ...value) =>
@@ -764,7 +769,7 @@
     }
     open = null;
     document.title = run.title;
-    if (served) showViews();
+    showViews();
     draw(true);
     if (before && !grouping()) choose(chosen);
   }
@@ -788,7 +793,7 @@
     return true;
   }
 
-  // -- a run that is served, and may go on ----------------------------------------------------------------------------
+  // -- a run that is served, and may go on, and either one by task ----------------------------------------------------------------------------
 
   function onServed(what, ...news) {
     if (what === "row") news[0].key = keyOf(news[0]);
@@ -800,7 +805,7 @@
     } else if (what === "tally") {
       options(run.stops, run.failures);
       note();
-    } else if (news[0] === served.tasks) drawGroups(true);
+    } else if (news[0] === groups) drawGroups(true);
     else {
       summarize();
       $("none").hidden = shown.length > 0;
@@ -827,6 +832,7 @@
   let groupOrder = { column: null, down: false };
 
   function buildGroups() {
+    $("group-heads").closest("table").classList.toggle("compared", Boolean(run.against));
     for (const column of GROUP_COLUMNS) {
       const sort = () => {
         if (UNSORTED.has(column.name)) return;
@@ -839,13 +845,16 @@
       head.style.width = column.width;
       $("group-heads").append(head);
     }
+    $("to-attempts").setAttribute("href", "#");
+    $("to-tasks").setAttribute("href", "#tasks");
     $("groups").addEventListener("scroll", () => drawGroups());
     new ResizeObserver(() => drawGroups()).observe($("groups"));
     $("group-body").addEventListener("click", (event) => {
       const line = event.target.closest("tr[data-at]");
-      if (!line || line.dataset.task === undefined) return;
+      if (!line || line.dataset.task === undefined || event.target.closest("a.one")) return;
       event.preventDefault();
       $("f-text").value = `"${line.dataset.task}"`;
+      if (event.target.closest("a.why")) $("f-failure").value = "+";
       go("#");
       filter();
     });
@@ -854,6 +863,7 @@
   function showViews() {
     $("rows").hidden = grouping();
     $("groups").hidden = !grouping();
+    $("keys").hidden = grouping();
     $("to-attempts").toggleAttribute("aria-current", !grouping());
     $("to-tasks").toggleAttribute("aria-current", grouping());
     if (grouping()) selectGroups();
@@ -869,36 +879,57 @@
       $(`g-${each.name}`).firstChild.textContent = each.head + (sorted ? (groupOrder.down ? " ▼" : " ▲") : "");
     }
     $("groups").scrollTop = 0;
-    await served.tasks.select({ ...filterNow(), sort: groupOrder.column, down: groupOrder.down });
+    if (served) await groups.select({ ...filterNow(), sort: groupOrder.column, down: groupOrder.down });
+    else selectGroupsHere();
+  }
+
+  function selectGroupsHere() {
+    filterHere();
+    let found = byTask.groups(local.rows);
+    if (others) found = byTask.compared(found, others);
+    const { column, down } = groupOrder;
+    const places = new Map(found.map((row, at) => [row, at]));
+    if (column) found.sort((a, b) => compare(a[column], b[column], down) || places.get(a) - places.get(b));
+    const both = found.filter((row) => row.other);
+    here.head = {
+      passes: byTask.passes(both.length ? both : found), others: byTask.passes(both.map((row) => row.other)), common: both.length,
+    };
+    here.rows = found;
+    here.length = found.length;
+    drawGroups(true);
   }
 
   let drawnGroups = "";
   function drawGroups(anew = false) {
-    if (!grouping() || !served.tasks.head) return;
+    if (!grouping() || !groups.head) return;
     const box = $("groups");
     const first = Math.max(0, Math.floor(box.scrollTop / ROW) - 12);
-    const end = Math.min(served.tasks.length, Math.ceil((box.scrollTop + box.clientHeight) / ROW) + 12);
+    const end = Math.min(groups.length, Math.ceil((box.scrollTop + box.clientHeight) / ROW) + 12);
     if (!anew && drawnGroups === `${first} ${end}`) return;
     drawnGroups = `${first} ${end}`;
     const gap = (lines) => lines > 0 && element("tr", { class: "gap", "aria-hidden": "true", style: { height: `${lines * ROW}px` } }, element("td", { colspan: GROUP_COLUMNS.length }));
     $("group-body").replaceChildren(
-      ...[gap(first), ...span(first, end).map((at) => same(groupLines, at, [served.tasks.get(at)], () => groupLine(served.tasks.get(at), at))), gap(served.tasks.length - end)].filter(Boolean));
+      ...[gap(first), ...span(first, end).map((at) => same(groupLines, at, [groups.get(at)], () => groupLine(groups.get(at), at))), gap(groups.length - end)].filter(Boolean));
+    $("no-group").hidden = groups.length > 0;
     const tile = (name, ...value) => element("div", {}, element("dt", {}, name), element("dd", { "data-tile": name.toLowerCase() }, ...value));
-    const { passes, others, common } = served.tasks.head;
-    const there = new Map(others);
+    const { passes, common } = groups.head;
+    const there = new Map(groups.head.others);
     const percent = (share) => `${(100 * share).toFixed(1)} %`;
     $("summary").replaceChildren(
-      tile("Tasks", run.against ? `${grouped(served.tasks.length)}, ${grouped(common)} in both` : grouped(served.tasks.length)),
+      tile("Tasks", run.against ? `${grouped(groups.length)}, ${grouped(common)} in both` : grouped(groups.length)),
       ...passes.map(([k, share]) => tile(`pass@${k}`, percent(share),
         there.has(k) ? element("span", { class: "soft", title: `in ${run.against}, of the tasks that both have` }, `  from ${percent(there.get(k))}`) : null)));
   }
 
   function groupLine(row, at) {
     if (row === undefined) return element("tr", { "data-at": at, class: "waiting" }, element("td", { colspan: GROUP_COLUMNS.length }, "…"));
-    const bars = (its) => element("span", { class: "rewards" }, its.rewards.map((reward) => {
+    const bars = (its, linked) => element("span", { class: "rewards" }, its.rewards.map((reward, n) => {
       const value = number(reward);
       const share = Math.max(0.06, Math.min(1, Number.isFinite(value) ? value : 0));
-      return element("i", { class: value >= run.successAt && "good", title: `reward ${short(reward)}` }, element("b", { style: { height: `${100 * share}%` } }));
+      const [rollout, round, attempt] = its.attempts[n];
+      const told = `rollout ${rollout}: reward ${short(reward)}`;
+      const bar = element("i", { class: value >= run.successAt && "good", title: told }, element("b", { style: { height: `${100 * share}%` } }));
+      return linked ? element("a", { class: "one", href: keyOf({ task: row.task, rollout, round, attempt }), "aria-label": told }, bar) : bar;
     }));
     const successes = (its) => (its && its.rewarded ? `${Math.round(100 * its.success)} % (${its.successes}/${its.rewarded})` : "–");
     const changed = row.change ? chip(`${row.change > 0 ? "+" : ""}${short(row.change)}`, row.change > 0 ? "good" : "bad") : short(row.change === undefined ? null : row.change);
@@ -907,10 +938,10 @@
       element("a", { href: "#" }, row.task), counting,
       successes(row),
       row.passn === null ? "–" : chip(row.passn ? "yes" : "no", row.passn ? "good" : ""),
-      short(row.reward), short(row.spread), bars(row),
+      short(row.reward), short(row.spread), bars(row, true),
       ...(run.against ? [successes(row.other), row.other ? bars(row.other) : null, changed] : []),
       short(row.steps, 1), grouped(row.tokens),
-      row.failures ? element("span", { class: "why" }, String(row.failures)) : "",
+      row.failures ? element("a", { class: "why", href: "#", title: "the attempts that failed" }, String(row.failures)) : "",
     ];
     return element("tr", { "data-at": at, "data-task": row.task, "aria-rowindex": at + 2 },
       cells.map((cell, n) => element("td", { class: GROUP_COLUMNS[n].number && "number", title: n === 0 ? row.task : null }, cell)));
@@ -923,7 +954,7 @@
       if (event.key === "Escape") typing.blur();
       return;
     }
-    if (!open && served && grouping()) return;
+    if (!open && grouping()) return;
     const act = open ? inTrajectory(event.key) : inList(event.key, event.target);
     if (act) {
       event.preventDefault();
@@ -964,7 +995,7 @@
     showTrajectory(row, row.key === hash ? "0" : hash.slice(hash.lastIndexOf("/") + 1));
   }
 
-  if (served) served.every(() => (grouping() ? served.tasks.look(Math.floor($("groups").scrollTop / ROW)) : shown.look(Math.floor($("rows").scrollTop / ROW))));
+  if (served) served.every(() => (grouping() ? groups.look(Math.floor($("groups").scrollTop / ROW)) : shown.look(Math.floor($("rows").scrollTop / ROW))));
   document.addEventListener("DOMContentLoaded", () => {
     document.body.dataset.read = "whole";
     if (open) reopen();
