@@ -12,12 +12,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import httpx
-
 from managed_vllm.engine_state import PauseMode
 from managed_vllm.errors import EngineControlError, EngineLostError, EngineTimeoutError, EngineUnsupportedError
 from managed_vllm.in_server.managed_vllm_guard import USE
 from managed_vllm.masking import Secret
+from managed_vllm.server.lean_httpx import httpx
 from managed_vllm.status import Connection
 
 _DEV_MODE = "a vLLM with that route, and not with env={'VLLM_SERVER_DEV_MODE': '0'}; a command= server with =1"

@@ -14,9 +14,8 @@ import wave
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
 from managed_vllm.in_server import managed_vllm_guard
+from managed_vllm.server.lean_httpx import httpx
 from managed_vllm.status import Connection
 
 _GENERATE = (

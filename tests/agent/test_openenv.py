@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from acting_server import acting
+from free_ports import free_port
 from processes import HANG_S, eventually
 from standin_openenv import Answers, Echo, Grid, OpenEnvServer, World
 
@@ -416,8 +417,7 @@ def its_own(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URL of a server of OpenEnv's, with the environment of that name."""
     assert PYTHON is not None
     assert CHECKOUT is not None
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [PYTHON, "-m", "uvicorn", f"{request.param}.server.app:app", "--port", str(port)]
     envs = Path(CHECKOUT) / "envs"
     log = tmp_path / "log"

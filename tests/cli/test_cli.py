@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import standin
+from free_ports import free_port
 from processes import HANG_S
 
 from managed_vllm.cli.logs import LogReader
@@ -64,7 +65,9 @@ class Started:
 
     def until_said(self, text: str, times: int = 1) -> None:
         def said() -> bool:
-            assert self.process.poll() is None or self.out.count(text) >= times, (self.out, self.err)
+            if self.process.poll() is not None:  # what it said before is still being read
+                self._join()
+                assert self.out.count(text) >= times, (self.out, self.err)
             return self.out.count(text) >= times
 
         until(said, f"{text!r} in output")
@@ -72,10 +75,13 @@ class Started:
     def end(self, number: int | None = None) -> int:
         if number is not None:
             self.process.send_signal(number)
-        code = self.process.wait(60)
+        code = self.process.wait(HANG_S)
+        self._join()
+        return code
+
+    def _join(self) -> None:
         for thread in self._threads:
             thread.join(HANG_S)
-        return code
 
 
 class Cli:
@@ -181,9 +187,7 @@ def test_wrong_words_exit_with_2_and_one_message(cli: Cli, words: list[str], mes
 
 
 def test_flags_go_to_the_server_as_vllm_takes_them(cli: Cli) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     row = cli.up(
         *("--host", "127.0.0.1", "--port", str(port), "--tensor-parallel-size", "2", "--gpu-memory-utilization", "0.5"),
         *("--max-model-len", "512", "--enforce-eager", "--no-enable-prefix-caching", "-O2"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import requests
 import standin
+from free_ports import free_port
 from processes import HANG_S, eventually
 
 from managed_vllm import ManagedVLLM
@@ -55,7 +55,7 @@ def metrics_server(home: Path) -> Iterator[MetricsServer]:
 def test_prometheus_scrapes_by_the_configuration_of_the_page(
     home: Path, metrics_server: MetricsServer, tmp_path: Path
 ) -> None:
-    binary, port = program("prometheus"), _free_port()
+    binary, port = program("prometheus"), free_port()
     with ManagedVLLM("m", command=standin.command(), keep_alive=0) as llm:
         (tmp_path / "key").write_text("geheim\n")
         words = [
@@ -73,11 +73,6 @@ def test_prometheus_scrapes_by_the_configuration_of_the_page(
         finally:
             process.terminate()
             process.wait(HANG_S)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def _configuration(folder: Path, port: int) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import subprocess
 import threading
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 import requests
 import standin
+from free_ports import free_port
 from processes import HANG_S, eventually
 from scripted_server import Script
 
@@ -24,12 +24,6 @@ from managed_vllm.server.router import Router
 from managed_vllm.status import RouterStatus
 
 KEY = "the-key-of-all-replicas"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Replica:

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import httpx
 import standin
+from free_ports import free_port
 from processes import HANG_S, eventually
 
 from managed_vllm.config import Address, ServerSpec, SupervisorOrder
@@ -47,7 +47,7 @@ class Replica:
         self._stays_dead = False
         self._log = model.parent / f"server-{number}.log"
         self._environment = {**os.environ, **standin.orders(control={"name": str(number), **control})}
-        self._port = _free_port()
+        self._port = free_port()
 
     @property
     def url(self) -> str:
@@ -180,9 +180,3 @@ async def replicas(
 async def until(condition: Callable[[], Any], what: str) -> None:
     """`processes.eventually`, for scenarios."""
     await asyncio.to_thread(eventually, condition, what)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port: int = listening.getsockname()[1]
-        return port

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import requests
 import standin
+from free_ports import free_port
 from processes import HANG_S, eventually
 
 from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy
@@ -28,12 +29,6 @@ from managed_vllm.instance.external import http_session
 from managed_vllm.request.connections import proxy_for
 from managed_vllm.status import is_loopback
 from managed_vllm.urls import normalized_url
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

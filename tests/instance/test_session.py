@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -511,7 +510,7 @@ def test_leaving_with_a_request_in_flight_does_not_hang(home: Path) -> None:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    time.sleep(0.3)
+    eventually(lambda: llm.client.in_flight == 1, "it is in flight")
     llm.close()
     assert_nothing_left(home)
     thread.join(HANG_S)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import requests
 import standin
+from free_ports import free_port
 from processes import HANG_S, eventually
 from scripted_server import ANSWER, Script, says
 
@@ -208,12 +208,6 @@ def test_with_all_servers_dead_a_request_is_given_up(home: Path) -> None:
 
 
 # -- attaching ---------------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def is_taken_in(url: str) -> bool:

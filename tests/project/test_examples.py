@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +16,7 @@ import psutil
 import pytest
 import requests
 import standin
+from free_ports import free_port
 from processes import HANG_S, assert_nothing_left, own_state
 
 from managed_vllm import ManagedVLLM, demo
@@ -34,9 +33,7 @@ def _environment(**more: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def server_url() -> Iterator[str]:
     """A stand-in that serves the model "demo" without a key."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     words = [sys.executable, str(ROOT / "tests" / "helpers" / "standin.py"), "--port", str(port), "--model", "demo"]
     process = subprocess.Popen([*words, "--served-model-name", "demo"], env=_environment(**standin.orders(echo=True)))
@@ -177,14 +174,6 @@ with ManagedVLLM() as llm:
 """
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
 def _slurm(tmp_path: Path, words: list[str]) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """The job on two "nodes"; and what is left of it, after a while."""
     srun = tmp_path / "bin" / "srun"
@@ -196,7 +185,7 @@ def _slurm(tmp_path: Path, words: list[str]) -> tuple[subprocess.CompletedProces
         SLURM_JOB_ID="7",
         SLURM_NTASKS="2",
         FAKE_NODES=str(tmp_path / "nodes"),
-        FAKE_PORTS=" ".join(map(str, _free_ports(2))),
+        FAKE_PORTS=f"{free_port()} {free_port()}",
         LISTEN="127.0.0.1",
         **standin.orders(echo=True),
     )

@@ -35,6 +35,11 @@ def test_importing_the_package_alone_loads_none_of_its_modules() -> None:
     assert [module for module in loaded_by("import managed_vllm") if module.startswith("managed_vllm.")] == []
 
 
+def test_a_supervisor_is_not_made_to_wait_for_what_it_has_no_use_for() -> None:
+    loaded = loaded_by("import managed_vllm.supervisor")
+    assert not loaded & {*HEAVY - {"httpx"}, "click", "pygments", "managed_vllm.client"}
+
+
 def test_attaching_loads_neither_client_nor_supervisor(home: Path) -> None:
     options = {"model": "stand-in", "command": standin.command(), "env": standin.orders(), "keep_alive": INSTANT}
     with ManagedVLLM(**options):  # type: ignore[arg-type]

@@ -88,7 +88,7 @@ def test_all_workers_of_xdist_share_one_server(pytester: pytest.Pytester, starts
     (started,) = pids(starts)
     assert {int(pid) for *_, pid in answers} == {started}
     assert_nothing_left(home)
-    assert not psutil.pid_exists(started)
+    eventually(lambda: not psutil.pid_exists(started), "it has ended")
 
 
 def test_another_run_on_the_machine_shares_it_and_outlives_the_first(pytester: pytest.Pytester, starts: Path) -> None:

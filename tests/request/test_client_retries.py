@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from free_ports import free_port
 from processes import HANG_S, eventually
 from scripted_server import (
     ANSWER,
@@ -135,8 +135,7 @@ def test_answers_lost_too_often_are_an_error_that_says_so(script: Callable[..., 
 
 
 def test_nobody_there_is_an_error_without_any_deadline() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     client = VLLMClient(f"http://127.0.0.1:{port}", "", "m", retry=QUICK)
     with pytest.raises(ServerDiedError, match="lost 4 times in a row"):
         client.generate("x")

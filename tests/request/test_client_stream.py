@@ -363,7 +363,7 @@ def test_a_deadline_holds_in_mid_stream(script: Callable[..., Script], kind: str
     server = script(streams(FIRST, token(2), ends=False))
     with pytest.raises(RequestTimeoutError):
         streamed(kind, server, TEXT, timeout=0.4)
-    eventually(lambda: server.hung_up == 1, "the connection is closed")
+    eventually(lambda: server.hung_up == server.connections, "the connection is closed")
 
 
 def test_close_ends_a_stream(script: Callable[..., Script]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import standin
+from free_ports import free_port
 from processes import HANG_S, eventually
 
 from managed_vllm.client import AsyncVLLMClient, VLLMClient
@@ -96,9 +97,7 @@ class Replica:
     """A stand-in on a port of its own, without a supervisor."""
 
     def __init__(self, epoch: int, **orders: Any) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         words = [*standin.command()[:-1], "--port", str(port), "--served-model-name", "stand-in"]
         env = {**os.environ, **standin.orders(**orders), "VLLM_API_KEY": KEY}
         self._process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

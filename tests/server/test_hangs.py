@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import standin
-from processes import HANG_S, INSTANT, eventually, tree
+from processes import HANG_S, INSTANT, eventually, is_live, tree
 
 from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy, ServerStatus
 from managed_vllm.errors import StartupTimeoutError
@@ -63,7 +63,7 @@ def test_a_process_that_stays_stopped_is_found(home: Path, victim: str) -> None:
         assert reason.cause is Cause.PROCESS_STOPPED
         assert str(processes[victim].pid) in reason.summary
         assert ask(llm).epoch == 2
-        assert not any(process.is_running() for process in processes.values())
+        assert not any(is_live(process) for process in processes.values())
 
 
 @pytest.mark.parametrize("victim", ["EngineCore", "Worker"])

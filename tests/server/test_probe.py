@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.server
-import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
+from free_ports import free_port
 from scripted_server import Act, Script, drips, hangs, says, sends
 from scripted_server import http as response
 
@@ -63,8 +63,7 @@ def test_nobody_listens_is_told_apart_from_no_answer(script: Callable[..., Scrip
     silent = ask(server, lambda probe: probe.is_up(0.1))
     assert silent == Answer(False, None, silent.body)
     assert not silent.refused
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        server.url = f"http://127.0.0.1:{gone.getsockname()[1]}"
+    server.url = f"http://127.0.0.1:{free_port()}"
     assert ask(server, lambda probe: probe.is_up(PLENTY_S)).refused
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import fake_gpus
 import psutil
 import pytest
 import standin
+from free_ports import free_port
 from processes import INSTANT, eventually, is_live
 
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, ServerStatus
@@ -170,9 +170,7 @@ def test_everybody_else_is_served_by_the_router(llm: ManagedVLLM) -> None:
 
 
 def test_the_address_that_is_asked_for_is_the_routers(home: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with handle(port=port) as llm:
         connection = llm.status().connection
         assert connection is not None

@@ -24,7 +24,8 @@ import psutil
 import pytest
 import requests
 import standin
-from fronted import KEY, Front, free_port, fronted
+from free_ports import free_port
+from fronted import KEY, Front, fronted
 from processes import HANG_S, eventually, is_live
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_server import ANSWER, Script, says

@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 import standin
+from free_ports import free_port
 from processes import HANG_S, eventually
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -30,9 +31,7 @@ class Server:
     """A stand-in that serves on a port of its own."""
 
     def __init__(self, **order: Any) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.process = psutil.Popen(
             [sys.executable, standin.__file__, "--port", str(port)],
             env={**os.environ, **standin.orders(**order), "VLLM_API_KEY": "right"},
@@ -263,9 +262,7 @@ def test_an_api_server_that_hangs_answers_nothing_and_hears_nothing(tmp_path: Pa
 
 
 def test_a_stolen_port_ends_it_with_vllms_line(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     done = subprocess.run(
         [sys.executable, standin.__file__, "--port", str(port)],
         env={**os.environ, **standin.orders(steal_port=str(tmp_path / "stolen"))},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from free_ports import free_port
 from lone_server import answered, launched, run, spawned, until
 from scripted_server import Script, hangs, says
 
@@ -229,8 +229,7 @@ def test_a_listener_that_can_not_be_seen_counts_only_where_it_may_be(tmp_path: P
 
     async def scenario() -> None:
         async with launched(tmp_path) as (prepared, process, probe, log):
-            with socket.create_server(("127.0.0.1", 0)) as gone:
-                unseen = gone.getsockname()[1]
+            unseen = free_port()
             elsewhere = StartupWatch(
                 probe, process, log, PATIENT, port=unseen, may_listen_elsewhere=True, on_progress=lambda _: None
             )
