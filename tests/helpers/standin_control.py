@@ -138,6 +138,7 @@ class Control:
         if parts.path == "/managed_vllm/use":
             return 200, {"in_flight": self._used_by, "requests": self._uses}
         if parts.path == self._hangs:
+            print(f"HANGS {url}", flush=True)
             time.sleep(3600)
         if parts.path in self._refuses:
             return 500, {"error": {"message": f"{parts.path} is refused"}}

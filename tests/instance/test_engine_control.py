@@ -87,7 +87,7 @@ def test_requests_wait_while_it_is_paused_and_are_answered_after(home: Path) -> 
 
 def test_a_paused_server_is_not_taken_for_hung_and_is_not_even_asked(home: Path) -> None:
     never = 1e6
-    with server(hang=HangPolicy(stall_s=0.2, answer_s=0.2, stopped_s=never)) as llm, llm.engine.paused():
+    with server(hang=HangPolicy(stall_s=0.2, answer_s=1.0, stopped_s=never)) as llm, llm.engine.paused():
         folder = directory.Instance(home, llm.id or "").folder
         eventually(lambda: (folder / "instance.json").is_file(), "recorded")
         for _ in range(20):  # of a HangWatch that looks every 50 ms
@@ -183,7 +183,7 @@ def test_a_server_that_dies_in_the_middle_is_said_and_its_state_is_the_one_befor
     with server(order={"control": {"hangs": "/pause"}}) as llm, ThreadPoolExecutor() as pool:
         llm.engine.load_lora("a", adapter)
         pausing = pool.submit(llm.engine.pause)
-        threading.Event().wait(0.2)
+        eventually(lambda: "HANGS /pause" in llm.logs(500), "it is about to pause")
         kill_server(llm)
         with pytest.raises((EngineLostError, EngineTimeoutError)):
             pausing.result(HANG_S)

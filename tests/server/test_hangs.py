@@ -194,12 +194,10 @@ def test_a_start_that_only_repeats_itself_is_silent(home: Path) -> None:
 
 
 def test_paused_by_request_is_not_hung(home: Path, tmp_path: Path) -> None:
-    with server(HangPolicy(stall_s=0.3, answer_s=0.3, stopped_s=NEVER), paused=True, faults=str(tmp_path)) as llm:
+    with server(HangPolicy(stall_s=0.5, answer_s=1.5, stopped_s=NEVER), paused=True, faults=str(tmp_path)) as llm:
         tree(llm)["Worker"].suspend()  # it looks the same: nothing moves, and what comes waits
         probed = llm.status().epoch
-        eventually(
-            lambda: llm.logs(500).count("CONTROL /is_paused") >= 3, "asked whether it is paused, again and again"
-        )
+        eventually(lambda: llm.logs(500).count("CONTROL /is_paused") >= 2, "asked whether it is paused, and again")
         assert llm.status().epoch == probed == 1
         tree(llm)["Worker"].resume()
         assert ask(llm).epoch == 1
