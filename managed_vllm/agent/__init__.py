@@ -55,6 +55,7 @@ _HOME_OF = {
     "glm_v": "managed_vllm.agent.model_formats",
     "qwen_vl": "managed_vllm.agent.model_formats",
     "android_world": "managed_vllm.agent.model_formats",
+    "hosted": "managed_vllm.agent.model_formats",
     "holo": "managed_vllm.agent.model_formats",
     "scalecua": "managed_vllm.agent.model_formats",
     "seed": "managed_vllm.agent.model_formats",
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from managed_vllm.agent.model_formats import autoglm as autoglm
     from managed_vllm.agent.model_formats import glm_v as glm_v
     from managed_vllm.agent.model_formats import holo as holo
+    from managed_vllm.agent.model_formats import hosted as hosted
     from managed_vllm.agent.model_formats import python_code as python_code
     from managed_vllm.agent.model_formats import qwen_vl as qwen_vl
     from managed_vllm.agent.model_formats import scalecua as scalecua

@@ -24,6 +24,7 @@ from managed_vllm.agent.actions import (
     parse_computer_use,
     parse_glm,
     parse_holo,
+    parse_hosted,
     parse_python_code,
     parse_scalecua,
     parse_seed,
@@ -32,6 +33,7 @@ from managed_vllm.agent.actions.android_world import android_world_actions_in_wo
 from managed_vllm.agent.actions.computer_use import Tool, tool_of
 from managed_vllm.agent.actions.glm import autoglm_calls_in_words, glm_calls_in_words
 from managed_vllm.agent.actions.holo import Holo, holo_tools
+from managed_vllm.agent.actions.hosted_tools import Shape, hosted_tools
 from managed_vllm.agent.actions.python_code import calls_in_words
 from managed_vllm.agent.actions.scalecua import Platform, operation_of, scalecua_calls_in_words
 from managed_vllm.agent.actions.seed import seed_functions_in_words, seed_tools
@@ -187,6 +189,12 @@ _HOLO_TOOLS_PROMPT = """\
 You control a computer by tools. You get the task, and a screenshot after each of your answers. Say in a sentence what \
 you do next, and what you need later of what is on the screen, since earlier screenshots are taken away; then call one \
 tool. End the task by `answer`."""
+
+_HOSTED_PROMPT = """\
+You control a computer by tools. You get the task, and a screenshot after each of your calls. When the task is done, \
+or can't be done, say so without a call.
+
+Task: {instruction}"""
 
 _ANDROID_WORLD_PROMPT = """\
 You control an Android phone. Each time you get a screenshot, the task, and what was done so far. Choose one of these \
@@ -455,6 +463,50 @@ def android_world(
         _read(parse_android_world, coordinates),
         on_parse_error or ParseErrorPolicy(),
     )
+
+
+def hosted(
+    coordinates: Coordinates | None = None,
+    *,
+    shape: Shape,
+    prompt: str = _HOSTED_PROMPT,
+    show_text: bool = False,
+    on_parse_error: ParseErrorPolicy | None = None,
+) -> AgentFormat:
+    """Models that call tools in the shape of Gemini's, OpenAI's or Anthropic's computer use.
+
+    The server must parse the model's tool calls (`tool_call_parser=…`); JSON in the text is read as well. An answer
+    without a call ends the episode, as with those models.
+
+    Args:
+        coordinates: what the model's numbers are; None: thousandths with Gemini's, else pixels of the screenshot.
+        shape: `"gemini"`, `"openai"` or `"anthropic"`.
+        prompt: the first message, in which `{instruction}` is replaced.
+        show_text: whether the observations' text is sent beside the screenshots.
+        on_parse_error: what an answer that is no action leads to.
+    """
+    own: Coordinates = coordinates or ("relative1000" if shape == "gemini" else "absolute")
+    return AgentFormat(
+        _chat(prompt, show_text, own),
+        _read(parse_hosted, own, calls=True, shape=shape, ends=True),
+        on_parse_error or ParseErrorPolicy(),
+        {"tools": hosted_tools(shape, _IN_WORDS[own])},
+    )
+
+
+def gemini(coordinates: Coordinates | None = None, **options: Any) -> AgentFormat:
+    """`hosted`, in Gemini's shape."""
+    return hosted(coordinates, **{"shape": "gemini", **options})
+
+
+def openai_computer(coordinates: Coordinates | None = None, **options: Any) -> AgentFormat:
+    """`hosted`, in the shape of OpenAI's tool."""
+    return hosted(coordinates, **{"shape": "openai", **options})
+
+
+def claude(coordinates: Coordinates | None = None, **options: Any) -> AgentFormat:
+    """`hosted`, in the shape of Anthropic's tool."""
+    return hosted(coordinates, **{"shape": "anthropic", **options})
 
 
 def _in_one_line(answer: str) -> str:

@@ -19,10 +19,13 @@ from managed_vllm.agent.imports import imported
 from managed_vllm.agent.model_formats import (
     android_world,
     autoglm,
+    claude,
+    gemini,
     glm_v,
     holo,
     holo1_5,
     holo3_1,
+    openai_computer,
     opencua,
     python_code,
     qwen2_5_vl,
@@ -57,6 +60,9 @@ FORMATS: dict[str, Callable[..., AgentFormat]] = {
     "holo3": holo,
     "holo3.1": holo3_1,
     "android-world": android_world,
+    "gemini": gemini,
+    "openai": openai_computer,
+    "claude": claude,
 }
 """How models are spoken to, by name."""
 

@@ -398,7 +398,8 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="how the model is spoken to: ui-tars, qwen3-vl, qwen3-vl-mobile, qwen2.5-vl, opencua, python (pyautogui's "
         "calls), glm-v, autoglm, ui-tars-2, seed, scalecua, scalecua-mobile, holo1.5, holo3, holo3.1 (tool calls), "
-        "android-world, json, tools, embedded (what fits the environment and the model)",
+        "android-world, gemini, openai, claude (tool calls in their shapes), json, tools, embedded (what fits the "
+        "environment and the model)",
     )
     how.add_argument(
         "--coordinates",

@@ -15,8 +15,12 @@ from model_answers import (
     POINT,
     Answer,
     Size,
+    anthropic,
+    by_call,
     call,
+    computer,
     holo3,
+    only,
     operation,
     reasoned,
     step,
@@ -34,6 +38,7 @@ from managed_vllm.agent.actions import (
 )
 from managed_vllm.agent.actions.android_world import ANDROID_WORLD_ACTIONS, android_world_actions_in_words
 from managed_vllm.agent.actions.holo import HOLO_ACTIONS, Holo, holo_tools
+from managed_vllm.agent.actions.hosted_tools import HOSTED_ACTIONS, Shape, hosted_tools
 from managed_vllm.agent.actions.rows import told
 from managed_vllm.agent.actions.scalecua import SCALECUA_CALLS, Platform, operation_of, scalecua_calls_in_words
 from managed_vllm.agent.actions.seed import SEED_ACTIONS, seed_functions_in_words, seed_tools
@@ -41,6 +46,8 @@ from managed_vllm.agent.named_environments import FORMATS
 from managed_vllm.agent.prompting import Turn
 from managed_vllm.request.outputs import CompletionOutput
 
+HOSTED = {"gemini", "openai", "claude"}
+"""Their models end a task by an answer without a call."""
 SIZES: list[Size] = [(1920, 1080), (1000, 1000), (390, 844)]
 
 
@@ -69,7 +76,7 @@ def test_answers_mean_their_actions(name: str, size: Size) -> None:
     ("name", "answer", "message"),
     [
         *((name, "", "empty") for name in CORPORA),
-        *((name, "I click on OK.", "no action") for name in CORPORA),
+        *((name, "I click on OK.", "no action") for name in CORPORA.keys() - HOSTED),
         *((name, "<think>well", "cut off while the model was thinking") for name in CORPORA),
         ("seed", xml("fly"), "there is no action 'fly'; the actions are click"),
         ("seed", xml("click"), "click needs point"),
@@ -92,9 +99,9 @@ def test_answers_mean_their_actions(name: str, size: Size) -> None:
             f"<function=click><parameter=point>{POINT}</parameter><parameter=point>{POINT}</parameter></function>",
             "there twice",
         ),
-        ("seed", Answer("", lambda at: (), "", (call("fly"),)), "there is no action 'fly'"),
-        ("seed", Answer("", lambda at: (), "", ({"function": {"name": "wait", "arguments": "["}},)), "no JSON"),
-        ("seed", Answer("", lambda at: (), "", ({"function": {"name": "wait", "arguments": [1]}},)), "an object"),
+        ("seed", Answer("", only(), "", (call("fly"),)), "there is no action 'fly'"),
+        ("seed", Answer("", only(), "", ({"function": {"name": "wait", "arguments": "["}},)), "no JSON"),
+        ("seed", Answer("", only(), "", ({"function": {"name": "wait", "arguments": [1]}},)), "an object"),
         ("scalecua", operation("fly()"), "there is no call 'fly'; the calls are click"),
         ("scalecua", operation("click(x=312, y=240"), "no Python, or was cut off"),
         ("scalecua", operation("click(x=312)"), "x and y are needed"),
@@ -124,7 +131,16 @@ def test_answers_mean_their_actions(name: str, size: Size) -> None:
             "no field 'more'",
         ),
         ("holo3", holo3(None, tool_name="go_back")[:-9], "cut off"),
-        ("holo3.1", Answer("So.", lambda at: (), "", (call("click", element="OK"),)), "click needs x and y"),
+        ("holo3.1", Answer("So.", only(), "", (call("click", element="OK"),)), "click needs x and y"),
+        ("gemini", "{}", "there is no action None"),
+        ("gemini", by_call(only(), "click_at", x=1), "its fields are x and y"),
+        ("gemini", by_call(only(), "click_at", x=1001, y=1), "off the screen"),
+        ("openai", computer(only(), type="click"), "click needs x and y"),
+        ("openai", computer(only(), type="fly"), "there is no action 'fly'; the actions are click"),
+        ("openai", by_call(only(), "computer", action=[1]), "must be an object"),
+        ("claude", anthropic(only(), action="fly"), "there is no action 'fly'; the actions are key"),
+        ("claude", anthropic(only(), action="scroll", coordinate=[1, 2]), "scroll needs scroll_direction"),
+        ("claude", anthropic(only(), action="key"), "key needs text"),
         ("android-world", reasoned(action_type="fly"), "there is no action 'fly'; the actions are click"),
         ("android-world", reasoned(action_type="click", index=3), "index names an element of a list that is not here"),
         ("android-world", reasoned(action_type="scroll", direction="down", index="3"), "index names an element"),
@@ -208,7 +224,7 @@ def test_each_function_of_seeds_prompt_is_read() -> None:
         for keys in (fields, required):
             given = {key: str(SAID[SEED_ACTIONS[line["name"]].fields[key].kind]) for key in keys}
             in_text = parsed(agent, xml(line["name"], **given))
-            by_call = parsed(agent, Answer("", lambda at: (), "", (call(line["name"], **given),)))
+            by_call = parsed(agent, Answer("", only(), "", (call(line["name"], **given),)))
             assert in_text.actions == by_call.actions
 
 
@@ -233,9 +249,13 @@ def instance(schema: dict[str, Any], every: bool) -> Any:
     match schema["type"]:
         case "object":
             fields = schema.get("properties", {})
-            return {key: instance(fields[key], every) for key in (fields if every else schema.get("required", []))}
-        case "array":
+            return {key: instance(fields[key], every) for key in (fields if every else schema.get("required", ()))}
+        case "array" if schema["items"]["type"] == "string":
             return ["ctrl", "c"]
+        case "array" if schema["items"]["type"] == "number":
+            return [1, 2]
+        case "array":
+            return [instance(schema["items"], True)] * 2
         case "number" | "integer":
             return 1
         case "boolean":
@@ -264,14 +284,38 @@ def test_each_tool_of_holo_is_read() -> None:
         function = tool["function"]
         for every in (True, False):
             calls = (call(function["name"], **instance(function["parameters"], every)),)
-            assert parsed(FORMATS["holo3.1"](), Answer("", lambda at: (), "", calls)).actions
+            assert parsed(FORMATS["holo3.1"](), Answer("", only(), "", calls)).actions
+
+
+@pytest.mark.parametrize("name", sorted(HOSTED))
+def test_each_tool_in_the_shape_of_a_hosted_model_is_read(name: str) -> None:
+    shape: Shape = "anthropic" if name == "claude" else "gemini" if name == "gemini" else "openai"
+    names = list(told(HOSTED_ACTIONS[shape]))
+    tools = [tool["function"] for tool in FORMATS[name]().request["tools"]]
+    parameters = [tool["parameters"] for tool in tools]
+    if shape == "gemini":
+        calls = [call(tool["name"], **instance(tool["parameters"], every)) for tool in tools for every in (True, False)]
+        assert [tool["name"] for tool in tools] == names
+    elif shape == "openai":
+        forms = parameters[0]["properties"]["action"]["anyOf"]
+        calls = [call("computer", action=instance(form, every)) for form in forms for every in (True, False)]
+        assert [form["properties"]["type"]["enum"][0] for form in forms] == names
+    else:
+        fields = parameters[0]["properties"]
+        given = {key: instance(field, True) for key, field in fields.items()} | {"text": "ctrl", "scroll_amount": 1}
+        rows = HOSTED_ACTIONS[shape]
+        calls = [call("computer", action=each, **{key: given[key] for key in rows[each].fields}) for each in names]
+        assert fields["action"]["enum"] == names
+    for each in calls:
+        assert parsed(FORMATS[name](), Answer("", only(), "", (each,))).actions, each
 
 
 def test_the_schemas_are_valid() -> None:
     validator = pytest.importorskip("jsonschema", reason="jsonschema is not installed").Draft202012Validator
     for version in ("holo1.5", "holo3"):
         validator.check_schema(holo_json_schema(version))
-    for tool in (*seed_tools("x"), *holo_tools("x")):
+    hosted = (tool for shape in HOSTED_ACTIONS for tool in hosted_tools(shape, "x"))
+    for tool in (*seed_tools("x"), *holo_tools("x"), *hosted):
         validator.check_schema(tool["function"]["parameters"])
     for answer in CORPORA["holo3"].answers[:13]:
         validator(holo_json_schema()).validate(json.loads(answer.text))

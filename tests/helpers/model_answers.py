@@ -32,17 +32,12 @@ from managed_vllm.agent.actions import (
     Noop,
     OpenApp,
     OpenURL,
-    ParsedResponse,
     Scroll,
     Swipe,
     Type,
     Wait,
-    parse_hosted,
     smart_resize,
 )
-from managed_vllm.agent.actions.hosted_tools import Shape
-from managed_vllm.agent.prompting import Chat
-from managed_vllm.request.outputs import CompletionOutput
 
 Size = tuple[int, int]
 At = Callable[[float, float], tuple[float, float]]
@@ -343,6 +338,101 @@ ANDROID_WORLD = [
     Answer(reasoned(action_type="unknown"), only(Noop("the model knows no action")), "So."),
 ]
 
+# -- the shapes of hosted models ---------------------------------------------------------------------------------------
+
+
+def by_call(means: Means, name: str, **arguments: Any) -> Answer:
+    return Answer("So.", means, "So.", (call(name, **arguments),))
+
+
+CLEARED = (Hotkey(("ctrl", "a")), Hotkey(("delete",)))
+GEMINI = [
+    by_call(lambda at: (Click(*at(512, 340)),), "click_at", x=512, y=340),
+    by_call(lambda at: (Move(*at(512, 340)),), "hover_at", x=512, y=340),
+    by_call(lambda at: (Click(*at(512, 340)), *CLEARED, Type("a", True)), "type_text_at", x=512, y=340, text="a"),
+    by_call(only(Hotkey(("control", "c"))), "key_combination", keys="Control+C"),
+    by_call(only(Scroll(Direction.DOWN)), "scroll_document", direction="down"),
+    by_call(lambda at: (Scroll(Direction.UP, *at(512, 340)),), "scroll_at", x=512, y=340, direction="up"),
+    by_call(
+        lambda at: (Drag(*at(512, 340), *at(100, 900)),),
+        "drag_and_drop",
+        x=512,
+        y=340,
+        destination_x=100,
+        destination_y=900,
+    ),
+    by_call(only(OpenURL("https://example.org")), "navigate", url="https://example.org"),
+    by_call(only(Back()), "go_back"),
+    by_call(only(Wait(5.0)), "wait_5_seconds"),
+    Answer('So. {"name": "click_at", "args": {"x": 512, "y": 340}}', lambda at: (Click(*at(512, 340)),), "So."),
+    Answer("<think>Well.</think>The answer is 42.", only(Finished("The answer is 42.")), "Well."),
+]
+
+
+def computer(means: Means, **action: Any) -> Answer:
+    return by_call(means, "computer", action=action)
+
+
+OPENAI = [
+    computer(lambda at: (Click(*at(100, 200)),), type="click", x=100, y=200, button="left", keys=[]),
+    computer(
+        lambda at: (KeyDown("shift"), Click(*at(100, 200)), KeyUp("shift")), type="click", x=100, y=200, keys=["SHIFT"]
+    ),
+    computer(lambda at: (Click(*at(100, 200), clicks=2),), type="double_click", x=100, y=200),
+    computer(lambda at: (Move(*at(100, 200)),), type="move", x=100, y=200),
+    computer(
+        lambda at: (Drag(*at(100, 200), *at(300, 20)),), type="drag", path=[{"x": 100, "y": 200}, {"x": 300, "y": 20}]
+    ),
+    computer(
+        lambda at: (Scroll(Direction.DOWN, *at(100, 200)),), type="scroll", x=100, y=200, scroll_x=0, scroll_y=300
+    ),
+    computer(only(Hotkey(("ctrl", "c"))), type="keypress", keys=["CTRL", "C"]),
+    computer(only(Type("a")), type="type", text="a"),
+    computer(only(Wait()), type="wait"),
+    computer(only(Noop("a screenshot comes with each turn")), type="screenshot"),
+    by_call(only(Wait()), "computer", type="wait"),
+    Answer('{"type": "click", "x": 100, "y": 200}', lambda at: (Click(*at(100, 200)),)),
+    Answer("Done.", only(Finished("Done."))),
+]
+
+
+def anthropic(means: Means, **arguments: Any) -> Answer:
+    return by_call(means, "computer", **arguments)
+
+
+CLAUDE = [
+    anthropic(lambda at: (Click(*at(100, 200)),), action="left_click", coordinate=[100, 200]),
+    anthropic(
+        lambda at: (KeyDown("ctrl"), Click(*at(100, 200), Button.RIGHT), KeyUp("ctrl")),
+        action="right_click",
+        coordinate=[100, 200],
+        text="ctrl",
+    ),
+    anthropic(lambda at: (Click(*at(100, 200), clicks=3),), action="triple_click", coordinate=[100, 200]),
+    anthropic(lambda at: (Move(*at(100, 200)),), action="mouse_move", coordinate=[100, 200]),
+    anthropic(
+        lambda at: (Drag(*at(100, 200), *at(300, 20)),),
+        action="left_click_drag",
+        start_coordinate=[100, 200],
+        coordinate=[300, 20],
+    ),
+    anthropic(
+        lambda at: (Scroll(Direction.DOWN, *at(100, 200), 3),),
+        action="scroll",
+        coordinate=[100, 200],
+        scroll_direction="down",
+        scroll_amount=3,
+    ),
+    anthropic(only(Hotkey(("ctrl", "c"))), action="key", text="ctrl+c"),
+    anthropic(only(KeyDown("w"), Wait(2.0), KeyUp("w")), action="hold_key", text="w", duration=2),
+    anthropic(only(Type("a")), action="type", text="a"),
+    anthropic(only(MouseDown()), action="left_mouse_down"),
+    anthropic(only(Wait(1.0)), action="wait", duration=1),
+    anthropic(only(Noop("a screenshot comes with each turn")), action="screenshot"),
+    Answer('{"action": "left_click", "coordinate": [100, 200]}', lambda at: (Click(*at(100, 200)),)),
+    Answer("Done.", only(Finished("Done."))),
+]
+
 CORPORA: Mapping[str, Corpus] = {
     "seed": Corpus(thousandths, SEED),
     "ui-tars-2": Corpus(thousandths, SEED),
@@ -352,6 +442,9 @@ CORPORA: Mapping[str, Corpus] = {
     "holo3": Corpus(thousandths, HOLO3),
     "holo3.1": Corpus(thousandths, HOLO3),
     "android-world": Corpus(pixels, ANDROID_WORLD),
+    "gemini": Corpus(thousandths, GEMINI),
+    "openai": Corpus(pixels, OPENAI),
+    "claude": Corpus(pixels, CLAUDE),
 }
 """By the names of `FORMATS`."""
 
@@ -368,21 +461,12 @@ class Output(NamedTuple):
     means: tuple[Action, ...] | str
 
 
-def hosted(shape: Shape) -> AgentFormat:
-    def parse(answer: CompletionOutput, size: Size) -> ParsedResponse:
-        return parse_hosted(answer.text, size, shape=shape, tool_calls=answer.tool_calls)
-
-    return AgentFormat(Chat(), parse)
-
-
 OTHER_FORMATS: Mapping[str, AgentFormat] = {
     "ui-tars-thousandths": ui_tars("relative1000"),
     "scalecua-shares": scalecua("relative1"),
     "holo1.5-pixels": holo("absolute", version="holo1.5"),
     "json-thousandths": json_actions("relative1000"),
     "tools-thousandths": tool_calls("relative1000"),
-    "gemini": hosted("gemini"),
-    "openai": hosted("openai"),
 }
 SCREEN = (1920, 1080)
 OK = thousandths(SCREEN)(512, 340)
@@ -539,7 +623,7 @@ FIELD: list[Output] = [
         '{"action": "double_click", "x": 512, "y": 340}',
         "there is no action 'double_click'; the actions are click",
     ),
-    Output("Claude", "qwen3-vl", called("computer", action="left_click", coordinate=[512, 340]), (Click(*OK),)),
+    Output("Claude", "claude", called("computer", action="left_click", coordinate=[512, 340]), (Click(512, 340),)),
     Output(
         "Qwen, taken out", "qwen3-vl", called("computer_use", action="left_click", coordinate=[512, 340]), (Click(*OK),)
     ),

@@ -28,7 +28,7 @@ from typing import Any, Literal, Unpack
 
 from managed_vllm.agent.actions.coordinates import Coordinates, Frame, FrameOptions
 from managed_vllm.agent.actions.json_actions import Reader, values_in
-from managed_vllm.agent.actions.rows import ActionRow, Field, Point, Values, call_in, pressed, read_row
+from managed_vllm.agent.actions.rows import ActionRow, Field, Point, Values, call_in, holding, pressed, read_row
 from managed_vllm.agent.actions.values import (
     Action,
     Back,
@@ -64,8 +64,7 @@ Tool = Literal["computer_use", "mobile_use"]
 
 def _click(button: Button, clicks: int = 1) -> Callable[[Values], Sequence[Action]]:
     def make(values: Values) -> Sequence[Action]:
-        held = values.get("text") or ()
-        return (*map(KeyDown, held), *pressed(values.get("coordinate"), button, clicks), *map(KeyUp, reversed(held)))
+        return holding(values.get("text") or (), pressed(values.get("coordinate"), button, clicks))
 
     return make
 
@@ -92,8 +91,7 @@ def _pressed(values: Values) -> Sequence[Action]:
 
 
 def _held(values: Values) -> Sequence[Action]:
-    keys = values["text"]
-    return (*map(KeyDown, keys), Wait(values["duration"]), *map(KeyUp, reversed(keys)))
+    return holding(values["text"], [Wait(values["duration"])])
 
 
 def _scrolled(forward: Direction, backward: Direction) -> Callable[[Values], Sequence[Action]]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from managed_vllm.agent.actions.coordinates import OffScreenError
 from managed_vllm.agent.actions.json_actions import Reader
-from managed_vllm.agent.actions.values import Action, Button, Click, Direction, MouseDown, MouseUp
+from managed_vllm.agent.actions.values import Action, Button, Click, Direction, KeyDown, KeyUp, MouseDown, MouseUp
 
 Point = tuple[float, float]
 Values = Mapping[str, Any]
@@ -106,6 +106,11 @@ def call_in(reader: Reader, value: Mapping[str, Any]) -> tuple[Any, Any]:
     return value.get("name"), given
 
 
+def holding(keys: Sequence[str], actions: Sequence[Action]) -> Sequence[Action]:
+    """Actions while keys are held."""
+    return (*map(KeyDown, keys), *actions, *map(KeyUp, reversed(keys)))
+
+
 def pressed(point: Point | None, button: Button = Button.LEFT, clicks: int = 1) -> Sequence[Action]:
     """Clicks at a point; None: where the pointer is."""
     return (MouseDown(button), MouseUp(button)) * clicks if point is None else (Click(*point, button, clicks),)
@@ -113,12 +118,15 @@ def pressed(point: Point | None, button: Button = Button.LEFT, clicks: int = 1) 
 
 # -- what a model is told ----------------------------------------------------------------------------------------------
 
+_NUMBER: Mapping[str, Any] = {"type": "number"}
 SCHEMAS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "point": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
         "text": {"type": "string"},
         "key": {"type": "string"},
         "keys": {"type": "array", "items": {"type": "string"}},
+        "held": {"type": "array", "items": {"type": "string"}},
+        "path": {"type": "array", "items": {"type": "object", "properties": {"x": _NUMBER, "y": _NUMBER}}},
         "number": {"type": "number"},
         "seconds": {"type": "number"},
         "truth": {"type": "boolean"},
@@ -132,7 +140,6 @@ SCHEMAS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """What the values of a kind are, as JSON schema."""
-_NUMBER: Mapping[str, Any] = {"type": "number"}
 
 
 def told(rows: Mapping[str, ActionRow]) -> dict[str, ActionRow]:
@@ -216,6 +223,11 @@ def _status(reader: Reader, value: Any, where: str) -> str:
     return str(value)
 
 
+def _held(reader: Reader, value: Any, where: str) -> tuple[str, ...]:
+    """Keys held meanwhile: none, often."""
+    return () if value in ("", []) else reader.keys(value, where)
+
+
 def _goal(reader: Reader, value: Any, where: str) -> str:
     if value not in GOALS:
         reader.fail(f"{where} must be {' or '.join(GOALS)}, not {value!r:.80}")
@@ -252,6 +264,7 @@ KINDS: Mapping[str, Callable[[Reader, Any, str], Any]] = {
     "text": Reader.string,
     "key": Reader.key,
     "keys": Reader.keys,
+    "held": _held,
     "number": _number,
     "seconds": Reader.seconds,
     "truth": Reader.truth,
