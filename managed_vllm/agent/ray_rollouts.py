@@ -18,7 +18,7 @@ from typing import Any
 from managed_vllm.agent.run import MakeEnvironment
 from managed_vllm.agent.scheduler import StreamingTaskScheduler
 from managed_vllm.agent.store import RunStore, StoredTrajectories
-from managed_vllm.agent.tasks import Tasks, as_task
+from managed_vllm.agent.tasks import Tasks, as_task, begun_at
 from managed_vllm.agent.types import Task
 from managed_vllm.errors import ConfigError, RunStoreError
 
@@ -144,10 +144,7 @@ def _fitting(nodes: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]) -> li
 
 
 def _play(told: tuple[_Share, tuple[Task, ...]], begin: float) -> None:
-    """A worker, in a process of Ray's: plays what no other one does. `begin`: where in the tasks, as a share of them.
-
-    Workers that begin at different places hardly ever want the same rollout.
-    """
+    """A worker, in a process of Ray's: plays what no other one does. `begin`: where in the tasks, a share of them."""
     share, tasks = told
     if not share.token.exists():
         raise RunStoreError(
@@ -155,10 +152,9 @@ def _play(told: tuple[_Share, tuple[Task, ...]], begin: float) -> None:
             "must share it (NFS, Lustre, …), under the same path",
             path=str(share.path),
         )
-    first = int(begin * len(tasks))
     with share.make_llm() as llm, RunStore.join(share.path, share.config, force=share.force) as store:
         scheduler = StreamingTaskScheduler(llm, share.make_environment, store=store, **share.options)
-        scheduler.run_all(tasks[first:] + tasks[:first], keep=False)
+        scheduler.run_all(begun_at(tasks, begin), keep=False)
 
 
 def _wait(ray: Any, workers: dict[Any, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
 from managed_vllm.agent.types import Task
@@ -22,6 +22,16 @@ async def each_task(tasks: Tasks) -> AsyncIterator[Task]:
     else:
         for given in tasks:
             yield as_task(given)
+
+
+def begun_at(tasks: Sequence[Task], begin: float) -> list[Task]:
+    """The same tasks, from another place on: `begin` is a share of them, below 1.
+
+    Processes of one run that begin at different places hardly ever want the same rollout. Where all begin alike, each
+    looks at what the others have claimed first, and with a hundred of them a file server does nothing else.
+    """
+    first = int(begin * len(tasks))
+    return [*tasks[first:], *tasks[:first]]
 
 
 def as_task(given: Task | str | Mapping[str, Any]) -> Task:

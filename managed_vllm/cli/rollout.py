@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from managed_vllm.agent.format import AgentFormat
 from managed_vllm.agent.imports import imported
 from managed_vllm.agent.named_environments import FORMATS, NamedEnvironment, named_environment, read_tasks
 from managed_vllm.agent.report import summary_table
+from managed_vllm.agent.tasks import begun_at
 from managed_vllm.agent.types import Task
 from managed_vllm.cli import Terminated, running, serve
 from managed_vllm.errors import ConfigError
@@ -72,7 +74,7 @@ def rollout(given: argparse.Namespace) -> int:
             with _stopping(scheduler) as terminated:
                 try:
                     # What is finished is in the store; nothing of it is kept here.
-                    scheduler.run_all(tasks, keep=False)
+                    scheduler.run_all(begun_at(tasks, random.random()) if given.join else tasks, keep=False)
                 except KeyboardInterrupt as error:
                     stopped = error
             if terminated:

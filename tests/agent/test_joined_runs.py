@@ -30,6 +30,7 @@ from managed_vllm import VLLMClient
 from managed_vllm.agent import RetryRollouts, RunStore, StreamingTaskScheduler, Trajectory, run_writers, ui_tars
 from managed_vllm.agent.claims import Claim
 from managed_vllm.agent.export import export
+from managed_vllm.agent.tasks import begun_at
 from managed_vllm.errors import ConfigError, RunStoreError
 
 PROCESS = Path(__file__).resolve().parent.parent / "helpers/rollout_process.py"
@@ -439,6 +440,14 @@ def test_an_attempt_whose_rollout_was_taken_over_meanwhile_is_not_recorded(
         assert [one.reward for one in made.run_all(tasks(3, 1))] == [1.0] * 3
         assert (len(store), made.stats.done) == (3, 3)
         assert len(lost) == 1
+
+
+@pytest.mark.parametrize("begin", [0.0, 0.4, 0.99])
+def test_a_process_that_begins_elsewhere_has_all_of_the_tasks_once(begin: float) -> None:
+    given = tasks(7)
+    assert sorted(task.id for task in begun_at(given, begin)) == sorted(task.id for task in given)
+    assert begun_at(given, begin)[0] == given[int(7 * begin)]
+    assert begun_at([], begin) == []
 
 
 def test_whole_groups_are_refused(path: Path, server: ActingServer) -> None:
