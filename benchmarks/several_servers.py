@@ -48,8 +48,10 @@ def routed(addresses: list[str]) -> Iterator[str]:
             with contextlib.suppress(URLError), urlopen(f"{url}/liveness", timeout=5):
                 break
             time.sleep(0.05)
-        yield url
-        process.terminate()
+        try:
+            yield url
+        finally:
+            process.terminate()
 
 
 def replicated(addresses: Sequence[str]) -> AsyncVLLMClient:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,14 @@ TURNS = 15
 TARGET_S, TARGET_MB = 5.0, 500.0
 
 
-def trajectory() -> Trajectory:
-    """As UI-TARS 1.5 on a desktop of 1920 x 1080."""
+def trajectory(task: int = 0, refs: Sequence[ImageRef] | None = None) -> Trajectory:
+    """As UI-TARS 1.5 on a desktop of 1920 x 1080; `refs` are its screenshots, one a turn."""
+    if refs is None:
+        refs = [ImageRef(f"{turn:064x}", "image/png", 1920, 1080) for turn in range(TURNS)]
     thought = "Thought: The dialog is open, so I click the button that saves it.\nAction: click(start_box='(197,525)')"
     steps: list[Step] = []
     messages: list[dict[str, Any]] = [{"role": "user", "content": "You are a GUI agent. " * 40}]
-    for turn in range(TURNS):
-        ref = ImageRef(f"{turn:064x}", "image/png", 1920, 1080)
+    for turn, ref in enumerate(refs):
         messages = [*messages, {"role": "user", "content": [{"type": "image", "image": ref}]}]
         steps.append(
             Step(
@@ -58,7 +60,7 @@ def trajectory() -> Trajectory:
             )
         )
         messages = [*messages, {"role": "assistant", "content": thought}]
-    return Trajectory(task_of(0), 0, steps=tuple(steps), stop_reason=StopReason.MAX_STEPS, reward=1.0)
+    return Trajectory(task_of(task), 0, steps=tuple(steps), stop_reason=StopReason.MAX_STEPS, reward=1.0)
 
 
 def task_of(number: int) -> Task:
