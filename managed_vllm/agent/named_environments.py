@@ -2,6 +2,7 @@
 
 desktop                        the embedded desktop, drawn with Pillow
 miniwob:click-test-2           a task of MiniWoB++ in headless Chromium
+openenv:http://HOST:PORT       an OpenEnv server
 package.module:function        anything, also of the current folder: the function (or class) makes an Environment
 """
 
@@ -67,6 +68,10 @@ FORMATS: dict[str, Callable[..., AgentFormat]] = {
 """How models are spoken to, by name."""
 
 
+_PLAY = "Act so that the sum of your rewards becomes as high as it can."
+"""The instruction where tasks are but seeds."""
+
+
 @dataclass(frozen=True, slots=True)
 class NamedEnvironment:
     """A kind of environment.
@@ -75,11 +80,15 @@ class NamedEnvironment:
         make: makes one.
         tasks: `tasks(count, seed)`; None where tasks must come from a file.
         format: the name of the format that fits, one of `FORMATS`; None: it depends on the model.
+        agent: the format that fits, where only the environment knows it.
+        name: as it is recorded, without credentials; None: as it was given.
     """
 
     make: MakeEnvironment
     tasks: Callable[[int, int], Sequence[Task]] | None
     format: str | None = None
+    agent: AgentFormat | None = None
+    name: str | None = None
 
 
 def named_environment(name: str, limits: Limits) -> NamedEnvironment:
@@ -100,10 +109,28 @@ def named_environment(name: str, limits: Limits) -> NamedEnvironment:
             return [Task(f"{rest}-{number}", seed=number) for number in range(seed, seed + count)]
 
         return NamedEnvironment(lambda: miniwob.MiniWoBEnvironment(rest, scale=3, limits=limits), tasks, "ui-tars")
+    if kind == "openenv" and rest:
+        return _openenv(rest, limits)
     if colon and rest:
         return NamedEnvironment(imported(name, field="env"), None)
     raise ConfigError(
-        f"no environment {name!r}; there are desktop, miniwob:TASK and package.module:function", field="env"
+        f"no environment {name!r}; there are desktop, miniwob:TASK, openenv:URL and package.module:function",
+        field="env",
+    )
+
+
+def _openenv(url: str, limits: Limits) -> NamedEnvironment:
+    from managed_vllm.agent.environments.openenv import OpenEnvEnvironment, server_url
+    from managed_vllm.agent.openenv_format import action_schema, openenv_actions
+
+    def tasks(count: int, seed: int) -> list[Task]:
+        return [Task(f"seed-{number}", _PLAY, seed=number) for number in range(seed, seed + count)]
+
+    return NamedEnvironment(
+        lambda: OpenEnvEnvironment(url, on_invalid="tell", limits=limits),
+        tasks,
+        agent=openenv_actions(action_schema(url)),
+        name=f"openenv:{server_url(url).with_user(None)}",
     )
 
 

@@ -192,6 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
         "play tasks × n rollouts of an environment, into a run's folder",
         "managed-vllm rollout --env desktop --tasks 64 --n 4 --out runs/desktop",
         "managed-vllm rollout --env miniwob:click-test-2 --tasks 20 --out runs/click --model my/vlm",
+        "managed-vllm rollout --env openenv:http://127.0.0.1:8000 --tasks 20 --out runs/grid --model my/llm",
         "managed-vllm rollout --env my.module:make --tasks tasks.jsonl --out runs/mine",
         more=" The same command goes on with what is missing or\n"
         f"failed. The server is found (VLLM_SERVER_URL, too) or started as `up` does it.\n{flags}",
@@ -354,7 +355,7 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
         dest="environment",
         required=True,
         metavar="NAME",
-        help="desktop, miniwob:TASK or package.module:function",
+        help="desktop, miniwob:TASK, openenv:URL or package.module:function",
     )
     what.add_argument(
         "--tasks",

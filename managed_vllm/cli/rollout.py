@@ -48,11 +48,14 @@ def rollout(given: argparse.Namespace) -> int:
     out = Path(given.out)
     scheduler: StreamingTaskScheduler | None = None
     with serve.terminable(), serve.handle(given, model, arguments, progress=not given.json) as llm:
-        name = given.format or place.format or ("embedded" if llm.model == demo.NAME else "ui-tars")
-        agent = _format(name, given.coordinates)
+        if given.format is None and place.agent is not None:
+            name, agent = given.environment.partition(":")[0], place.agent
+        else:
+            name = given.format or place.format or ("embedded" if llm.model == demo.NAME else "ui-tars")
+            agent = _format(name, given.coordinates)
         if given.retries:
             agent = replace(agent, on_parse_error=ParseErrorPolicy(retries=given.retries))
-        config = {"environment": given.environment, "format": name}
+        config = {"environment": place.name or given.environment, "format": name}
         notes = {"n": given.n, "seed": given.seed, "tasks": len(tasks), "limits": asdict(limits)}
         enter = RunStore.join if given.join else RunStore.create
         with enter(out, config, notes=notes, force=given.force) as store:

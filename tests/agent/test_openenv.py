@@ -11,12 +11,13 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from acting_server import acting
+from acting_server import acting, text_of
 from free_ports import free_port
 from processes import HANG_S, eventually
 from standin_openenv import Answers, Echo, Grid, OpenEnvServer, World
@@ -27,10 +28,13 @@ from managed_vllm.agent import (
     Limits,
     Observation,
     OpenEnvEnvironment,
+    RunStore,
     StreamingTaskScheduler,
     Task,
 )
 from managed_vllm.agent.actions import Click, Custom, Finished, ParsedResponse
+from managed_vllm.agent.named_environments import named_environment
+from managed_vllm.agent.openenv_format import openenv_actions
 from managed_vllm.agent.prompting import Chat
 from managed_vllm.errors import (
     ActionParseError,
@@ -39,6 +43,7 @@ from managed_vllm.errors import (
     EnvironmentRaisedError,
     EnvironmentTimeoutError,
 )
+from managed_vllm.request.outputs import CompletionOutput
 
 TASK = Task("grid", "Go to the goal.", seed=3)
 TO_THE_GOAL = ["DOWN"] * 4 + ["RIGHT"] * 4
@@ -378,6 +383,64 @@ def test_options_that_are_none_are_config_errors() -> None:
         OpenEnvEnvironment("http://h", transport="carrier")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="fail, tell"):
         OpenEnvEnvironment("http://h", on_invalid="ask")  # type: ignore[arg-type]
+
+
+# -- from the command line --------------------------------------------------------------------------------------------
+
+
+def walks(messages: list[dict[str, Any]]) -> str:
+    """Down, then right, as the last observation says; not before the schema of the actions was told."""
+    assert '"enum": ["UP", "DOWN", "LEFT", "RIGHT"]' in text_of(messages[0])
+    if len(messages) == 2:
+        return 'I try something else.\n{"action": "NORTH"}'
+    seen = json.loads(text_of(messages[-1]).splitlines()[0])
+    return f"""Next.\n```json\n{{"action": "{"DOWN" if seen["x"] < 4 else "RIGHT"}"}}\n```"""
+
+
+def test_the_command_plays_on_a_server_by_its_address(tmp_path: Path) -> None:
+    words = ["rollout", "--tasks", "2", "--seed", "5", "--max-images", "0", "--json", "--out", str(tmp_path / "run")]
+
+    async def played() -> tuple[int | None, bytes, bytes, str]:
+        with acting(walks) as model:
+            async with OpenEnvServer(Grid).running() as server:
+                place = server.url.replace("http://", "openenv:http://me:secret@")
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "managed_vllm.cli", *words, "--env", place),
+                    env={**os.environ, "VLLM_SERVER_URL": model.url, "VLLM_MODEL_NAME": "acting"},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+                out, errors = await process.communicate()
+                await left(server)
+                return process.returncode, out, errors, server.url
+
+    code, out, errors, url = asyncio.run(asyncio.wait_for(played(), 4 * HANG_S))
+    assert code == 0, errors
+    found = json.loads(out)
+    assert (found["done"], found["failed"], found["steps"]) == (2, 0, 2 * 9)
+    assert found["mean_reward"] == pytest.approx(1.0 - 7 * 0.1)
+    with RunStore.open(tmp_path / "run") as store:
+        assert store.config == {"environment": f"openenv:{url}", "format": "openenv"}
+        assert [(one.task.id, one.task.seed) for one in store.trajectories()] == [("seed-5", 5), ("seed-6", 6)]
+        first = next(store.trajectories())
+        assert "Input should be 'UP'" in str(first.steps[0].info["invalid"])
+    assert "secret" not in "".join(path.read_text() for path in (tmp_path / "run").glob("*.json*"))
+
+
+def test_the_command_says_that_nobody_answers_at_the_address() -> None:
+    port = free_port()
+    with pytest.raises(ConfigError, match=f"no OpenEnv server answers at http://127.0.0.1:{port}") as caught:
+        named_environment(f"openenv:http://me:secret@127.0.0.1:{port}", Limits())
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigError, match="url must be"):
+        named_environment("openenv:127.0.0.1:8000", Limits())
+
+
+@pytest.mark.parametrize("text", ["", "RIGHT", "[1]", '{"action": 1', '{"a": 1} {"a": 2}', "[{}]"])
+def test_an_answer_without_one_object_is_no_action(text: str) -> None:
+    answer = CompletionOutput(0, text, [])
+    with pytest.raises(ActionParseError):
+        openenv_actions().parse(answer, (1, 1))
 
 
 # -- over HTTP ---------------------------------------------------------------------------------------------------------

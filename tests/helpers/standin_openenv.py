@@ -28,6 +28,8 @@ class InvalidActionError(Exception):
 class World:
     """What all have: an id, a count of steps, and what the last reset was told."""
 
+    SCHEMA: dict[str, Any] = {"type": "object"}  # noqa: RUF012 - nobody changes it
+
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
         self.reset({})
@@ -53,6 +55,8 @@ class Echo(World):
 
 class Grid(World):
     """From [0, 0] to [4, 4]: -0.1 a step, 1 at the goal."""
+
+    SCHEMA = {"type": "object", "properties": {"action": {"enum": list(MOVES), "type": "string"}}}  # noqa: RUF012
 
     def reset(self, told: dict[str, Any]) -> dict[str, Any]:
         super().reset(told)
@@ -98,6 +102,7 @@ class OpenEnvServer:
         app.router.add_post("/reset", self._http)
         app.router.add_post("/step", self._http)
         app.router.add_get("/state", self._http)
+        app.router.add_get("/schema", self._schema)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -166,6 +171,9 @@ class OpenEnvServer:
             return seen
         observation, reward, done = seen
         return {"type": "observation", "data": {"observation": observation, "reward": reward, "done": done}}
+
+    async def _schema(self, request: web.Request) -> web.Response:
+        return web.json_response({"action": self.world.SCHEMA, "observation": {}, "state": {}})
 
     async def _http(self, request: web.Request) -> web.Response:
         world = self.kept or self.world()

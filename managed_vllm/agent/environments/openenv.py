@@ -93,7 +93,7 @@ class OpenEnvEnvironment:
 
         Raises `ConfigError`: the address has no host or another scheme; no such `transport` or `on_invalid`.
         """
-        self._url = _base(url)
+        self._url = server_url(url)
         for option, value, known in (("transport", transport, Transport), ("on_invalid", on_invalid, OnInvalid)):
             if value not in get_args(known):
                 raise ConfigError(
@@ -446,7 +446,8 @@ def _arguments(action: Action) -> Mapping[str, Any]:
     )
 
 
-def _base(url: str) -> URL:
+def server_url(url: str) -> URL:
+    """Where a server's paths begin. Raises `ConfigError`: it is no address."""
     try:
         base = URL(url)
     except (TypeError, ValueError) as error:
