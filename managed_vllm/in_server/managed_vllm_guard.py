@@ -22,6 +22,9 @@ ordinary key opens all of it.
 Its first request finds vLLM's routes imported: then it has them say which weights made an answer
 (`managed_vllm_weight_versions`), and what each of several prompts has used (`managed_vllm_each_prompt`).
 
+While the file `MANAGED_VLLM_HELD` exists, requests of users get a 503: the supervisor puts weights, adapters
+or a pause back that the last server had, and an answer before that would be another model's.
+
 It counts the requests of users, by which the supervisor knows whether the engine is used (`idle_sleep=`).
 
 It also keeps the supervisor's looks at `/health` and `/metrics`, one every few seconds, out of the server's access log.
@@ -48,6 +51,7 @@ OPEN_PATHS = frozenset({"/health", "/ping"})
 
 CONTROL_KEY = "MANAGED_VLLM_CONTROL_KEY"
 CONTROLLED = "MANAGED_VLLM_CONTROLLED"
+HELD = "MANAGED_VLLM_HELD"
 DEV_MODE = "VLLM_SERVER_DEV_MODE"
 LORA_UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 SCALE_OUT = "enable_scale_out"
@@ -94,6 +98,10 @@ _SWITCHED_OFF = (
     b'{"error": {"message": "this route is open in servers that are started with enable_scale_out=True", '
     b'"type": "Forbidden", "code": 403}}'
 )
+_NOT_YET = (
+    b'{"error": {"message": "the server was started again and gets its weights back: ask again", '
+    b'"type": "ServiceUnavailableError", "code": 503}}'
+)
 _REFUSAL = b'{"error": {"message": "this server wants its API key", "type": "Unauthorized", "code": 401}}'
 
 
@@ -114,6 +122,7 @@ class KeyGuard:
         self._in_flight = self._requests = 0
         self._bearer = b"Bearer " + key.encode()
         self._controlled = frozenset(os.environ.get(CONTROLLED, "").split()) if control_key else frozenset()
+        self._hold = os.environ.get(HELD)
         logging.getLogger("uvicorn.access").addFilter(_is_news)
         _install_patches()
 
@@ -132,6 +141,8 @@ class KeyGuard:
                 await _refuse(send, 403, _NOT_FOR_USERS)
             elif self._is_switched_off(scope):
                 await _refuse(send, 403, _SWITCHED_OFF)
+            elif self._is_held(scope):
+                await _not_yet(scope, send)
             else:
                 await self._pass_on(scope, receive, send)
         elif self._cors is not None and _is_preflight(scope):
@@ -155,6 +166,14 @@ class KeyGuard:
 
     def _use(self) -> bytes:
         return b'{"in_flight": %d, "requests": %d}' % (self._in_flight, self._requests)
+
+    def _is_held(self, scope: Scope) -> bool:
+        """Once it is not, it never is again."""
+        if self._hold is None or scope.get("method") in ("GET", "HEAD", "OPTIONS") or _is_the_supervisors(scope):
+            return False
+        if not os.path.exists(self._hold):
+            self._hold = None
+        return self._hold is not None
 
     def _is_controlled(self, scope: Scope) -> bool:
         if scope["type"] != "http" or not self._controlled:
@@ -209,6 +228,13 @@ def _install_patches() -> None:
             logging.getLogger(__name__).debug("no %s: %s", name, error)
 
 
+async def _not_yet(scope: Scope, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1013})
+    else:
+        await _refuse(send, 503, _NOT_YET)
+
+
 async def _refuse(send: Send, status: int, body: bytes) -> None:
     await _answer(send, status, body)
 
@@ -217,6 +243,8 @@ async def _answer(send: Send, status: int, body: bytes) -> None:
     headers = [(b"content-type", b"application/json")]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -184,6 +184,11 @@ class Engine:
         return {"engine": self.lasting.to_dict()}
 
     @property
+    def must_be_put_back(self) -> bool:
+        """Whether `restore` has something to do: a server that has just come up is not yet in the state."""
+        return replace(self.state, updating=None) != EngineState()
+
+    @property
     def may_stand_still(self) -> bool:
         """Whether nothing need move in it: it is paused, sleeps, or does what a user has called for."""
         return self.turn.is_taken or not self.state.serves

@@ -34,7 +34,8 @@ class Launch:
     """All that it takes to start the server and to reach it. `port` is None for a server on a Unix socket.
 
     `control_key` is the key for the routes that change the engine for everybody. `places` are descriptors that it
-    inherits, so that its devices are taken as long as it lives (`managed_vllm.server.places`).
+    inherits, so that its devices are taken as long as it lives (`managed_vllm.server.places`). As long as the file
+    `hold` exists, its guard admits no requests of users.
     """
 
     argv: list[str]
@@ -43,6 +44,12 @@ class Launch:
     port: int | None
     control_key: Secret
     places: tuple[int, ...] = ()
+    hold: Path | None = None
+
+    def admit(self) -> None:
+        """Users' requests may come."""
+        if self.hold is not None:
+            self.hold.unlink(missing_ok=True)
 
 
 def prepare(
@@ -52,8 +59,11 @@ def prepare(
     scratch: Path,
     last_port: int | None,
     devices: TakenDevices = TakenDevices(),  # noqa: B008  (frozen)
+    held: bool = False,
 ) -> Launch:
     """The launch of the next epoch. `scratch` is the server's temporary folder, `last_port` the port it had before.
+
+    `held`: it is not yet what users should meet, until `Launch.admit`.
 
     `order.address.api_key` must be set: the server is never without one.
     """
@@ -64,6 +74,11 @@ def prepare(
     port = None if uds is not None else _choose_port(address, last_port)
     environment = {**_environment(order, instance, scratch), **devices.variables}
     controls = _controls(order, environment)
+    hold = None
+    if held:
+        hold = scratch / "held"
+        hold.touch()
+        environment[managed_vllm_guard.HELD] = str(hold)
     return Launch(
         argv=order.argv(host=address.host or _LOOPBACK, port=port, uds=uds),
         environment={**environment, **controls},
@@ -76,6 +91,7 @@ def prepare(
         port=port,
         control_key=Secret(controls.get(managed_vllm_guard.CONTROL_KEY) or reveal(address.api_key) or ""),
         places=devices.descriptors,
+        hold=hold,
     )
 
 

@@ -356,6 +356,7 @@ class Life:
         if self._restart_requested.is_set():  # since it has generated its token
             return RestartRequested()
         process.output.end_of_startup()
+        launched.admit()
         self.move(
             ServerState.READY,
             stage="",
@@ -383,7 +384,14 @@ class Life:
         self._owner.keep_record()  # at once: if we are killed, our successor removes it
         self.files = await asyncio.to_thread(_files_to_serve, self._order.spec, self.files)
         devices = self._footprint.devices.taken
-        launched = launch.prepare(self._order, self._instance, scratch=scratch, last_port=self.port, devices=devices)
+        launched = launch.prepare(
+            self._order,
+            self._instance,
+            scratch=scratch,
+            last_port=self.port,
+            devices=devices,
+            held=self.engine.must_be_put_back,
+        )
         self.port = launched.port
         loop = asyncio.get_running_loop()
 

@@ -7,6 +7,7 @@ One server for all of them. The two checkpoints differ in which token begins an 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import pytest
+import requests
 from demo_checkpoints import copy_of_demo, edit_json, rewritten, with_rows_swapped
 from processes import HANG_S, eventually, own_state, tree
 
@@ -277,7 +279,33 @@ def test_they_survive_a_kill(trainer: Trainer, killed: str) -> None:
     before, epoch = llm.engine.update_weights(trainer.good["b"], version="v9"), llm.status().epoch
     supervisor = llm.status().supervisor_pid
     assert supervisor is not None
-    os.kill(supervisor if killed == "supervisor" else tree(llm)[killed].pid, signal.SIGKILL)
-    eventually(lambda: llm.wait_ready(HANG_S).epoch > epoch, "started again")
-    assert llm.engine.weights() == before
-    assert trainer.ask() == trainer.answers["b"]
+    with asked_over_and_over(llm) as answered:
+        os.kill(supervisor if killed == "supervisor" else tree(llm)[killed].pid, signal.SIGKILL)
+        eventually(lambda: llm.wait_ready(HANG_S).epoch > epoch, "started again")
+        assert llm.engine.weights() == before
+        assert trainer.ask() == trainer.answers["b"]
+    assert answered <= {UNUSED}
+
+
+@contextlib.contextmanager
+def asked_over_and_over(llm: ManagedVLLM) -> Iterator[set[int]]:
+    """By one who knows its address and does not look whether it is ready: the first tokens of all answers."""
+    found: set[int] = set()
+    ended = threading.Event()
+    url, key = f"{llm.base_url}/chat/completions", {"Authorization": f"Bearer {llm.api_key}"}
+    asked = {"model": llm.model, "messages": PROMPTS[0], "max_tokens": 1, "temperature": 0, "return_token_ids": True}
+
+    def ask() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(requests.RequestException):
+                answer = requests.post(url, json=asked, headers=key, timeout=HANG_S)
+                if answer.status_code == 200:
+                    found.update(answer.json()["choices"][0]["token_ids"])
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join(HANG_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,6 +179,23 @@ def test_of_what_scale_out_opens_generating_is_for_users_unless_they_asked_for_a
         assert allowed or b"enable_scale_out=True" in said
         assert ask(app, "POST", {}, path)[0] == 401
         assert ask(app, "POST", {"Authorization": "Bearer control"}, path)[0] == 200
+
+
+def test_users_are_not_answered_while_it_is_held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MANAGED_VLLM_CONTROL_KEY", "control")
+    hold = tmp_path / "held"
+    hold.touch()
+    monkeypatch.setenv(managed_vllm_guard.HELD, str(hold))
+    key, guard = {"Authorization": "Bearer secret"}, stack()
+    supervisor = {**key, "User-Agent": managed_vllm_guard.SUPERVISOR_AGENT.decode()}
+    status, headers = ask(guard, "POST", key)
+    assert (status, headers["retry-after"], reached) == (503, "1", [])
+    assert ask(guard, "POST", {})[0] == 401
+    assert ask(guard, "POST", supervisor)[0] == ask(guard, "POST", {"Authorization": "Bearer control"})[0] == 200
+    hold.unlink()
+    assert ask(guard, "POST", key)[0] == 200
+    hold.touch()
+    assert ask(guard, "POST", key)[0] == 200  # it is looked for no more
 
 
 def test_without_a_key_of_the_supervisors_all_is_as_vllm_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

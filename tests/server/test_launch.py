@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from managed_vllm.config import Address, ServerSpec, SupervisorOrder, vllm_folder
+from managed_vllm.in_server import managed_vllm_guard
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
 from managed_vllm.instance.directory import Instance
 from managed_vllm.masking import Secret
@@ -137,6 +138,16 @@ def test_the_users_variables_win_but_not_over_what_guards_the_server(
     assert environment["VLLM_API_KEY"] == "key"
     assert environment["TMPDIR"] == "/scratch"
     assert lifeline.ROOT not in environment
+
+
+def test_a_server_that_must_be_put_back_is_held_until_it_is_admitted(instance: Instance, tmp_path: Path) -> None:
+    assert managed_vllm_guard.HELD not in prepare(instance, order()).environment
+    launched = launch.prepare(order(), instance, scratch=tmp_path, last_port=None, held=True)
+    hold = Path(launched.environment[managed_vllm_guard.HELD])
+    assert hold.exists()
+    launched.admit()
+    launched.admit()
+    assert not hold.exists()
 
 
 def test_a_launch_is_a_value(instance: Instance) -> None:
