@@ -189,4 +189,8 @@ def test_the_command_ends_cleanly_by_a_signal_and_goes_on_when_it_is_run_again(
     assert f'"stored_before": {before}' in again.stdout
     assert '"done": 300' in again.stdout
     assert finished() == 300
-    assert not [one for one in psutil.process_iter(["cmdline"]) if str(run) in (one.info["cmdline"] or [])]
+
+    def running() -> list[psutil.Process]:
+        return [one for one in psutil.process_iter(["cmdline"]) if str(run) in (one.info["cmdline"] or [])]
+
+    eventually(lambda: not running(), "nothing of it runs any more")

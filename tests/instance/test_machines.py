@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import standin
+from processes import eventually
 
 import managed_vllm
 
@@ -33,10 +33,12 @@ import json, subprocess, sys
 from pathlib import Path
 report = Path(sys.argv[1])
 import standin
+from processes import eventually
 from managed_vllm import ManagedVLLM
 
 SHARE = '''
 import standin
+from processes import eventually
 from managed_vllm import ManagedVLLM
 with ManagedVLLM("stand-in", command=standin.command(), keep_alive=0, progress=False) as llm:
     print(llm.status().server_pid, llm.started_it, llm.generate("from a second process")[0].outputs[0].text[:4])
@@ -150,10 +152,7 @@ def test_a_server_is_started_shared_restarted_and_gone(folder: Path, name: str) 
     assert found["shared"] == [str(found["pid"]), "False", "echo"]
     assert found["after"] == [2, "echo"]
     assert done.returncode == 0, done.stderr
-    deadline = time.monotonic() + 30
-    while left_in(folder) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert left_in(folder) == []
+    eventually(lambda: left_in(folder) == [], "nothing is left")
 
 
 def can_run(machine: Machine, python: str, variables: Mapping[str, str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -17,7 +18,7 @@ import pytest
 import requests
 import standin
 from free_ports import free_port
-from processes import HANG_S, assert_nothing_left, own_state
+from processes import HANG_S, assert_nothing_left, eventually, own_state
 
 from managed_vllm import ManagedVLLM, demo
 
@@ -227,11 +228,14 @@ def test_the_benchmark_measures_attaching_and_leaves_nothing(tmp_path: Path) -> 
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     assert "attach, 5 times in one process" in run.stdout
     assert report.exists()
-    left = []
+    eventually(lambda: not _running_in(tmp_path), "nothing of it runs any more")
+
+
+def _running_in(folder: Path) -> list[psutil.Process]:
+    """Processes whose temporary files are in the folder."""
+    found = []
     for process in psutil.process_iter():
-        try:
-            if process.environ().get("TMPDIR", "").startswith(str(tmp_path)):
-                left.append(process)
-        except psutil.Error:
-            continue
-    assert left == []
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TMPDIR", "").startswith(str(folder)):
+                found.append(process)
+    return found
