@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from model_answers import (
     FIELD,
     OTHER_FORMATS,
     POINT,
+    WRITTEN,
     Answer,
     Size,
     anthropic,
@@ -26,6 +28,7 @@ from model_answers import (
     step,
     xml,
 )
+from processes import HANG_S
 
 from managed_vllm.agent import AgentFormat, History, ImageRef, Task
 from managed_vllm.agent.actions import (
@@ -169,8 +172,8 @@ NOISE = (
 
 def torn(chance: random.Random, name: str) -> str:
     """An answer of the format with parts cut out, doubled and put in."""
-    answers = CORPORA[name].answers
-    text = chance.choice(answers).text if chance.random() < 0.8 else ""
+    answers = WRITTEN[name]
+    text = chance.choice(answers) if chance.random() < 0.8 else ""
     for _ in range(chance.randint(1, 6)):
         at = chance.randint(0, len(text))
         match chance.randint(0, 3):
@@ -179,7 +182,7 @@ def torn(chance: random.Random, name: str) -> str:
             case 1:
                 text = text[:at] + chance.choice(NOISE) + text[at:]
             case 2:
-                other = chance.choice(answers).text
+                other = chance.choice(answers)
                 text = text[:at] + other[chance.randint(0, len(other)) :]
             case _:
                 text = text[:at] + chr(chance.choice((0, 10, 39, 60, 92, 0x2028, 0xD800, 0x1F600))) + text[at:]
@@ -188,7 +191,7 @@ def torn(chance: random.Random, name: str) -> str:
 
 @pytest.mark.no_cover
 @pytest.mark.parametrize("count", [500, pytest.param(50_000, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
-@pytest.mark.parametrize("name", CORPORA)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_nothing_but_the_typed_error(name: str, count: int) -> None:
     agent, chance = FORMATS[name](), random.Random(name)
     read = 0
@@ -205,6 +208,23 @@ def test_nothing_but_the_typed_error(name: str, count: int) -> None:
             assert all(action_from_dict(action_to_dict(action)) == action for action in response.actions)
         assert 0 <= start <= end <= len(text)
     assert 0 < read < count
+
+
+@pytest.mark.no_cover
+@pytest.mark.parametrize("name", CORPORA)
+def test_a_long_answer_of_anything_is_read_in_linear_time(name: str) -> None:
+    agent = FORMATS[name]()
+    for before in ("", "<action>", "<seed:tool_call><function=click><parameter=point>", '{"note": "'):
+        for piece in (*NOISE[:20], "[ ", "(1,", " ", "1", "<text>", "<bbox>"):
+            text = before + piece * (40_000 // len(piece))
+            began = time.process_time()
+            length = 0
+            try:
+                parsed(agent, text)
+            except ActionParseError as caught:
+                length = len(caught.message)
+            assert length < 1000
+            assert time.process_time() - began < HANG_S
 
 
 # -- prompt, schema, parser --------------------------------------------------------------------------------------------

@@ -632,3 +632,17 @@ FIELD: list[Output] = [
     Output("Seed, taken out", "seed", called("click", point=POINT), (Click(*OK),)),
     Output("our own, taken out", "tools-thousandths", called("click", x=512, y=340), (Click(*OK),)),
 ]
+
+WRITTEN: Mapping[str, list[str]] = {
+    **{name: [answer.text for answer in corpus.answers] for name, corpus in CORPORA.items()},
+    **{
+        name: [
+            output.answer if isinstance(output.answer, str) else json.dumps(output.answer.calls)
+            for output in FIELD
+            if output.format == name
+        ]
+        for name in ("ui-tars", "qwen3-vl", "qwen3-vl-mobile", "python", "glm-v", "autoglm")
+    },
+    "json": ['{"thought": "x", "action": "click", "x": 512, "y": 340}', 'So. {"actions": [{"action": "wait"}]}'],
+}
+"""Answers as texts, by format: for tests that tear them."""
