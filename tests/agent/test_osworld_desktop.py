@@ -7,21 +7,23 @@ import contextlib
 import io
 import json
 import string
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import example_modules
 import osworld_machine
 import pytest
-from acting_server import Refusal, acting
-from osworld_machine import FORM, SIZE, Machine
+from acting_server import Refusal, acting, text_of
+from osworld_machine import SIZE, Machine
 from processes import HANG_S, eventually
 
-from managed_vllm.agent import Limits, RunStore, Task, Trajectory, run_episode
-from managed_vllm.agent.actions import Action, Button, Click, Direction, Drag, Hotkey, Move, Scroll, Type, smart_resize
+from managed_vllm.agent import RunStore, Task, Trajectory, run_episode
+from managed_vllm.agent.actions import Action, Button, Click, Direction, Drag, Hotkey, Move, Scroll, Type
 from managed_vllm.agent.environments.osworld import OSWorldEnvironment
 from managed_vllm.agent.environments.osworld_tasks import osworld_tasks
 from managed_vllm.agent.export import export
@@ -30,10 +32,10 @@ pillow = pytest.importorskip("PIL.Image")
 MISSING = osworld_machine.missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=MISSING or "")]
 
-FIELD, SAVE, DISCARD, CANVAS = (300, 200), (160, 640), (420, 640), (1400, 200)
-"""Within what `form.py` shows."""
+example = example_modules.example("12_osworld_on_a_virtual_screen")
+FIELD, SAVE, DISCARD, FIVE, said = example.FIELD, example.SAVE, example.DISCARD, example.FIVE, example.said
 FORM_COLOUR, FORM_CORNER = (0x2E, 0x8B, 0x57), (1850, 1000)
-PATIENT = Limits(step_timeout_s=120.0)
+PATIENT = example.PATIENT
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +52,19 @@ def folder(machine: Machine) -> Path:
 
 def form(folder: Path, expected: str = "", *, after_s: int = 0) -> Task:
     """The form is to be filled in and saved; it takes seconds to appear."""
-    start = f"sleep {after_s}; exec python {FORM} {folder}"
-    data = {
-        "config": [{"type": "launch", "parameters": {"command": ["bash", "-c", start]}}],
-        "evaluator": {
-            "func": "exact_match",
-            "result": {"type": "vm_command_line", "command": ["cat", str(folder / "saved")]},
-            "expected": {"type": "rule", "rules": {"expected": expected}},
-        },
+    evaluator = {
+        "func": "exact_match",
+        "result": {"type": "vm_command_line", "command": ["cat", str(folder / "saved")]},
+        "expected": {"type": "rule", "rules": {"expected": expected}},
     }
+    data = example.config(folder, evaluator, after_s=after_s)
     return Task(f"form-{folder.name}", "Fill in the form and save it.", data=data)
 
 
 @contextlib.asynccontextmanager
 async def desktop(machine: Machine, **options: Any) -> AsyncIterator[OSWorldEnvironment]:
-    quick = {"pause_s": 0.3, "settle_s": 0.0, "evaluate_settle_s": 0.0, "limits": PATIENT}
-    env = OSWorldEnvironment(osworld_machine.desktop_env, arguments=machine.arguments, **{**quick, **options})
+    given = {**example.QUICK, **options}
+    env = OSWorldEnvironment(osworld_machine.desktop_env, arguments=machine.arguments, **given)
     try:
         yield env
     finally:
@@ -99,17 +98,6 @@ def ink(screenshot: bytes | None) -> int:
 
 
 # -- episodes, by what a model says ------------------------------------------------------------------------------------
-
-
-def box(at: tuple[int, int]) -> str:
-    """A point of the screen, in pixels of what a model of UI-TARS sees."""
-    width, height = smart_resize(SIZE)
-    return f"({round(at[0] / SIZE[0] * width)},{round(at[1] / SIZE[1] * height)})"
-
-
-def said(function: str, at: tuple[int, int], more: str = "") -> str:
-    """In the words of UI-TARS."""
-    return f"Thought: next\nAction: {function}(start_box='{box(at)}'{more})"
 
 
 def played(machine: Machine, folder: Path, task: Task, answers: list[str]) -> Trajectory:
@@ -162,65 +150,12 @@ def test_what_the_machine_can_not_do_fails_the_attempt_and_is_no_reward(machine:
 # -- five tasks, played by an oracle -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Scripted:
-    """What the oracle says before `finished()`, and what is then to be in a file: all of it, or these lines."""
-
-    answers: tuple[str, ...]
-    saved: str | None = None
-    events: tuple[str, ...] = ()
-
-    def evaluator(self, folder: Path) -> dict[str, Any]:
-        file = folder / ("events" if self.saved is None else "saved")
-        right = {"expected": self.saved} if self.saved is not None else {"include": list(self.events)}
-        return {
-            "func": "check_include_exclude" if self.saved is None else "exact_match",
-            "result": {"type": "vm_command_line", "command": ["cat", str(file)]},
-            "expected": {"type": "rule", "rules": right},
-        }
-
-    def is_done(self, folder: Path) -> bool:
-        """Whether the app has taken note of it all: it does so when it comes to it."""
-        if self.saved is not None:
-            return (folder / "saved").exists()
-        noted = (folder / "events").read_text() if (folder / "events").exists() else ""
-        return all(event in noted for event in self.events)
-
-
-def typed(text: str) -> str:
-    return f"Action: type(content={text!r})"
-
-
-def pressed(keys: str) -> str:
-    return f"Action: hotkey(key={keys!r})"
-
-
-WRITING = said("click", FIELD)
-SAVING = said("click", SAVE)
-FIVE = {
-    "write-two-lines": Scripted((WRITING, typed("Meeting at 10\nRoom 4"), SAVING), "Meeting at 10\nRoom 4"),
-    "correct-a-word": Scripted((WRITING, typed("finals"), pressed("backspace"), SAVING), "final"),
-    "move-a-word": Scripted(
-        (WRITING, typed("ab"), pressed("shift home"), pressed("ctrl x"), typed("c"), pressed("ctrl v"), SAVING), "cab"
-    ),
-    "draw-a-line": Scripted(
-        (said("drag", (1360, 130), f", end_box='{box((1600, 460))}'"),), events=('["press", 1, ', '["release", 1, ')
-    ),
-    "scroll-and-open": Scripted(
-        (
-            said("scroll", CANVAS, ", direction='down'"),
-            said("left_double", CANVAS),
-        ),
-        events=('["press", 5, ', '["double", 1, '),
-    ),
-}
-
-
 def as_files(folder: Path, task: str) -> Path:
     """A list of OSWorld's with that task, and its file."""
     place = folder / "examples" / "form"
     place.mkdir(parents=True)
-    data = {**form(folder).data, "id": task, "instruction": "Do it.", "evaluator": FIVE[task].evaluator(folder)}
+    script = FIVE[task]
+    data = {**example.config(folder, script.evaluator(folder)), "id": task, "instruction": script.instruction}
     (place / f"{task}.json").write_text(json.dumps(data))
     (folder / "test_all.json").write_text(json.dumps({"form": [task]}))
     return folder / "test_all.json"
@@ -236,7 +171,7 @@ def test_osworlds_evaluator_says_1_for_a_task_that_an_oracle_plays(machine: Mach
         await there(folder / "shown")
         if turn == len(answers) - 1:
             await asyncio.to_thread(eventually, partial(FIVE[task].is_done, folder), "the app has noted it")
-        return answers[turn]
+        return str(answers[turn])
 
     with RunStore.create(folder / "run") as store:
 
@@ -252,6 +187,32 @@ def test_osworlds_evaluator_says_1_for_a_task_that_an_oracle_plays(machine: Mach
         export(store, "osworld", folder / "results")
     (result,) = (folder / "results").glob(f"pyautogui/screenshot/*/form/{task}/result.txt")
     assert float(result.read_text()) == 1.0
+
+
+def test_the_example_plays_the_five_by_itself_and_leaves_nothing() -> None:
+    run = subprocess.run([sys.executable, example.__file__], capture_output=True, text=True, timeout=4 * HANG_S)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    assert [line.split() for line in run.stdout.splitlines()] == [[name, "1.0"] for name in FIVE]
+
+
+def test_a_model_plays_the_five_by_the_example(machine: Machine, folder: Path) -> None:
+    """It answers as the oracle does, by the instruction that it is told."""
+
+    given = example.tasks(machine.folder)
+    by_instruction = {task.instruction: (FIVE[name], its) for name, (task, its) in given.items()}
+
+    async def answer(messages: list[dict[str, Any]]) -> str:
+        told = text_of(messages[1])
+        ((script, its),) = [found for words, found in by_instruction.items() if words in told]
+        turn = sum(message["role"] == "assistant" for message in messages)
+        await there(its / "shown")
+        if turn == len(script.answers):
+            await asyncio.to_thread(eventually, partial(script.is_done, its), "the app has noted it")
+        return str([*script.answers, "Action: finished()"][turn])
+
+    with acting(answer) as server:
+        rewards = example.model(server.client(), machine, given, folder / "run")
+    assert rewards == dict.fromkeys(FIVE, 1.0)
 
 
 # -- what is typed -----------------------------------------------------------------------------------------------------

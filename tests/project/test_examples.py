@@ -56,8 +56,14 @@ def server_url() -> Iterator[str]:
         process.wait()
 
 
-ELSEWHERE = {"08_trl.py", "09_external_rollout_server.py", "10_grpo_on_the_desktop.py"}
-"""Run by tests in tests/real, whose servers are for trainers; the last one for two of its steps, not for minutes."""
+ELSEWHERE = {
+    "08_trl.py",
+    "09_external_rollout_server.py",
+    "10_grpo_on_the_desktop.py",
+    "12_osworld_on_a_virtual_screen.py",
+}
+"""Run by tests in tests/real, whose servers are for trainers, the third for two of its steps, not for minutes; the last
+one by tests/agent/test_osworld_desktop.py."""
 NEEDS = {"06_inspect_ai.py": "inspect_ai", "08_trl.py": "trl", "09_external_rollout_server.py": "transformers"}
 """What an example uses beside this library, where that is no dependency."""
 
@@ -102,6 +108,15 @@ def test_record_an_agent(server_url: str, tmp_path: Path) -> None:
     environment = _environment(VLLM_SERVER_URL=server_url, MANAGED_VLLM_HOME=str(tmp_path))
     said = _run("11_record_an_agent.py", environment)
     assert [f"screen-{number} 0.0 " in said for number in range(4)] == [True] * 4  # an echo does not click
+
+
+def test_osworld_without_its_checkout_says_what_is_missing() -> None:
+    environment = {name: value for name, value in _environment().items() if name != "OSWORLD_CHECKOUT"}
+    command = [sys.executable, str(EXAMPLES / "12_osworld_on_a_virtual_screen.py")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert "what is missing: OSWORLD_CHECKOUT is not set: the folder of github.com/xlang-ai/OSWorld" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 @pytest.fixture(scope="module")

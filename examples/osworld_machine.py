@@ -20,17 +20,19 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from processes import HANG_S, eventually, is_live, tree_below
 
 SIZE = (1920, 1080)
-FORM = Path(__file__).parent.parent / "data" / "osworld" / "form.py"
+PATIENCE_S = 60.0
+"""Until a program must have come up, or gone."""
+FORM = Path(__file__).with_name("osworld_form.py")
 DEBIANS_PYTHON = "/usr/bin/python3"
 PROGRAMS = {
     **{"Xvfb": "xvfb", "dbus-run-session": "dbus-daemon", "xclip": "xclip", "scrot": "scrot"},
@@ -43,7 +45,7 @@ MODULES = {
 """Of Debian's Python, with the packages that have them."""
 LIBRARIES = {"Xfixes": "libxfixes3", "X11": "libx11-6"}
 PIPS = ("pyautogui", "pymsgbox", "pytweening", "pyscreeze", "pygetwindow", "pyrect", "mouseinfo", "pyperclip")
-"""Not in Debian, and pure Python: those that are installed beside the tests are shown to the machine."""
+"""Not in Debian, and pure Python: those that are installed here are shown to the machine."""
 SEEN = ("bash", "cat", "dbus-daemon", "dbus-run-session", "scrot", "sh", "sleep", "which", "xclip")
 """The programs that the machine sees, beside Python. Not gnome-screenshot: without GNOME it fails now and then."""
 
@@ -181,12 +183,12 @@ def _running(command: list[str], log: Path, **options: Any) -> Iterator[subproce
     try:
         yield process
     finally:
-        family = tree_below(process.pid)
+        family = _family(process.pid)
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(HANG_S)
+            process.wait(PATIENCE_S)
         end(family)
-        process.wait(HANG_S)
+        process.wait(PATIENCE_S)
 
 
 def _told(file: Path, process: subprocess.Popen[bytes], log: Path) -> str:
@@ -196,19 +198,44 @@ def _told(file: Path, process: subprocess.Popen[bytes], log: Path) -> str:
         assert process.poll() is None, log.read_text()
         return file.read_text() if file.exists() and file.read_text().endswith("\n") else None
 
-    return str(eventually(line, "the machine's server is ready"))
+    return str(until(line, "the machine's server is ready"))
 
 
 def _all_gone(folder: Path) -> None:
     """xclip left the machine's tree, to keep the clipboard, and ends with the screen."""
     mark = str(folder / "authority")
-    eventually(lambda: not any(_environ(one).get("XAUTHORITY") == mark for one in psutil.process_iter()), "all gone")
+    until(lambda: not any(_environ(one).get("XAUTHORITY") == mark for one in psutil.process_iter()), "all gone")
 
 
 def _environ(process: psutil.Process) -> dict[str, str]:
     with contextlib.suppress(psutil.Error):
-        return process.environ() if is_live(process) else {}
+        return process.environ() if _lives(process) else {}
     return {}
+
+
+def _family(pid: int) -> set[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        root = psutil.Process(pid)
+        return {root, *root.children(recursive=True)}
+    return set()
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Waits until the condition is true, and returns its value. Raises `TimeoutError`: that took too long."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {PATIENCE_S:g} s: {what}")
+        time.sleep(0.02)
 
 
 def end(processes: set[psutil.Process]) -> None:
@@ -216,7 +243,7 @@ def end(processes: set[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    eventually(lambda: not any(map(is_live, processes)), f"all of {processes} gone")
+    until(lambda: not any(map(_lives, processes)), f"all of {processes} gone")
 
 
 # -- the DesktopEnv, in the environment's process ----------------------------------------------------------------------
