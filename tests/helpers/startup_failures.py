@@ -214,7 +214,7 @@ STARTUP_FAILURES: tuple[StartupFailure, ...] = (
     StartupFailure("bad_host", Cause.BAD_HOST, AddressError, _bad_host),
     StartupFailure("unknown_flag", Cause.INVALID_FLAG, EngineArgumentError, _unknown_flag, always=True),
     StartupFailure("invalid_choice", Cause.INVALID_FLAG, EngineArgumentError, _invalid_choice, always=True),
-    StartupFailure("max_model_len", Cause.MAX_MODEL_LEN, EngineArgumentError, _max_model_len, always=True),
+    StartupFailure("max_model_len", Cause.MAX_MODEL_LEN, EngineArgumentError, _max_model_len),
     StartupFailure(
         "batch_smaller_than_sequences",
         Cause.INVALID_ENGINE_ARGUMENT,

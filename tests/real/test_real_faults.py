@@ -27,7 +27,7 @@ from managed_vllm.instance import cleanup, directory
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
 IN_FLIGHT = 64
-PARAMS = {"temperature": 0, "max_tokens": 1200, "ignore_eos": True}
+PARAMS = {"temperature": 0, "max_tokens": 800, "ignore_eos": True}
 POLICY = RestartPolicy(max_restarts=20, backoff_initial_s=0.1, backoff_factor=1.0)
 PROMPTS = [demo.random_screen(random.Random(number)).prompt() for number in range(IN_FLIGHT)]
 
@@ -54,7 +54,7 @@ def load() -> Iterator[Load]:
         started = time.monotonic()
         with ManagedVLLM("demo", keep_alive=0, restart=POLICY) as llm:
             start_s = time.monotonic() - started
-            llm.generate(PROMPTS, PARAMS)  # the first requests of a life are slower
+            llm.generate(PROMPTS, {**PARAMS, "max_tokens": 50})  # the first requests of a life are slower
             started = time.monotonic()
             answers = token_ids(llm.generate(PROMPTS, PARAMS))
             undisturbed_s = time.monotonic() - started

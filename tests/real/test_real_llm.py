@@ -1,7 +1,7 @@
 """Our client on a server against `vllm.LLM` in one process: the same model and requests, the same answers and shape.
 
 Two runs of one and the same `vllm.LLM` may differ already where the batches of its steps are composed otherwise: the
-sums of a matrix product of another shape are rounded otherwise. So the answers to 200 requests side by side are held
+sums of a matrix product of another shape are rounded otherwise. So the answers to 100 requests side by side are held
 against that noise (none, with this small model on a CPU), and requests one after the other must be equal.
 
 Equal are token ids, texts, reasons and logprobs. Of candidates that are exactly equally likely, as bfloat16 makes many,
@@ -31,14 +31,14 @@ from managed_vllm import BeamSearchParams, ManagedVLLM, SamplingParams, demo
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-EACH = 100
+EACH = 50
 """Requests for `generate`, and as many for `chat`."""
-ALONE = 20
+ALONE = 10
 """Of each of them, asked one after the other."""
 TOLERANCE = 1e-3
 """Of a logprob."""
 MARGIN = 2
-"""Answers of 200 that may differ beyond the noise of `vllm.LLM` itself: the noise of its noise."""
+"""Answers of 100 that may differ beyond the noise of `vllm.LLM` itself: the noise of its noise."""
 
 ENGINE: dict[str, Any] = {
     **demo.engine_defaults(),
@@ -84,7 +84,7 @@ def requests() -> list[dict[str, Any]]:
 
 
 def alone(each: Sequence[Any]) -> list[Any]:
-    """Those of the 200 that are asked one after the other."""
+    """Those that are asked one after the other."""
     return [*each[:ALONE], *each[EACH : EACH + ALONE]]
 
 

@@ -202,6 +202,7 @@ def test_nothing_outlives_a_kill(victims: Victims, moment: Moment, scene: Scene)
         go_on(victims, moment, scene)
 
 
+@pytest.mark.soak
 def test_after_everybody_was_killed_the_next_user_finds_no_strays_and_is_served(scene: Scene) -> None:
     _, left = put_to_the_test(Moment.SERVING, Victims.EVERYONE, scene)
     assert left == []

@@ -9,10 +9,12 @@ import contextlib
 import enum
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import orphans
 import psutil
 import pytest
 from orphans import Scene, children, find_supervisor, kill_at_once, survivors, two_users, watch
@@ -143,6 +145,19 @@ def test_nothing_outlives_a_kill(victims: Victims, moment: Moment, scene: Scene)
     for user in scene.users:
         user.kill()
     cleanup.remove_instance(scene.instance)
+
+
+def test_after_everybody_was_killed_the_next_user_finds_no_strays_and_is_served(scene: Scene) -> None:
+    wait_for(Moment.SERVING, scene)
+    _, left = survivors(scene, kill(Victims.EVERYONE, scene))
+    assert left == []
+    old = scene.instance.read_record()
+    assert old is not None
+    assert Path(old["scratch"]).is_dir()
+    done = subprocess.run(orphans.user("warm"), input="\n", capture_output=True, text=True)
+    assert done.stdout.split() == ["ready", "2"], done.stderr
+    assert_nothing_left(scene.home)
+    assert not Path(old["scratch"]).exists()
 
 
 @pytest.mark.parametrize(
