@@ -355,7 +355,7 @@ def cluster_rows(found: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             one["name"],
             f"{one['took_s'] / 60:.1f}",
             f"{one['ideal_s'] / 60:.1f}",
-            f"{one['filled_s']:.0f} s" if one["filled_s"] else "never",
+            "never" if one["filled_s"] is None else f"{one['filled_s']:.0f} s",
             f"{one['looks']:,}",
             *(
                 f"{100 * one['loads'][what]:.0f} %"

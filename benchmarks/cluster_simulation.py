@@ -131,11 +131,12 @@ class Node:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What came of it. `loads`: shares of the time until the last rollout was claimed, of the busiest of each kind."""
+    """What came of it. `filled_s`: when 19 of 20 places were first taken at once; None: never. `loads`: shares of the
+    time until the last rollout was claimed, of the busiest of each kind."""
 
     took_s: float
     all_claimed_s: float
-    filled_s: float
+    filled_s: float | None
     looks: int
     loads: dict[str, float]
 
@@ -168,7 +169,8 @@ class Simulation:
         self._claimed: set[int] = set()
         self._finished: dict[int, int] = {}
         self._playing = self._looks = 0
-        self._filled_s = self._all_claimed_s = self._took_s = 0.0
+        self._filled_s: float | None = None
+        self._all_claimed_s = self._took_s = 0.0
         self._loads: dict[str, float] = {}
 
     def run(self) -> Simulated:
@@ -247,7 +249,7 @@ class Simulation:
         given, demand = self._given, self._demand
         draw = random.Random(given.seed << 32 | rollout)
         self._playing += 1
-        if not self._filled_s and self._playing >= 0.95 * given.at_once * given.nodes:
+        if self._filled_s is None and self._playing >= 0.95 * given.at_once * given.nodes:
             self._filled_s = now
         for _ in range(given.turns):
             asked = node.core.serve(now, demand.turn_cpu_ms / 1000)
