@@ -273,8 +273,8 @@ def limit_rows(costs: dict[str, Any], given: argparse.Namespace) -> list[tuple[s
         (
             "supervisor",
             f"{costs['leases']} leases, of which the last cost {costs['lease_last_cpu_ms']:.0f} ms each",
-            "its core: a status has all users in it and goes to all of them, so a lease costs the more the more there "
-            "are; at the very end file descriptors, and further users are refused with that reason",
+            "its core: a status names all users, so the more there are the more a further one costs, and a change of "
+            "state, which all are told; in the end file descriptors, and further users are refused with that reason",
             "a lease for a process, not for each of its workers; by URL (`base_url=`) none is needed",
         ),
         (
