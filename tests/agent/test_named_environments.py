@@ -81,6 +81,7 @@ def test_what_is_no_task_is_named_with_its_line(tmp_path: Path, text: str, words
         (["--env", "desktop", "--tasks", "none.jsonl"], "can't be read"),
         (["--env", "desktop", "--tasks", "3", "--sampling", "[1]"], "must be a JSON object"),
         (["--env", "desktop", "--tasks", "3", "--max-steps", "0"], "argument --max-steps: 0 must be 1 or more"),
+        (["--env", "desktop", "--tasks", "3", "--reward", "nothing"], "names no function"),
         (["--env", "desktop", "--tasks", "3", "--n", "0"], "argument --n: 0 must be 1 or more"),
         (["--env", "desktop", "--tasks", "3", "--step-timeout", "0"], "0 is no duration"),
         (["--env", "desktop", "--tasks", "3", "--format", "qwen"], "no format 'qwen'; there are ui-tars, json"),

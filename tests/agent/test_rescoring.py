@@ -419,3 +419,21 @@ def test_a_run_is_made_of_its_reward_function(tmp_path: Path) -> None:
     assert play(by_number) == [0.0, 0.0]
     with pytest.raises(RunStoreError, match="reward: the run has 'test_rescoring:by_number', asked for is nothing"):
         play(None)
+
+
+def test_the_rollout_command_takes_a_reward_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "myrewards_played.py").write_text(REWARDS)
+    (tmp_path / "tasks.jsonl").write_text('{"id": "a", "presses": 1}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = ["--env", "counting_world:CountingWorld", "--tasks", "tasks.jsonl", "--n", "2", "--max-images", "0"]
+    with acting(lambda messages: "Thought: done\nAction: finished(content='done')") as server:
+        monkeypatch.setenv("VLLM_SERVER_URL", server.url)
+        monkeypatch.setenv("VLLM_MODEL_NAME", "acting")
+        code = main(["rollout", *words, "--out", "run", "--reward", "myrewards_played:by_number", "--json"])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    assert json.loads(said.out)["mean_reward"] == 0.125
+    assert rewards(tmp_path / "run") == {("a", 0): 0.0, ("a", 1): 0.25}

@@ -19,6 +19,7 @@ from browsing import Browser
 from processes import HANG_S, eventually
 
 from managed_vllm.agent.report import pass_at
+from managed_vllm.agent.rescoring import rescore
 from managed_vllm.agent.store import RunStore
 from managed_vllm.agent.types import FailureClass, ImageRef
 from managed_vllm.agent.viewer import RunServer, write_html
@@ -248,6 +249,21 @@ def test_two_runs_are_compared_task_by_task(run: RunStore, earlier: RunStore) ->
     assert (found["passes"][0], found["others"][0]) == ([1, 0.75], [1, 0.0])
 
 
+def test_a_score_is_served_in_the_rewards_place(run: RunStore) -> None:
+    rescore(run, lambda trajectory: trajectory.rollout / 4, name="quarters")
+    with (
+        RunStore.open(run.path, score="quarters") as store,
+        RunStore.open(run.path) as recorded,
+        RunServer(store, against=recorded) as server,
+    ):
+        rows = api(server, "rows", stands="true")["rows"]
+        tasks = api(server, "tasks")["rows"]
+        info = api(server, "trajectory", number=rows[-1]["number"])["info"]
+    assert [row["reward"] for row in rows] == [0.0, 0.25, 0.5, 0.75] * 6
+    assert [row["change"] for row in tasks] == [0.375 - min(task, 4) / 4 for task in range(6)]
+    assert info["score"] == {"by": "quarters", "before": 1}
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +315,12 @@ def test_a_live_run_is_listed_filtered_and_opened(looking: Browser, server: RunS
     looking.click("#to-tasks")
     looking.until("return document.querySelectorAll('#group-body tr[data-at]').length === 7")
     assert looking.tile("pass@4") == "83.3 %"
+    looking.click("#group-body tr[data-task='task-4'] a.one:nth-child(2)")
+    looking.until("return document.querySelector('#about')?.textContent.includes('rollout 1')")
+    assert "not in the filter" not in looking.texts("#about")[0]
+    looking.press("\ue00c")  # Escape
+    looking.click("#to-tasks")
+    looking.until("return document.querySelectorAll('#group-body tr[data-at]').length === 7")
     looking.click("#group-body tr[data-at='3'] a")
     looking.until("return document.querySelectorAll('#body tr[data-at] a').length === 4")
     assert set(looking.tasks()) == {"task-3"}

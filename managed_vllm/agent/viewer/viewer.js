@@ -755,7 +755,8 @@
     const cut = hash.lastIndexOf("/");
     const keys = served ? served.known : byKey;
     const row = keys.get(hash) || keys.get(hash.slice(0, cut));
-    if (!row && served && hash.includes("/") && routeByServer(hash)) return;
+    // Its place in the list is not known, either, while the list is still to be read: the tasks were looked at.
+    if (served && hash.includes("/") && !(row && shown.version >= 0) && routeByServer(hash)) return;
     const listed = !row;
     const before = open && open.row;
     $("list").hidden = !listed;
@@ -785,9 +786,12 @@
     } catch {
       return false;
     }
-    served.row({ ...filterNow(), sort: order.column, down: order.down }, task, found[2], found[3], found[4])
+    const query = { ...filterNow(), sort: order.column, down: order.down };
+    const listed = shown.version < 0 ? shown.select(query) : Promise.resolve();
+    listed.then(() => served.row(query, task, found[2], found[3], found[4]))
       .catch(() => {}).then(() => {
-        nowhere.add(hash); // if it is known now, this is not asked again
+        const known = served.known.has(hash) || served.known.has(hash.slice(0, hash.lastIndexOf("/")));
+        if (!known || shown.version < 0) nowhere.add(hash); // not asked again
         if (location.hash === hash) route();
       });
     return true;
