@@ -5,9 +5,9 @@ There are two reasons, and `/v1/completions` is the rule:
 1. A field needs it: one of `sampling.ONLY_BY_TOKENS`, or `return_weight_versions=` where the server's `/v1/completions`
    lacks that. Then the servers are asked whether they have the route, and the field; a prompt that is text is made
    token ids by the server first. What does not go there raises an `UnsupportedParameterError` that says why.
-2. Nobody wants texts (`detokenize=False`) of a prompt that is token ids. Then it is cheaper, and with `logprobs` each
-   rank is told. Answers that go together in one request (`completion_groups`) are cheaper still, without logprobs. If
-   the route is not there, or refuses, all is as without it.
+2. Nobody wants texts (`detokenize=False`) of a prompt that is token ids. Then it is a little cheaper, and with
+   `logprobs` each rank is told. Without these, answers that go together in one request (`completion_groups`) are
+   cheaper still. If the route is not there, or refuses, all is as without it.
 
 Cassettes were recorded without the second: with one it is left out.
 """

@@ -71,11 +71,13 @@ def report(what: str, **seconds: float) -> None:
 
 
 class Generation(threading.Thread):
-    """All the prompts in one call, beside the test."""
+    """All the prompts in one call, beside the test; or others, as token ids, without their texts."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, ids: Sequence[list[int]] = ()) -> None:
         super().__init__(daemon=True)
         self._llm = load.llm
+        self._prompts: Sequence[str | list[int]] = ids or PROMPTS
+        self._params = {**PARAMS, "detokenize": not ids}
         self._outputs: list[RequestOutput] = []
         self._error: BaseException | None = None
         self._begun_at = time.monotonic()
@@ -83,7 +85,7 @@ class Generation(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._outputs = self._llm.generate(PROMPTS, PARAMS)
+            self._outputs = self._llm.generate(self._prompts, self._params)
         except BaseException as error:
             self._error = error
 
@@ -117,9 +119,10 @@ def test_a_process_killed_under_64_requests_loses_none_of_them(load: Load, name:
     llm = load.llm
     old, epoch = tree(llm), llm.status().epoch
     everything = tree_below(old["APIServer"].pid)
+    ids = llm.tokenize(PROMPTS[0])
     with engine_on_one_core(llm):  # else the first may be answered before the last are taken in
-        generation = Generation(load)
-        eventually(lambda: in_flight(llm) == IN_FLIGHT, f"{IN_FLIGHT} requests in flight")
+        generation, by_tokens = Generation(load), Generation(load, [ids])
+        eventually(lambda: in_flight(llm) == IN_FLIGHT + 1, f"{IN_FLIGHT} requests in flight, and one by token ids")
     killed_at = time.monotonic()
     old[name].kill()
     eventually(lambda: not any(is_live(process) for process in everything), "the old server is gone")
@@ -139,6 +142,8 @@ def test_a_process_killed_under_64_requests_loses_none_of_them(load: Load, name:
         ratio=first_s / load.start_s,
     )
     assert token_ids(outputs) == load.answers
+    assert token_ids(by_tokens.result()) == load.answers[:1]
+    assert by_tokens.result()[0].request_id.startswith("generate-tokens-")
     assert {output.epoch for output in outputs} == {epoch + 1}
     assert llm.status().epoch == epoch + 1
     assert set(tree(llm).values()).isdisjoint(everything)

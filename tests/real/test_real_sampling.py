@@ -287,3 +287,47 @@ def test_a_list_has_one_for_each_prompt(llm: ManagedVLLM) -> None:
     params = [SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True) for limit in limits]
     outputs = llm.generate(["a", "b", "c"], params)
     assert [len(output.outputs[0].token_ids) for output in outputs] == list(limits)
+
+
+# -- by token ids ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["whole", "streamed"])
+def test_by_token_ids_all_is_the_same_and_each_rank_is_told(llm: ManagedVLLM, resume: bool) -> None:
+    ids = llm.tokenize(str(CONVERSATION[0]["content"]))
+    given: dict[str, Any] = {"temperature": 0, "max_tokens": 48, "ignore_eos": True, "logprobs": 2}
+    wild = {**given, "temperature": 2, "seed": 3, "logprobs": 19, "n": 2}
+    for params in (given,) if resume else (given, wild, {**given, "logprobs": 0, "prompt_logprobs": 1}):
+        text = llm.generate(ids, params, resume=resume)[0]
+        tokens = llm.generate(ids, {**params, "detokenize": False}, resume=resume)[0]
+        assert (text.request_id[:5], tokens.request_id[:9]) == ("cmpl-", "generate-")
+        assert tokens.prompt_token_ids == text.prompt_token_ids == ids
+        assert (tokens.prompt_logprobs is None) is (text.prompt_logprobs is None)
+        for one, other in zip(tokens.outputs, text.outputs, strict=True):
+            assert (one.text, one.token_ids) == ("", other.token_ids)
+            assert (one.finish_reason, one.weight_versions) == (other.finish_reason, other.weight_versions)
+            assert one.weight_version == "default"
+            assert one.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=0.05)
+            assert one.logprobs is not None
+            assert other.logprobs is not None
+            for token, place, theirs in zip(one.token_ids, one.logprobs, other.logprobs, strict=True):
+                mine = [each.logprob for each in place.values()]  # equally likely candidates may be others
+                assert mine == pytest.approx([each.logprob for each in theirs.values()], abs=0.02)
+                rank = place[token].rank
+                assert rank is not None
+                assert theirs[token].rank in (rank, None)
+                assert rank > sum(each.logprob > place[token].logprob for each in place.values())
+
+
+def test_a_parameter_that_only_goes_by_token_ids(llm: ManagedVLLM) -> None:
+    prompt = "A long text to be read once, and then again. " * 20
+    params = SamplingParams(temperature=0, max_tokens=4)
+    llm.generate(prompt, params)
+    cached = llm.generate(prompt, params)[0]
+    anew = llm.generate(prompt, params.with_({"skip_reading_prefix_cache": True}))[0]
+    assert (cached.num_cached_tokens or 0) > 0
+    assert anew.num_cached_tokens == 0
+    assert (anew.prompt, anew.prompt_token_ids) == (prompt, cached.prompt_token_ids)
+    assert (anew.outputs[0].token_ids, anew.outputs[0].text) == (cached.outputs[0].token_ids, cached.outputs[0].text)
+    with pytest.raises(BadRequestError, match="enable-trace-replay"):  # the route has it, this server does not
+        llm.generate(prompt, params.with_({"trace_decode_token_ids": [5]}))

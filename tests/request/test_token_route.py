@@ -12,11 +12,11 @@ import standin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import INSTANT
-from scripted_server import QUICK, Script, client_of, says
+from scripted_server import QUICK, Script, client_of, hangs, says
 from standin_tokens import openapi as standin_openapi
 
 from managed_vllm import ManagedVLLM, RequestOutput, RestartPolicy, SamplingParams, VLLMClient
-from managed_vllm.errors import BadRequestError, UnsupportedParameterError
+from managed_vllm.errors import BadRequestError, RequestTimeoutError, UnsupportedParameterError
 from managed_vllm.request.outputs import without_texts
 from managed_vllm.request.pending import RequestStats
 from managed_vllm.request.retry import ResponseLostError
@@ -114,6 +114,21 @@ def test_a_server_that_comes_back_without_the_route_is_asked_by_completions(scri
     assert [one.outputs[0].token_ids for one in outputs] == [[7]] * 3
     assert [one.attempts for one in outputs] == [1, 2, 1]
     assert paths(scripted) == [PATH, PATH, PATH, "/v1/completions", "/v1/completions"]
+
+
+def test_a_cassette_is_not_asked(script: Callable[..., Script]) -> None:
+    scripted = script(COMPLETION)
+    with client_of(scripted) as client:
+        client.async_client.sender.one_by_one = True
+        client.generate(IDS, NO_TEXT)
+    assert paths(scripted) == ["/v1/completions"]
+
+
+def test_a_server_that_does_not_answer_is_a_matter_of_the_request(script: Callable[..., Script]) -> None:
+    with client_of(script(hangs)) as client:
+        errors = client.generate([IDS], NO_TEXT, timeout=0.2, return_exceptions=True)
+    found: list[Any] = [(type(one), getattr(one, "index", None)) for one in errors]
+    assert found == [(RequestTimeoutError, 0)]
 
 
 def test_an_older_vllm_that_does_not_tell_all_is_asked_by_completions(script: Callable[..., Script]) -> None:
