@@ -1,12 +1,14 @@
 """What the servers of a client tell of their routes: the fields of one, and whether `/inference/v1/generate` is on.
 
-Of several servers each is asked, and what counts is what all of them have: which of them a request goes to is decided
-only when it is sent. A server that comes later, or again, without a route says so then (`no_tokens_here`).
+Of several servers each is asked, and what counts is what all of them have that answer: which of them a request goes to
+is decided only when it is sent. One that comes later, or again, without a route says so then (`no_tokens_here`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,6 +20,10 @@ from managed_vllm.request.token_route import PATH
 from managed_vllm.status import Connection
 
 _IS_OFF = frozenset({403, 404, 405})
+_LOOK_S = 2.0
+"""Seconds in which one of several servers answers, or is asked no more: it may be down."""
+_READ_S = 10.0
+"""As `_LOOK_S`, for /openapi.json: vLLM takes a second of its CPU for the first one (0.32)."""
 
 
 class Sender(Protocol):
@@ -58,19 +64,25 @@ class ServerRoutes:
         if self.has_tokens is None:
             with contextlib.suppress(ManagedVLLMError):
                 servers = await sender.servers(deadline)
-                found = [await _has_tokens(sender, server, deadline) for server in servers]
-                self.has_tokens = None if None in found else all(found)
+                asked = [_has_tokens(sender, one, _bounded(deadline, one, _LOOK_S)) for one in servers]
+                known = {one for one in await asyncio.gather(*asked) if one is not None}
+                self.has_tokens = all(known) if known else None
         return bool(self.has_tokens)
 
     async def token_fields(self, sender: Sender, deadline: float | None) -> frozenset[str]:
         """The fields that `/inference/v1/generate` takes at all servers, sampling parameters included.
 
-        None where one lacks the route, or does not tell.
+        None where one lacks the route, or does not tell. Raises a `RequestError` where none answers.
         """
         if not self._token_fields:
             servers = await sender.servers(deadline)
-            found = [_token_fields(await self._told(sender, one, deadline)) for one in servers]
-            self._token_fields = frozenset.intersection(*found) if found else frozenset()
+            asked = [self._told(sender, one, _bounded(deadline, one, _READ_S)) for one in servers]
+            told = await asyncio.gather(*asked, return_exceptions=len(asked) > 1)
+            found = [_token_fields(one) for one in told if not isinstance(one, BaseException)]
+            for error in told if not found else ():
+                if isinstance(error, BaseException):
+                    raise error
+            self._token_fields = frozenset.intersection(*found)
         return self._token_fields
 
     async def _told(self, sender: Sender, server: Connection | None, deadline: float | None) -> Mapping[str, Any]:
@@ -90,13 +102,21 @@ def is_off(error: RequestError) -> bool:
     return error.status in _IS_OFF and not isinstance(error, ModelNotFoundError)
 
 
+def _bounded(deadline: float | None, server: Connection | None, seconds: float) -> float | None:
+    """The deadline, or the end of so many seconds, where the server is one of several."""
+    if server is None:
+        return deadline
+    end = time.monotonic() + seconds
+    return end if deadline is None else min(deadline, end)
+
+
 async def _openapi(sender: Sender, server: Connection | None, deadline: float | None) -> Mapping[str, Any]:
     request = JSONRequest("/openapi.json", None, "paths", "components")
     try:
         await sender.send(request, deadline, only=server)
-    except RequestTimeoutError:
-        raise
-    except RequestError:
+    except RequestError as error:
+        if isinstance(error, RequestTimeoutError) or (server is not None and error.status is None):
+            raise
         return {}
     return request.answer()
 

@@ -1,8 +1,9 @@
 """vLLM's `/inference/v1/generate`: token ids in, token ids out. What goes there, and what comes back.
 
 It takes all of vLLM's `SamplingParams`, ranks every candidate, and says which weights sampled each token. Because
-nothing becomes text, it costs the API server up to 14 % less than `/v1/completions` (benchmarks/README.md); it takes one
-prompt a request. Requests are kept in the shape of `/v1/completions` until they are sent: `wire_body` makes the other.
+nothing becomes text, it costs the API server up to 14 % less than `/v1/completions` (benchmarks/README.md). It takes
+one prompt a request. Requests are kept in the shape of `/v1/completions` until they are sent: `wire_body` makes the
+other.
 
 What to know of it (vLLM 0.32):
 

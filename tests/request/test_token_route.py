@@ -159,6 +159,22 @@ def test_of_several_servers_all_must_have_it(script: Callable[..., Script]) -> N
         ] * 4
 
 
+def test_one_of_several_servers_that_is_down_is_not_waited_for(script: Callable[..., Script]) -> None:
+    def act(client: Any) -> None:
+        path, body = up.requests[-1]
+        if path == "/openapi.json":
+            return says(standin_openapi(scale_out=True))(client)
+        (TOKENS if body.get("token_ids") else THERE)(client)
+
+    up, down = script(act), script(hangs)
+    down.close()
+    with VLLMClient([up.url, down.url], "key", "m", retry=QUICK) as client:
+        outputs = client.generate([IDS] * 3, NO_TEXT)
+        outputs += client.generate(IDS, {**NO_TEXT, "skip_reading_prefix_cache": True})
+    assert [one.outputs[0].token_ids for one in outputs] == [[7]] * 4
+    assert {path for path, body in up.requests if body} == {PATH}
+
+
 def test_what_the_route_refuses_is_asked_for_by_completions(script: Callable[..., Script]) -> None:
     """Whatever it is: so errors are those of the other route, and `--max-logprobs` counts no candidate too many."""
     refusal = says({"error": {"message": "Requested sample logprobs of 6, which is greater than max allowed: 5"}}, 400)
@@ -248,7 +264,7 @@ ranked = st.lists(st.integers(0, 10**6), min_size=30, max_size=30, unique=True)
 """The ids of a vocabulary, the likeliest first."""
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_both_routes_give_the_same_outputs(data: st.DataObject) -> None:
     """As vLLM's two routes write what its engine says: the sampled token, then the likeliest."""
@@ -350,7 +366,8 @@ def test_an_answer_goes_on_where_it_was_cut(home: Path, tmp_path: Path) -> None:
         for number, fault in enumerate(("crash", "abort", "halfstream", "streamerror", "500")):
             (faults / f"{2 * number}-{fault}").touch()
             output = llm.generate(IDS, {**NO_TEXT, "logprobs": 0}, resume=True)[0]
-            (faults / f"{2 * number + 1}-{fault}").touch()
+            if fault in ("abort", "500"):
+                (faults / f"{2 * number + 1}-{fault}").touch()
             whole = llm.generate(IDS, NO_TEXT, resume=False)[0]
             first = output.outputs[0]
             assert first.token_ids == whole.outputs[0].token_ids == standin.continuation(IDS, 200)
@@ -361,7 +378,7 @@ def test_an_answer_goes_on_where_it_was_cut(home: Path, tmp_path: Path) -> None:
             assert first.finish_reason == "length"
             assert output.request_id.startswith("generate-tokens-")
             assert (output.resumed_tokens > 0) is (fault != "500")
-            assert min(output.attempts, whole.attempts) >= 2
+            assert (output.attempts > 1, whole.attempts > 1) == (True, fault in ("abort", "500"))
 
 
 def event(ids: Sequence[int], finish: str | None = None, **more: Any) -> bytes:
