@@ -116,6 +116,19 @@ def test_a_server_that_comes_back_without_the_route_is_asked_by_completions(scri
     assert paths(scripted) == [PATH, PATH, PATH, "/v1/completions", "/v1/completions"]
 
 
+def test_an_older_vllm_spells_its_candidates(script: Callable[..., Script]) -> None:
+    def answer(*names: str) -> Any:
+        ranked = [{"token": name, "logprob": -1.0 * place} for place, name in enumerate(names)]
+        return says({"choices": [{**CHOICE, "logprobs": {"content": [{**ranked[0], "top_logprobs": ranked}]}}]})
+
+    scripted = script(THERE, answer("token_id:7", "token_id:5", "token_id:4"), answer("seven"), COMPLETION)
+    with client_of(scripted) as client:
+        first = client.generate(IDS, {**NO_TEXT, "logprobs": 1})[0].outputs[0]
+        assert [list(place) for place in first.logprobs or ()] == [[7]]  # the likeliest itself
+        client.generate(IDS, {**NO_TEXT, "logprobs": 1})
+    assert paths(scripted)[-2:] == [PATH, "/v1/completions"]
+
+
 def test_a_cassette_is_not_asked(script: Callable[..., Script]) -> None:
     scripted = script(COMPLETION)
     with client_of(scripted) as client:
