@@ -58,9 +58,8 @@ def test_a_file_that_a_server_has_mapped_is_not_its_segment(home: Path) -> None:
     weights.write_bytes(bytes(4096))
     try:
         assert cleanup.remove_shared_memory([str(weights)]) == []
-        with ManagedVLLM(
-            "m", command=standin.command(), env=standin.orders(map=[str(weights), f"/dev/shm/{old.name}"])
-        ):
+        env = standin.orders(map=[str(weights), f"/dev/shm/{old.name}"])
+        with ManagedVLLM("m", command=standin.command(), env=env, keep_alive=0):
             pass
         eventually(lambda: not directory.instances(home), "gone")
         assert weights.exists()

@@ -378,7 +378,7 @@ def test_what_users_are_is_shown_without_their_secrets(home: Path) -> None:
 
 def test_a_key_can_be_given_by_a_file(home: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text(f"{KEY}\n")
-    words = ["up", "--model", "stand-in", "--api-key-file", str(tmp_path / "key"), "--command"]
+    words = ["up", "--model", "stand-in", "--keep-alive", "0", "--api-key-file", str(tmp_path / "key"), "--command"]
     up = command_line(*words, " ".join(standin.command()), "--json")
     assert up.returncode == 0, up.stderr
     with ManagedVLLM(keep_alive=0) as llm:

@@ -68,7 +68,7 @@ def line(process: subprocess.Popen[str]) -> str:
 
 
 HOLDER = """
-with s.server(order={order!r}) as llm:
+with s.server(order={order!r}, stop_grace=0.5) as llm:
     print(llm.status().server_pid, flush=True)
     sys.stdin.readline()
 """
@@ -498,7 +498,7 @@ def test_a_bad_request_is_not_retried(home: Path) -> None:
 
 
 def test_leaving_with_a_request_in_flight_does_not_hang(home: Path) -> None:
-    llm = server(order={"ignore_sigterm": True})
+    llm = server(order={"ignore_sigterm": True}, stop_grace=0.5)
     llm.start()
     failed: list[BaseException] = []
 

@@ -115,7 +115,7 @@ def test_a_server_that_dies_under_a_request_is_waited_for(home: Path, tmp_path: 
 
 
 def test_the_sdks_timeout_is_the_callers(home: Path) -> None:
-    with server(token_s=5) as llm:
+    with server(token_s=2) as llm:
         handle = llm.openai.with_options(timeout=0.5, max_retries=0)
         with pytest.raises(openai.APITimeoutError):
             handle.chat.completions.create(model=llm.model, messages=MESSAGES, max_tokens=4)
