@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from agent_samples import screenshot
 from PIL import Image as pillow
+from processes import HANG_S
 
 from managed_vllm.agent.image_store import TEMPORARY_PREFIX, ImageStore
 from managed_vllm.agent.types import ImageRef
@@ -169,7 +170,7 @@ def test_many_threads_and_processes_put_the_same_images_at_once(images: ImageSto
         for thread in threads:
             thread.join()
         hashes = str([hashlib.sha256(each).hexdigest() for each in pictures])
-        assert [other.communicate(timeout=30)[0].strip() for other in others] == [hashes] * 3
+        assert [other.communicate(timeout=HANG_S)[0].strip() for other in others] == [hashes] * 3
     finally:
         for other in others:
             other.kill()

@@ -336,7 +336,7 @@ def test_exit_code_0_that_nobody_asked_for_is_a_crash(home: Path) -> None:
     once = RestartPolicy(max_restarts=1, backoff_initial_s=0)
     seen: list[ServerStatus] = []
     with server(order={"exit": 0, "exit_after": 1.0}, restart=once, on_status=seen.append) as llm:
-        status = llm.wait_ready(20, after_epoch=1)
+        status = llm.wait_ready(HANG_S, after_epoch=1)
         assert status.epoch == 2
         eventually(lambda: seen[-1].state is ServerState.FAILED, "given up after the second crash")
         assert seen[-1].diagnosis is not None
@@ -421,7 +421,7 @@ def test_stopped_under_a_user_is_told_to_it(home: Path) -> None:
     with server(order={"start_s": 30}, wait=False) as llm:
         llm.stop_server()
         with pytest.raises(ServerStoppedError):
-            llm.wait_ready(20)
+            llm.wait_ready(HANG_S)
 
 
 def test_a_failure_between_two_uses_is_told_once_and_then_tried_anew(home: Path, tmp_path: Path) -> None:

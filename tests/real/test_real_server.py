@@ -70,20 +70,20 @@ def test_the_openai_sdk_streams(llm: ManagedVLLM) -> None:
 def test_every_route_but_health_and_ping_wants_the_key(llm: ManagedVLLM) -> None:
     root = llm.base_url.removesuffix("/v1")
     with_key = {"Authorization": f"Bearer {llm.api_key}"}
-    routes = requests.get(f"{root}/openapi.json", headers=with_key, timeout=30).json()["paths"]
+    routes = requests.get(f"{root}/openapi.json", headers=with_key, timeout=HANG_S).json()["paths"]
     assert "/invocations" in routes
     assert "/tokenize" in routes
     # Dev-mode routes exist only by a switch; the guard does not know which paths exist, so they stand for themselves.
     paths = {*routes, "/metrics", "/docs", "/sleep", "/collective_rpc", "/reset_prefix_cache", "/no/such/route"}
     for path in paths - {"/health", "/ping"}:
         for method in ("GET", "POST", "OPTIONS"):
-            answer = requests.request(method, root + path.replace("{", "").replace("}", ""), json={}, timeout=30)
+            answer = requests.request(method, root + path.replace("{", "").replace("}", ""), json={}, timeout=HANG_S)
             assert answer.status_code == 401, f"{method} {path}: {answer.status_code}"
-    assert requests.get(f"{root}/health", timeout=30).status_code == 200
-    assert requests.get(f"{root}/ping", timeout=30).status_code == 200
+    assert requests.get(f"{root}/health", timeout=HANG_S).status_code == 200
+    assert requests.get(f"{root}/ping", timeout=HANG_S).status_code == 200
     wrong = {"Authorization": "Bearer wrong"}
-    assert requests.get(f"{root}/v1/models", headers=wrong, timeout=30).status_code == 401
-    assert requests.get(f"{root}/v1/models", headers=with_key, timeout=30).status_code == 200
+    assert requests.get(f"{root}/v1/models", headers=wrong, timeout=HANG_S).status_code == 401
+    assert requests.get(f"{root}/v1/models", headers=with_key, timeout=HANG_S).status_code == 200
 
 
 def test_the_key_is_in_no_command_line_and_the_marker_in_every_process(llm: ManagedVLLM) -> None:

@@ -108,4 +108,4 @@ def test_the_next_start_waits_for_the_memory_of_the_last_one(gpus: Gpus, home: P
         time.sleep(1.0)  # the next start would have been over by now
         assert llm.status().epoch == 1
         gpus.say((120 * MIB, []))
-        assert llm.wait_ready(20, after_epoch=1).epoch == 2
+        assert llm.wait_ready(HANG_S, after_epoch=1).epoch == 2

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import standin
-from processes import INSTANT, assert_nothing_left, eventually, is_live, tree
+from processes import HANG_S, INSTANT, assert_nothing_left, eventually, is_live, tree
 
 from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy, ServerState, ServerStatus
 from managed_vllm.errors import EngineArgumentError, EngineDiedError, ManagedVLLMError, RequestTimeoutError
@@ -59,7 +59,7 @@ def test_the_end_of_any_process_is_the_end_of_all_and_a_new_epoch(home: Path, vi
     with server(tree=True, on_status=seen.append) as llm:
         processes = tree(llm)
         processes[victim].kill()
-        assert llm.wait_ready(30, after_epoch=1).epoch == 2
+        assert llm.wait_ready(HANG_S, after_epoch=1).epoch == 2
         assert not any(is_live(process) for process in processes.values())
         eventually(lambda: seen[-1].state is ServerState.READY, "told of the second life")
         states = [(status.state, status.epoch) for status in seen]
@@ -156,7 +156,7 @@ def test_a_configuration_error_is_not_retried_at_all(home: Path, tmp_path: Path)
         assert pid is not None
         os.kill(pid, signal.SIGKILL)  # the crash is retried; what its next start says is not
         with pytest.raises(EngineArgumentError) as caught:
-            llm.wait_ready(30, after_epoch=1)
+            llm.wait_ready(HANG_S, after_epoch=1)
         assert caught.value.diagnosis.cause is Cause.INVALID_FLAG
         assert len(count.read_text().splitlines()) == 2
 
@@ -171,7 +171,7 @@ def test_a_cause_that_is_not_retried_ends_it_at_once(home: Path, tmp_path: Path)
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: seen and seen[-1].state is ServerState.FAILED, "given up")
         with pytest.raises(EngineDiedError) as caught:
-            llm.wait_ready(20)
+            llm.wait_ready(HANG_S)
         assert caught.value.diagnosis.cause is Cause.KILLED
         assert len(count.read_text().splitlines()) == 1
 
@@ -197,7 +197,7 @@ def test_leaked_shared_memory_and_sockets_are_gone_before_the_next_start(home: P
         (scratch / "a_socket").touch()
         (scratch / "vllm_dist_x").mkdir()
         _kill_at_once(llm)  # the resource tracker as well: nobody is left to tidy up
-        assert llm.wait_ready(30, after_epoch=1).epoch == 2
+        assert llm.wait_ready(HANG_S, after_epoch=1).epoch == 2
         assert not any(path.exists() for path in leaked)
         assert not (scratch / "a_socket").exists()
         assert not (scratch / "vllm_dist_x").exists()
