@@ -81,3 +81,32 @@ def tight_bounds(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def test_no_assertion_bounds_the_time_by_less_than_what_hangs() -> None:
     """What must be quick is shown by the order of events, or measured by a benchmark."""
     assert everywhere(tight_bounds) == []
+
+
+# -- order -------------------------------------------------------------------------------------------------------------
+
+
+def has_no_order(node: ast.expr) -> bool:
+    """Whether it is a set, as far as can be seen: in each process its elements come in another order."""
+    match node:
+        case ast.Set() | ast.SetComp() | ast.Call(func=ast.Name(id="set" | "frozenset")):
+            return True
+        case ast.BinOp(op=ast.Sub() | ast.BitAnd() | ast.BitOr() | ast.BitXor()):
+            return True
+    return False
+
+
+def parameters_without_order(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of each set from which `parametrize` makes tests."""
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "parametrize":
+            iterated = [part.iter for part in ast.walk(call) if isinstance(part, ast.comprehension)]
+            unpacked = [part.value for part in ast.walk(call) if isinstance(part, ast.Starred)]
+            for part in (*call.args[1:2], *iterated, *unpacked):
+                if has_no_order(part):
+                    yield part.lineno, ast.unparse(part)
+
+
+def test_each_process_finds_the_same_tests_in_the_same_order() -> None:
+    """Else pytest-xdist runs none of them."""
+    assert everywhere(parameters_without_order) == []
