@@ -1,8 +1,8 @@
 # make demo   set up .venv and run the main job
 # make train-demo   GRPO on the embedded desktop, in minutes on a CPU: a spoilt demo model learns, its server takes each step's
 #             weights; TRAIN_ARGS="--seeds 0 1 2 --curve docs/grpo.svg"
-# make test   set up, then lint, the fast tests, two at a time, and those against the real vLLM: all of them are run,
-#             and at the end it says which failed
+# make test   set up, then lint, the fast tests, AT_ONCE=3 at a time (they wait more than they compute), and those against
+#             the real vLLM: all of them are run, and at the end it says which failed
 # make coverage   the fast tests once more, and which lines they run
 # make soak   what takes hours: 500 chaos runs with the stand-in, 20 with the real vLLM, half an hour of one server with
 #             each, every matrix in full, every property with many new examples
@@ -17,6 +17,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+AT_ONCE ?= 3
 TRAIN_ARGS ?= --seeds 0
 BIN := .venv/bin
 AGAINST_VLLM := tests/request tests/server/test_diagnosis.py tests/project/test_docs.py
@@ -50,7 +51,7 @@ test: setup
 	@MAKE=$(MAKE) $(BIN)/python tools/test_parts.py lint test-fast test-real
 
 test-fast: setup
-	$(BIN)/python -m pytest -n 2 -m "not real and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(AT_ONCE) -m "not real and not gpu" $(PYTEST_ARGS)
 
 coverage: setup
 	$(BIN)/python -m pytest -n 2 -m "not real and not gpu" --cov --cov-report=term $(PYTEST_ARGS)
