@@ -231,9 +231,7 @@ STARTUP_FAILURES: tuple[StartupFailure, ...] = (
     StartupFailure("lfs_pointer_weights", Cause.CORRUPT_WEIGHTS, BrokenModelError, _lfs_pointer_weights),
     StartupFailure("wrong_shape_weights", Cause.CORRUPT_WEIGHTS, BrokenModelError, _wrong_shape_weights),
     StartupFailure("no_weights", Cause.NO_WEIGHTS, BrokenModelError, _no_weights),
-    StartupFailure(
-        "unknown_architecture", Cause.UNSUPPORTED_ARCHITECTURE, BrokenModelError, _unknown_architecture, always=True
-    ),
+    StartupFailure("unknown_architecture", Cause.UNSUPPORTED_ARCHITECTURE, BrokenModelError, _unknown_architecture),
     StartupFailure("unknown_model_type", Cause.UNSUPPORTED_ARCHITECTURE, BrokenModelError, _unknown_model_type),
     StartupFailure("no_tokenizer_json", Cause.NO_TOKENIZER, BrokenModelError, _no_tokenizer_json),
     StartupFailure(

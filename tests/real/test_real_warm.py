@@ -114,7 +114,9 @@ def test_the_processes_share_what_was_imported(both: tuple[Facts, Facts]) -> Non
     assert forked.memory < plain.memory
 
 
-@pytest.mark.parametrize("victim", ["APIServer", "EngineCore", "Worker"])
+@pytest.mark.parametrize(
+    "victim", ["EngineCore", *(pytest.param(name, marks=pytest.mark.soak) for name in ("APIServer", "Worker"))]
+)
 def test_the_end_of_any_process_is_the_end_of_all_and_the_next_is_forked(home: Path, victim: str) -> None:
     with ManagedVLLM("demo", keep_alive=0, warm=True, restart=AT_ONCE) as llm:
         before = answers(llm, temperature=0)
