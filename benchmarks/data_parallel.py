@@ -1,6 +1,6 @@
 """`replicas=2` against vLLM's own `data_parallel_size=2`, and against one server: the demo model, the same load.
 
-    python benchmarks/data_parallel.py              three minutes; on a CPU, or two GPUs
+    python benchmarks/data_parallel.py              two minutes; on a CPU, or two GPUs
     python benchmarks/data_parallel.py --rounds 1   the same in short
 
 Of each: how long a cold start takes, what memory the supervisor has and all that it has started (PSS), generated
