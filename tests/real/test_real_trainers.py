@@ -59,7 +59,7 @@ def test_verls_agent_loop_plays_the_desktop(llm: ManagedVLLM, monkeypatch: pytes
         assert all(score <= 0 for score in one.response_logprobs)
 
 
-def test_trls_trainer_learns_from_our_rollouts_and_the_server_has_its_weights(llm: ManagedVLLM) -> None:
+def test_trls_trainer_trains_on_our_rollouts_and_the_server_has_its_weights(llm: ManagedVLLM) -> None:
     pytest.importorskip("trl")
     command = [sys.executable, str(EXAMPLES / "trainers" / "trl_rollouts.py"), "2"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=500)
