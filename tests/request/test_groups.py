@@ -311,7 +311,7 @@ def test_max_in_flight_counts_prompts() -> None:
 
     with acting(act) as server, client_of(server, max_in_flight=6) as client:
         client.generate(["x"] * 100, SHORT)
-        assert max(sizes(server)) == 6
+        assert 1 < max(sizes(server)) <= 6  # how many go together is not promised
         assert server.most_prompts <= 6
 
 
