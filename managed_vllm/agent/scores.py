@@ -182,7 +182,8 @@ class ScoreWriter:
     def _begun(self, overwrite: bool) -> io.BufferedWriter:
         """The unfinished file, with what need not be done again."""
         if self._is_same(_head_of(self._unfinished)):
-            end = 0
+            with self._unfinished.open("rb") as unfinished:
+                end = len(unfinished.readline())
             for line, (offset, size) in _lines(self._unfinished):
                 end = offset + size
                 self._know(line)

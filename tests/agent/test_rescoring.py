@@ -340,6 +340,22 @@ def test_killed_in_the_middle_the_same_command_goes_on(run: Path) -> None:
     assert set(rewards(run, "dies").values()) == {0.75}
 
 
+def test_ctrl_c_before_the_first_score_loses_none_of_the_next_call(run: Path) -> None:
+    interrupted = True
+
+    def slow(trajectory: Trajectory) -> float:
+        if interrupted:
+            raise KeyboardInterrupt
+        return 0.5
+
+    with pytest.raises(KeyboardInterrupt):
+        scored(run, slow)
+    interrupted = False
+    assert scored(run, slow).scored == 6
+    assert set(rewards(run, "slow").values()) == {0.5}
+    assert scored(run, slow).kept == 6
+
+
 def test_the_command_scores_names_what_raised_and_view_and_export_show_the_score(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
