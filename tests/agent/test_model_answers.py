@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -208,6 +209,16 @@ def test_nothing_but_the_typed_error(name: str, count: int) -> None:
             assert all(action_from_dict(action_to_dict(action)) == action for action in response.actions)
         assert 0 <= start <= end <= len(text)
     assert 0 < read < count
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_answer_nested_however_deep_is_an_action_or_the_typed_error(name: str) -> None:
+    agent = FORMATS[name]()
+    for depth in (2, 300, 600, 900, 990, 20_000):
+        for core in ('{"action_type": "click", "x": 1, "y": 2}', '{"name": "click_at", "args": {"x": 1, "y": 2}}', "1"):
+            for opened, closed in (("[", "]"), ("(", ")"), ('{"action": ', "}"), ('[{"action": ', "}]")):
+                with contextlib.suppress(ActionParseError):
+                    assert parsed(agent, opened * depth + core + closed * depth).actions
 
 
 @pytest.mark.no_cover

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, Unpack
 
 from managed_vllm.agent.actions.coordinates import Coordinates, Frame, FrameOptions
-from managed_vllm.agent.actions.json_actions import Reader, begin_of, values_in
+from managed_vllm.agent.actions.json_actions import Reader, begin_of, each_of, values_in
 from managed_vllm.agent.actions.rows import GOALS, ActionRow, Field, Values, pressed, read_row, told
 from managed_vllm.agent.actions.values import (
     Action,
@@ -131,13 +131,12 @@ def parse_android_world(
     before, found = values_in(text, _BEGIN, _EXAMPLE)
     for value, start, end in found:
         reader.span = start, end
-        actions += _read(reader, value)
+        for one in each_of(value):
+            actions += _read(reader, one)
     return ParsedResponse(before.removeprefix(_LABEL).strip(), tuple(actions))
 
 
 def _read(reader: Reader, value: Any) -> list[Action]:
-    if isinstance(value, list) and value:
-        return [action for each in value for action in _read(reader, each)]
     if not isinstance(value, Mapping):
         reader.fail(f"an action must be an object, not {type(value).__name__}")
     given = {key: each for key, each in value.items() if key != "action_type"}

@@ -27,7 +27,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Unpack
 
 from managed_vllm.agent.actions.coordinates import Coordinates, Frame, FrameOptions
-from managed_vllm.agent.actions.json_actions import Reader, values_in
+from managed_vllm.agent.actions.json_actions import Reader, each_of, values_in
 from managed_vllm.agent.actions.rows import ActionRow, Field, Point, Values, call_in, holding, pressed, read_row
 from managed_vllm.agent.actions.values import (
     Action,
@@ -326,7 +326,8 @@ def parse_computer_use(
         actions = []
         for value, start, end in found:
             calls.reader.span = len(begin) + start, len(begin) + end
-            actions += calls.of(value)
+            for call in each_of(value):
+                actions += calls.of(call)
     thoughts = ((match[2] if match else "").strip(), _THOUGHT.sub("", before).strip())
     return ParsedResponse("\n".join(filter(None, thoughts)), tuple(actions))
 
@@ -390,9 +391,7 @@ class _Calls:
         self.reader = reader
 
     def of(self, value: Any) -> list[Action]:
-        """The actions of a JSON value: a call, a list of them, or the arguments alone."""
-        if isinstance(value, list) and value:
-            return [action for each in value for action in self.of(each)]
+        """The actions of a JSON value: a call, or its arguments alone."""
         if not isinstance(value, Mapping):
             self.reader.fail(f"a call must be an object, not {type(value).__name__}")
         name, arguments = call_in(self.reader, value)

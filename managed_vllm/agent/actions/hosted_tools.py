@@ -20,7 +20,7 @@ from typing import Any, Literal, Unpack
 
 from managed_vllm.agent.actions.computer_use import ACTIONS_READ
 from managed_vllm.agent.actions.coordinates import Coordinates, Frame, FrameOptions
-from managed_vllm.agent.actions.json_actions import Reader, values_in
+from managed_vllm.agent.actions.json_actions import Reader, each_of, values_in
 from managed_vllm.agent.actions.rows import (
     ActionRow,
     Field,
@@ -267,7 +267,8 @@ def parse_hosted(
     before, found = values_in(text)
     for value, start, end in found:
         reader.span = start, end
-        actions += _read(reader, shape, value)
+        for call in each_of(value):
+            actions += _read(reader, shape, call)
     return ParsedResponse(before, tuple(actions))
 
 
@@ -280,8 +281,6 @@ def _ended(reader: Reader) -> ParsedResponse:
 
 
 def _read(reader: Reader, shape: Shape, call: Any) -> list[Action]:
-    if isinstance(call, list) and call:
-        return [action for each in call for action in _read(reader, shape, each)]
     if not isinstance(call, Mapping):
         reader.fail(f"a call must be an object, not {type(call).__name__}")
     name, given = call_in(reader, call)

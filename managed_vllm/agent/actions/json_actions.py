@@ -241,6 +241,11 @@ _THOUGHT_LABEL = re.compile(r"\A\s*+(?:Thought|Reasoning)[:：]\s*+", re.IGNOREC
 _ACTION_LABEL = re.compile(r"(?:\A|\n)[ \t*#]{0,8}Actions?[*]{0,2}[:：]?[*]{0,2}\s*\Z", re.IGNORECASE)
 
 
+def each_of(value: Any) -> list[Any]:
+    """The calls in one JSON value: a list of them, or one. Lists in lists are none: models write them without end."""
+    return value if isinstance(value, list) and value else [value]
+
+
 def values_in(
     text: str, begins: re.Pattern[str] = _BEGIN, example: str = _EXAMPLE
 ) -> tuple[str, list[tuple[Any, int, int]]]:
