@@ -14,7 +14,7 @@ from typing import Any
 
 from managed_vllm.engine_state import PauseMode
 from managed_vllm.errors import EngineControlError, EngineLostError, EngineTimeoutError, EngineUnsupportedError
-from managed_vllm.in_server.managed_vllm_guard import USE
+from managed_vllm.in_server.managed_vllm_guard import SUPERVISOR_AGENT, USE
 from managed_vllm.masking import Secret
 from managed_vllm.server.lean_httpx import httpx
 from managed_vllm.status import Connection
@@ -54,7 +54,9 @@ class EngineRoutes:
     def __init__(self, connection: Connection, key: Secret) -> None:
         """`key` is the one that the server wants for these routes."""
         # vLLM closes a connection after an error of its own, which a request that is sent at once would run into.
-        self._headers = {"Authorization": f"Bearer {key.reveal()}", "Connection": "close"}
+        # With the variables of a trainer the key is that of users: the guard knows us by the agent.
+        agent = SUPERVISOR_AGENT.decode()
+        self._headers = {"Authorization": f"Bearer {key.reveal()}", "User-Agent": agent, "Connection": "close"}
         self._root = connection.base_url.removesuffix("/v1")
         transport = httpx.AsyncHTTPTransport(uds=connection.uds, verify=False)  # as in `probe`
         self._client = httpx.AsyncClient(trust_env=False, transport=transport)

@@ -10,6 +10,7 @@ import pytest
 from scripted_server import Act, Script, hangs, says, sends
 
 from managed_vllm.errors import EngineControlError, EngineLostError, EngineTimeoutError, EngineUnsupportedError
+from managed_vllm.in_server.managed_vllm_guard import SUPERVISOR_AGENT
 from managed_vllm.masking import Secret
 from managed_vllm.server.engine_routes import EngineRoutes
 from managed_vllm.status import Connection
@@ -40,6 +41,7 @@ def test_a_call_says_what_it_was_asked_for(script: Callable[..., Script]) -> Non
         return version
 
     assert ask(server, calls) == "v2"
+    assert {one["user-agent"].encode() for one in server.headers} == {SUPERVISOR_AGENT}  # the guard knows us by it
     assert server.requests == [
         ("/collective_rpc", {"method": "managed_vllm_reload", "kwargs": {"weights_path": "/ck"}}),
         ("/weight_info", None),
