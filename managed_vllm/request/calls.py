@@ -219,9 +219,11 @@ class Call:
         resume: bool | None,
         timeout_s: float | None,
     ) -> bool:
-        groups = None if resume else self._grouped(body, deadline, timeout_s)
-        grouped = groups is not None and completions(body).key(body) is not None
-        return self._by_tokens.takes(body, self._params(index, chat=False), grouped=grouped)
+        def grouped() -> bool:
+            groups = None if resume else self._grouped(body, deadline, timeout_s)
+            return groups is not None and completions(body).key(body) is not None
+
+        return self._by_tokens.takes(body, self._params(index, chat=False), grouped)
 
     def _grouped(self, body: Mapping[str, Any], deadline: float | None, timeout_s: float | None) -> Groups | None:
         """The groups of this call; None where each prompt goes alone."""

@@ -14,7 +14,7 @@ Cassettes were recorded without the second: with one it is left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from managed_vllm.errors import AuthenticationError, BadRequestError, UnsupportedParameterError
@@ -79,10 +79,10 @@ class ByTokens:
         names = [name for name in ONLY_BY_TOKENS if body.get(name) is not None]
         return [*names, VERSIONS] if self._versions else names
 
-    def takes(self, body: Mapping[str, Any], params: SamplingParams | None, *, grouped: bool) -> bool:
+    def takes(self, body: Mapping[str, Any], params: SamplingParams | None, grouped: Callable[[], bool]) -> bool:
         """Whether a request in the shape of `/v1/completions` goes by the route.
 
-        `grouped`: it would go together with others by `/v1/completions`. Raises `UnsupportedParameterError`.
+        `grouped`: whether it would go together with others by `/v1/completions`. Raises `UnsupportedParameterError`.
         """
         if needed := self._needed(body):
             why = self._why_not(body, params)
@@ -92,7 +92,7 @@ class ByTokens:
         if not self._is_there or params is None or params.detokenize or not isinstance(body.get("prompt"), list):
             return False
         logprobs = body.get("logprobs")
-        if grouped and logprobs is None:
+        if logprobs is None and grouped():
             return False
         return (logprobs is None or 0 <= logprobs <= MOST_CANDIDATES) and obstacle(body) is None
 
