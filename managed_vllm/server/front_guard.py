@@ -85,18 +85,21 @@ class Replicas:
     """The replicas that are up now, by their base URLs without `/v1`."""
 
     def __init__(self) -> None:
-        self.urls: tuple[str, ...] = ()
         self.numbers: dict[str, str] = {}
         self.changed = asyncio.Event()
         self.in_flight: Counter[str] = Counter()
         self._turn = itertools.count(1)
         self._given: dict[str, int] = {}
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Their base URLs."""
+        return tuple(self.numbers)
+
     def serve(self, urls: Mapping[str, str]) -> None:
         """From now on these, by their numbers, and no others."""
         self.numbers = {url.rstrip("/").removesuffix("/v1"): number for number, url in urls.items()}
-        self.urls = tuple(self.numbers)
-        self._given = {url: self._given.get(url, 0) for url in self.urls}
+        self._given = {url: self._given.get(url, 0) for url in self.numbers}
         self.changed.set()
 
     def in_order(self, session: str | None) -> list[str]:
@@ -226,25 +229,23 @@ class Guard:
 
     async def _metrics(self) -> web.Response:
         """Without those that don't answer."""
-        from managed_vllm import exposition  # a third of the time in which this process starts
-
-        found = await asyncio.gather(*map(self._metrics_of, self._replicas.urls))
-        texts = [({"replica": number}, text) for number, text in found if text]
+        numbers = self._replicas.numbers  # those of now: others may be served before all have answered
+        found = await asyncio.gather(*map(self._metrics_of, numbers))
+        texts = [({"replica": number}, text) for number, text in zip(numbers.values(), found, strict=True) if text]
         if not texts:
             return _error(503, "ServiceUnavailableError", "no replica tells its metrics")
-        body = await asyncio.to_thread(lambda: exposition.exposed(exposition.merged(texts)))
-        return web.Response(body=body, headers={"Content-Type": exposition.CONTENT_TYPE})
+        return await asyncio.to_thread(_merged_metrics, texts)
 
-    async def _metrics_of(self, url: str) -> tuple[str, str]:
-        number = self._replicas.numbers[url]
+    async def _metrics_of(self, url: str) -> str:
+        """Empty: it does not answer."""
         try:
             async with (
                 asyncio.timeout(_METRICS_S),
                 self._direct.get(f"{url}/metrics", headers={"Authorization": self._bearer}) as answer,
             ):
-                return number, await answer.text() if answer.status == 200 else ""
+                return await answer.text() if answer.status == 200 else ""
         except (aiohttp.ClientError, TimeoutError, OSError):
-            return number, ""
+            return ""
 
     def _ways(self, request: web.Request, body: bytes | None) -> list[Way]:
         direct = self._direct_ways(request)
@@ -327,6 +328,14 @@ async def _passed_back(way: Way, request: web.Request, upstream: aiohttp.ClientR
         raise CutError
     await response.write_eof()
     return response
+
+
+def _merged_metrics(texts: Sequence[tuple[Mapping[str, str], str]]) -> web.Response:
+    """For a thread: the import alone takes a tenth of a second, which no start of this process need wait for."""
+    from managed_vllm import exposition
+
+    body = exposition.exposed(exposition.merged(texts))
+    return web.Response(body=body, headers={"Content-Type": exposition.CONTENT_TYPE})
 
 
 def _is_a_cut_stream(upstream: aiohttp.ClientResponse, last: bytes) -> bool:
