@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,10 @@ from managed_vllm.status import Connection, is_loopback
 log = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
+GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""Which ports the kernel gives to whoever asks for any."""
+_LOWEST_PORT, _FEWEST_PORTS = 10_000, 1_000
+_PORTS_TRIED = 50
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,27 @@ def reachable(host: str | None) -> str:
 
 
 def _free_port(host: str) -> int:
+    """A free port, where possible none of those that the kernel gives to connections and to port 0.
+
+    Up to minutes pass until vLLM, which is being imported, binds it, and again after each restart. One of the kernel's
+    would now and then be somebody's by then.
+    """
+    for port in _ports_not_given():
+        if _is_free(host, port):
+            return port
+    return _given_port(host)
+
+
+def _ports_not_given() -> Iterator[int]:
+    try:
+        room = int(GIVEN_PORTS.read_text().split()[0]) - _LOWEST_PORT
+    except (OSError, ValueError, IndexError):
+        return
+    if room >= _FEWEST_PORTS:
+        yield from (_LOWEST_PORT + secrets.randbelow(room) for _ in range(_PORTS_TRIED))
+
+
+def _given_port(host: str) -> int:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:

@@ -70,6 +70,23 @@ def test_the_next_epoch_keeps_the_port_unless_somebody_took_it(instance: Instanc
         assert prepare(instance, order(), first).port != first
 
 
+def test_the_kernel_gives_the_port_to_nobody_else_meanwhile(instance: Instance) -> None:
+    lowest_given = int(launch.GIVEN_PORTS.read_text().split()[0])
+    if lowest_given < 11_000:
+        pytest.skip("the kernel gives nearly all ports of this machine")
+    assert 10_000 <= (prepare(instance, order()).port or 0) < lowest_given
+
+
+def test_where_the_kernel_gives_nearly_all_ports_it_gives_ours(
+    instance: Instance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "range"
+    given.write_text("1024\t60999\n")
+    monkeypatch.setattr(launch, "GIVEN_PORTS", given)
+    with socket.create_server(("127.0.0.1", prepare(instance, order()).port or 0)):
+        pass
+
+
 def test_a_port_that_was_asked_for_is_taken_as_it_is(instance: Instance) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
