@@ -23,6 +23,7 @@ orders of the environment variable STANDIN, a JSON object:
     poison       a text: a request with that in it ends the server
     map          the server maps these files for as long as it runs
     scale_out    true: it has /inference/v1/generate, as with --enable-scale-out; a path: once that exists
+    hold         [n, path]: after n generation requests the others wait until that path exists
     used         a folder in which it locks a file for each of its GPUs; where it can't, it makes `<GPU>-twice`
 
 A file named `<number>-<kind>` in the folder `faults` is claimed by the next generation request of more than one token
@@ -60,7 +61,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -120,18 +121,24 @@ def orders(**what: Any) -> dict[str, str]:
 class Faults:
     """The folder of ordered faults. Each is claimed by exactly one request, of whichever life of the server."""
 
-    def __init__(self, folder: str | None, crash_at: int | None) -> None:
+    def __init__(self, folder: str | None, crash_at: int | None, hold: tuple[int, str] | None = None) -> None:
         self._folder = folder
         self._crash_at = crash_at
+        self._free, self._until = hold or (0, "/")
         self._requests = 0
         self._lock = threading.Lock()
 
-    def claim(self) -> str | None:
-        """The kind of fault that the request at hand meets; None for none."""
+    def claim(self, is_gone: Callable[[], bool]) -> str | None:
+        """The kind of fault that the request at hand meets; None for none. Raises `_Gone`: it was held so long."""
         with self._lock:
             self._requests += 1
-            if self._requests == self._crash_at:
-                return "crash"
+            number = self._requests
+        while number > self._free and not os.path.exists(self._until):
+            if is_gone():
+                raise _Gone
+            time.sleep(0.05)
+        if number == self._crash_at:
+            return "crash"
         if self._folder is None:
             return None
         try:
@@ -311,7 +318,7 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, KeyError, TypeError) as error:
             return self._error(400, f"{type(error).__name__}: {error}")
         time.sleep(float(body.get("standin_sleep", 0)))
-        kind = None if asked.is_probe else self.faults.claim()
+        kind = None if asked.is_probe else self.faults.claim(self._client_is_gone)
         try:
             used = self.control.in_use() if not asked.is_probe else contextlib.nullcontext()
             with used, self.control.in_flight(self._client_is_gone):
@@ -644,7 +651,7 @@ def main() -> None:
     Handler.scale_out = order.get("scale_out", False)
     Handler.control = Control(paused=bool(order.get("paused")), **order.get("control", {}))
     Handler.poison = str(order.get("poison", "")).encode()
-    Handler.faults = Faults(order.get("faults"), order.get("crash_at"))
+    Handler.faults = Faults(order.get("faults"), order.get("crash_at"), order.get("hold"))
     if "exit_after" in order:
         threading.Timer(order["exit_after"], os._exit, [order.get("exit", 1)]).start()
     threading.Thread(target=_fall_with, args=[engine], daemon=True).start()
