@@ -47,6 +47,7 @@ import managed_vllm_arguments as arguments  # type: ignore[import-not-found]
 import managed_vllm_lifeline as lifeline  # type: ignore[import-not-found]
 import managed_vllm_openmp as openmp  # type: ignore[import-not-found]
 import managed_vllm_patches as patches  # type: ignore[import-not-found]
+import managed_vllm_segments as segments  # type: ignore[import-not-found]
 
 MESSAGE_LIMIT = 1 << 20
 """Longest message in bytes, either way."""
@@ -228,6 +229,7 @@ class _Image:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        segments.name_after_server(os.environ.get(lifeline.MARKER), os.environ.get(lifeline.REPLICA))
         _restore_signals(self._signals)
         _renew_random_state()
         sys.meta_path.insert(0, _Recorder(imports))

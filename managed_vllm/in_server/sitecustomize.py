@@ -18,9 +18,11 @@ def _run_shadowed() -> None:
 try:
     # beside this file, on the server's PYTHONPATH
     import managed_vllm_arguments  # type: ignore[import-not-found]
-    import managed_vllm_lifeline  # type: ignore[import-not-found]
+    import managed_vllm_lifeline as lifeline  # type: ignore[import-not-found]
+    import managed_vllm_segments  # type: ignore[import-not-found]
 
-    managed_vllm_lifeline.at_interpreter_start()
+    lifeline.at_interpreter_start()
     managed_vllm_arguments.fill_in()
+    managed_vllm_segments.name_after_server(os.environ.get(lifeline.MARKER), os.environ.get(lifeline.REPLICA))
 finally:
     _run_shadowed()

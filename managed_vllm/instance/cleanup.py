@@ -2,8 +2,8 @@
 
 What must hold: nothing is touched that is not ours. A process is known by the marker in its environment, which has a
 token of the state directory in it, and by its namespaces: the same path elsewhere is another instance. A reused pid is
-known by its start time; a scratch folder and a shared memory segment, whose paths come from a record, by name, kind and
-owner.
+known by its start time; a scratch folder and a shared memory segment by name, kind and owner: their paths come from a
+record, or the segment's name is its server's (`managed_vllm.in_server.managed_vllm_segments`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from managed_vllm.in_server import managed_vllm_lifeline as lifeline
+from managed_vllm.in_server import managed_vllm_segments as segments
 from managed_vllm.instance.directory import Instance, is_own_directory
 from managed_vllm.instance.namespaces import is_elsewhere
 from managed_vllm.socket_paths import short_temporary_folder
@@ -174,6 +175,18 @@ def shared_memory_of(pids: Iterable[int]) -> set[str]:
     return found
 
 
+def named_shared_memory(instance: Instance, marker: str | None = None) -> set[str]:
+    """Paths of the segments and semaphores that Python named after the instance's server, also if nobody has seen them.
+
+    Of one replica's where the instance is one. `marker` as for `marked_processes`.
+    """
+    replica = None if instance.replica is None else lifeline.replica_value(instance.replica)
+    with contextlib.suppress(OSError):  # also from the state directory, which may be gone
+        names = segments.prefixes(marker or instance.marker, replica)
+        return {SHARED_MEMORY + name for name in os.listdir(SHARED_MEMORY) if name.startswith(names)}
+    return set()
+
+
 class NewSharedMemory:
     """What processes have mapped below /dev/shm, less what was there before: made just before they are started."""
 
@@ -225,9 +238,9 @@ def remove_recorded(record: Mapping[str, Any]) -> None:
     """Removes what a record says that its server, now ended, had outside of its folder."""
     if isinstance(record.get("scratch"), str):
         remove_scratch(Path(record["scratch"]))
-    segments = record.get("shared_memory")
-    if isinstance(segments, list):
-        remove_shared_memory(path for path in segments if isinstance(path, str))
+    paths = record.get("shared_memory")
+    if isinstance(paths, list):
+        remove_shared_memory(path for path in paths if isinstance(path, str))
     for replica in replicas_in(record):
         remove_recorded(replica)
 
@@ -239,13 +252,14 @@ def replicas_in(record: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def remove_instance(instance: Instance) -> None:
-    """Removes the folder, and what its record names outside of it.
+    """Removes the folder, and what its record and its server's names tell of outside of it.
 
     Only for the holder of the instance's start lock, when no process of it is left.
     """
     record = instance.read_record()
     if record is not None:
         remove_recorded(record)
+    remove_shared_memory(named_shared_memory(instance))
     instance.remove_folder()
 
 

@@ -93,6 +93,7 @@ class Footprint:
         if strays:
             log.warning("ending processes left by a predecessor: %s", [stray.pid for stray in strays])
             await asyncio.to_thread(cleanup.end_processes, strays)
+        await asyncio.to_thread(lambda: cleanup.remove_shared_memory(cleanup.named_shared_memory(instance)))
         if record is not None:
             await asyncio.to_thread(cleanup.remove_recorded, record)
             pid = record.get("server_pid")

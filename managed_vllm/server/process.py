@@ -271,6 +271,7 @@ class ServerProcess:
                 await asyncio.sleep(0.02)
         for process in list(self._descendants):
             self._unfollow(process)
+        shared_memory |= await asyncio.to_thread(cleanup.named_shared_memory, self._instance, self._marker)
         removed = await asyncio.to_thread(cleanup.remove_shared_memory, shared_memory)
         if removed:
             log.info("removed shared memory %s", removed)

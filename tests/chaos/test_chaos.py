@@ -11,8 +11,6 @@ from chaos.plan import plan_for, real_plan_for
 from chaos.run import run_many
 
 SEEDS = (1000, 1002, 1009)
-"""In none of them is a server with shared memory killed while it starts: until it is ready its supervisor looks once a
-second what it has, and on a busy machine a start takes longer than the strikes are apart."""
 
 
 def test_a_plan_follows_from_its_seed_alone() -> None:

@@ -44,6 +44,38 @@ def test_a_segment_that_nobody_maps_is_removed_and_one_in_use_is_not() -> None:
         used.unlink()
 
 
+def named_after(instance: Instance) -> set[str]:
+    """What a process of the instance's server has left in /dev/shm, having ended without tidying up."""
+    code = (
+        "import multiprocessing, os; from multiprocessing import resource_tracker, shared_memory\n"
+        "resource_tracker.register = lambda *_: None\n"
+        "segment = shared_memory.SharedMemory(create=True, size=4096)\n"
+        "semaphore = multiprocessing.get_context('spawn').Lock()\n"
+        "print(segment.name, 'sem.' + semaphore._semlock.name[1:], flush=True); os._exit(0)"
+    )
+    env = {**os.environ, lifeline.MARKER: instance.marker, "PYTHONPATH": str(Path(lifeline.__file__).parent)}
+    if instance.replica is not None:
+        env[lifeline.REPLICA] = lifeline.replica_value(instance.replica)
+    done = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return {f"/dev/shm/{name}" for name in done.stdout.split()}
+
+
+def test_what_a_server_has_made_is_known_by_its_name_and_goes_with_its_instance(home: Path) -> None:
+    whole = Instance(directory.state_home(), "m-0123456789")
+    first, second = named_after(whole.of_replica(1)), named_after(whole.of_replica(2))
+    neighbour = Instance(whole.home, "n-0123456789")
+    others = named_after(neighbour)
+    try:
+        assert cleanup.named_shared_memory(whole.of_replica(1)) == first
+        assert cleanup.named_shared_memory(whole) == first | second
+        cleanup.remove_instance(whole)
+        assert not any(Path(path).exists() for path in first | second)
+        assert all(Path(path).exists() for path in others)
+    finally:
+        cleanup.remove_instance(neighbour)
+    assert not any(Path(path).exists() for path in others)
+
+
 def test_nothing_outside_of_shared_memory_is_removed_whatever_a_record_says(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.touch()

@@ -76,7 +76,7 @@ DOORS = {
         "in_server.managed_vllm_guard",
         "in_server.managed_vllm_lifeline",
     },
-    ("instance", "in_server"): {"in_server.managed_vllm_lifeline"},
+    ("instance", "in_server"): {"in_server.managed_vllm_lifeline", "in_server.managed_vllm_segments"},
     ("supervisor", "in_server"): {"in_server.managed_vllm_lifeline"},
     ("server", "in_server"): {
         "in_server.managed_vllm_arguments",

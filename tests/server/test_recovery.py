@@ -232,11 +232,25 @@ def test_shared_memory_of_a_server_whose_supervisor_was_killed_is_removed_by_dow
     assert_nothing_left(home)
 
 
+def test_shared_memory_that_nobody_has_seen_is_removed_when_a_starting_server_dies_as_a_whole(
+    home: Path, tmp_path: Path
+) -> None:
+    """Killed in the moment in which the Worker has made it; the supervisor looks once a second what there is."""
+    noted = tmp_path / "segments"
+    with server(tree=True, shm=str(noted), start_s=600, wait=False) as llm:
+        llm.start()
+        (segment,) = eventually(lambda: noted.exists() and noted.read_text().split(), "made")
+        _kill_at_once(llm)
+        eventually(lambda: llm.status().epoch >= 2, "a new epoch")
+        assert not Path(segment).exists()
+    assert_nothing_left(home)
+    assert not any(Path(path).exists() for path in noted.read_text().split())
+
+
 def _kill_at_once(llm: ManagedVLLM) -> None:
     """SIGKILL for each process of the server in the same instant: all of them are stopped before."""
-    record = directory.Instance(directory.state_home(), str(llm.id)).read_record()  # the supervisor may be stopped
-    assert record is not None
-    root = psutil.Process(record["server_pid"])
+    instance = directory.Instance(directory.state_home(), str(llm.id))  # its supervisor may be stopped
+    root = psutil.Process(eventually(lambda: (instance.read_record() or {}).get("server_pid"), "recorded"))
     family = [root, *root.children(recursive=True)]
     for process in family:
         process.suspend()

@@ -227,6 +227,19 @@ def test_the_key_is_in_no_environment_and_on_no_command_line(home: Path, tmp_pat
             assert key not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
 
 
+def test_the_shared_memory_of_replicas_bears_the_name_of_each(home: Path, tmp_path: Path) -> None:
+    """All of them are forked from one image, which is marked as none of them."""
+    noted = tmp_path / "segments"
+    variables = {**fake_vllm.write(tmp_path), **standin.orders(tree=True, shm=str(noted))}
+    with ManagedVLLM("stand-in", env=variables, keep_alive=INSTANT, warm=True, replicas=2, progress=False):
+        instance = instance_of(home)
+        both = [cleanup.named_shared_memory(instance.of_replica(number)) for number in (0, 1)]
+        made = set(noted.read_text().split())
+        assert [len(paths & made) for paths in both] == [1, 1]
+    assert_nothing_left(home)
+    assert not any(Path(path).exists() for path in made)
+
+
 @pytest.mark.parametrize("moment", ["importing", "serving"])
 def test_nothing_is_left_when_the_supervisor_is_killed(home: Path, tmp_path: Path, moment: str) -> None:
     slow = {"v1/engine/core.py": "import time\ntime.sleep(3600)\n"} if moment == "importing" else {}
