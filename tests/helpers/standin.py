@@ -5,13 +5,16 @@ orders of the environment variable STANDIN, a JSON object:
 
     start_s      seconds of "loading" before it listens            say        lines to print before anything else
     exit         exit code (or "SIGKILL") with which it ends instead of serving
-    exit_after seconds of serving, then exit with `exit`
+    exit_after seconds after its first answer to a user (a probe is none), then exit with `exit`
+    held       a path: before anything but `count` it waits until that exists
     silent       true: never listens, never says anything          ignore_sigterm  true
     count        file to which it appends a line at each start     token_s    seconds per token, default 0
     tree         true: EngineCore and Worker are processes below it, as vLLM's; else threads in it
     max_seqs     requests that run at once, default 256; the others wait
     faults       folder in which faults are ordered while it runs, see below
-    crash_at     n: the n-th generation request crashes it         lose_port  true: after a second it listens no more
+    crash_at     n: the n-th generation request crashes it
+    lose_port    true: after a second it listens no more; a path: once that exists, which it removes
+    falls        a path: when its engine is dead it ends once that exists, and not a moment later
     orphans      true: leaves a process in a session of its own, with its environment, deaf to SIGTERM
     steal_port   true: a stranger takes the port before it, and it ends; a path: only once, after which the path exists
     once         a path: the first start makes it; where it exists, vLLM's command line is refused, with exit code 2
@@ -30,7 +33,7 @@ A file named `<number>-<kind>` in the folder `faults` is claimed by the next gen
 (renamed to `<name>.claimed`) and acted upon once, where it fits after half of that request's tokens:
 
     crash crash-engine crash-worker        that process ends at once
-    hang-api hang-engine hang-worker       that process does nothing any more; hang-api: no request is answered
+    hang-api hang-engine hang-worker       that process does nothing any more; hang-api: after the word HANGS
     500 503                                that status
     abort                                  HTTP 200, half of the tokens, finish_reason "abort"
     truncated halfstream                   HTTP 200, the connection is cut in the middle of the answer
@@ -251,6 +254,8 @@ class Handler(BaseHTTPRequestHandler):
     scale_out: bool | str = False
     faults = Faults(None, None)
     engine: Engine | None = None
+    used = threading.Event()
+    """Set once a user has been answered."""
 
     def address_string(self) -> str:
         return "local"
@@ -323,6 +328,8 @@ class Handler(BaseHTTPRequestHandler):
             used = self.control.in_use() if not asked.is_probe else contextlib.nullcontext()
             with used, self.control.in_flight(self._client_is_gone):
                 self._generate(asked, kind, float(body.get("standin_token_s", self.token_s)))
+            if not asked.is_probe:
+                self.used.set()
         except EngineDead:
             self._error(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
 
@@ -414,6 +421,7 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(1)
         if cut == "hang-api":
             _hung.set()
+            print("HANGS", flush=True)
         self._gate()
 
     def _whole(self, asked: _Asked, tokens: Iterator[list[tuple[int, int]]], cut: str | None) -> None:
@@ -618,6 +626,8 @@ def main() -> None:
     if "count" in order:
         with open(order["count"], "a") as count:
             count.write(f"{os.getpid()}\n")
+    if "held" in order:
+        _wait_for(order["held"])
     for line in order.get("say", ()):
         print(line, flush=True)
     if "once" in order and not _is_first(order["once"]):
@@ -653,8 +663,8 @@ def main() -> None:
     Handler.poison = str(order.get("poison", "")).encode()
     Handler.faults = Faults(order.get("faults"), order.get("crash_at"), order.get("hold"))
     if "exit_after" in order:
-        threading.Timer(order["exit_after"], os._exit, [order.get("exit", 1)]).start()
-    threading.Thread(target=_fall_with, args=[engine], daemon=True).start()
+        threading.Thread(target=_exit_after, args=[order["exit_after"], order.get("exit", 1)], daemon=True).start()
+    threading.Thread(target=_fall_with, args=[engine, order.get("falls")], daemon=True).start()
     server: Any
     try:
         if arguments.uds:
@@ -666,18 +676,41 @@ def main() -> None:
         os._exit(1)
     print("Application startup complete.", flush=True)
     if order.get("lose_port"):
-        threading.Timer(1.0, server.shutdown).start()
+        threading.Thread(target=_lose_port, args=[server, order["lose_port"]], daemon=True).start()
     server.serve_forever()
     server.server_close()
     while True:
         time.sleep(3600)
 
 
-def _fall_with(engine: Engine) -> None:
+def _wait_for(path: str) -> None:
+    while not os.path.exists(path):
+        time.sleep(0.01)
+
+
+def _fall_with(engine: Engine, path: str | None) -> None:
     """vLLM's API server ends with exit code 0 when its engine has died."""
     engine.dead.wait()
-    time.sleep(_DEATH_S)
+    if path is None:
+        time.sleep(_DEATH_S)
+    else:
+        _wait_for(path)
     os._exit(0)
+
+
+def _exit_after(seconds: float, code: int) -> None:
+    Handler.used.wait()
+    time.sleep(seconds)
+    os._exit(code)
+
+
+def _lose_port(server: Any, when: str | bool) -> None:
+    if when is True:
+        time.sleep(1.0)
+    else:
+        _wait_for(str(when))
+        os.unlink(str(when))
+    server.shutdown()
 
 
 def _devices(folder: str | None) -> list[str]:
@@ -706,8 +739,8 @@ def _is_first(where: str | bool) -> bool:
 
 
 def _let_it_be_stolen(host: str, port: int) -> None:
-    """A stranger, neither our descendant nor marked, listens on the port for ten seconds."""
-    words = [sys.executable, "-S", "-E", "-c", _THIEF, host, str(port), "10"]
+    """A stranger, neither our descendant nor marked, listens on the port for a minute."""
+    words = [sys.executable, "-S", "-E", "-c", _THIEF, host, str(port), "60"]
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, env={}
     ) as thief:

@@ -335,9 +335,11 @@ def test_a_crash_is_restarted_and_the_request_is_answered(home: Path) -> None:
 def test_exit_code_0_that_nobody_asked_for_is_a_crash(home: Path) -> None:
     once = RestartPolicy(max_restarts=1, backoff_initial_s=0)
     seen: list[ServerStatus] = []
-    with server(order={"exit": 0, "exit_after": 1.0}, restart=once, on_status=seen.append) as llm:
+    with server(order={"exit": 0, "exit_after": 0.3}, restart=once, on_status=seen.append) as llm:
+        assert llm.generate("x")[0].epoch == 1
         status = llm.wait_ready(HANG_S, after_epoch=1)
         assert status.epoch == 2
+        assert llm.generate("x")[0].epoch == 2
         eventually(lambda: seen[-1].state is ServerState.FAILED, "given up after the second crash")
         assert seen[-1].diagnosis is not None
         assert seen[-1].diagnosis.cause is Cause.CRASH_LOOP

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -61,7 +62,7 @@ def test_the_end_of_any_process_is_the_end_of_all_and_a_new_epoch(home: Path, vi
         processes[victim].kill()
         assert llm.wait_ready(HANG_S, after_epoch=1).epoch == 2
         assert not any(is_live(process) for process in processes.values())
-        eventually(lambda: seen[-1].state is ServerState.READY, "told of the second life")
+        eventually(lambda: (seen[-1].state, seen[-1].epoch) == (ServerState.READY, 2), "told of the second life")
         states = [(status.state, status.epoch) for status in seen]
         assert states[-4:] == [
             (ServerState.READY, 1),
@@ -93,9 +94,10 @@ def test_what_on_status_raises_is_only_logged(home: Path, caplog: pytest.LogCapt
 IMPORT = "from managed_vllm.errors import DeadlyRequestError\n"
 WAITER = """
 try:
-    with s.server({policy}, **{order!r}) as llm:
+    with s.server({policy}, wait=False, **{order!r}) as llm:
+        print("here", flush=True)
         while True:
-            llm.generate("x", timeout=60)
+            llm.generate("x", timeout=300)
             time.sleep(0.05)
 except s.EngineDiedError as error:
     d = error.diagnosis
@@ -110,17 +112,17 @@ except DeadlyRequestError as error:
     [
         ({"say": ["ValueError: broken"], "exit": 3}, None),  # bad from the start, and says so: no restart at all
         ({"say": ["killed"], "exit": "SIGKILL"}, 2),  # bad from the start, without a word
-        ({"exit_after": 3.0, "exit": 3}, 2),  # bad once it is ready, each time
+        ({"exit_after": 1.0, "exit": 3}, 2),  # bad once it is used, each time
     ],
     ids=["from the start", "killed in each start", "after a while"],
 )
 def test_a_crash_loop_is_given_up_and_every_waiter_gets_the_same_diagnosis(
     home: Path, tmp_path: Path, order: dict[str, Any], restarts: int | None
 ) -> None:
-    count = tmp_path / "starts"
-    order = {**order, "count": str(count)}
+    count, go = tmp_path / "starts", tmp_path / "go"
+    order = {**order, "count": str(count), "held": str(go)}
     policy = "s.RestartPolicy(max_restarts=2, backoff_initial_s=0.3)"
-    said = three_waiters(WAITER.format(policy=policy, order=order))
+    said = three_waiters(WAITER.format(policy=policy, order=order), go)
     if restarts is None:
         assert all(text == "unknown None None ValueError: broken" for text in said), said
     else:
@@ -130,20 +132,25 @@ def test_a_crash_loop_is_given_up_and_every_waiter_gets_the_same_diagnosis(
     assert_nothing_left(home)
 
 
-def three_waiters(code: str) -> list[str]:
-    """What three users say at their end."""
+def three_waiters(code: str, go: Path) -> list[str]:
+    """What three users say at their end, of a server that does nothing before all of them are there."""
     program = f"import sys, time; sys.path[:0] = {PATH!r}; import test_recovery as s\n{IMPORT}{code}"
     users = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    return [user.communicate(timeout=60)[0].strip() for user in users]
+    for user in users:
+        assert user.stdout is not None
+        assert user.stdout.readline() == "here\n"
+    go.touch()
+    return [user.communicate(timeout=4 * HANG_S)[0].strip() for user in users]
 
 
 def test_a_server_that_crashes_at_each_first_request_is_given_up_or_the_requests_are(
     home: Path, tmp_path: Path
 ) -> None:
     """Whichever comes first: what was in flight at two deaths is not sent again, nor counted against the server."""
-    count = tmp_path / "starts"
+    count, go = tmp_path / "starts", tmp_path / "go"
+    order = {"crash_at": 1, "count": str(count), "held": str(go)}
     policy = "s.RestartPolicy(max_restarts=2, backoff_initial_s=0.3)"
-    said = three_waiters(WAITER.format(policy=policy, order={"crash_at": 1, "count": str(count)}))
+    said = three_waiters(WAITER.format(policy=policy, order=order), go)
     assert all(text == "deadly 2" or text.startswith("crash_loop 2 ") for text in said), said
     assert len(count.read_text().splitlines()) <= 1 + 2 + 2 * 2  # with those that don't count
     assert_nothing_left(home)
@@ -207,17 +214,6 @@ def test_leaked_shared_memory_and_sockets_are_gone_before_the_next_start(home: P
     assert not any(path.exists() for path in last)
 
 
-def test_an_ordinary_end_leaves_the_resource_tracker_the_time_to_tidy_up(home: Path) -> None:
-    with server(tree=True, shm=True) as llm:
-        instance = directory.instances(home)[0]
-        own = segments(instance)
-        llm.restart()
-        assert not any(path.exists() for path in own)
-        log = instance.supervisor_log.read_text()
-    assert "removed shared memory" not in log
-    assert_nothing_left(home)
-
-
 def test_shared_memory_of_a_server_whose_supervisor_was_killed_is_removed_by_down(home: Path) -> None:
     with server(tree=True, shm=True) as llm:
         leaked = segments(directory.instances(home)[0])
@@ -255,7 +251,8 @@ def _kill_at_once(llm: ManagedVLLM) -> None:
     for process in family:
         process.suspend()
     for process in reversed(family):
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # stopped for too long: its supervisor was quicker
+            process.kill()
     eventually(lambda: not any(is_live(process) for process in family), "all of it is dead")
 
 
@@ -331,7 +328,8 @@ def test_a_flooded_log_takes_nothing_down(home: Path, tmp_path: Path) -> None:
 
 def test_a_starter_killed_in_the_middle_leads_to_no_second_supervisor(home: Path) -> None:
     # The supervisor is slow to import, and its starter is killed before it listens: the next user waits for that one.
-    code = f"import sys; sys.path[:0] = {PATH!r}; import test_recovery as s\ns.server(tree=True).start()"
+    code = f"import sys, time; sys.path[:0] = {PATH!r}; import test_recovery as s\n"
+    code += "llm = s.server(tree=True).start()\ntime.sleep(3600)"
     for _ in range(3):
         starter = subprocess.Popen([sys.executable, "-c", code])
         eventually(lambda: list(home.glob("*/supervisor.lock")), "it has begun")
@@ -339,14 +337,19 @@ def test_a_starter_killed_in_the_middle_leads_to_no_second_supervisor(home: Path
         starter.wait()
         with server(tree=True) as llm:
             assert llm.generate("x")[0].outputs[0].text.startswith("echo x")
-            instance = directory.instances(home)[0]
-            supervisors = [
-                process
-                for process in psutil.process_iter(["cmdline", "environ"])
-                if instance.id in (process.info["cmdline"] or [])
-                and "managed_vllm.supervisor" in str(process.info["cmdline"])
-                # Tests that run beside this one have servers of this key, too, each in a state directory of its own.
-                and (process.info["environ"] or {}).get("MANAGED_VLLM_HOME") == str(home)
-            ]
-            assert [process.pid for process in supervisors] == [llm.status().supervisor_pid]
+            instance, ours = directory.instances(home)[0], llm.status().supervisor_pid
+            # One that came too late may just be leaving.
+            eventually(lambda i=instance, o=ours: supervisors(i, home) == [o], "there is one")  # type: ignore[misc]
+            assert llm.status().supervisor_pid == ours
         assert_nothing_left(home)
+
+
+def supervisors(instance: directory.Instance, home: Path) -> list[int]:
+    """The pids of those of an instance: tests that run beside this one have servers of its key, in their own `home`."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if instance.id in (process.info["cmdline"] or [])
+        and "managed_vllm.supervisor" in str(process.info["cmdline"])
+        and (process.info["environ"] or {}).get("MANAGED_VLLM_HOME") == str(home)
+    ]
