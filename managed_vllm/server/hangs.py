@@ -32,7 +32,7 @@ from managed_vllm.server.probe import Answer, Probe
 from managed_vllm.server.process import ServerProcess
 from managed_vllm.status import Cause, Diagnosis
 
-_CHECK_S = 2.0
+CHECK_S = 2.0
 _METRICS_S = 10.0
 _SHOWN_WITHIN_S = 6.0
 """vLLM 0.32 shows the death of a Worker within 0.3 s if it is busy, within 5 s if it is idle."""
@@ -85,7 +85,7 @@ class _Pace:
     @classmethod
     def of(cls, policy: HangPolicy) -> _Pace:
         shortest = min(policy.stall_s, policy.answer_s, policy.stopped_s)
-        check_s = min(_CHECK_S, max(0.05, shortest / 4))
+        check_s = min(CHECK_S, max(0.05, shortest / 4))
         metrics_s = min(_METRICS_S, max(check_s, policy.stall_s / 4))
         # A change is seen up to one reading late, and the request follows up to one check later: `stall_s` must hold.
         return cls(check_s, metrics_s, max(policy.stall_s - metrics_s - check_s, policy.stall_s / 4))
@@ -161,14 +161,19 @@ class HangWatch:
 
     async def _check_after_exit(self) -> Diagnosis | None:
         """A process has ended. EngineCore and Workers are known by name; of others `/health` will tell soon."""
-        if name := await self._engine_process_that_ended():
-            await asyncio.to_thread(self._process.output.catch_up)
-            return await asyncio.to_thread(diagnosis.engine_process_ended, name, list(self._process.output.lines))
+        if found := await self._if_an_engine_process_ended():
+            return found
         until = time.monotonic() + _SHOWN_WITHIN_S
         while time.monotonic() < until:
             if found := await self._if_dead(await self._probe.is_up(1.0)):
                 return found
             await asyncio.sleep(0.1)
+        return None
+
+    async def _if_an_engine_process_ended(self) -> Diagnosis | None:
+        if name := await self._engine_process_that_ended():
+            await asyncio.to_thread(self._process.output.catch_up)
+            return await asyncio.to_thread(diagnosis.engine_process_ended, name, list(self._process.output.lines))
         return None
 
     async def _engine_process_that_ended(self) -> str | None:
@@ -188,6 +193,8 @@ class HangWatch:
         """The reason, if `/health` says that the engine is dead."""
         if health.status != 503 or not await self._speaks_as_vllm():
             return None
+        if ended := await self._if_an_engine_process_ended():
+            return ended  # it may have done so while `/health` was asked
         found = await asyncio.to_thread(diagnosis.diagnose, list(self._process.output.lines), returncode=None)
         if found.cause is not Cause.UNKNOWN:
             return found

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from free_ports import free_port
 from lone_server import answered, launched, run, spawned, until
+from moved_clock import Clock
 from scripted_server import Script, hangs, says
 
 from managed_vllm.masking import Secret
@@ -107,22 +108,79 @@ def test_whatever_a_process_does_is_seen(tmp_path: Path, work: str) -> None:
     run(scenario)
 
 
-def test_a_start_that_works_without_a_word_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_works_without_a_word_is_not_silent(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(startup, "CHECK_S", 0.1)
 
     async def scenario() -> None:
-        policy = dataclasses.replace(PATIENT, startup_silence_s=2.0, startup_timeout_s=4.0)
+        policy = dataclasses.replace(PATIENT, startup_silence_s=40, startup_timeout_s=3600)
         async with spawned(tmp_path, [sys.executable, "-c", "while True: sum(range(10**5))"]) as process:
             probe = Probe(Connection("http://127.0.0.1:1/v1", Secret(""), "m"))
             watch = StartupWatch(
                 probe, process, StartupLog(), policy, port=1, may_listen_elsewhere=False, on_progress=lambda _: None
             )
-            found = await watch.until_ready()
+            watching = asyncio.create_task(watch.until_ready())
+            for _ in range(3):
+                await works(psutil.Process(process.pid))
+                assert not watching.done(), watching.result()
+                clock.forward(25)
+            clock.forward(3600)
+            found = await watching
             await probe.close()
             assert found is not None
             assert found.cause is Cause.STARTUP_TIMEOUT
 
-    run(scenario)
+    asyncio.run(scenario())
+
+
+async def works(process: psutil.Process) -> None:
+    """Returns once the process has worked long enough for several looks at it."""
+    until_s = sum(process.cpu_times()[:2]) + 0.3
+
+    async def has_worked() -> bool:
+        return sum(process.cpu_times()[:2]) > until_s
+
+    await answered(has_worked)
+
+
+def test_a_start_that_only_repeats_itself_is_silent(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "CHECK_S", 0.1)
+    says = "INFO 11-23 10:00:{n:02d} [core_client.py:1] Waiting for 1 local core engine proc"
+
+    async def scenario() -> None:
+        policy = dataclasses.replace(PATIENT, startup_silence_s=100, startup_timeout_s=400)
+        async with launched(tmp_path, chatter=says) as (prepared, process, probe, log):
+            watch = StartupWatch(
+                probe,
+                process,
+                log,
+                policy,
+                port=prepared.port,
+                may_listen_elsewhere=False,
+                on_progress=lambda _: None,
+            )
+            watching = asyncio.create_task(watch.until_ready())
+            for _ in range(5):
+                await says_more(process)
+                clock.forward(60)  # what it says is never as old as that
+            found = await watching
+            assert found is not None
+            assert found.cause is Cause.STARTUP_SILENCE
+
+    asyncio.run(scenario())
+
+
+async def says_more(process: ServerProcess) -> None:
+    """Returns once the process has said another two lines."""
+    count = len(process.output.lines) + 2
+
+    async def has_said_more() -> bool:
+        return len(process.output.lines) >= count
+
+    await answered(has_said_more)
 
 
 async def _looked(process: ServerProcess, activity: Activity) -> bool:
