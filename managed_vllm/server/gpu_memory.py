@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 _TOLERANCE = 256 << 20
 """Bytes by which a GPU's used memory may exceed what it was before: other processes' contexts come and go."""
-_SETTLED_S = 5.0
+SETTLED_S = 5.0
 """Seconds without a fall, and with none of our processes listed, after which another process must be holding it."""
 
 
@@ -102,7 +102,7 @@ def wait_until_released(before: GpuMemory | None, pids: Collection[int], devices
             now, total = time.monotonic(), sum(used.values())
             if lowest is None or total < lowest:
                 lowest, fell_at = total, now
-            settled = not listed and now - fell_at > (_SETTLED_S if before is not None else 0.5)
+            settled = not listed and now - fell_at > (SETTLED_S if before is not None else 0.5)
             if settled or now > deadline:
                 return "" if settled and before is None else _holders_text(nvml, indices)
             time.sleep(0.1)

@@ -27,7 +27,7 @@ from managed_vllm.server.pidfd import pidfd_open
 
 log = logging.getLogger(__name__)
 
-_TRACKER_S = 2.0
+TRACKER_S = 2.0
 """Seconds in which Python's resource trackers may end by themselves."""
 
 
@@ -241,7 +241,7 @@ class ServerProcess:
         deadline = time.monotonic() + 15.0
         await self.record_descendants()
         shared_memory = await self.record_shared_memory()
-        spared_until = time.monotonic() + _TRACKER_S
+        spared_until = time.monotonic() + TRACKER_S
         while True:
             processes = {*self._descendants, *await self._marked()}
             if self.returncode is None:

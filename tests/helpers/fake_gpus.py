@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -66,5 +67,11 @@ def installed(folder: Path, patch: pytest.MonkeyPatch) -> FakeGpus:
     patch.setenv("FAKE_NVML", str(folder / "gpus"))
     patch.syspath_prepend(folder)
     patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    patch.delitem(sys.modules, "pynvml", raising=False)
+    forget_with(patch)
     return FakeGpus(folder / "gpus")
+
+
+def forget_with(patch: pytest.MonkeyPatch) -> None:
+    """Forgets the module `pynvml`, and the one that is imported from now on when the patch is undone."""
+    patch.setitem(sys.modules, "pynvml", ModuleType("pynvml"))
+    patch.delitem(sys.modules, "pynvml")

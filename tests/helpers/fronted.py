@@ -119,7 +119,9 @@ class Front:
 
     def router_process(self) -> psutil.Process:
         """vllm-router's."""
-        children = psutil.Process(self.status.pid).children()
+        children: list[psutil.Process] = eventually(
+            lambda: psutil.Process(self.status.pid).children(), "vllm-router runs"
+        )
         assert len(children) == 1, children
         return children[0]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +23,16 @@ def no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpus]:
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
     found = fake_gpus.installed(tmp_path, monkeypatch)
     found.are(4)
-    yield found
-    sys.modules.pop("pynvml", None)
+    return found
 
 
 @pytest.fixture
-def no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus.installed(tmp_path, monkeypatch)
     (tmp_path / "gpus").write_text("null")
-    yield
-    sys.modules.pop("pynvml", None)
 
 
 def spec(cores: int | None = None, **engine_args: Any) -> ServerSpec:
@@ -121,7 +116,7 @@ def test_a_vllm_for_gpus_gets_none_where_there_are_none(no_gpus: None) -> None:
 
 
 def test_cores_where_there_is_no_gpu(no_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {7, 3, 5, 4, 6})
+    monkeypatch.setattr(devices, "usable_cores", lambda: [3, 4, 5, 6, 7])
     pool = devices.pool(spec())
     assert (pool.kind, pool.wanted, labels(pool)[0]) == ("core", 5, "core 3")
     assert devices.pool(spec(tensor_parallel_size=2)).wanted == 4
@@ -137,8 +132,8 @@ def test_a_vllm_for_cpus_takes_cores_beside_gpus(gpus: FakeGpus) -> None:
 
 
 def test_no_more_cores_than_the_cgroup_has_the_quota_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    assert len(devices.usable_cores(tmp_path)) == 64
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(reversed(range(64))))
+    assert devices.usable_cores(tmp_path) == list(range(64))
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert len(devices.usable_cores(tmp_path)) == 64
     (tmp_path / "cpu.max").write_text("250000 100000\n")

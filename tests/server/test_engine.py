@@ -8,17 +8,21 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from lone_server import answered
+from moved_clock import Clock
+from processes import HANG_S
 from scripted_server import Act, Script, hangs, says
 
 from managed_vllm.engine_state import EngineState
 from managed_vllm.instance.engine_calls import GpuMemoryChange
 from managed_vllm.masking import Secret
-from managed_vllm.server import engine
 from managed_vllm.server.engine import Engine
 from managed_vllm.server.gpu_memory import GpuMemory
 from managed_vllm.status import Cause, Connection
 
 KEY = Secret("control")
+LONG_S = 100.0
+"""More than an engine is given to resume."""
 LOADED = EngineState(loras={"a": "/lora"}, weights="/ck", weight_version="v2")
 
 
@@ -79,23 +83,35 @@ def test_sleep_and_wake_tell_what_the_gpus_had_in_use(script: Callable[..., Scri
 REFUSES = says({"error": {"message": "Failed to resume generation"}}, 500)
 
 
+async def asked(server: Script, count: int) -> None:
+    """Returns once the server has had so many requests."""
+
+    async def were_so_many() -> bool:
+        return len(server.requests) >= count
+
+    await answered(were_so_many)
+
+
 @pytest.mark.parametrize("answers", [hangs, REFUSES])
 def test_an_engine_that_does_not_resume_is_started_again(
-    script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch, answers: Act
+    script: Callable[..., Script], clock: Clock, answers: Act
 ) -> None:
-    monkeypatch.setattr(engine, "_RELEASE_S", 0.1)
     server = script(says({}), answers, answers, answers)
 
     async def scenario() -> None:
         started_again = asyncio.Event()
         held = make(None, started_again.set)
         await held.restore(connection(server), KEY)
-        asked = {"call": "pause", "arguments": {"mode": "keep", "held": True}, "budget_s": 30}
-        assert (await held.answer("user", asked))["ok"]
+        pause = {"call": "pause", "arguments": {"mode": "keep", "held": True}, "budget_s": HANG_S}
+        assert (await held.answer("user", pause))["ok"]
         assert held.state == EngineState(paused="keep")
         assert held.to_record() == {"engine": EngineState().to_dict()}  # its user's connection ends with us
         held.user_gone("user")
-        await asyncio.wait_for(started_again.wait(), 60)
+        for count in (2, 3, 4):
+            await asked(server, count)
+            if answers is hangs:
+                clock.forward(LONG_S)
+        await started_again.wait()
         assert held.state == EngineState()
 
     asyncio.run(scenario())

@@ -186,10 +186,13 @@ def test_a_rolling_update_waits_for_a_server_that_is_not_there(model: Path, tmp_
     good = checkpoint(tmp_path / "step-1")
 
     async def scenario(found: Replicas) -> None:
-        found.all[1].kill()
-        await until(lambda: not found.all[1].engine.turn.is_serving, "its end is noticed")
+        found.all[1].kill(for_good=True)
+        await found.all[1].has_failed.wait()
         found.watch_serving()
-        await found.call("update_weights", path=str(good), rolling=True)
+        updating = asyncio.create_task(found.call("update_weights", path=str(good), rolling=True))
+        await asyncio.sleep(0)
+        found.all[1].begin_again()
+        await updating
         assert found.least_serving == 1
         assert await found.versions() == ["step-1", "step-1"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 
+import fake_gpus
 import pytest
 import standin
 from processes import HANG_S, eventually
@@ -52,8 +52,8 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpus:
     (tmp_path / "pynvml.py").write_text(_NVML)
     monkeypatch.setenv("FAKE_NVML", str(tmp_path / "state"))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    fake_gpus.forget_with(monkeypatch)
     return Gpus(tmp_path / "state")
 
 
@@ -63,7 +63,10 @@ def test_without_nvml_there_is_nothing_to_wait_for(gpus: Gpus, monkeypatch: pyte
     assert gpu_memory.wait_until_released(None, {1}, None, 5) == ""
 
 
-def test_waits_until_the_driver_has_let_go_of_the_processes_and_the_memory(gpus: Gpus) -> None:
+def test_waits_until_the_driver_has_let_go_of_the_processes_and_the_memory(
+    gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_memory, "SETTLED_S", HANG_S)
     gpus.say((100 * MIB, []), (500 * MIB, [(1, 400 * MIB)]))
     before = gpu_memory.used_memory("0")
     assert before == gpu_memory.GpuMemory({0: 100 * MIB})

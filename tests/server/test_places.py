@@ -214,11 +214,12 @@ def test_a_killed_process_is_in_nobodys_way(folder: PlacesFolder, path: Path, ot
 
 def test_the_note_says_who_holds_a_place(folder: PlacesFolder, path: Path) -> None:
     assert folder.holder("a") is None
-    folder.note("a", me("demo-0123456789"))
+    noted = me("demo-0123456789")
+    folder.note("a", noted)
     holder = folder.holder("a")
     assert holder is not None
     assert str(holder).startswith("instance demo-0123456789 of user ")
-    assert f"pid {os.getpid()}, since {time.strftime('%H:')}" in str(holder)
+    assert f"pid {os.getpid()}, since {time.strftime('%H:', time.localtime(noted.since))}" in str(holder)
     folder.forget("a")
     assert folder.holder("a") is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import sys
 from functools import partial
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from lone_server import run, spawned, until
-from processes import is_live
+from lone_server import launched, run, spawned, until
+from processes import HANG_S, is_live
 
 from managed_vllm.instance import cleanup
 from managed_vllm.instance.directory import Instance
+from managed_vllm.server import process as server_process
 from managed_vllm.server.process import ServerProcess
 
 
@@ -35,7 +37,7 @@ def test_the_exit_and_all_of_the_output_are_known(tmp_path: Path) -> None:
         code = "import sys; print('one\\r\\ntwo'); print('three', file=sys.stderr, end=''); sys.exit(3)"
         async with spawned(tmp_path, python(code), on_line=heard.append) as process:
             await process.exited.wait()
-            await asyncio.to_thread(process.output.drain)
+            await until(partial(_has_heard, heard, 3), "all of it has come")
             assert process.returncode == 3
             assert sorted(process.output.lines) == ["one", "three", "two"]
             assert sorted(heard) == sorted(process.output.lines)
@@ -145,6 +147,23 @@ def test_nothing_is_left_not_even_what_hides_in_a_session_of_its_own(tmp_path: P
 
     run(scenario)
     assert cleanup.marked_processes(Instance(tmp_path, "m-0123456789")) == []
+
+
+def test_resource_trackers_have_the_time_to_tidy_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_process, "TRACKER_S", HANG_S)
+    caplog.set_level(logging.INFO, server_process.__name__)
+    noted = tmp_path / "segments"
+
+    async def scenario() -> None:
+        async with launched(tmp_path, tree=True, shm=str(noted)) as (_, process, _probe, _log):
+            await until(lambda: noted.exists() and noted.read_text().endswith("\n"), "the Worker has its segment")
+            assert await process.stop(grace_s=HANG_S) == []
+
+    run(scenario)
+    assert not Path(noted.read_text().strip()).exists()
+    assert "removed shared memory" not in caplog.text
 
 
 def test_the_end_of_a_process_below_it_is_noticed(tmp_path: Path) -> None:
