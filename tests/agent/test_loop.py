@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from acting_server import MODEL, ActingServer, acting, text_of
 from counting_world import CountingWorld, picture, right
+from moved_clock import Clock
 from processes import HANG_S
 
 from managed_vllm import SamplingParams, VLLMClient, VLLMClientWrapper
@@ -165,16 +166,24 @@ def test_runners_block_each_other_in_no_way(client: VLLMClient) -> None:
     assert [one.reward for one in found] == [1.0] * 40
 
 
-def test_a_runner_that_hangs_fails_alone(client: VLLMClient) -> None:
-    released = threading.Event()
+def test_a_runner_that_hangs_fails_alone(client: VLLMClient, clock: Clock) -> None:
+    hangs, released = threading.Event(), threading.Event()
 
     class Hanging(Runner):
         def execute_action(self, code: str) -> None:
+            hangs.set()
             released.wait()  # until the loop has come to its end
 
+    class Last(Runner):
+        def evaluate(self) -> float:
+            assert hangs.wait(HANG_S)
+            clock.forward(1000)  # beyond the other one's limit; this call has a longer one
+            return super().evaluate()
+
+    limits = Limits(max_steps=3, step_timeout_s=500, evaluate_timeout_s=5000)
     try:
-        found = run_agent_loop(client, [Hanging(1), Runner(1, "b")], begun("x", "y"), PARAMS, coordinates="absolute",
-                               show_text=True, limits=Limits(max_steps=3, step_timeout_s=5))  # fmt: skip
+        found = run_agent_loop(client, [Hanging(1), Last(1, "b")], begun("x", "y"), PARAMS, coordinates="absolute",
+                               show_text=True, limits=limits)  # fmt: skip
     finally:
         released.set()
     assert found[0].stop_reason is StopReason.ENV_FAILURE

@@ -116,7 +116,7 @@ def test_more_rollouts_tasks_and_time_and_other_retries_are_the_same_run(server:
         n=2,
         max_concurrency=2,
         retry=RetryRollouts(max_attempts=5),
-        limits=Limits(step_timeout_s=5.0, episode_timeout_s=1000.0),
+        limits=Limits(step_timeout_s=500.0, episode_timeout_s=1000.0),
     )
     assert len(found) == 6
     with RunStore.open(tmp_path / "run") as store:
