@@ -73,6 +73,14 @@ async def world(of: type[World], **options: Any) -> AsyncIterator[tuple[OpenEnvS
             await env.close()
 
 
+@contextlib.contextmanager
+def port_without_a_server() -> Iterator[int]:
+    """One on which nobody listens, and nobody else can."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
 async def left(server: OpenEnvServer) -> None:
     """Waits until the server has seen that nobody is there any more."""
     await asyncio.to_thread(eventually, lambda: not server.sessions, "the session has ended")
@@ -357,13 +365,12 @@ def test_another_protocol_is_a_failure(answer: Any, said: str) -> None:
 
 def test_before_reset_after_close_and_without_a_server() -> None:
     async def test() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-        env = OpenEnvEnvironment(f"http://me:secret@127.0.0.1:{port}")
-        with pytest.raises(EnvironmentFailedError, match="step before reset"):
-            await env.step(move("UP"))
-        with pytest.raises(EnvironmentFailedError, match="connection failed during reset") as caught:
-            await env.reset(TASK)
+        with port_without_a_server() as port:
+            env = OpenEnvEnvironment(f"http://me:secret@127.0.0.1:{port}")
+            with pytest.raises(EnvironmentFailedError, match="step before reset"):
+                await env.step(move("UP"))
+            with pytest.raises(EnvironmentFailedError, match="connection failed during reset") as caught:
+                await env.reset(TASK)
         assert "secret" not in f"{caught.value} {env!r}"
         await env.close()
         with pytest.raises(EnvironmentFailedError, match="closed"):
@@ -428,8 +435,10 @@ def test_the_command_plays_on_a_server_by_its_address(tmp_path: Path) -> None:
 
 
 def test_the_command_says_that_nobody_answers_at_the_address() -> None:
-    port = free_port()
-    with pytest.raises(ConfigError, match=f"no OpenEnv server answers at http://127.0.0.1:{port}") as caught:
+    with (
+        port_without_a_server() as port,
+        pytest.raises(ConfigError, match=f"no OpenEnv server answers at http://127.0.0.1:{port}") as caught,
+    ):
         named_environment(f"openenv:http://me:secret@127.0.0.1:{port}", Limits())
     assert "secret" not in str(caught.value)
     with pytest.raises(ConfigError, match="url must be"):

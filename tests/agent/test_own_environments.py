@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +12,7 @@ from typing import Any, get_args
 import pytest
 from acting_server import ActingServer, acting, text_of
 from counting_world import CountingWorld, Worlds, picture, right, tasks
+from processes import HANG_S, eventually
 
 from managed_vllm.agent import (
     FailureClass,
@@ -24,6 +24,7 @@ from managed_vllm.agent import (
     StreamingTaskScheduler,
     Task,
     Trajectory,
+    loop_watch,
     run_episode,
     ui_tars,
 )
@@ -55,16 +56,28 @@ def told(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
 
 
 class Blocking(CountingWorld):
+    """Its first step blocks the loop, until that was seen for longer than a step may take."""
+
     async def step(self, action: Action) -> StepResult:
         if self.task is not None and self.task.id == "task-000" and self.steps == 0:
-            time.sleep(4)  # noqa: ASYNC251 - the mistake
+            task, seen = asyncio.current_task(), threading.Event()
+            assert task is not None
+            threading.Thread(target=self.look, args=(task, seen)).start()
+            seen.wait()  # the mistake
         return await super().step(action)
+
+    @staticmethod
+    def look(task: asyncio.Task[Any], seen: threading.Event) -> None:
+        try:
+            eventually(lambda: loop_watch.blocked_s(task) > 2, "the blocked loop was seen")
+        finally:
+            seen.set()
 
 
 def test_a_step_that_blocks_the_loop_is_named_and_told_how_to_mend_and_its_limit_counts(
     server: ActingServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    limits = Limits(step_timeout_s=1.5)
+    limits = Limits(step_timeout_s=1.5)  # of the others none is in the middle of a step when its time is looked at
     with caplog.at_level(logging.WARNING, "managed_vllm.agent"):
         found = scheduler(server, Blocking, max_concurrency=4, limits=limits).run_all(tasks(4, 2))
     assert found[0].failure is not None
@@ -73,7 +86,7 @@ def test_a_step_that_blocks_the_loop_is_named_and_told_how_to_mend_and_its_limit
     (message,) = told(caplog, "has blocked the event loop")
     assert message.startswith("step of Blocking has blocked the event loop for")
     assert f"{__file__}:" in message
-    assert "time.sleep(4)" in message
+    assert "seen.wait()" in message
     assert "ThreadEnvironment" in message
     assert [one.reward for one in found[1:]] == [1.0] * 3
 
@@ -95,7 +108,7 @@ def test_watching_ends_with_the_run(server: ActingServer) -> None:
     scheduler(server, CountingWorld).run_all(tasks(1, 1))
     for thread in threading.enumerate():
         if thread.name == "managed-vllm-loop-watch":
-            thread.join(30)
+            thread.join(HANG_S)
             assert not thread.is_alive()
 
 

@@ -419,7 +419,7 @@ def test_an_agent_that_hangs_up_in_mid_stream_ends_the_generation_and_its_part_i
 
 def test_finish_ends_what_is_in_flight(llm: ManagedVLLM, gateway: RecordingGateway) -> None:
     with gateway.episode("ends") as episode, ThreadPoolExecutor(1) as threads:
-        asked = {"model": llm.model, "messages": HELLO, "max_tokens": 3_000}
+        asked = {"model": llm.model, "messages": HELLO, "max_tokens": 50_000}
         answer = threads.submit(post, episode, "/chat/completions", asked)
         eventually(lambda: llm.metrics().running == 1, "the generation runs")
         trajectory = episode.finish(1.0)
