@@ -168,7 +168,7 @@ class ServerProcess:
         """Finds the processes that are now below the server, and follows each of them to its end from here on."""
         self._follow(await asyncio.to_thread(self._list_descendants))
         # vLLM's processes name themselves some time after their start, and nobody can ask them after their end.
-        self._names.update((process, _name(process)) for process in self._descendants)
+        self._names.update((process, _own_name(process)) for process in self._descendants)
 
     async def record_shared_memory(self) -> set[str]:
         """Adds what the server's processes have mapped below /dev/shm to what it ever had; returns all of it."""
@@ -306,6 +306,18 @@ def _name(process: psutil.Process) -> str:
     """The kernel's name of a process, of at most 15 characters; empty if it is gone."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process.pid}/comm").read_text().rstrip("\n")
+    return ""
+
+
+def _own_name(process: psutil.Process) -> str:
+    """As `_name`; empty as long as it is still its parent's: that of a child that has yet to run its program.
+
+    An EngineCore or Worker that runs a program for a moment would else seem to end with that.
+    """
+    name = _name(process)
+    with contextlib.suppress(psutil.Error):
+        parent = process.parent()
+        return "" if parent is not None and _name(parent) == name else name
     return ""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from lone_server import launched, run, spawned, until
+from lone_server import LIMIT_S, launched, run, spawned, until
 from processes import HANG_S, is_live
 
 from managed_vllm.instance import cleanup
@@ -44,6 +44,48 @@ def test_the_exit_and_all_of_the_output_are_known(tmp_path: Path) -> None:
 
     run(scenario)
     assert "three" in Instance(tmp_path, "m-0123456789").server_log.read_text()
+
+
+ENGINE = """
+import os, time
+
+def is_told(name):
+    while not os.path.exists(f"{FOLDER}/{name}"):
+        time.sleep(0.01)
+    os._exit(0)
+
+if os.fork() == 0:
+    open("/proc/self/comm", "w").write("VLLM::EngineCore")
+    if os.fork() == 0:
+        is_told("program")  # has yet to run it
+    os.wait()
+    is_told("engine")
+time.sleep(3600)
+"""
+
+
+def test_the_end_of_what_an_engine_has_forked_is_not_taken_for_the_engines(tmp_path: Path) -> None:
+    async def named_alike(process: ServerProcess, count: int) -> None:
+        def found() -> bool:
+            names = [Path(f"/proc/{one.pid}/comm").read_text().strip() for one in process.processes()[1:]]
+            return names == ["VLLM::EngineCor"] * count
+
+        async with asyncio.timeout(LIMIT_S):
+            while not found():
+                await process.record_descendants()
+                await asyncio.sleep(0.01)
+        await process.record_descendants()
+
+    async def scenario() -> None:
+        async with spawned(tmp_path, python(ENGINE.replace("{FOLDER}", str(tmp_path)))) as process:
+            await named_alike(process, 2)
+            for name, told in (("program", set()), ("engine", {"VLLM::EngineCor"})):
+                (tmp_path / name).touch()
+                await process.child_ended.wait()
+                process.child_ended.clear()
+                assert process.ended_names - {""} == told
+
+    run(scenario)
 
 
 def steps(folder: Path, *lines: str) -> list[str]:
