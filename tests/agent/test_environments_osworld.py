@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 import standin_osworld
+from counting_world import until
+from moved_clock import Clock
 from processes import HANG_S, eventually
 from standin_osworld import SIGNATURES, DesktopEnv, Machine, WithoutEvaluate
 
@@ -173,26 +175,58 @@ def test_without_an_evaluator_there_is_no_reward(machine: Machine) -> None:
     run(test)
 
 
-def test_the_first_screenshot_is_taken_when_the_task_has_settled(machine: Machine) -> None:
+SETTLE_S = 50.0
+
+
+def _settling(address: str, folder: str) -> DesktopEnv:
+    """Time to settle passes when the test says so: it makes the file `settled` once there is `settling`."""
+    sleep, settling, settled = time.sleep, Path(folder, "settling"), Path(folder, "settled")
+
+    def settle(seconds: Any) -> None:
+        if seconds != SETTLE_S:
+            return sleep(seconds)
+        settling.touch()
+        while not settled.exists():
+            sleep(0.01)
+        settling.unlink()
+        settled.unlink()
+
+    time.sleep = settle
+    return DesktopEnv(provider_name="docker", path_to_vm=address)
+
+
+def test_the_first_screenshot_is_taken_when_the_task_has_settled(machine: Machine, tmp_path: Path) -> None:
     """The machine shows how much was done: something happens after the reset, before the screen is looked at."""
 
     async def test() -> None:
-        async with desktop(machine, settle_s=3.0) as env:
+        arguments = {"address": machine.address, "folder": str(tmp_path)}
+        async with desktop(machine, _settling, arguments=arguments, settle_s=SETTLE_S) as env:
             resetting = asyncio.create_task(env.reset(task(config=SET_UP)))
-            await asyncio.to_thread(eventually, lambda: machine.state()["setups"], "the set-up")
+            await until((tmp_path / "settling").exists)
+            assert machine.state()["setups"]
             machine.execute("pass")
+            (tmp_path / "settled").touch()
             assert red((await resetting).screenshot) == 1
 
     run(test)
 
 
-def test_settling_is_not_taken_from_the_limits(machine: Machine) -> None:
+def test_settling_is_not_taken_from_the_limits(machine: Machine, tmp_path: Path, clock: Clock) -> None:
+    async def settles(call: Awaitable[Any]) -> Any:
+        result = asyncio.ensure_future(call)
+        await until((tmp_path / "settling").exists)
+        clock.forward(SETTLE_S)
+        (tmp_path / "settled").touch()
+        return await result
+
     async def test() -> None:
-        limits = Limits(reset_timeout_s=2.0, evaluate_timeout_s=2.0)
-        async with desktop(machine, settle_s=2.5, evaluate_settle_s=2.5, limits=limits) as env:
-            await env.reset(task())
-            assert await env.evaluate() == 0.0
-            assert env.extra_s("reset") == env.extra_s("evaluate") == 2.5
+        limits = Limits(reset_timeout_s=0.8 * SETTLE_S, evaluate_timeout_s=0.8 * SETTLE_S)
+        options: dict[str, Any] = {"settle_s": SETTLE_S, "evaluate_settle_s": SETTLE_S, "limits": limits}
+        arguments = {"address": machine.address, "folder": str(tmp_path)}
+        async with desktop(machine, _settling, arguments=arguments, **options) as env:
+            await settles(env.reset(task()))
+            assert await settles(env.evaluate()) == 0.0
+            assert env.extra_s("reset") == env.extra_s("evaluate") == SETTLE_S
             assert env.extra_s("step", Click(1, 1)) == 0.0
             assert env.extra_s("step", Wait(70)) == 70.0
 

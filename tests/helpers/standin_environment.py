@@ -73,13 +73,14 @@ class Obedient:
             case "sleep":
                 time.sleep(how["seconds"])
             case "hang":
-                hang()
+                hang(how)
             case "hang in C":
+                tell_of_hanging(how)
                 ctypes.CDLL(None).pause()
             case "hang and ignore signals":
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-                hang()
+                hang(how)
             case "raise":
                 raise ValueError("as it was told")
             case "raise the unpicklable":
@@ -131,9 +132,16 @@ class WrongReturns(Obedient):
         return float("nan")
 
 
-def hang() -> None:
+def hang(how: Any = ()) -> None:
+    tell_of_hanging(how)
     while True:
         time.sleep(3600)
+
+
+def tell_of_hanging(how: Any) -> None:
+    """Makes the file that `begun` names."""
+    if "begun" in how:
+        Path(how["begun"]).touch()
 
 
 def left_processes(folder: Path) -> list[int]:

@@ -67,11 +67,20 @@ MARKER = "MANAGED_VLLM_ENVIRONMENT"
 _EXIT_S = 2.0
 """In which a process may exit by itself after its environment was closed: exit handlers, threads."""
 
-_LAST_S = 1.0
+_LAST_S = 10.0
 """From the end of the connection to that of the process, which closes it a little before: for its own exit code."""
+
+STACKS_S = 0.5
+"""In which a hung process may write its stacks."""
 
 KEEPER_S = 15.0
 """In which the keeper has killed everything; it gives up after 10."""
+
+_GONE_S = 30.0
+"""Beyond that, for the end to be known; a busy machine is slow about it."""
+
+_MARKED_ROUNDS = 200
+"""Of killing what a killed keeper left, one each 50 ms."""
 
 _LOOK_MS = 1000
 """Between two looks whether a keeper that was told to end does."""
@@ -329,7 +338,7 @@ class ProcessEnvironment:
 
     async def _gone(self, kept: _Kept) -> Ending:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._grace_s + KEEPER_S + 10.0):
+            async with asyncio.timeout(self._grace_s + KEEPER_S + _GONE_S):
                 return await kept.wait()
         return Ending("killed", output="(something hangs in the kernel, and can't be killed)")
 
@@ -404,6 +413,7 @@ class _Kept:
                         str(theirs.fileno()),
                         str(os.getpid()),
                         str(grace_s),
+                        str(STACKS_S),
                         self.folder,
                     ],
                     env={**environ, "TMPDIR": self.folder, MARKER: self.folder},
@@ -487,7 +497,7 @@ def _kill_tree(pid: int) -> None:
 def _kill_marked(folder: str) -> None:
     """Kills what a keeper left that was killed itself: whoever has its folder as `MARKER`."""
     wanted = f"{MARKER}={folder}".encode()
-    for _ in range(20):
+    for _ in range(_MARKED_ROUNDS):
         found = []
         for entry in os.scandir("/proc"):
             if entry.name.isdigit():

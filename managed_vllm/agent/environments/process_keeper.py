@@ -38,9 +38,6 @@ _PR_SET_CHILD_SUBREAPER = 36
 _OUTPUT_BYTES = 64 * 1024
 """Of the worker's output that are kept."""
 
-_STACKS_S = 0.5
-"""In which a hung worker may write its stacks."""
-
 _KILL_S = 10.0
 """After which the keeper gives up killing: a process in the kernel's uninterruptible sleep does not end."""
 
@@ -92,12 +89,13 @@ class Keeper:
             self._pidfd = os.pidfd_open(owner)
             self._poll.register(self._pidfd, select.POLLIN)
 
-    def run(self) -> None:
+    def run(self, stacks_s: float) -> None:
+        """`stacks_s`: in which a hung worker may write its stacks."""
         reason = self._wait()
         if reason == "stacks":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._worker, signal.SIGUSR2)
-            self._look(_STACKS_S, until=self._worker_ended, quiet_s=0.1)
+            self._look(stacks_s, until=self._worker_ended, quiet_s=0.1)
         if reason != "ended" and self._grace_s > 0:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._worker, signal.SIGTERM)
@@ -286,8 +284,8 @@ def _stream(descriptor: int) -> io.TextIOWrapper:
 
 
 def main(arguments: list[str]) -> None:
-    message, control, owner, grace_s, folder = arguments
-    Keeper(int(message), int(control), int(owner), float(grace_s), folder).run()
+    message, control, owner, grace_s, stacks_s, folder = arguments
+    Keeper(int(message), int(control), int(owner), float(grace_s), folder).run(float(stacks_s))
 
 
 if __name__ == "__main__":
