@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import patient_supervisors
 import psutil
 import pytest
 import standin
@@ -15,9 +16,8 @@ from processes import INSTANT, eventually
 
 from managed_vllm import ManagedVLLM, ServerState
 from managed_vllm.errors import EngineDiedError, SupervisorError
-from managed_vllm.instance import attach
+from managed_vllm.instance import attach, directory
 
-ROOT = Path(__file__).resolve().parents[2]
 STOPPING = f"""
 import sys; sys.path[:0] = [{str(Path(standin.__file__).parent)!r}]
 import os, signal, standin
@@ -33,6 +33,11 @@ spawn.NAME = stopped
 with ManagedVLLM("m", command=standin.command(), env=standin.orders(), keep_alive={INSTANT}) as llm:
     print(llm.status().server_pid)
 """
+
+
+@pytest.fixture(autouse=True)
+def patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patient_supervisors.are_made(tmp_path, monkeypatch)
 
 
 def server() -> ManagedVLLM:
@@ -63,6 +68,9 @@ def test_a_starter_that_is_stopped_before_it_spawns_is_named(home: Path, monkeyp
     assert int(starter.communicate()[0])
 
 
+VERSION = "config.PROTOCOL = 99"
+
+
 @pytest.mark.parametrize(
     "change",
     ["pass", "status.ServerStatus.to_dict = lambda self: {'state': 'dreaming'}"],
@@ -71,19 +79,14 @@ def test_a_starter_that_is_stopped_before_it_spawns_is_named(home: Path, monkeyp
 def test_a_supervisor_of_another_version_is_said_at_once(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if any('managed_vllm.supervisor' in word for word in sys.orig_argv):\n"
-        "    from managed_vllm import config, status\n"
-        f"    config.PROTOCOL = 99\n    {change}\n"
-        "    from managed_vllm.instance import leases\n"
-        "    leases.FIRST_LEASE_S = 1.0\n"  # it never gives one, and ends all the sooner
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    patient_supervisors.are_made(tmp_path, monkeypatch, "from managed_vllm import config, status", VERSION, change)
     monkeypatch.setattr(attach, "SUPERVISOR_PATIENCE_S", 3600.0)
     for handle in (server(), ManagedVLLM(keep_alive=0)):  # the one that starts it, and one that finds it
         with pytest.raises(SupervisorError, match="another version of managed_vllm"):
             handle.start()
+    [instance] = directory.instances(home)
+    record = eventually(instance.read_record, "the supervisor's record")
+    os.kill(record["pid"], signal.SIGTERM)  # it never gives a lease
 
 
 def test_whoever_tries_again_after_a_failed_start_gets_a_start_of_its_own(home: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import lone_server
 import pytest
-from lone_server import LIMIT_S, until
+from lone_server import LIMIT_S, answered
 
 from managed_vllm.config import Address, ServerSpec, SupervisorOrder
 from managed_vllm.errors import SupervisorError
@@ -26,6 +26,7 @@ from managed_vllm.instance.directory import Instance
 from managed_vllm.instance.leases import Leases
 from managed_vllm.masking import Secret
 from managed_vllm.policies import SupervisionPolicy
+from managed_vllm.socket_paths import short_path
 from managed_vllm.status import ServerState, ServerStatus
 
 ORDER = SupervisorOrder(
@@ -33,6 +34,12 @@ ORDER = SupervisorOrder(
     address=Address(api_key=Secret("secret")),
     policy=SupervisionPolicy(),
 )
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late a test's first user comes, the end is not decided before."""
+    monkeypatch.setattr(leases, "FIRST_LEASE_S", 3600.0)
 
 
 @dataclasses.dataclass
@@ -90,6 +97,23 @@ async def lease(supervisor: Supervisor, keep_alive_s: float = 0.0) -> Channel:
     return channel
 
 
+async def left(held: Leases, users: int) -> None:
+    """Until there are so many; asked in the loop that counts them."""
+
+    async def has_them() -> bool:
+        return held.status().users == users
+
+    await answered(has_them)
+
+
+def connected(supervisor: Supervisor) -> socket.socket:
+    """A connection without a `Channel`."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with short_path(supervisor.instance.socket_path) as name:
+        made.connect(name)
+    return made
+
+
 async def told(channel: Channel, condition: Callable[[ServerStatus | None], bool]) -> ServerStatus | None:
     return await asyncio.to_thread(channel.wait_until, condition, LIMIT_S)
 
@@ -127,7 +151,7 @@ def test_the_last_user_gone_ends_it_and_an_earlier_one_does_not(tmp_path: Path) 
     async def scenario(supervisor: Supervisor, held: Leases) -> None:
         first, last = await lease(supervisor), await lease(supervisor)
         first.close()
-        await told(last, lambda _: held.status().users == 1)
+        await left(held, 1)
         assert not supervisor.ended.done()
         last.close()
         assert await supervisor.ended == "the last user is gone"
@@ -162,7 +186,7 @@ def test_a_pin_takes_the_place_of_a_user(tmp_path: Path) -> None:
         user, onlooker = await lease(supervisor), await connect(supervisor)
         assert (await ask(onlooker, "pin"))["status"]["pinned"]
         user.close()
-        await until(lambda: held.status().users == 0, "the lease is given back")
+        await left(held, 0)
         assert not supervisor.ended.done()
         await ask(onlooker, "unpin")
         assert await supervisor.ended == "the last user is gone"
@@ -186,7 +210,7 @@ def test_the_longest_keep_alive_of_all_holds(tmp_path: Path) -> None:
         hasty = await lease(supervisor, keep_alive_s=0)
         for user in (patient, hasty):
             user.close()
-        await until(lambda: held.status().users == 0, "the lease is given back")
+        await left(held, 0)
         assert not supervisor.ended.done()
         assert held.status().extra["keep_alive_s"] == 3600
 
@@ -229,7 +253,7 @@ def test_a_server_gives_way_to_another_only_if_nobody_wants_it(tmp_path: Path) -
         assert not (await ask(looking, "give_way"))["ok"]
         await ask(user, "pin")
         user.close()
-        await until(lambda: held.status().users == 0, "it has left")
+        await left(held, 0)
         assert not (await ask(looking, "give_way"))["ok"]
         await ask(looking, "unpin")
         assert (await ask(looking, "give_way"))["ok"]
@@ -247,7 +271,7 @@ def test_restart_and_stop_are_handed_on(tmp_path: Path) -> None:
         assert not (await ask(onlooker, "stop", unless_used=True))["ok"]
         assert not supervisor.ended.done()
         user.close()
-        await until(lambda: held.status().users == 0, "the lease is given back")
+        await left(held, 0)
         assert (await ask(onlooker, "stop", unless_used=True))["ok"]
         assert (await supervisor.ended) in (f"asked by pid {os.getpid()}", "the last user is gone")
 
@@ -258,8 +282,7 @@ def test_restart_and_stop_are_handed_on(tmp_path: Path) -> None:
 def test_nonsense_costs_its_sender_the_connection_and_nobody_else(tmp_path: Path, line: bytes) -> None:
     async def scenario(supervisor: Supervisor, held: Leases) -> None:
         user = await lease(supervisor)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as vandal:
-            vandal.connect(str(supervisor.instance.socket_path))
+        with connected(supervisor) as vandal:
             vandal.sendall(line)
             while await asyncio.to_thread(vandal.recv, 4096):
                 pass
@@ -271,8 +294,7 @@ def test_nonsense_costs_its_sender_the_connection_and_nobody_else(tmp_path: Path
 
 def test_a_user_that_reads_nothing_is_spared_progress_but_not_what_counts(tmp_path: Path) -> None:
     async def scenario(supervisor: Supervisor, held: Leases) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stopped, stopped.makefile("rb") as lines:
-            stopped.connect(str(supervisor.instance.socket_path))
+        with connected(supervisor) as stopped, stopped.makefile("rb") as lines:
             stopped.sendall(b'{"op": "lease", "id": 1}\n')
             await asyncio.to_thread(lines.readline)
             supervisor.status = dataclasses.replace(supervisor.status, detail="x" * 10_000)
@@ -291,8 +313,7 @@ def test_a_user_that_reads_nothing_is_spared_progress_but_not_what_counts(tmp_pa
 
 def test_a_user_that_reads_nothing_costs_a_bounded_amount_of_memory_and_then_learns_the_newest(tmp_path: Path) -> None:
     async def scenario(supervisor: Supervisor, held: Leases) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stopped, stopped.makefile("rb") as lines:
-            stopped.connect(str(supervisor.instance.socket_path))
+        with connected(supervisor) as stopped, stopped.makefile("rb") as lines:
             stopped.sendall(b'{"op": "lease", "id": 1}\n')
             await asyncio.to_thread(lines.readline)
             for epoch in range(1000):
@@ -322,7 +343,7 @@ def test_a_user_for_whom_no_descriptor_is_left_is_refused_and_costs_the_others_n
             admission.check_room(supervisor.instance, refused)
         assert (await ask(third, "status"))["status"]["users"] == 2
         second.close()
-        await until(lambda: held.status().users == 1, "given back")
+        await left(held, 1)
         assert (await ask(third, "lease", keep_alive_s=0, what="a test"))["ok"]
         for channel in (first, third):
             channel.close()
