@@ -19,6 +19,7 @@ import pytest
 import standin
 from demo_checkpoints import copy_of_demo, tensors_of
 from processes import HANG_S, INSTANT, eventually
+from standin_log import whole_log
 
 from managed_vllm import ManagedVLLM, RestartPolicy
 from managed_vllm.errors import (
@@ -55,7 +56,7 @@ def serves(llm: ManagedVLLM) -> bool:
 
 def commands(llm: ManagedVLLM) -> list[str]:
     """What the server and its workers were asked to do with the engine, in order."""
-    lines = [line.split(" ", 1) for line in llm.logs(1000).splitlines()]
+    lines = [line.split(" ", 1) for line in whole_log(llm).splitlines()]
     found = [words[-1].partition("?")[0] for words in lines if words[0] in ("CONTROL", "WORKERS")]
     return [one for one in found if one != "/collective_rpc"]
 

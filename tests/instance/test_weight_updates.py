@@ -14,6 +14,7 @@ import pytest
 import standin
 from demo_checkpoints import copy_of_demo, edit_json
 from processes import HANG_S, INSTANT, eventually
+from standin_log import whole_log
 
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState
 from managed_vllm.errors import (
@@ -50,7 +51,7 @@ def serves(llm: ManagedVLLM) -> bool:
 
 def commands(llm: ManagedVLLM) -> list[str]:
     """What the server was asked to do with its engine, in order."""
-    lines = [line.split(" ", 1) for line in llm.logs(1000).splitlines()]
+    lines = [line.split(" ", 1) for line in whole_log(llm).splitlines()]
     return [words[-1].partition("?")[0] for words in lines if words[0] in ("CONTROL", "RELOAD")]
 
 
