@@ -119,7 +119,7 @@ def test_the_same_path_in_another_state_directory_is_not_ours(home: Path) -> Non
     instance = Instance(directory.state_home(), "m-0123456789")
     process = sleeper(instance)
     try:
-        assert is_marked(instance, process)
+        eventually(lambda: is_marked(instance, process), "its environment can be read: exec is over")
         shutil.rmtree(home)
         directory.state_home()
         assert not is_marked(instance, process)
@@ -138,10 +138,10 @@ def test_a_process_in_another_namespace_is_not_ours(home: Path, kind: str) -> No
     try:
         eventually(lambda: psutil.Process(there.pid).children(), "unshare has forked")
         inside = psutil.Process(there.pid).children()[0].pid
-        eventually(lambda: Path(f"/proc/{inside}/comm").read_text().strip() == "sleep", "the sleeper runs")
-        marked = {found.pid for found in cleanup.marked_processes(instance)}
-        assert here.pid in marked
-        assert inside not in marked
+        eventually(lambda: Path(f"/proc/{inside}/cmdline").read_bytes() == b"sleep\x00600\x00", "the sleeper runs")
+        eventually(lambda: os.fsencode(instance.marker) in Path(f"/proc/{inside}/environ").read_bytes(), "it is marked")
+        eventually(lambda: is_marked(instance, here), "this one is known")
+        assert inside not in {found.pid for found in cleanup.marked_processes(instance)}
     finally:
         for process in (here, there):
             process.kill()

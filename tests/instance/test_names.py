@@ -51,7 +51,7 @@ def test_a_name_survives_the_end_of_the_last_server_of_its_key(
         look = Channel.connect(Instance(home, str(first.id)).socket_path)
     eventually(lambda: look.request("status")["status"]["state"] == "stopping", "it is on its way out")
     look.close()
-    second = server(deaf, keep_alive=0)
+    second = server(deaf, keep_alive=0, stop_grace=HANG_S)
     entering = pool.submit(second.start)  # claims the name, and waits
     os.kill(pid, signal.SIGKILL)
     entering.result()
@@ -142,8 +142,11 @@ def test_a_lock_that_is_never_given_back_is_told(home: Path, monkeypatch: pytest
     names.drop_names(home, "m-0123456789")
 
 
-def test_a_name_is_taken_while_others_drop_theirs(home: Path, pool: concurrent.futures.ThreadPoolExecutor) -> None:
+def test_a_name_is_taken_while_others_drop_theirs(
+    home: Path, pool: concurrent.futures.ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever drops the last one removes the folder of names."""
+    monkeypatch.setattr(names, "LOCK_S", HANG_S)
     directory.state_home()
     done = threading.Event()
 
@@ -152,9 +155,11 @@ def test_a_name_is_taken_while_others_drop_theirs(home: Path, pool: concurrent.f
             names.drop_names(home, "m-0123456789")
 
     dropping = pool.submit(drop)
-    for _ in range(100):
-        names.take(home, "judge", Instance(home, "m-0123456789"))
-    done.set()
+    try:
+        for _ in range(100):
+            names.take(home, "judge", Instance(home, "m-0123456789"))
+    finally:
+        done.set()
     dropping.result()
     names.drop_names(home, "m-0123456789")
     assert not (home / "names").exists()

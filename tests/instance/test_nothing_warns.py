@@ -9,6 +9,7 @@ import asyncio
 import gc
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,23 @@ def server(model: str = "m", **order: Any) -> ManagedVLLM:
     return ManagedVLLM(model, command=standin.command(), env=standin.orders(**order), keep_alive=INSTANT)
 
 
+def forget_what_others_left() -> None:
+    """Collects what earlier tests of this process have dropped, whatever it warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
+
+
 @pytest.fixture(scope="module")
 def llm() -> Iterator[ManagedVLLM]:
+    forget_what_others_left()
     with own_state(), server() as shared:
         yield shared
 
 
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:
-    gc.collect()
+    forget_what_others_left()
     yield
     gc.collect()
 

@@ -17,6 +17,7 @@ def model(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (folder / name).write_text("old")
+        os.utime(folder / name, (1e9, 1e9))  # long ago: the clock of a file system may tick only every few milliseconds
     return folder
 
 

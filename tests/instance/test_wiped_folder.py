@@ -21,13 +21,20 @@ def server(**options: Any) -> ManagedVLLM:
     return ManagedVLLM("m", command=standin.command(), env=standin.orders(tree=True), keep_alive=INSTANT, **options)
 
 
+def wipe(folder: Path) -> None:
+    """Removes it in one moment: who looks meanwhile finds all of it, or nothing."""
+    gone = folder.with_name("gone")
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
 def test_a_supervisor_makes_its_folder_anew_and_stays_the_only_one(home: Path) -> None:
     with server(name="judge") as llm:
         pid = llm.status().server_pid
         assert llm.id is not None
         instance = Instance(home, llm.id)
         marker = instance.marker
-        shutil.rmtree(home)
+        wipe(home)
         eventually(lambda: instance.socket_path.exists() and instance.record_path.exists(), "made anew")
         with server() as other, ManagedVLLM(name="judge", keep_alive=0) as named:
             assert other.status().server_pid == named.status().server_pid == pid
@@ -39,7 +46,7 @@ def test_a_supervisor_makes_its_folder_anew_and_stays_the_only_one(home: Path) -
 def test_a_pinned_server_is_not_forgotten(home: Path) -> None:
     with server() as llm:
         llm.pin()
-    shutil.rmtree(home)
+    wipe(home)
     eventually(lambda: [i for i in directory.instances(home) if i.socket_path.exists()], "made anew")
     with ManagedVLLM(keep_alive=0) as again:
         assert again.status().pinned
@@ -53,7 +60,7 @@ def test_where_another_supervisor_was_faster_the_old_one_ends_and_its_users_go_o
         assert old.supervisor_pid is not None
         processes = tree_below(old.supervisor_pid)
         os.kill(old.supervisor_pid, 19)  # SIGSTOP: it can't look while the next one comes up
-        shutil.rmtree(home)
+        wipe(home)
         with server() as other:
             new = other.status()
             assert new.server_pid != old.server_pid
@@ -67,7 +74,7 @@ def test_where_another_supervisor_was_faster_the_old_one_ends_and_its_users_go_o
 def test_a_server_on_a_socket_in_the_folder_gets_a_new_one(home: Path) -> None:
     with server(uds=True) as llm:
         epoch = llm.status().epoch
-        shutil.rmtree(home)
+        wipe(home)
         llm.wait_ready(timeout=60, after_epoch=epoch)
         assert llm.generate("x", {"max_tokens": 2})[0].outputs[0].token_ids
 
@@ -87,7 +94,7 @@ def test_a_server_that_crashes_where_its_folder_was_just_removed_is_started_in_a
     """Before the supervisor has looked: without the folder to run in, its program seems to be missing."""
     with server() as llm:
         assert llm.id is not None
-        shutil.rmtree(Instance(home, llm.id).folder)
+        wipe(Instance(home, llm.id).folder)
         psutil.Process(llm.status().server_pid).kill()
         status = llm.wait_ready(60, after_epoch=1)
         assert Path(psutil.Process(status.server_pid).cwd()) == Instance(home, llm.id).folder
