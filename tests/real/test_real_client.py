@@ -131,15 +131,20 @@ def test_a_stream_says_what_the_whole_answer_says(llm: ManagedVLLM, prompt: Any,
 
 
 def test_a_stream_comes_as_it_is_generated(llm: ManagedVLLM) -> None:
-    params = {"temperature": 0, "max_tokens": 1000, "ignore_eos": True}
+    params = {**ENDLESS, "max_tokens": 1000}
     whole = llm.generate(TEXT, params)
     with engine_on_one_core(llm):
-        parts = list(llm.client.stream(TEXT, params))
-    assert joined(parts) == joined(whole)
+        for _ in range(8):  # a test that is held up sees nothing before the end
+            stream = llm.client.stream(TEXT, params)
+            first, is_running = next(stream), running(llm)
+            parts = [first, *stream]
+            assert joined(parts) == joined(whole)
+            if is_running:
+                break
+    assert is_running, "a part was there before the server was done"
     told = parts[-1]
     assert told.time_to_first_token is not None
-    assert 0 < told.time_to_first_token < told.latency / 2
-    assert len(parts) > 50
+    assert 0 < told.time_to_first_token < told.latency
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------

@@ -32,13 +32,13 @@ from orphans import (
     user,
     watch,
 )
-from processes import assert_nothing_left, eventually, tree_below
+from processes import HANG_S, assert_nothing_left, eventually, tree_below
 
 from managed_vllm.instance import directory
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
-NEXT_S = 40.0
+NEXT_S = 45.0 + HANG_S
 """A user whose supervisor dies before it has been reached finds out after 45 s (`instance.spawn`)."""
 
 
