@@ -85,8 +85,8 @@ def test_real_every_public_parameter_of_vllm_is_in_the_tables(monkeypatch: pytes
 # -- code --------------------------------------------------------------------------------------------------------------
 
 
-SHOWS = {"docs/howto/troubleshooting.md": "model_not_found", "docs/howto/restarts.md": "1 → 2"}
-"""What a page's blocks print, where what they show is more than that they run."""
+SHOWS = {"docs/howto/troubleshooting.md": "model_not_found", "docs/howto/restarts.md": r"\d+ → \d+"}
+"""A pattern of what a page's blocks print, where what they show is more than that they run."""
 
 
 def _of_python(*, tests: bool) -> list[Path]:
@@ -120,7 +120,7 @@ def _run_page(page: Path, server: str, folder: Path) -> None:
     command = [sys.executable, pages.__file__, str(page), server]
     run = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
-    assert SHOWS.get(_name(page), "") in run.stdout
+    assert re.search(SHOWS.get(_name(page), ""), run.stdout)
 
 
 @pytest.mark.parametrize("page", _of_python(tests=True), ids=_name)

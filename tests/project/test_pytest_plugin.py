@@ -130,7 +130,7 @@ def test_another_run_on_the_machine_shares_it_and_outlives_the_first(pytester: p
 def test_the_server_outlives_the_run_by_keep_alive(pytester: pytest.Pytester, starts: Path, home: Path) -> None:
     configure(pytester, "managed_vllm_keep_alive = 600")
     pytester.makepyfile(USES)
-    inner(pytester, "--managed-vllm-keep-alive=30").assert_outcomes(passed=1)
+    inner(pytester, "--managed-vllm-keep-alive=300").assert_outcomes(passed=1)
     assert left_of(home)
     inner(pytester, "--managed-vllm-keep-alive=0").assert_outcomes(passed=1)
     (started,) = pids(starts)
