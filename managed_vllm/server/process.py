@@ -168,7 +168,7 @@ class ServerProcess:
         """Finds the processes that are now below the server, and follows each of them to its end from here on."""
         self._follow(await asyncio.to_thread(self._list_descendants))
         # vLLM's processes name themselves some time after their start, and nobody can ask them after their end.
-        self._names.update((process, _own_name(process)) for process in self._descendants)
+        self._names.update((process, name) for process in self._descendants if (name := _own_name(process)))
 
     async def record_shared_memory(self) -> set[str]:
         """Adds what the server's processes have mapped below /dev/shm to what it ever had; returns all of it."""
