@@ -12,7 +12,7 @@ from moved_clock import Clock
 from processes import own_state
 from scripted_server import Act, Script
 
-pytest_plugins = ["pytester", "browsing"]
+pytest_plugins = ["pytester", "browsing", "unhurried"]
 
 register_profiles()
 

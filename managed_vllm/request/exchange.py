@@ -27,7 +27,7 @@ from managed_vllm.status import Connection
 Progress = Callable[[], None]
 
 _LOST = (408, 429, 500, 502, 503, 504)
-_STREAM_END_S = 0.25
+STREAM_END_S = 0.25
 """For what follows the last token of a stream: once it is read to its end, its connection can be used again."""
 _MAX_RESPONSE = 1 << 30
 """Bytes. All logprobs of a long answer, with a vocabulary of 150,000, take some hundred million."""
@@ -91,7 +91,7 @@ async def _read_stream(response: aiohttp.ClientResponse, request: PendingRequest
             request.feed(event)
         on_progress()
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_STREAM_END_S):
+        async with asyncio.timeout(STREAM_END_S):
             while not content.at_eof():
                 await content.readany()
 

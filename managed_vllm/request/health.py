@@ -10,7 +10,7 @@ import msgspec
 from managed_vllm.request.connections import Transport
 from managed_vllm.status import Connection
 
-_HEALTH_S = 5.0
+HEALTH_S = 5.0
 """For `/health`: a server with much to do may take a second, and is not dead."""
 
 
@@ -36,7 +36,7 @@ async def _has_model(transport: Transport, connection: Connection) -> bool:
 async def _get(transport: Transport, connection: Connection, path: str) -> tuple[int, bytes]:
     """Status and body; 599 where there is no answer."""
     try:
-        async with asyncio.timeout(_HEALTH_S):
+        async with asyncio.timeout(HEALTH_S):
             response = await transport.pool(connection).request("GET", path, None)
             try:
                 return response.status, await response.read()

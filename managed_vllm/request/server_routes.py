@@ -20,10 +20,10 @@ from managed_vllm.request.token_route import PATH
 from managed_vllm.status import Connection
 
 _IS_OFF = frozenset({403, 404, 405})
-_LOOK_S = 2.0
+LOOK_S = 2.0
 """Seconds in which one of several servers answers, or is asked no more: it may be down."""
-_READ_S = 10.0
-"""As `_LOOK_S`, for /openapi.json: vLLM takes a second of its CPU for the first one (0.32)."""
+READ_S = 10.0
+"""As `LOOK_S`, for /openapi.json: vLLM takes a second of its CPU for the first one (0.32)."""
 
 
 class Sender(Protocol):
@@ -64,7 +64,7 @@ class ServerRoutes:
         if self.has_tokens is None:
             with contextlib.suppress(ManagedVLLMError):
                 servers = await sender.servers(deadline)
-                asked = [_has_tokens(sender, one, _bounded(deadline, one, _LOOK_S)) for one in servers]
+                asked = [_has_tokens(sender, one, _bounded(deadline, one, LOOK_S)) for one in servers]
                 known = {one for one in await asyncio.gather(*asked) if one is not None}
                 self.has_tokens = all(known) if known else None
         return bool(self.has_tokens)
@@ -76,7 +76,7 @@ class ServerRoutes:
         """
         if not self._token_fields:
             servers = await sender.servers(deadline)
-            asked = [self._told(sender, one, _bounded(deadline, one, _READ_S)) for one in servers]
+            asked = [self._told(sender, one, _bounded(deadline, one, READ_S)) for one in servers]
             told = await asyncio.gather(*asked, return_exceptions=len(asked) > 1)
             found = [_token_fields(one) for one in told if not isinstance(one, BaseException)]
             for error in told if not found else ():

@@ -89,6 +89,13 @@ def token(number: int, finish: str | None = None, **more: Any) -> dict[str, Any]
 FIRST = token(1, prompt_token_ids=[50, 51])
 
 
+def stop_listening(listening: socket.socket) -> None:
+    """Closes it, and ends the thread that waits for connections: `close` alone would leave both as they are."""
+    with contextlib.suppress(OSError):
+        listening.shutdown(socket.SHUT_RDWR)
+    listening.close()
+
+
 class Script:
     """A server that does one act of its script for each request; the last one again and again."""
 
@@ -99,9 +106,16 @@ class Script:
         self.connections = 0
         self.hung_up = 0
         self._lock = threading.Lock()
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._now = threading.local()
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=4096)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def asked(self) -> tuple[str, dict[str, Any]]:
+        """Within an act: the request that it is for. The last of `requests` may be another one."""
+        found: tuple[str, dict[str, Any]] = self._now.request
+        return found
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -119,15 +133,16 @@ class Script:
                     headers[name.lower()] = value.strip()
                 raw = file.read(int(headers.get("content-length", 0)))
                 body = {} if raw.startswith(b"--") else json.loads(raw or b"null")  # a form, or JSON
+                self._now.request = line.split()[1].decode(), body
                 with self._lock:
-                    self.requests.append((line.split()[1].decode(), body))
+                    self.requests.append(self._now.request)
                     self.headers.append(headers)
                     act = self._acts.pop(0) if len(self._acts) > 1 else self._acts[0]
                 act(client)
         self.hung_up += 1
 
     def close(self) -> None:
-        self._socket.close()
+        stop_listening(self._socket)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ orders of the environment variable STANDIN, a JSON object:
     map          the server maps these files for as long as it runs
     scale_out    true: it has /inference/v1/generate, as with --enable-scale-out; a path: once that exists
     hold         [n, path]: after n generation requests the others wait until that path exists
+    after_first  a path: the tokens after the first of an answer wait until it exists; meanwhile `<path>-first` does
     used         a folder in which it locks a file for each of its GPUs; where it can't, it makes `<GPU>-twice`
 
 A file named `<number>-<kind>` in the folder `faults` is claimed by the next generation request of more than one token
@@ -76,6 +77,7 @@ from standin_engine import (
     Engine,
     EngineDead,
     Fault,
+    Generation,
     content_of,
     continuation,
     kv_cache_usage,
@@ -252,6 +254,7 @@ class Handler(BaseHTTPRequestHandler):
     poison = b""
     echo = False
     scale_out: bool | str = False
+    after_first = ""
     faults = Faults(None, None)
     engine: Engine | None = None
     used = threading.Event()
@@ -374,7 +377,7 @@ class Handler(BaseHTTPRequestHandler):
         )
         cut = kind if kind in ("crash", "hang-api", "abort", "truncated", "halfstream", "streamerror") else None
         limit = half * asked.choices if cut else None
-        tokens = self._tokens(asked, generation.tokens(), limit)
+        tokens = self._tokens(asked, generation, limit)
         try:
             if asked.stream:
                 return self._stream(asked, tokens, cut)
@@ -382,14 +385,12 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             tokens.close()  # type: ignore[attr-defined]
 
-    def _tokens(
-        self, asked: _Asked, source: Iterator[list[tuple[int, int]]], limit: int | None
-    ) -> Iterator[list[tuple[int, int]]]:
+    def _tokens(self, asked: _Asked, generation: Generation, limit: int | None) -> Iterator[list[tuple[int, int]]]:
         """The tokens as they come, up to `limit`; ends the request when the client hangs up, as vLLM does."""
-        taken, aborts = 0, self.control.aborts
+        taken, aborts, source = 0, self.control.aborts, generation.tokens()
         try:
-            for found in source:
-                while not self.control.may_run() and self.control.aborts == aborts:
+            for found in (part for come in source for part in self._parted(asked, come, taken)):
+                while not self._may_go_on(taken) and self.control.aborts == aborts:
                     if self._client_is_gone():
                         raise _Gone
                 if self.control.aborts != aborts:
@@ -402,10 +403,21 @@ class Handler(BaseHTTPRequestHandler):
                 taken += len(found)
                 if found:
                     yield found
+                    generation.passed_on(taken)
                 elif self._client_is_gone():
                     raise _Gone
         finally:
             source.close()  # type: ignore[attr-defined]
+
+    def _parted(self, asked: _Asked, come: list[Any], taken: int) -> list[list[Any]]:
+        return [come] if taken or asked.is_probe or not self.after_first else [come[:1], come[1:]]
+
+    def _may_go_on(self, taken: int) -> bool:
+        if self.after_first and taken and not os.path.exists(self.after_first):
+            Path(f"{self.after_first}-first").touch()
+            time.sleep(0.01)
+            return False
+        return self.control.may_run()
 
     def _client_is_gone(self) -> bool:
         if not select.select([self.connection], [], [], 0)[0]:
@@ -660,6 +672,7 @@ def main() -> None:
     Handler.echo = bool(order.get("echo"))
     Handler.scale_out = order.get("scale_out", False)
     Handler.control = Control(paused=bool(order.get("paused")), **order.get("control", {}))
+    Handler.after_first = order.get("after_first", "")
     Handler.poison = str(order.get("poison", "")).encode()
     Handler.faults = Faults(order.get("faults"), order.get("crash_at"), order.get("hold"))
     if "exit_after" in order:

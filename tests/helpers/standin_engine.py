@@ -91,7 +91,10 @@ class EngineDead(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """What the engine does instead of the `at`-th token of a request: `{crash,hang}-{engine,worker}`."""
+    """What the engine does instead of the `at`-th token of a request: `{crash,hang}-{engine,worker}`.
+
+    Not before the tokens up to there are with the client (`Generation.passed_on`), however slow the API server is.
+    """
 
     kind: str
     at: int
@@ -124,7 +127,11 @@ class Engine:
         self._tell(request)
         if self.dead.is_set():
             inbox.put(None)
-        return Generation(self, number, n_tokens * choices, inbox)
+        return Generation(self, request, inbox)
+
+    def fail(self, number: int) -> None:
+        """The request's fault may strike."""
+        self._tell(_Strike(number))
 
     def end(self, number: int) -> None:
         """Forgets a request; one that still runs is given up."""
@@ -160,28 +167,37 @@ class Engine:
 class Generation:
     """The tokens of one request as they come: pairs of choice and id. Raises `EngineDead`."""
 
-    def __init__(
-        self, engine: Engine, number: int, total: int, inbox: queue.SimpleQueue[tuple[int, int] | None]
-    ) -> None:
+    def __init__(self, engine: Engine, request: _Request, inbox: queue.SimpleQueue[tuple[int, int] | None]) -> None:
         self._engine = engine
-        self._number = number
-        self._left = total
+        self._number = request.number
+        self._left = request.n_tokens * request.choices
+        self._strikes_at = None if request.fault is None else request.fault.at * request.choices
         self._inbox = inbox
+        self.passed_on(0)
+
+    def passed_on(self, count: int) -> None:
+        """So many tokens, of all choices, are on their way to the client."""
+        if self._strikes_at is not None and count >= self._strikes_at:
+            self._strikes_at = None
+            self._engine.fail(self._number)
 
     def tokens(self) -> Iterator[list[tuple[int, int]]]:
         """What has come since the last look: an empty list after 50 ms without any, so that the caller can look up."""
         try:
             while self._left:
                 found: list[tuple[int, int]] = []
+                died = False
                 with contextlib.suppress(queue.Empty):
                     item = self._inbox.get(timeout=0.05)
-                    while True:
-                        if item is None:
-                            raise EngineDead
+                    while item is not None:
                         found.append(item)
                         item = self._inbox.get_nowait()
+                    died = True
                 self._left -= len(found)
-                yield found
+                if found or not died:
+                    yield found  # first what the engine made before it died, however late we look
+                if died and self._left:
+                    raise EngineDead
             self._engine.forget(self._number)
         finally:
             self._engine.end(self._number)
@@ -237,6 +253,13 @@ class _Request:
     fault: Fault | None
 
 
+@dataclass(frozen=True)
+class _Strike:
+    """The fault of the request with this number may strike."""
+
+    number: int
+
+
 @dataclass
 class _Sequence:
     """One choice of a request while it is generated."""
@@ -246,6 +269,13 @@ class _Sequence:
     state: int
     done: int
     due: float
+    may_fail: bool = False
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it waits for its fault."""
+        fault = self.request.fault
+        return fault is not None and fault.at == self.done and not self.may_fail
 
 
 def run_engine_core(api: Connection, tree: bool, max_seqs: int, shm: bool | str) -> None:
@@ -269,7 +299,8 @@ class _EngineCore:
         while True:
             now = time.monotonic()
             running = self._sequences[: self._max_seqs]
-            timeout = max(0.0, min(s.due for s in running) - now) if running else None
+            due = [s.due for s in running if not s.is_held]
+            timeout = max(0.0, min(due) - now) if due else None
             pipes: list[Any] = wait([self._api, self._worker], timeout)
             for pipe in pipes:
                 try:
@@ -282,7 +313,11 @@ class _EngineCore:
                 self._take(message)
             self._step()
 
-    def _take(self, message: _Request | int) -> None:
+    def _take(self, message: _Request | _Strike | int) -> None:
+        if isinstance(message, _Strike):
+            for sequence in self._sequences:
+                sequence.may_fail = sequence.may_fail or sequence.request.number == message.number
+            return
         if isinstance(message, int):
             self._sequences = [s for s in self._sequences if s.request.number != message]
             self._say([])
@@ -294,7 +329,7 @@ class _EngineCore:
 
     def _step(self) -> None:
         now = time.monotonic()
-        batch = [s for s in self._sequences[: self._max_seqs] if s.due <= now]
+        batch = [s for s in self._sequences[: self._max_seqs] if s.due <= now and not s.is_held]
         if not batch:
             return
         for sequence in batch:

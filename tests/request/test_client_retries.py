@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from free_ports import free_port
+from free_ports import nobody
 from processes import HANG_S, eventually
 from scripted_server import (
     ANSWER,
@@ -39,8 +39,10 @@ from managed_vllm.errors import (
     UnsupportedParameterError,
 )
 from managed_vllm.masking import Secret
+from managed_vllm.request import exchange
 from managed_vllm.status import Connection
 
+pytestmark = pytest.mark.usefixtures("unhurried")
 LOSSES: dict[str, Act] = {
     **{f"HTTP {status}": says({"error": {"message": "x"}}, status) for status in (500, 502, 503, 504)},
     "closed at once": sends(b""),
@@ -107,8 +109,9 @@ def test_a_server_that_does_not_stream_is_understood(script: Callable[..., Scrip
 
 
 def test_a_stream_that_never_ends_after_its_last_token_is_an_answer_and_is_hung_up(
-    script: Callable[..., Script],
+    script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(exchange, "STREAM_END_S", 0.05)
     server = script(streams(FIRST, token(2, "stop"), ends=False))
     with client_of(server) as client:
         assert client.generate("x", {"max_tokens": 9}, resume=True)[0].outputs[0].token_ids == [1, 2]
@@ -135,13 +138,13 @@ def test_answers_lost_too_often_are_an_error_that_says_so(script: Callable[..., 
 
 
 def test_nobody_there_is_an_error_without_any_deadline() -> None:
-    port = free_port()
-    client = VLLMClient(f"http://127.0.0.1:{port}", "", "m", retry=QUICK)
-    with pytest.raises(ServerDiedError, match="lost 4 times in a row"):
-        client.generate("x")
-    patient = VLLMClient(f"http://127.0.0.1:{port}", "", "m", retry=RetryPolicy(max_lost=10_000))
-    with pytest.raises(RequestTimeoutError):
-        patient.generate("x", timeout=0.5)
+    with nobody() as url:
+        with VLLMClient(url, "", "m", retry=QUICK) as client:
+            with pytest.raises(ServerDiedError, match="lost 4 times in a row"):
+                client.generate("x")
+        with VLLMClient(url, "", "m", retry=RetryPolicy(max_lost=10_000)) as patient:
+            with pytest.raises(RequestTimeoutError):
+                patient.generate("x", timeout=0.5)
 
 
 STUCK: dict[str, Act] = {

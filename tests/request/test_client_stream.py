@@ -27,6 +27,7 @@ from managed_vllm.errors import (
 )
 from managed_vllm.request.outputs import Logprob, RequestOutput
 
+pytestmark = pytest.mark.usefixtures("unhurried")
 TEXT = "x"
 CHAT = [{"role": "user", "content": "x"}]
 PARAMS = {"max_tokens": 9, "temperature": 0}
@@ -98,8 +99,9 @@ def test_parts_come_as_they_are_made(script: Callable[..., Script]) -> None:
         client.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
         for event in (FIRST, token(2), token(3, "stop")):
             client.sendall(b"data: " + json.dumps(event).encode() + b"\n\n")
-            gate.wait(HANG_S)
-            gate.clear()
+            if event["choices"][0]["finish_reason"] is None:
+                gate.wait(HANG_S)
+                gate.clear()
         client.shutdown(socket.SHUT_RDWR)
 
     with client_of(script(act)) as client:
@@ -347,6 +349,8 @@ def test_a_stream_that_failed_behind_the_back_of_its_reader_is_not_told_of(
     script: Callable[..., Script], caplog: pytest.LogCaptureFixture
 ) -> None:
     server = script(streams(FIRST), says({"error": {"message": "no"}}, 401))
+    gc.collect()  # what tests before have left is told of now, and not below
+    caplog.clear()
     with caplog.at_level(logging.ERROR), client_of(server) as client:
         parts = client.stream(TEXT, PARAMS)
         next(parts)

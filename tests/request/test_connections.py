@@ -20,6 +20,7 @@ from managed_vllm.request.bodies import encode_body
 from managed_vllm.request.connections import Transport, proxy_for
 from managed_vllm.status import Connection
 
+pytestmark = pytest.mark.usefixtures("unhurried")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 

@@ -94,11 +94,12 @@ def test_a_request_that_kills_the_server_by_way_of_the_sdk_is_not_sent_a_third_t
         assert llm.status().epoch == 3
 
 
-def test_a_restart_that_was_asked_for_is_no_death_of_the_requests_in_flight(home: Path) -> None:
+def test_a_restart_that_was_asked_for_is_no_death_of_the_requests_in_flight(home: Path, tmp_path: Path) -> None:
+    answer = tmp_path / "answer"
     llm = ManagedVLLM(
         "stand-in",
         command=standin.command(),
-        env=standin.orders(token_s=0.2),
+        env=standin.orders(after_first=str(answer)),
         keep_alive=INSTANT,
         stop_grace=0,
         retry=RetryPolicy(spread_s=0),
@@ -109,8 +110,11 @@ def test_a_restart_that_was_asked_for_is_no_death_of_the_requests_in_flight(home
             target=lambda: answers.append(llm.generate("x", {"max_tokens": 20}, resume=False)[0].epoch)
         )
         asking.start()
+        first = tmp_path / "answer-first"
         for _ in range(3):
-            eventually(lambda: llm.client.in_flight == 1, "it is in flight")
+            eventually(first.exists, "it is in flight on this server")
             llm.restart()
+            first.unlink(missing_ok=True)
+        answer.touch()
         asking.join()
         assert answers == [4]

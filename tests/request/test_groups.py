@@ -31,6 +31,7 @@ from managed_vllm.request.outputs import RequestOutput
 from managed_vllm.request.placement import Search
 from managed_vllm.status import Connection
 
+pytestmark = pytest.mark.usefixtures("unhurried")
 QUICK = RetryPolicy(max_lost=2, backoff_initial_s=0.001, spread_s=0)
 SHORT: dict[str, Any] = {"max_tokens": 8, "logprobs": 0}
 
@@ -118,7 +119,8 @@ def test_64_prompts_take_a_scout_and_eight_requests() -> None:
     with acting(echo) as server, client_of(server) as client:
         outputs = client.generate([f"p{number}" for number in range(64)], SHORT)
         assert [one.prompt for one in outputs] == [f"p{number}" for number in range(64)]
-        assert sizes(server) == [1, 8, 8, 8, 8, 8, 8, 8, 7]
+        assert sizes(server)[0] == 1
+        assert sorted(sizes(server)[1:]) == [7] + [8] * 7
         assert len({one.request_id for one in outputs}) == 1 + 63
         server.requests.clear()
         client.generate([f"p{number}" for number in range(64)], SHORT)  # the server is known by now

@@ -12,6 +12,7 @@ from acting_server import ActingServer, Refusal, acting, prompts_of
 from managed_vllm import RetryPolicy, VLLMClient
 from managed_vllm.errors import ManagedVLLMError, RequestError
 
+pytestmark = pytest.mark.usefixtures("unhurried")
 QUICK = RetryPolicy(max_lost=2, backoff_initial_s=0.001, spread_s=0)
 TEXTS: list[Any] = [*("a" * number for number in range(1, 20)), "bad", *("b" * number for number in range(1, 20))]
 IDS: list[Any] = [list(text.encode()) for text in TEXTS]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import standin
+from free_ports import nobody
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import INSTANT
@@ -25,6 +25,7 @@ from managed_vllm.request.token_generation import TokenGeneration
 from managed_vllm.request.token_outputs import output_of
 from managed_vllm.request.token_route import PATH, parse
 
+pytestmark = pytest.mark.usefixtures("unhurried")
 PATIENT = RestartPolicy(max_restarts=100, backoff_initial_s=0.0)
 IDS = [50, 51, 52]
 THERE = says({"error": {"message": "token_ids: Field required", "code": 400}}, 400)
@@ -87,7 +88,7 @@ def test_token_ids_without_texts_go_there_where_the_server_has_it(script: Callab
 )
 def test_all_else_goes_by_completions(script: Callable[..., Script], prompt: Any, params: Any, fields: Any) -> None:
     def act(client: Any) -> None:
-        path = scripted.requests[-1][0]
+        path, _ = scripted.asked
         (THERE if path == PATH else COMPLETION)(client)
 
     scripted = script(act)
@@ -157,7 +158,7 @@ def test_an_older_vllm_that_does_not_tell_all_is_asked_by_completions(script: Ca
 def test_of_several_servers_all_must_have_it(script: Callable[..., Script]) -> None:
     def scripted(probe: Any) -> Script:
         def act(client: Any) -> None:
-            path, body = made.requests[-1]
+            path, body = made.asked
             ((TOKENS if body.get("token_ids") else probe) if path == PATH else COMPLETION)(client)
 
         made = script(act)
@@ -175,15 +176,13 @@ def test_of_several_servers_all_must_have_it(script: Callable[..., Script]) -> N
 
 def test_one_of_several_servers_that_is_down_is_not_waited_for(script: Callable[..., Script]) -> None:
     def act(client: Any) -> None:
-        path, body = up.requests[-1]
+        path, body = up.asked
         if path == "/openapi.json":
             return says(standin_openapi(scale_out=True))(client)
         (TOKENS if body.get("token_ids") else THERE)(client)
 
     up = script(act)
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        down = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-    with VLLMClient([up.url, down], "key", "m", retry=QUICK) as client:
+    with nobody() as down, VLLMClient([up.url, down], "key", "m", retry=QUICK) as client:
         outputs = client.generate([IDS] * 3, NO_TEXT)
         outputs += client.generate(IDS, {**NO_TEXT, "skip_reading_prefix_cache": True})
     assert [one.outputs[0].token_ids for one in outputs] == [[7]] * 4
