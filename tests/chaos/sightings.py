@@ -39,6 +39,8 @@ def look(home: Path) -> list[Process]:
                 continue
             command = Path(entry.path, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             name, _, rest = Path(entry.path, "stat").read_text().partition("(")[2].rpartition(")")
+            if _is_killed(Path(entry.path, "status").read_text()):
+                continue
         except OSError:
             continue
         state, parent = rest.split()[:2]
@@ -46,6 +48,12 @@ def look(home: Path) -> list[Process]:
         if role is not None and state not in "ZX":
             found.append(Process(int(entry.name), int(parent), name, state, role, command.strip()))
     return _with_forked(found)
+
+
+def _is_killed(status: str) -> bool:
+    """Whether SIGKILL was sent: it does nothing any more, however late the machine lets it end."""
+    pending = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(signals & 1 << signal.SIGKILL - 1 for signals in pending)
 
 
 def _with_forked(found: list[Process]) -> list[Process]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from free_ports import free_port
+from processes import eventually
 
 from managed_vllm.config import Address, ServerSpec, SupervisorOrder, vllm_folder
 from managed_vllm.in_server import managed_vllm_guard
@@ -56,17 +58,26 @@ def test_a_grace_beyond_the_default_is_left_to_requests_in_flight(
 
 def test_a_server_listens_on_a_free_port_of_loopback(instance: Instance) -> None:
     launched = prepare(instance, order())
-    with socket.create_server(("127.0.0.1", launched.port or 0)):
-        pass
+    eventually(lambda: can_be_listened_on(prepare(instance, order()).port), "it is free")
     assert launched.connection.base_url == f"http://127.0.0.1:{launched.port}/v1"
     assert launched.connection.api_key.reveal() == "key"
     assert launched.argv == ["it", "--port", str(launched.port), "None"]
 
 
+def can_be_listened_on(port: int | None) -> bool:
+    """Not where somebody else has been given it meanwhile."""
+    assert port
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
 def test_the_next_epoch_keeps_the_port_unless_somebody_took_it(instance: Instance) -> None:
-    first = prepare(instance, order()).port
+    first = free_port()
     assert prepare(instance, order(), first).port == first
-    with socket.create_server(("127.0.0.1", first or 0)):
+    with socket.create_server(("127.0.0.1", first)):
         assert prepare(instance, order(), first).port != first
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from free_ports import free_port
 from lone_server import LIMIT_S, launched, run, spawned, until
 from processes import HANG_S, is_live
 
@@ -243,8 +244,8 @@ def test_who_listens_on_a_port_is_known(tmp_path: Path) -> None:
         async with spawned(tmp_path, python(code)) as process:
             port = int((await line_that_begins(process, "port")).split()[1])
             assert process.owns_port(port) is True
-            with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as other:
-                stranger = other.getsockname()[1]
+            stranger = free_port()
+            with contextlib.closing(socket.create_server(("127.0.0.1", stranger))):
                 assert process.owns_port(stranger) is False
             assert process.owns_port(stranger) is None
 
