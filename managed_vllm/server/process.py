@@ -310,14 +310,15 @@ def _name(process: psutil.Process) -> str:
 
 
 def _own_name(process: psutil.Process) -> str:
-    """As `_name`; empty as long as it is still its parent's: that of a child that has yet to run its program.
+    """As `_name`; empty as long as the process is what its parent is: a child that has yet to run its program.
 
     An EngineCore or Worker that runs a program for a moment would else seem to end with that.
     """
     name = _name(process)
     with contextlib.suppress(psutil.Error):
         parent = process.parent()
-        return "" if parent is not None and _name(parent) == name else name
+        is_copy = parent is not None and _name(parent) == name and parent.cmdline() == process.cmdline()
+        return "" if is_copy else name
     return ""
 
 
