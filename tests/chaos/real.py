@@ -51,7 +51,7 @@ def run_real(runs: int, seed: int = 0, *, quiet: bool = True) -> list[Outcome]:
                 for line in outcome.broken:
                     print(f"  {line}", flush=True)
                 llm.wait_ready(_TIMEOUT_S)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while (left := [*sightings.look(home), *sightings.files_left(home)]) and time.monotonic() < deadline:
             time.sleep(0.1)
         if left and outcomes:

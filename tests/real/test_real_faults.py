@@ -204,13 +204,19 @@ def test_the_supervisor_killed_under_load_is_replaced_by_exactly_one(load: Load)
         assert [started for *_, started in found].count(True) + llm.started_it in (1, 2)  # the fixture's was the first
         assert supervisors(load.home) == [ours[0]]
         (instance,) = directory.instances(load.home)
-        # The server and its image.
-        below = {process.pid for process in tree_below(ours[0] or 0) if process.pid != ours[0]}
-        assert {process.pid for process in cleanup.marked_processes(instance)} == below
+        eventually(lambda: marked(instance) == below(ours[0] or 0), "the server and its image, and nothing else")
     finally:
         for client in clients:
             client.kill()
             client.communicate()
+
+
+def marked(instance: directory.Instance) -> set[int]:
+    return {process.pid for process in cleanup.marked_processes(instance)}
+
+
+def below(pid: int) -> set[int]:
+    return {process.pid for process in tree_below(pid)} - {pid}
 
 
 def supervisors(home: Path) -> list[int]:

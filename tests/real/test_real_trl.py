@@ -17,6 +17,7 @@ import requests
 from processes import own_state
 
 from managed_vllm import ManagedVLLM
+from managed_vllm.instance import directory
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,9 @@ def test_nothing_of_it_without_the_key(llm: ManagedVLLM) -> None:
 
 @pytest.mark.real
 def test_the_example(llm: ManagedVLLM) -> None:
-    example = Path(__file__).resolve().parents[2] / "examples" / "08_trl.py"
+    example, epoch = Path(__file__).resolve().parents[2] / "examples" / "08_trl.py", llm.status().epoch
     run = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     assert run.stdout.count("tokens, the first with logprob") == 4
-    assert llm.status().epoch == 1  # it was this server
+    assert llm.status().epoch == epoch
+    assert len(directory.instances(directory.state_home())) == 1, "it was this server"

@@ -714,11 +714,15 @@ def test_real_a_killed_generation_is_the_unbroken_one(home: Path, chat: bool) ->
         unbroken = ask(resume=False)
         assert len(unbroken.outputs[0].token_ids) == 1000
         assert_same(ask(resume=True), unbroken)
-        with Killer(llm, [150]) as killer:
-            resumed = ask(resume=True)
+        for _ in range(8):  # a test that is held up kills nobody before the end
+            epoch = llm.status().epoch
+            with Killer(llm, [150]) as killer:
+                resumed = ask(resume=True)
+            if killer.kills:
+                break
         assert killer.kills == 1
         assert_same(resumed, unbroken)
-        assert resumed.epoch == 2
+        assert resumed.epoch == epoch + 1
         assert resumed.resumed_tokens >= 130
         assert killer.generated <= 1100
 
