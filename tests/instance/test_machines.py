@@ -35,10 +35,10 @@ report = Path(sys.argv[1])
 import standin
 from processes import eventually
 from managed_vllm import ManagedVLLM
+from managed_vllm.instance import directory
 
 SHARE = '''
 import standin
-from processes import eventually
 from managed_vllm import ManagedVLLM
 with ManagedVLLM("stand-in", command=standin.command(), keep_alive=0, progress=False) as llm:
     print(llm.status().server_pid, llm.started_it, llm.generate("from a second process")[0].outputs[0].text[:4])
@@ -52,6 +52,8 @@ with ManagedVLLM("stand-in", command=standin.command(), keep_alive=0, progress=F
     llm.restart()
     llm.wait_ready(60)
     found["after"] = llm.status().epoch, llm.generate("hi")[0].outputs[0].text[:4]
+# With pids of its own this is their init: whatever else is there is killed when it ends.
+eventually(lambda: not directory.instances(directory.state_home()), "it is gone with its last user")
 report.write_text(json.dumps(found))
 """
 
