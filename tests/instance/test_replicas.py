@@ -110,7 +110,7 @@ def test_a_request_that_kills_is_stopped_before_it_has_killed_all(home: Path) ->
         assert set(raised.value.epochs) < {1, 2, 3}
         with pytest.raises(DeadlyRequestError):  # it is known by now, and not sent
             llm.generate("poison", {"max_tokens": 8})
-        after = eventually(lambda: all_ready(llm), "all are back")
+        after = eventually(lambda: (now := all_ready(llm)) and now.restarts > 1 and now, "all are back")
         assert sorted(one.restarts for one in after.replicas) == [0, 1, 1]
         assert is_right("harmless", llm.generate("harmless", {"max_tokens": 8})[0].outputs[0].token_ids)
 
@@ -175,6 +175,7 @@ def test_a_restart_says_what_kept_one_of_them_down(home: Path, tmp_path: Path) -
 
 
 def test_logs_caches_and_metrics_are_those_of_each(llm: ManagedVLLM) -> None:
+    eventually(lambda: {line[:3] for line in llm.logs(1000).splitlines()} >= {"[0]", "[1]"}, "each has said something")
     lines = llm.logs(1000).splitlines()
     assert {line[:3] for line in lines} == {"[0]", "[1]"}
     assert llm.reset_prefix_cache() is True
