@@ -401,9 +401,9 @@ def test_looking_keeps_nothing_alive(cli: Cli) -> None:
     log.until_said("Application startup complete.")
     with_look = Channel.connect(cli.instance(row).socket_path)
     with_look.request("unpin")
-    with_look.wait_until(lambda _: False, 30)
+    with_look.wait_until(lambda _: False, HANG_S)
     assert log.end() == 0
-    assert not cli.left()
+    until(lambda: not cli.left(), "nothing is left of it")
 
 
 # -- logs --------------------------------------------------------------------------------------------------------------
@@ -411,7 +411,8 @@ def test_looking_keeps_nothing_alive(cli: Cli) -> None:
 
 def test_logs_shows_the_last_lines(cli: Cli) -> None:
     cli.up(**standin.orders(say=[f"line {number}" for number in range(300)]))
-    assert cli("logs", "-n", "3").stdout.splitlines() == ["line 298", "line 299", "Application startup complete."]
+    last = ["line 298", "line 299", "Application startup complete."]
+    until(lambda: cli("logs", "-n", "3").stdout.splitlines() == last, "the server's words are in the log")
     assert len(cli("logs").stdout.splitlines()) == 100
 
 

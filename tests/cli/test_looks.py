@@ -86,6 +86,7 @@ def test_top_on_a_terminal_restarts_the_chosen_server_and_ends(home: Path) -> No
             eventually(lambda: llm.status().epoch == 2 and b"serves again" in said, "restarted")
             os.write(master, b"q")
             assert running.wait(HANG_S) == 0
+            read.join(HANG_S)  # or it would read what is opened next under this number
         finally:
             os.close(master)
 
@@ -147,12 +148,13 @@ def test_health_latency_and_weight_version_are_told_by_the_supervisor(home: Path
         assert told.health_latency_s is not None
         assert 0 < told.health_latency_s < HANG_S
         assert (told.epoch, told.restarts, told.leases, told.weight_version) == (1, {}, 1, "")
-        assert (told.health_checks > 0, told.health_unanswered) == (True, 0)
+        assert told.health_checks > 0
         found, server = samples(exposition(home).decode()), str(llm.id)
         assert found["managed_vllm_health_last_seconds", labelled(server=server)] > 0
         count = found["managed_vllm_health_seconds_count", labelled(server=server)]
         assert count == found["managed_vllm_health_seconds_bucket", labelled(server=server, le="+Inf")] > 0
-        assert found["managed_vllm_health_unanswered_total", labelled(server=server)] == 0
+        unanswered = found["managed_vllm_health_unanswered_total", labelled(server=server)]
+        assert told.health_unanswered <= unanswered <= llm.status().health.unanswered  # 0, unless the machine was busy
         assert found["managed_vllm_weights_info", labelled(server=server, version="", checkpoint="")] == 1
 
 

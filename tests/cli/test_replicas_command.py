@@ -50,7 +50,7 @@ def test_a_server_with_replicas_is_shown_as_one_and_one_by_one(home: Path) -> No
     eventually(lambda: looker.look()[0].replicas[1].row["epoch"] == 3, "it is started again")
     (look,) = eventually(lambda: [one for one in looker.look() if one.replicas[1].metrics], "it serves again")
     assert [one.row["restarts"] for one in look.replicas] == [0, 1]
-    assert all(one.rates for one in looker.look()[0].replicas)
+    eventually(lambda: all(one.rates for one in looker.look()[0].replicas), "the rates of both are known")
 
     families = list(text_string_to_metric_families(exposition(home).decode()))
     assert len({family.name for family in families}) == len(families)
