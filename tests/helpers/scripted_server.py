@@ -139,7 +139,8 @@ class Script:
                     self.headers.append(headers)
                     act = self._acts.pop(0) if len(self._acts) > 1 else self._acts[0]
                 act(client)
-        self.hung_up += 1
+        with self._lock:
+            self.hung_up += 1
 
     def close(self) -> None:
         stop_listening(self._socket)
