@@ -313,14 +313,14 @@ def test_a_live_run_is_listed_filtered_and_opened(looking: Browser, server: RunS
     looking.until("return !document.getElementById('list').hidden")
     looking.set("f-text", "")
     looking.click("#to-tasks")
-    looking.until("return document.querySelectorAll('#group-body tr[data-at]').length === 7")
+    looking.until("return document.querySelectorAll('#group-body tr[data-task]').length === 7")
     assert looking.tile("pass@4") == "83.3 %"
     looking.click("#group-body tr[data-task='task-4'] a.one:nth-child(2)")
     looking.until("return document.querySelector('#about')?.textContent.includes('rollout 1')")
     assert "not in the filter" not in looking.texts("#about")[0]
     looking.press("\ue00c")  # Escape
     looking.click("#to-tasks")
-    looking.until("return document.querySelectorAll('#group-body tr[data-at]').length === 7")
+    looking.until("return document.querySelectorAll('#group-body tr[data-task]').length === 7")
     looking.click("#group-body tr[data-at='3'] a")
     looking.until("return document.querySelectorAll('#body tr[data-at] a').length === 4")
     assert set(looking.tasks()) == {"task-3"}

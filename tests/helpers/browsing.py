@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from free_ports import free_port
 from processes import eventually
 
 if TYPE_CHECKING:
@@ -57,7 +59,16 @@ class Browser:
         ActionChains(self.driver).send_keys(*keys).perform()
 
     def click(self, selector: str) -> None:
-        self.driver.find_element("css selector", selector).click()
+        """Waits for the element: a page that is served may be about to show it, or to put another in its place."""
+        eventually(lambda: self._clicked(selector), f"{selector} is there to be clicked")
+
+    def _clicked(self, selector: str) -> bool:
+        from selenium.common import exceptions
+
+        with contextlib.suppress(exceptions.NoSuchElementException, exceptions.StaleElementReferenceException):
+            self.driver.find_element("css selector", selector).click()
+            return True
+        return False
 
     def texts(self, selector: str) -> list[str]:
         texts: list[str] = self.js(
@@ -123,7 +134,8 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     options.page_load_strategy = "none"  # a page is looked at while it is being read
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     folder = tmp_path_factory.mktemp("chromium")
-    service = webdriver.ChromeService(found["chromedriver"], env={**os.environ, "TMPDIR": str(folder)})
+    environ = {**os.environ, "TMPDIR": str(folder)}
+    service = webdriver.ChromeService(found["chromedriver"], port=free_port(), env=environ)
     driver = webdriver.Chrome(options, service)
     try:
         yield Browser(driver)
