@@ -43,7 +43,7 @@ def cluster() -> Iterator[RayCluster]:
 
 
 class Driver:
-    """A driver that plays on the cluster; its log as lists of words."""
+    """A driver that plays on the cluster, each worker up to its first resets until `go`; its log as lists of words."""
 
     def __init__(
         self, cluster: RayCluster, folder: Path, run: str | None = None, count: int = TASKS, **options: Any
@@ -52,6 +52,8 @@ class Driver:
         self.run = run or str(folder / "run")
         self.log = folder / "log"
         self.said = folder / f"stderr-{len(list(folder.iterdir()))}"
+        self._go = self.said.with_suffix(".go")
+        options["go"] = str(self._go)
         words = [cluster.address, self.run, str(self.log), str(count), str(N), json.dumps(options)]
         with self.said.open("wb") as said:
             self.process = subprocess.Popen(
@@ -62,13 +64,22 @@ class Driver:
                 stderr=said,
             )
 
+    def go(self) -> Driver:
+        self._go.touch()
+        return self
+
     def logged(self, what: str) -> list[list[str]]:
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [line.split()[1:] for line in lines if line.startswith(what)]
 
-    def has_reset_on(self, nodes: set[int], each: int = 3) -> bool:
-        count = Counter(int(node) for node, _, _ in self.logged("reset"))
-        return all(count[node] >= each for node in nodes)
+    def wait_for_resets_on(self, nodes: set[int], each: int = 3) -> None:
+        """Until all of these nodes play, and none of them has come any further."""
+
+        def there() -> bool:
+            count = Counter(int(node) for node, _, _ in self.logged("reset"))
+            return all(count[node] >= each for node in nodes)
+
+        eventually(there, f"the nodes {nodes} play", 2 * HANG_S)
 
     def ended(self) -> tuple[int, str]:
         """Exit code and standard error."""
@@ -110,9 +121,9 @@ def assert_each_exactly_once(run: str) -> None:
 @pytest.mark.slow
 def test_a_killed_worker_s_rollouts_are_played_by_others_and_each_is_in_the_store_once(driver: Any) -> None:
     playing = driver()
-    eventually(lambda: playing.has_reset_on({0, 1}), "both nodes play")
+    playing.wait_for_resets_on({0, 1})
     os.kill(int(playing.logged("reset")[-1][1]), signal.SIGKILL)
-    playing.assert_ended_well()
+    playing.go().assert_ended_well()
     assert_each_exactly_once(playing.run)
     servers = {(node, server) for node, _, server in playing.logged("server")}
     assert {node for node, _ in servers} == {"0", "1"}
@@ -122,11 +133,11 @@ def test_a_killed_worker_s_rollouts_are_played_by_others_and_each_is_in_the_stor
 @pytest.mark.slow
 def test_a_killed_driver_takes_its_workers_along_and_the_next_one_goes_on(driver: Any) -> None:
     killed = driver()
-    eventually(lambda: killed.has_reset_on({0, 1}), "both nodes play")
+    killed.wait_for_resets_on({0, 1})
     workers = {psutil.Process(int(pid)) for _, pid, _ in killed.logged("reset")}
     killed.kill()
     eventually(lambda: not any(map(is_live, workers)), "Ray has ended the workers")
-    driver().assert_ended_well()
+    driver().go().assert_ended_well()
     assert_each_exactly_once(killed.run)
 
 
@@ -135,18 +146,19 @@ def test_a_killed_driver_takes_its_workers_along_and_the_next_one_goes_on(driver
 def test_a_node_that_dies_costs_no_rollout(cluster: RayCluster, driver: Any) -> None:
     node = cluster.add()
     playing = driver()
-    eventually(lambda: playing.has_reset_on({node}, each=1), "the new node plays")
+    playing.wait_for_resets_on({node}, each=1)
     cluster.lose(node)
-    playing.assert_ended_well()
+    playing.go().assert_ended_well()
     assert_each_exactly_once(playing.run)
 
 
 @pytest.mark.slow
 def test_a_node_without_the_shared_folder_is_named_and_the_others_play_all(driver: Any) -> None:
     playing = driver(run="/proc/self/cwd/run", count=4)  # on each node another one; the driver is on node 0
-    code, err = playing.ended()
+    told = "all nodes of the cluster must share it"
+    eventually(lambda: told in playing.said.read_text(), "the node without it is named", 2 * HANG_S)
+    code, err = playing.go().ended()
     assert code == 0, err
-    assert "all nodes of the cluster must share it" in err
     assert {node for node, _, _ in playing.logged("reset")} == {"0"}
 
 
@@ -155,7 +167,12 @@ def test_what_is_wrong_in_every_worker_is_raised_here(driver: Any) -> None:
     failing, unfit = driver(fail="as it was told"), driver(worker_options={"num_gpus": 8})
     code, err = failing.ended()
     assert code == 1
-    assert "managed_vllm.errors.ConfigError: as it was told" in err.splitlines()[-1]
+    assert raised(err) == "managed_vllm.errors.ConfigError: as it was told"
     code, err = unfit.ended()
     assert code == 1
-    assert "no node of the Ray cluster has what a worker takes: {'CPU': 1, 'GPU': 8}" in err.splitlines()[-1]
+    assert "no node of the Ray cluster has what a worker takes: {'CPU': 1, 'GPU': 8}" in raised(err)
+
+
+def raised(err: str) -> str:
+    """What ended a driver: below the last traceback, above what Ray may say of its own end."""
+    return next(line for line in reversed(err.splitlines()) if line.startswith("managed_vllm.errors."))

@@ -1,13 +1,13 @@
-"""A program that plays by `run_on_ray`, for tests that kill it: `ray_driver.py ADDRESS RUN LOG TASKS N [OPTIONS]`.
+"""A program that plays by `run_on_ray`, for tests that kill it: `ray_driver.py ADDRESS RUN LOG TASKS N OPTIONS`.
 
-OPTIONS is a JSON object: further arguments of `run_on_ray`, and `fail`, a text with which `make_llm` fails.
+OPTIONS is a JSON object: further arguments of `run_on_ray`; `go`, a file for which each reset waits once it has noted
+itself; `fail`, a text with which `make_llm` fails.
 LOG gets a line of each handle, "server NODE PID SERVER_PID", and one of each reset, "reset NODE PID TASK". What comes
 back is written beside it, into `result.json`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import sys
@@ -16,7 +16,8 @@ from typing import Any
 
 import counting_server
 from acting_server import MODEL
-from counting_world import CountingWorld, tasks
+from counting_world import CountingWorld, tasks, until
+from processes import HANG_S
 
 from managed_vllm import ManagedVLLM
 from managed_vllm.agent import Task, run_on_ray, ui_tars
@@ -29,20 +30,20 @@ def note(log: Path, what: str, which: object) -> None:
 
 
 class Noting(CountingWorld):
-    """Notes each reset, and takes its time."""
+    """Notes each reset, and waits until it may go on."""
 
     log: Path
+    go: Path
 
     async def reset(self, task: Task) -> Any:
         note(self.log, "reset", task.id)
+        await until(self.go.exists, 4 * HANG_S)
         return await super().reset(task)
 
-    async def step(self, action: Any) -> Any:
-        await asyncio.sleep(0.05)  # so that no node plays them all before the other one has begun
-        return await super().step(action)
 
-
-def main(address: str, run: Path, log: Path, count: int, n: int, fail: str | None = None, **options: Any) -> None:
+def main(
+    address: str, run: Path, log: Path, count: int, n: int, go: str, fail: str | None = None, **options: Any
+) -> None:
     import ray
 
     def make_llm() -> ManagedVLLM:
@@ -54,7 +55,7 @@ def main(address: str, run: Path, log: Path, count: int, n: int, fail: str | Non
 
     def make_environment() -> CountingWorld:
         made = Noting()
-        made.log = log
+        made.log, made.go = log, Path(go)
         return made
 
     ray.init(address=address, log_to_driver=False)
@@ -74,5 +75,6 @@ def main(address: str, run: Path, log: Path, count: int, n: int, fail: str | Non
 
 
 if __name__ == "__main__":
-    more = json.loads(sys.argv[6]) if len(sys.argv) > 6 else {}
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), **more)
+    main(
+        sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), **json.loads(sys.argv[6])
+    )
