@@ -157,7 +157,8 @@ def _screen(folder: Path) -> Iterator[str]:
     authority.write_bytes(_authority(b"0", cookie))
     size = f"{SIZE[0]}x{SIZE[1]}x24"
     reading, writing = os.pipe()
-    command = ["Xvfb", "-displayfd", str(writing), "-screen", "0", size, "-nolisten", "tcp", "-noreset"]
+    # -r: a key that is down for long, on a busy machine, is pressed once all the same.
+    command = ["Xvfb", "-displayfd", str(writing), "-screen", "0", size, "-nolisten", "tcp", "-noreset", "-r"]
     try:
         with _running([*command, "-auth", str(authority)], folder / "screen.log", pass_fds=(writing,)):
             os.close(writing)

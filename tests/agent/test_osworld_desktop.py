@@ -23,7 +23,7 @@ from osworld_machine import SIZE, Machine
 from processes import HANG_S, eventually
 
 from managed_vllm.agent import RunStore, Task, Trajectory, run_episode
-from managed_vllm.agent.actions import Action, Button, Click, Direction, Drag, Hotkey, Move, Scroll, Type
+from managed_vllm.agent.actions import Action, Button, Click, Direction, Drag, Hotkey, Move, Scroll, Type, Wait
 from managed_vllm.agent.environments.osworld import OSWorldEnvironment
 from managed_vllm.agent.environments.osworld_tasks import osworld_tasks
 from managed_vllm.agent.export import export
@@ -90,6 +90,13 @@ def pixels(screenshot: bytes | None) -> Any:
 
 def shows_the_form(screenshot: bytes | None) -> bool:
     return bool(pixels(screenshot).getpixel(FORM_CORNER) == FORM_COLOUR)
+
+
+async def seen_when(env: OSWorldEnvironment, condition: Callable[[bytes | None], bool]) -> None:
+    """Looks at the screen until the condition holds: an app draws when it comes to it."""
+    async with asyncio.timeout(HANG_S):
+        while not condition((await env.step(Wait(0.1))).observation.screenshot):
+            pass
 
 
 def ink(screenshot: bytes | None) -> int:
@@ -235,9 +242,9 @@ def test_text_is_typed_whole_and_in_order(machine: Machine, folder: Path, text: 
         async with desktop(machine) as env:
             await env.reset(form(folder, text))
             await there(folder / "shown")
-            before = (await env.step(Click(*FIELD))).observation
-            after = (await env.step(Type(text))).observation
-            assert ink(after.screenshot) > ink(before.screenshot) + 100
+            before = ink((await env.step(Click(*FIELD))).observation.screenshot)
+            await env.step(Type(text))
+            await seen_when(env, lambda screenshot: ink(screenshot) > before + 100)
             await env.step(Click(*SAVE))
             assert (await there(folder / "saved")).read_text() == text
             assert await env.evaluate() == 1.0
@@ -302,7 +309,7 @@ def test_each_action_arrives_at_the_app_as_it_was_said(machine: Machine, folder:
 
 def test_an_app_that_takes_seconds_to_appear_is_on_the_first_screenshot(machine: Machine, folder: Path) -> None:
     async def test() -> None:
-        async with desktop(machine, settle_s=14.0) as env:
+        async with desktop(machine, settle_s=34.0) as env:
             assert shows_the_form((await env.reset(form(folder, after_s=4))).screenshot)
 
     run(test)
@@ -313,7 +320,7 @@ def test_without_settling_it_is_not_and_neither_is_the_app_of_the_task_before(ma
         async with desktop(machine) as env:
             await env.reset(form(folder))
             await there(folder / "shown")
-            assert shows_the_form((await env.step(Move(5, 5))).observation.screenshot)
+            await seen_when(env, shows_the_form)
             assert not shows_the_form((await env.reset(form(folder, after_s=600))).screenshot)
 
     run(test)
