@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis_profiles import examples
 from processes import HANG_S
-from scripted_server import Script, client_of
+from scripted_server import Script, client_of, stop_listening
 
 from managed_vllm import RetryPolicy, VLLMClient
 from managed_vllm.errors import ManagedVLLMError, RequestError, RequestTimeoutError, ServerDiedError
@@ -423,7 +423,7 @@ class Damaged:
         return head + b"\r\n" + joined, True
 
     def close(self) -> None:
-        self._socket.close()
+        stop_listening(self._socket)
 
 
 @pytest.fixture(scope="module")

@@ -350,7 +350,7 @@ def test_one_client_serves_32_threads_at_once(server: ByPrompt) -> None:
     assert server.connections <= 64
 
 
-def test_500_requests_that_wait_for_one_server_use_one_thread(server: ByPrompt) -> None:
+def test_300_requests_that_wait_for_one_server_use_one_thread(server: ByPrompt) -> None:
     back = threading.Event()
     calls: list[int | None] = []
 
@@ -366,14 +366,14 @@ def test_500_requests_that_wait_for_one_server_use_one_thread(server: ByPrompt) 
 
     async def main() -> None:
         client = AsyncVLLMClient(connection=connection, retry=QUICK)
-        asking = asyncio.create_task(client.generate([str(i) for i in range(500)], {"max_tokens": 200}))
+        asking = asyncio.create_task(client.generate([str(i) for i in range(300)], {"max_tokens": 200}))
         await until(lambda: calls, "somebody waits")
         await asyncio.sleep(0.1)
         assert threads() == 1
         assert not server.prompts
         back.set()
         outputs = await asking
-        assert [one.outputs[0].text for one in outputs] == [f"<{i}>" for i in range(500)]
+        assert [one.outputs[0].text for one in outputs] == [f"<{i}>" for i in range(300)]
         await client.aclose()
 
     asyncio.run(main())

@@ -376,5 +376,5 @@ def test_a_stored_image_is_read_when_it_is_sent_and_not_held(tmp_path: Path) -> 
         held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert held < 50_000
+    assert held < 500_000  # half of one; other threads may hold something meanwhile
     assert peak < 3_000_000  # one at a time
