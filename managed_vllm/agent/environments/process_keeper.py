@@ -122,7 +122,10 @@ class Keeper:
                 return "owner"
 
     def _look(self, timeout_s: float, *, until: Callable[[], bool], quiet_s: float | None = None) -> None:
-        """Takes what comes until the condition holds, or nothing was written for `quiet_s` after something was."""
+        """Takes what comes until the condition holds, or nothing was written for `quiet_s` after something was.
+
+        It is not quiet where the worker only waits for a processor, on a busy machine: there may be more.
+        """
         deadline = time.monotonic() + timeout_s
         written = False
         while not until():
@@ -132,7 +135,8 @@ class Keeper:
             events = self._poll.poll(wait * 1000)
             for descriptor, _ in events:
                 written |= self._take(descriptor)
-            if time.monotonic() >= deadline or (quiet_s is not None and written and not events):
+            quiet = quiet_s is not None and written and not events and not _is_running(self._worker)
+            if time.monotonic() >= deadline or quiet:
                 return
 
     def _take(self, descriptor: int) -> bool:
@@ -207,6 +211,15 @@ class Keeper:
             self._control.setblocking(True)
             self._control.settimeout(2.0)
             self._control.sendall(json.dumps(report).encode())
+
+
+def _is_running(pid: int) -> bool:
+    """Whether it is on a processor, or waits for one."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b")")[2].split()[0] == b"R"
+    except OSError:
+        return False
 
 
 def _below(pid: int) -> list[int]:
