@@ -19,6 +19,8 @@ from processes import own_state
 from managed_vllm import ManagedVLLM
 from managed_vllm.instance import directory
 
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[ManagedVLLM]:
@@ -36,7 +38,6 @@ def client(llm: ManagedVLLM) -> Any:
     return module.VLLMClient(base_url=llm.url_with_key, connection_timeout=60)
 
 
-@pytest.mark.real
 def test_generate_gives_ids_and_the_logprobs_of_the_sampler(llm: ManagedVLLM, client: Any) -> None:
     assert client.model == llm.model
     prompts = [llm.tokenize(text) for text in ("Screen:", "Task: click")]
@@ -48,20 +49,17 @@ def test_generate_gives_ids_and_the_logprobs_of_the_sampler(llm: ManagedVLLM, cl
     assert greedy == list(llm.generate(["Screen:"], max_tokens=6, temperature=0)[0].outputs[0].token_ids)
 
 
-@pytest.mark.real
 def test_chat(llm: ManagedVLLM, client: Any) -> None:
     messages = [{"role": "user", "content": "Which button is it?"}]
     (ids,) = client.chat([messages], max_tokens=8, temperature=0.0)["completion_ids"]
     assert ids == list(llm.chat(messages, max_tokens=8, temperature=0)[0].outputs[0].token_ids)
 
 
-@pytest.mark.real
 def test_the_routes_of_a_trainer(client: Any) -> None:
     assert client.get_world_size() == 1
-    client.reset_prefix_cache()  # raises where the server does not say that it did
+    client.reset_prefix_cache()  # raises where the server refuses
 
 
-@pytest.mark.real
 def test_nothing_of_it_without_the_key(llm: ManagedVLLM) -> None:
     bare = llm.base_url.removesuffix("/v1")
     for method, path in (
@@ -72,7 +70,6 @@ def test_nothing_of_it_without_the_key(llm: ManagedVLLM) -> None:
         assert requests.request(method, bare + path, timeout=60).status_code == 401
 
 
-@pytest.mark.real
 def test_the_example(llm: ManagedVLLM) -> None:
     example, epoch = Path(__file__).resolve().parents[2] / "examples" / "08_trl.py", llm.status().epoch
     run = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=500)
