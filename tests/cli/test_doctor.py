@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import standin
-from processes import HANG_S, INSTANT, eventually
+from processes import HANG_S, INSTANT, eventually, sigkill
 from scripted_server import Script, http, sends
 
 from managed_vllm import ManagedVLLM
@@ -287,9 +287,9 @@ def test_what_a_killed_supervisor_left_is_found_and_fixed_and_a_live_server_is_n
             [sys.executable, "-c", "import time; time.sleep(600)"],
             env={**os.environ, **_marker_of(directory.Instance(home, dead.id))},
         )
-        os.kill(status.supervisor_pid or 0, signal.SIGKILL)
+        sigkill(status.supervisor_pid)
         dead.close()
-        eventually(lambda: not psutil.pid_exists(status.supervisor_pid or 0), "killed")
+        eventually(lambda: not psutil.pid_exists(status.supervisor_pid or -1), "killed")
         _, findings = doctor()
         assert any(dead.id in each["text"] for each in found("dead servers", findings, "warning"))
         assert any(f"pid {stray.pid} " in each["text"] for each in found("strays", findings, "warning"))

@@ -42,8 +42,7 @@ def test_a_server_with_replicas_is_shown_as_one_and_one_by_one(home: Path) -> No
         assert {one["base_url"], str(one["server_pid"]), str(one["epoch"])} <= set(line.split())
 
     looker = Looker(home)
-    (look,) = looker.look()
-    assert look.metrics is not None
+    (look,) = eventually(lambda: [one for one in looker.look() if all(each.metrics for each in one.replicas)], "told")
     assert [one.epoch for one in look.metrics.replicas] == [first["epoch"], second["epoch"]]
     assert all(0 < one.memory_bytes < look.memory_bytes for one in look.replicas)
     os.kill(second["server_pid"], signal.SIGKILL)

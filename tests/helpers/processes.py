@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -59,6 +60,12 @@ def is_live(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def sigkill(pid: int | None) -> None:
+    """Kills a process whose pid is known: 0 would stand for the test's own group."""
+    assert pid, "there is no such process"
+    os.kill(pid, signal.SIGKILL)
 
 
 def tree_below(pid: int) -> set[psutil.Process]:

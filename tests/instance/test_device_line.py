@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +23,7 @@ import pytest
 import standin
 from device_user import INSTANCES, use
 from fake_gpus import MIB, FakeGpus
-from processes import HANG_S, eventually, is_live
+from processes import HANG_S, eventually, is_live, sigkill
 
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState, variables
 from managed_vllm.errors import DeviceError, DevicesBusyError
@@ -132,10 +131,10 @@ def test_restarts_keep_the_devices_and_so_does_the_next_supervisor(gpus: FakeGpu
         assert before.devices == ("GPU 1",)
         other.close()
         eventually(lambda: len(directory.instances(Path(os.environ["MANAGED_VLLM_HOME"]))) == 1, "GPU 0 is free")
-        os.kill(before.server_pid or 0, signal.SIGKILL)
+        sigkill(before.server_pid)
         after = llm.wait_ready(HANG_S, after_epoch=before.epoch)
         assert (after.devices, after.supervisor_pid) == (before.devices, before.supervisor_pid)
-        os.kill(after.supervisor_pid or 0, signal.SIGKILL)
+        sigkill(after.supervisor_pid)
         eventually(lambda: llm.status().supervisor_pid != after.supervisor_pid, "the next supervisor")
         again = llm.wait_ready(HANG_S)
         assert again.devices == before.devices, "though the first of the pool was free, too"
@@ -148,7 +147,7 @@ def test_a_killed_supervisors_device_is_the_next_ones(gpus: FakeGpus, tmp_path: 
         eventually(lambda: waits(second), "it waits")
         seen = first.status()
         process = psutil.Process(seen.server_pid)
-        os.kill(seen.supervisor_pid or 0, signal.SIGKILL)
+        sigkill(seen.supervisor_pid)
         second.wait_ready(HANG_S)
         eventually(lambda: not is_live(process), "the first one's server has ended")
         second.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import standin
-from processes import HANG_S, INSTANT, eventually
+from processes import HANG_S, INSTANT, eventually, sigkill
 from standin_log import whole_log
 
 from managed_vllm import HangPolicy, ManagedVLLM, RestartPolicy, ServerState
@@ -61,11 +60,11 @@ def restarted(llm: ManagedVLLM, kill: Callable[[], None]) -> None:
 
 
 def kill_server(llm: ManagedVLLM) -> None:
-    restarted(llm, lambda: os.kill(llm.status().server_pid or 0, signal.SIGKILL))
+    restarted(llm, lambda: sigkill(llm.status().server_pid))
 
 
 def kill_supervisor(llm: ManagedVLLM) -> None:
-    restarted(llm, lambda: os.kill(llm.status().supervisor_pid or 0, signal.SIGKILL))
+    restarted(llm, lambda: sigkill(llm.status().supervisor_pid))
 
 
 # -- pause and sleep ---------------------------------------------------------------------------------------------------
@@ -233,7 +232,7 @@ def test_what_can_not_be_put_back_fails_with_the_reason_and_never_serves_without
         llm.engine.load_lora("a", adapter)
         (adapter / "adapter_config.json").unlink()
         adapter.rmdir()
-        os.kill(llm.status().server_pid or 0, signal.SIGKILL)
+        sigkill(llm.status().server_pid)
         with pytest.raises(BrokenModelError, match="No adapter found") as failed:
             llm.wait_ready(HANG_S, after_epoch=1)
         assert failed.value.diagnosis.cause is Cause.ENGINE_STATE

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import standin
-from processes import HANG_S, INSTANT, eventually
+from processes import HANG_S, INSTANT, eventually, sigkill
 
 from managed_vllm import ManagedVLLM, RestartPolicy
 from managed_vllm.engine_state import EngineState
@@ -58,7 +56,7 @@ def test_a_call_of_the_engine_wakes_it_and_a_question_does_not(home: Path) -> No
 def test_a_server_that_is_started_again_is_awake(home: Path) -> None:
     with server() as llm:
         falls_asleep(llm)
-        os.kill(llm.status().server_pid or 0, signal.SIGKILL)
+        sigkill(llm.status().server_pid)
         eventually(lambda: llm.wait_ready(HANG_S).epoch == 2, "started again")
         assert generates(llm)
         falls_asleep(llm)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import standin
 from demo_checkpoints import copy_of_demo
-from processes import HANG_S, INSTANT, eventually
+from processes import HANG_S, INSTANT, eventually, sigkill
 
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState
 from managed_vllm.engine_state import EngineState
@@ -55,7 +53,7 @@ def test_a_supervisor_that_is_killed_in_an_update_leaves_one_version(home: Path,
         killed = llm.status()
         updating = thread.submit(llm.engine.update_weights, slow)
         eventually(lambda: engines(llm)[0].updating, "it is updated")
-        os.kill(killed.supervisor_pid or 0, signal.SIGKILL)
+        sigkill(killed.supervisor_pid)
         with pytest.raises(EngineControlError):
             updating.result(HANG_S)
         eventually(lambda: llm.wait_ready(HANG_S).epoch > killed.epoch, "another supervisor")

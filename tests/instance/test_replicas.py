@@ -6,7 +6,6 @@ import functools
 import multiprocessing
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 import standin
-from processes import HANG_S, INSTANT, eventually
+from processes import HANG_S, INSTANT, eventually, sigkill
 
 from managed_vllm import ManagedVLLM, RestartPolicy, RetryPolicy, ServerState, ServerStatus
 from managed_vllm.errors import DeadlyRequestError, StartupError
@@ -84,7 +83,7 @@ def test_no_request_is_lost_while_replicas_are_killed(home: Path) -> None:
             for _ in range(100):
                 answered.acquire(timeout=HANG_S)
             status = eventually(lambda: all_ready(llm), "both serve")
-            os.kill(status.replicas[victim].server_pid or 0, signal.SIGKILL)
+            sigkill(status.replicas[victim].server_pid)
 
     with handle(keep_alive=INSTANT, retry=PATIENT, restart=LASTING) as llm, ThreadPoolExecutor(8) as threads:
         killer = threading.Thread(target=kill, args=(llm,))
@@ -149,7 +148,7 @@ def test_after_a_killed_supervisor_requests_go_on_with_the_next_ones_replicas(ho
     with handle(keep_alive=INSTANT, retry=PATIENT) as llm:
         before = set(pids_of(llm))
         assert answered_by(llm) in before
-        os.kill(llm.status().supervisor_pid or 0, signal.SIGKILL)
+        sigkill(llm.status().supervisor_pid)
         output = llm.generate("on it goes", {"max_tokens": 24})[0]
         assert is_right("on it goes", output.outputs[0].token_ids)
         after = {one.server_pid for one in eventually(lambda: all_ready(llm), "both are back").replicas}
@@ -194,7 +193,7 @@ def test_a_status_listener_hears_of_each(home: Path) -> None:
     heard: list[tuple[ServerState, ...]] = []
     listen = lambda status: heard.append(tuple(one.state for one in status.replicas))  # noqa: E731
     with handle(keep_alive=INSTANT, on_status=listen) as llm:
-        os.kill(pids_of(llm)[1], signal.SIGKILL)
+        sigkill(pids_of(llm)[1])
         one_down = (ServerState.READY, ServerState.RESTARTING)
         eventually(lambda: one_down in heard and heard[-1] == (ServerState.READY,) * 2, "down, and back")
         assert llm.metrics().supervisor.restarts == {"killed": 1}  # type: ignore[union-attr]

@@ -96,8 +96,11 @@ def test_a_forked_child_has_a_thread_of_its_own() -> None:
     listener = StatusListener(lambda status: os.close(writing) if os.write(writing, status.state.encode()) else None)
     child = os.fork()
     if child == 0:
-        listener.put(READY)
-        threading.Event().wait(60)
+        try:
+            listener.put(READY)
+            threading.Event().wait(HANG_S)
+        finally:
+            os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         assert pipe.read() == "ready"

@@ -7,7 +7,6 @@ import asyncio
 import importlib.util
 import inspect
 import os
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import standin
 from demo_checkpoints import copy_of_demo, tensors_of
-from processes import HANG_S, INSTANT, eventually
+from processes import HANG_S, INSTANT, eventually, sigkill
 from standin_log import whole_log
 
 from managed_vllm import ManagedVLLM, RestartPolicy
@@ -229,7 +228,7 @@ def test_a_trainer_that_is_killed_is_rolled_back(home: Path, good: Path) -> None
 
 
 def kill(llm: ManagedVLLM, what: str) -> None:
-    os.kill(getattr(llm.status(), what) or 0, signal.SIGKILL)
+    sigkill(getattr(llm.status(), what))
 
 
 @pytest.mark.parametrize("killed", ["server_pid", "supervisor_pid"])

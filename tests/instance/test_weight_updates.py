@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import standin
 from demo_checkpoints import copy_of_demo, edit_json
-from processes import HANG_S, INSTANT, eventually
+from processes import HANG_S, INSTANT, eventually, sigkill
 from standin_log import whole_log
 
 from managed_vllm import ManagedVLLM, RestartPolicy, ServerState
@@ -124,7 +124,7 @@ def test_files_that_were_changed_since_are_noticed_before_it_serves(home: Path, 
     with server() as llm:
         llm.engine.update_weights(good)
         edit_json(good / "standin.json", broken=["model.norm.weight"])
-        os.kill(llm.status().server_pid or 0, signal.SIGKILL)
+        sigkill(llm.status().server_pid)
         with pytest.raises(BrokenModelError, match=r"weights that can't be served: model\.norm\.weight is not finite"):
             eventually(lambda: llm.wait_ready(HANG_S) is None, "it has failed")
 
@@ -208,7 +208,6 @@ def test_where_the_first_weights_cant_be_loaded_again_it_is_started_again(home: 
 def test_a_load_that_hangs_ends_in_time_and_with_another_server(home: Path, good: Path, tmp_path: Path) -> None:
     with server() as llm:
         before = llm.engine.update_weights(good)
-        os.kill(llm.status().server_pid or 0, 0)
         with pytest.raises(EngineTimeoutError):
             llm.engine.update_weights(checkpoint(tmp_path / "slow", hangs=True), timeout=2)
         assert serves(llm)
@@ -221,7 +220,7 @@ def test_a_server_that_is_killed_while_it_loads_comes_back_as_it_was(home: Path,
     async def kill(llm: ManagedVLLM) -> None:
         updating = asyncio.create_task(llm.async_engine.update_weights(slow))
         await asyncio.to_thread(eventually, lambda: str(slow) in commands(llm), "it loads")
-        os.kill(llm.status().server_pid or 0, signal.SIGKILL)
+        sigkill(llm.status().server_pid)
         with pytest.raises(EngineControlError):
             await updating
 
