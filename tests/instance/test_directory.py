@@ -29,6 +29,7 @@ from managed_vllm.errors import StateDirectoryError
 from managed_vllm.in_server.managed_vllm_lifeline import start_time
 from managed_vllm.instance import cleanup, directory
 from managed_vllm.instance.directory import Instance
+from managed_vllm.socket_paths import short_path
 
 
 def server() -> ManagedVLLM:
@@ -100,9 +101,8 @@ def test_a_stale_socket_and_stale_locks_are_no_server(home: Path) -> None:
     directory.state_home()
     instance = instance_of(home)
     instance.create()
-    stale = socket.socket(socket.AF_UNIX)
-    stale.bind(str(instance.socket_path))
-    stale.close()
+    with socket.socket(socket.AF_UNIX) as stale, short_path(instance.socket_path) as name:
+        stale.bind(name)
     (instance.folder / "supervisor.lock").touch()
     (instance.folder / "start.lock").touch()
     assert not directory.is_alive(instance)
