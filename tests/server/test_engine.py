@@ -103,7 +103,8 @@ def test_an_engine_that_does_not_resume_is_started_again(
         held = make(None, started_again.set)
         await held.restore(connection(server), KEY)
         pause = {"call": "pause", "arguments": {"mode": "keep", "held": True}, "budget_s": HANG_S}
-        assert (await held.answer("user", pause))["ok"]
+        reply = await held.answer("user", pause)
+        assert reply["ok"], (reply, server.requests, server.headers)
         assert held.state == EngineState(paused="keep")
         assert held.to_record() == {"engine": EngineState().to_dict()}  # its user's connection ends with us
         held.user_gone("user")
