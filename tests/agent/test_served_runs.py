@@ -317,7 +317,7 @@ def test_a_live_run_is_listed_filtered_and_opened(looking: Browser, server: RunS
     assert looking.tile("pass@4") == "83.3 %"
     looking.click("#group-body tr[data-task='task-4'] a.one:nth-child(2)")
     looking.until("return document.querySelector('#about')?.textContent.includes('rollout 1')")
-    assert "not in the filter" not in looking.texts("#about")[0]
+    looking.until("return !document.querySelector('#about').textContent.includes('not in the filter')")
     looking.press("\ue00c")  # Escape
     looking.click("#to-tasks")
     looking.until("return document.querySelectorAll('#group-body tr[data-task]').length === 7")

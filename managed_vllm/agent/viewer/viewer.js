@@ -475,7 +475,7 @@
 
   // -- a trajectory -------------------------------------------------------------------------------------------------
 
-  let open = null; // { row, record, step }; step = number of steps: the end
+  let open = null; // { row, record, step, at }; step = number of steps: the end; at: its place in the list, as told
   let actualSize = false;
   const unfolded = new Set(); // details that stay open from step to step
 
@@ -501,7 +501,7 @@
 
   function about() {
     const { row, record } = open;
-    const at = shown.indexOf(row);
+    const at = open.at = shown.indexOf(row);
     const neighbour = (by, text, key) =>
       element("button", { type: "button", disabled: at < 0 || at + by < 0 || at + by >= shown.length, title: `${text} trajectory (${key})`, on: { click: () => move(by) } }, text);
     const failure = record && record.failure;
@@ -814,6 +814,7 @@
       summarize();
       $("none").hidden = shown.length > 0;
       draw(true);
+      if (open && open.at !== shown.indexOf(open.row)) about(); // opened while the list was on its way
     }
   }
 
