@@ -43,6 +43,8 @@ _LOOK_AGAIN_S = 0.5
 _LOOKS_PER_S = 100.0
 """At most, at all of these: each costs a few questions to a file system that may be far away. With thousands of them
 nothing else would be done, and no file server would bear a hundred processes that do so."""
+_SLOW_LOOK_S, _SLOW_LOOKS_S = 0.1, 60.0
+"""What one look counts for at most, as something else may have held it up; and for how long slow ones put one off."""
 
 _HARMLESS = frozenset({FailureClass.MODEL_SERVER, FailureClass.PARSER})
 """Failures after which the environment is as good as before."""
@@ -235,7 +237,9 @@ class Run:
         store = self._plan.store
         if store is None or store.claims is None or job.tries:
             return True
+        began = time.monotonic()
         claim, entry = await self.loop.run_in_executor(self._writer, store.claim, job.group.task.id, job.rollout)
+        look_s = min(time.monotonic() - began, _SLOW_LOOK_S)
         if (entry is not None and entry.ok) or claim is Claim.FAILED:
             self._stats.done += 1
             self._stats.stored += 1
@@ -245,7 +249,10 @@ class Run:
             await self._settle(job.group)
             return False
         if claim is Claim.HELD:
-            self._queue.put_later(job, max(_LOOK_AGAIN_S, self._queue.put_off / _LOOKS_PER_S), last=True)
+            waiting = self._queue.put_off
+            # Half of the time at most goes into looking again: the rest is for what nobody has looked at yet.
+            slow_s = min(2 * look_s * waiting, _SLOW_LOOKS_S)
+            self._queue.put_later(job, max(_LOOK_AGAIN_S, waiting / _LOOKS_PER_S, slow_s), last=True)
             return False
         if entry is not None:
             job.attempt = max(job.attempt, entry.attempt + 1)

@@ -392,7 +392,7 @@ def test_what_many_others_play_on_a_slow_file_system_keeps_nobody_from_what_is_f
         claim = store.claim
 
         def slowly(task_id: str, rollout: int) -> Any:
-            time.sleep(0.005)  # as over NFS: to look at all of them takes longer than until they are looked at again
+            time.sleep(0.02)  # as over NFS: to look at all of them takes longer than until they are looked at again
             return claim(task_id, rollout)
 
         monkeypatch.setattr(store, "claim", slowly)
