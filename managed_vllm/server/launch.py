@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 _LOOPBACK = "127.0.0.1"
 GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 """Which ports the kernel gives to whoever asks for any."""
-_LOWEST_PORT, _FEWEST_PORTS = 10_000, 1_000
+_LOWEST_PORT, _HIGHEST_PORT, _FEWEST_PORTS = 10_000, 30_000, 1_000
+"""Kubernetes redirects connections to ports from 30,000 on without anybody listening there (its node ports)."""
 _PORTS_TRIED = 50
 
 
@@ -201,7 +202,7 @@ def _free_port(host: str) -> int:
 
 def _ports_not_given() -> Iterator[int]:
     try:
-        room = int(GIVEN_PORTS.read_text().split()[0]) - _LOWEST_PORT
+        room = min(int(GIVEN_PORTS.read_text().split()[0]), _HIGHEST_PORT) - _LOWEST_PORT
     except (OSError, ValueError, IndexError):
         return
     if room >= _FEWEST_PORTS:

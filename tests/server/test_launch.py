@@ -85,7 +85,7 @@ def test_the_kernel_gives_the_port_to_nobody_else_meanwhile(instance: Instance) 
     lowest_given = int(launch.GIVEN_PORTS.read_text().split()[0])
     if lowest_given < 11_000:
         pytest.skip("the kernel gives nearly all ports of this machine")
-    assert 10_000 <= (prepare(instance, order()).port or 0) < lowest_given
+    assert 10_000 <= (prepare(instance, order()).port or 0) < min(lowest_given, 30_000)
 
 
 def test_where_the_kernel_gives_nearly_all_ports_it_gives_ours(
