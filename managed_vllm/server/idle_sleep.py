@@ -32,7 +32,7 @@ class IdleSleep(Watcher):
     """Puts one supervisor's engine to sleep, and wakes it; see the module's docstring."""
 
     def __init__(self, engine: Engine, idle_s: float) -> None:
-        """`idle_s`: seconds without a request after which it sleeps."""
+        """`idle_s`: seconds without a request, or a call of `llm.engine`, after which it sleeps."""
         self._engine = engine
         self._idle_s = idle_s
         self._sleeps = False
@@ -77,7 +77,8 @@ class IdleSleep(Watcher):
                 return
             except EngineControlError:
                 continue
-            if in_flight or requests != seen:
+            # Put to sleep behind a call that lasts, an engine would sleep right after it, also one that it has paused.
+            if in_flight or requests != seen or self._engine.turn.is_taken:
                 self._used_at, seen = time.monotonic(), requests
             if self._sleeps:
                 if in_flight:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from counting_world import until
 from lone_server import answered
 from moved_clock import Clock
 from processes import HANG_S
@@ -18,6 +19,7 @@ from managed_vllm.instance.engine_calls import GpuMemoryChange
 from managed_vllm.masking import Secret
 from managed_vllm.server.engine import Engine
 from managed_vllm.server.gpu_memory import GpuMemory
+from managed_vllm.server.idle_sleep import IdleSleep
 from managed_vllm.status import Cause, Connection
 
 KEY = Secret("control")
@@ -78,6 +80,27 @@ def test_sleep_and_wake_tell_what_the_gpus_had_in_use(script: Callable[..., Scri
     assert awake is not None
     assert (asleep.freed, awake.freed) == (105, -106)
     assert GpuMemoryChange.of({}) is GpuMemoryChange.of({"gpu_memory": [None, None]}) is None
+
+
+def test_an_engine_falls_asleep_when_nothing_is_done_with_it_not_behind_a_call_that_lasts(
+    script: Callable[..., Script],
+) -> None:
+    server = script(says({"in_flight": 0, "requests": 1}))
+
+    def paths() -> list[str]:
+        return [path.partition("?")[0] for path, _ in server.requests]
+
+    async def scenario() -> None:
+        idle = make()
+        IdleSleep(idle, 0.05)
+        await idle.restore(connection(server), KEY)
+        async with idle.turn:  # as a call has it
+            await until(lambda: len(paths()) > 20)
+            assert set(paths()) == {"/managed_vllm/use"}
+        await until(lambda: idle.state == EngineState(sleep_level=1))
+        idle.leave()
+
+    asyncio.run(scenario())
 
 
 REFUSES = says({"error": {"message": "Failed to resume generation"}}, 500)
