@@ -22,7 +22,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-LOOK_AGAIN_S, LOOKS_PER_S, REFRESH_S, REFRESH_SHARE = 0.5, 100.0, 0.5, 20.0
+LOOK_AGAIN_S, LOOKS_PER_S, SLOW_LOOK_S, SLOW_LOOKS_S = 0.5, 100.0, 0.1, 60.0
+REFRESH_S, REFRESH_SHARE = 0.5, 20.0
 """As in `managed_vllm.agent.run` and `store`."""
 
 Process = Generator["float | Thread | Node", float, None]
@@ -226,6 +227,7 @@ class Simulation:
             if self._is_known(node, rollout):
                 self._known_over(node, now)
                 continue
+            asked = now
             now = yield node.writer
             ours = rollout not in self._claimed
             storing = self._demand.claim if ours else self._demand.look
@@ -240,7 +242,7 @@ class Simulation:
                 node.learnt, node.next_refresh = learnt, now + max(REFRESH_S, REFRESH_SHARE * (now - began))
             self._release(now, node.writer)
             if not ours:
-                self._again_later(node, rollout, now)
+                self._again_later(node, rollout, now, min(now - asked, SLOW_LOOK_S))
                 continue
             now = yield from self._play(node, rollout, now)
             self._known_over(node, now)
@@ -299,12 +301,13 @@ class Simulation:
         if node.over == self._given.rollouts:
             self._took_s = max(self._took_s, now)
 
-    def _again_later(self, node: Node, rollout: int, now: float) -> None:
+    def _again_later(self, node: Node, rollout: int, now: float, look_s: float) -> None:
         if self._is_known(node, rollout):
             self._known_over(node, now)
             return
         node.put_off += 1
-        self._start(now, self._put_due(node, rollout, now + max(LOOK_AGAIN_S, node.put_off / LOOKS_PER_S)))
+        slow_s = min(2 * look_s * node.put_off, SLOW_LOOKS_S)
+        self._start(now, self._put_due(node, rollout, now + max(LOOK_AGAIN_S, node.put_off / LOOKS_PER_S, slow_s)))
 
     def _put_due(self, node: Node, rollout: int, at: float) -> Process:
         now = yield at
